@@ -1,0 +1,34 @@
+"""Cross-domain HSTU: intra-domain jagged attention, TAPE and DDSR.
+
+Importing the package is cheap: torch is loaded by the first name that needs it, so that
+``hstu-xd prepare`` never pays for it, and nothing of any upstream codebase is touched.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hstu_xd import ops
+    from hstu_xd.catalog import DomainCatalog
+    from hstu_xd.grouping import DomainGrouping
+    from hstu_xd.model import CrossDomainHSTU
+    from hstu_xd.training.run import load
+
+__version__ = "0.1.0"
+
+__all__ = ["CrossDomainHSTU", "DomainCatalog", "DomainGrouping", "__version__", "load", "ops"]
+
+_HOME = {
+    "CrossDomainHSTU": "hstu_xd.model",
+    "DomainCatalog": "hstu_xd.catalog",
+    "DomainGrouping": "hstu_xd.grouping",
+    "load": "hstu_xd.training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("hstu_xd.ops")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'hstu_xd' has no attribute {name!r}")

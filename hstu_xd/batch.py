@@ -1,0 +1,71 @@
+"""The jagged batch that flows through the model: one entry a token, no padding anywhere."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hstu_xd.errors import InputError
+
+
+@dataclass(frozen=True)
+class JaggedBatch:
+    """Histories of B users laid end to end, each token with what is known of its next event.
+
+    Attributes:
+        item_ids: (L,) int64, ``1..num_items``.
+        timestamps: (L,) int64, in the log's own unit.
+        next_timestamps: (L,) int64, time of the event that the token predicts.
+        target_domains: (L,) int64, domain of the event that the token predicts.
+        offsets: (B + 1,) int64, user ``b`` owns tokens ``offsets[b]:offsets[b + 1]``.
+    """
+
+    item_ids: Tensor
+    timestamps: Tensor
+    next_timestamps: Tensor
+    target_domains: Tensor
+    offsets: Tensor
+
+    def to(self, device: torch.device) -> "JaggedBatch":
+        """The same batch on another device."""
+        return JaggedBatch(*(getattr(self, name).to(device) for name in self.__annotations__))
+
+    @classmethod
+    def from_padded(
+        cls,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        request_timestamps: Tensor,
+        next_domains: Tensor,
+    ) -> "JaggedBatch":
+        """Drop the padding of right-padded histories.
+
+        Args:
+            item_ids: (B, N) int64, oldest first, 0 after each user's last event.
+            timestamps: (B, N) int64.
+            request_timestamps: (B,) int64, the time each user's last token predicts for.
+            next_domains: (B, N) int64, domain of the event after each token; at a user's last
+                token the requested domain.
+
+        Raises:
+            InputError: a 0 before a user's last item (the histories are not right-padded).
+        """
+        present = item_ids != 0
+        lengths = present.sum(1)
+        column = torch.arange(item_ids.shape[1], device=item_ids.device)
+        if not torch.equal(present, column < lengths.unsqueeze(1)):
+            row = int((present != (column < lengths.unsqueeze(1))).any(1).nonzero()[0])
+            raise InputError(
+                f"item_ids row {row} holds padding (0) before its last item; move the items to the "
+                "left and the zeros to the end"
+            )
+        next_times = torch.cat([timestamps[:, 1:], request_timestamps.unsqueeze(1)], dim=1)
+        last = column == (lengths - 1).unsqueeze(1)
+        next_times = torch.where(last, request_timestamps.unsqueeze(1), next_times)
+        return cls(
+            item_ids=item_ids[present],
+            timestamps=timestamps[present],
+            next_timestamps=next_times[present],
+            target_domains=next_domains[present],
+            offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        )

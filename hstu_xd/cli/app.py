@@ -1,0 +1,75 @@
+"""Entry point of ``hstu-xd``: registers the commands and maps errors to exit codes."""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from hstu_xd import __version__
+from hstu_xd.errors import HstuXdError
+
+# Command -> module of hstu_xd.cli that defines a function of the same name.
+COMMANDS = {
+    "prepare": "prepare",
+    "synth": "synth",
+    "train": "train",
+    "evaluate": "evaluate",
+    "recommend": "recommend",
+    "report": "report",
+    "ablate": "ablate",
+    "demo": "demo",
+    "bench": "bench",
+}
+
+
+def build_app() -> typer.Typer:
+    """Assemble the command line; command modules import their libraries only when they run."""
+    app = typer.Typer(
+        name="hstu-xd",
+        help="Cross-domain HSTU: prepare logs, train, evaluate, compare, benchmark.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback(invoke_without_command=True)
+    def root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+        if version:
+            typer.echo(__version__)
+            raise typer.Exit
+
+    for name, module in COMMANDS.items():
+        app.command(name)(getattr(import_module(f"hstu_xd.cli.{module}"), name))
+    return app
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the work failed, 2 bad input or usage."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code; every error becomes one readable line on stderr."""
+    command: Any = typer.main.get_command(build_app())
+    try:
+        result = command.main(args=argv, prog_name="hstu-xd", standalone_mode=False)
+    except HstuXdError as error:
+        return _fail(str(error), error.exit_code)
+    except typer.Abort:
+        return _fail("interrupted", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except Exception as error:
+        # Typer's usage errors carry their own one-line text and exit code; anything else is ours
+        # to fix and keeps its traceback.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _fail(error.format_message(), error.exit_code)
+        raise
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"hstu-xd: {message}", file=sys.stderr)
+    return exit_code

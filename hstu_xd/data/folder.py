@@ -1,0 +1,65 @@
+"""Output folders that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hstu_xd.errors import HstuXdError, InputError
+
+
+def check_output(out: Path, *, force: bool, ours: Callable[[Path], bool], kind: str) -> None:
+    """Refuse an output path that may not be written, before any work is done.
+
+    Args:
+        out: the folder to write.
+        force: whether an existing folder of the same kind may be replaced.
+        ours: tells whether an existing folder is of the kind that is about to be written.
+        kind: what such a folder is called in messages, e.g. ``"prepared store"``.
+
+    Raises:
+        InputError: ``out`` is a file, is a folder and ``force`` is off, or holds something else.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out}: is a file, not a folder; choose another --out")
+    if out.is_symlink():
+        raise InputError(f"{out}: is a link; give the folder itself as --out")
+    if not any(out.iterdir()):
+        return
+    if not ours(out):
+        raise InputError(
+            f"{out}: exists and is not a {kind}, so it is never overwritten; choose another --out"
+        )
+    if not force:
+        raise InputError(f"{out}: exists; add --force to replace it, or choose another --out")
+
+
+@contextmanager
+def replaced_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty sibling folder that takes the place of ``out`` when the block succeeds.
+
+    On any exception the sibling is removed and ``out`` stays as it was. Call
+    :func:`check_output` first: this function replaces whatever is there.
+
+    Raises:
+        HstuXdError: the disk is full or the folder cannot be written.
+    """
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    retired = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            out.rename(retired)
+        partial.rename(out)
+    except OSError as error:
+        if retired.exists() and not out.exists():
+            retired.rename(out)
+        raise HstuXdError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)

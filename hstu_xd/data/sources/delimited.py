@@ -1,0 +1,79 @@
+"""CSV, TSV, RecBole ``.inter`` and headerless Amazon ratings: text with one event a line."""
+
+import csv
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hstu_xd.data.sources.base import Record, Source, numbered_lines
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class DelimitedSource(Source):
+    """A delimited text file.
+
+    Attributes:
+        separator: one character between fields.
+        quoted: whether double quotes protect fields (not in RecBole files).
+        header: whether line 1 names the columns.
+        width: number of fields of every line.
+        positions: field number of user, item, time and, unless constant, domain.
+    """
+
+    separator: str
+    quoted: bool
+    header: bool
+    width: int
+    positions: dict[str, int]
+
+    def scan(self) -> "pl.LazyFrame":
+        """Events as text columns; polars raises on lines with too many fields."""
+        import polars as pl
+
+        frame = pl.scan_csv(
+            self.path,
+            has_header=self.header,
+            separator=self.separator,
+            quote_char='"' if self.quoted else None,
+            infer_schema=False,
+            glob=False,
+        )
+        return frame.select(pl.nth(at).alias(role) for role, at in self.positions.items())
+
+    def records(self) -> Iterator[Record]:
+        """Every line as a record, the first faulty one with its problem."""
+        csv.field_size_limit(sys.maxsize)
+        undecodable: list[int] = []
+
+        def lines() -> Iterator[str]:
+            for number, line in numbered_lines(self.path):
+                if line is None:
+                    undecodable.append(number)
+                    return
+                yield line
+
+        quoting = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
+        reader = csv.reader(lines(), delimiter=self.separator, quoting=quoting)
+        start = 1
+        for fields in reader:
+            line, start = start, reader.line_num + 1
+            if not fields or (self.header and line == 1):
+                continue
+            yield self._record(line, fields)
+        if undecodable:
+            yield Record(undecodable[0], problem="not UTF-8 text; save the file as UTF-8")
+
+    def _record(self, line: int, fields: list[str]) -> Record:
+        if len(fields) != self.width:
+            return Record(
+                line,
+                problem=f"{len(fields)} fields where {self.width} are expected "
+                f"({self.separator.join(fields)[:80]!r}); mend the line or quote the field",
+            )
+        at = self.positions
+        domain = self.domain if "domain" not in at else fields[at["domain"]]
+        return Record(line, fields[at["user"]], fields[at["item"]], domain, fields[at["time"]])

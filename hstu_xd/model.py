@@ -1,0 +1,195 @@
+"""The stand-alone model: item table, input features, encoder, normalised user vectors."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from hstu_xd.batch import JaggedBatch
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
+from hstu_xd.modules.encoder import CrossDomainEncoder
+from hstu_xd.modules.inputs import ItemEmbedding, PositionalInput
+from hstu_xd.modules.plan import EncoderPlan
+from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.modules.tape import TransitionAwarePositionalEmbedding
+
+_L2_EPS = 1e-6
+
+
+class CrossDomainHSTU(nn.Module):
+    """HSTU with domain mask, target view, TAPE and DDSR, each behind its switch.
+
+    With every switch off it is upstream's research HSTU, and upstream's parameter names load into
+    it (see :meth:`load_hstu`).
+
+    Args:
+        catalog: item -> domain table.
+        settings: sizes and switches of the encoder.
+        dropout_rate: dropout on the input features.
+
+    Example:
+        >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1, 1]), ["books", "films"])
+        >>> settings = EncoderSettings(num_domains=2, norm_length=8, domain_mask=True, ddsr=True)
+        >>> model = CrossDomainHSTU(catalog, settings).eval()
+        >>> items, times = torch.tensor([[1, 3, 2], [4, 0, 0]]), torch.tensor([[5, 6, 9], [7, 0, 0]])
+        >>> model.encode(items, times, torch.tensor([1, 0])).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self, catalog: DomainCatalog, settings: EncoderSettings, *, dropout_rate: float = 0.2
+    ) -> None:
+        super().__init__()
+        if settings.num_domains != catalog.num_domains:
+            raise InputError(
+                f"settings.num_domains is {settings.num_domains}, the catalogue has "
+                f"{catalog.num_domains} domains; give both the same"
+            )
+        width = settings.embedding_dim
+        self.catalog = catalog
+        self.settings = settings
+        self._embedding_module = ItemEmbedding(catalog.num_items, width)
+        self._input_features_preproc = PositionalInput(settings.norm_length, width, dropout_rate)
+        self._hstu = CrossDomainEncoder(settings)
+        self._tape = (
+            TransitionAwarePositionalEmbedding(catalog.num_domains, width)
+            if settings.tape
+            else None
+        )
+        self._target_domain_emb: nn.Embedding | None = None
+        if settings.target_domain_embedding:
+            self._target_domain_emb = nn.Embedding(catalog.num_domains, width)
+            nn.init.zeros_(self._target_domain_emb.weight)
+
+    def forward(self, batch: JaggedBatch) -> Tensor:
+        """Encode every token of a jagged batch.
+
+        Args:
+            batch: histories; no longer than ``settings.norm_length`` tokens each.
+
+        Returns:
+            (L, K) float, unit vectors: what each token says of its next event.
+        """
+        plan = self.plan(batch)
+        extra = None
+        if self._tape is not None:
+            extra = self._tape(plan.domains, plan.target_domains)
+        if self._target_domain_emb is not None:
+            embedded = self._target_domain_emb(plan.target_domains)
+            extra = embedded if extra is None else extra + embedded
+        x = self._input_features_preproc(
+            self._embedding_module(batch.item_ids), plan.positions, extra
+        )
+        return normalize(self._hstu(x, plan).float(), dim=1, eps=_L2_EPS)
+
+    def plan(self, batch: JaggedBatch) -> EncoderPlan:
+        """The plan that all layers share for this batch."""
+        return EncoderPlan(
+            domains=self.catalog.domain_of(batch.item_ids),
+            target_domains=batch.target_domains,
+            timestamps=batch.timestamps,
+            next_timestamps=batch.next_timestamps,
+            offsets=batch.offsets,
+            num_domains=self.catalog.num_domains,
+            states_per_domain=self.settings.states_per_domain,
+        )
+
+    def item_vectors(self, item_ids: Tensor) -> Tensor:
+        """Unit vectors of items: (...) int64 -> (..., K) float."""
+        return normalize(self._embedding_module(item_ids).float(), dim=-1, eps=_L2_EPS)
+
+    def encode(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        target_domains: Tensor,
+        request_timestamps: Tensor | None = None,
+    ) -> Tensor:
+        """User vectors for one requested domain each.
+
+        Args:
+            item_ids: (B, N) int64, oldest first, padded with 0 at the end.
+            timestamps: (B, N) int64, in the log's unit.
+            target_domains: (B,) int64, the domain to recommend from.
+            request_timestamps: (B,) int64, time of the request; default: that of the last event.
+
+        Returns:
+            (B, K) float, unit vectors: score items by the dot product with ``item_vectors``.
+
+        Raises:
+            InputError: shapes that do not fit, an empty history, ids out of range, or padding
+                before items.
+        """
+        self._check_request(item_ids, timestamps, target_domains)
+        lengths = (item_ids != 0).sum(1)
+        last = (lengths - 1).clamp(min=0).unsqueeze(1)
+        if request_timestamps is None:
+            request_timestamps = timestamps.gather(1, last).squeeze(1)
+        next_items = torch.cat([item_ids[:, 1:], torch.zeros_like(item_ids[:, :1])], dim=1)
+        next_domains = self.catalog.domain_of(next_items)
+        next_domains = next_domains.scatter(1, last, target_domains.unsqueeze(1))
+        batch = JaggedBatch.from_padded(item_ids, timestamps, request_timestamps, next_domains)
+        return self(batch)[batch.offsets[1:] - 1]
+
+    def _check_request(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> None:
+        users = item_ids.shape[0]
+        if item_ids.ndim != 2 or timestamps.shape != item_ids.shape:
+            raise InputError(
+                f"item_ids {tuple(item_ids.shape)} and timestamps {tuple(timestamps.shape)} must "
+                "both be (B, N)"
+            )
+        if target_domains.shape != (users,):
+            raise InputError(
+                f"target_domains has shape {tuple(target_domains.shape)}; ({users},) is needed"
+            )
+        if item_ids.shape[1] > self.settings.norm_length:
+            raise InputError(
+                f"histories of {item_ids.shape[1]} events exceed the model's window of "
+                f"{self.settings.norm_length}; pass the latest {self.settings.norm_length}"
+            )
+        for name, ids, bound in (
+            ("item_ids", item_ids, self.catalog.num_items + 1),
+            ("target_domains", target_domains, self.catalog.num_domains),
+        ):
+            if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < bound):
+                raise InputError(
+                    f"{name} holds ids {int(ids.min())}..{int(ids.max())}; 0..{bound - 1} are known"
+                )
+        if users and not bool((item_ids[:, :1] != 0).all()):
+            row = int((item_ids[:, 0] == 0).nonzero()[0])
+            raise InputError(f"item_ids row {row} is empty; at least one event is needed")
+
+    def load_hstu(self, state: dict[str, Tensor]) -> list[str]:
+        """Load a checkpoint of upstream's HSTU (DDP's ``module.`` prefix allowed).
+
+        Args:
+            state: its state dict.
+
+        Returns:
+            Names of this model's parameters that the checkpoint does not have: ours alone.
+
+        Raises:
+            InputError: sizes differ, a parameter of HSTU is missing, or unknown ones remain.
+        """
+        own = self.state_dict()
+        given = {name.removeprefix("module."): value for name, value in state.items()}
+        given = {name: value for name, value in given.items() if name != "_attn_mask"}
+        unknown = sorted(set(given) - set(own))
+        ours = sorted(
+            name for name in set(own) - set(given)
+            if name.startswith(("_tape.", "_target_domain_emb.")) or "._ddsr." in name
+        )  # fmt: skip
+        missing = sorted(set(own) - set(given) - set(ours))
+        if unknown or missing:
+            raise InputError(
+                f"not a checkpoint of this HSTU: unknown {unknown[:3]}, missing {missing[:3]}; "
+                "give the model the checkpoint's num_blocks and bias settings"
+            )
+        for name, value in given.items():
+            if value.shape != own[name].shape:
+                raise InputError(
+                    f"{name} has shape {tuple(value.shape)} in the checkpoint and "
+                    f"{tuple(own[name].shape)} here; give the model the checkpoint's sizes"
+                )
+        self.load_state_dict(given, strict=False)
+        return ours

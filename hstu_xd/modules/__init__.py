@@ -1,0 +1,1 @@
+"""The parts of the model, each a module with its own switch."""

@@ -1,0 +1,108 @@
+"""One HSTU layer whose attention may stay inside domains and whose gate may read domain states."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, layer_norm, silu
+
+from hstu_xd.modules.ddsr import DynamicDomainState
+from hstu_xd.modules.plan import EncoderPlan
+from hstu_xd.modules.relative_attention_bias import RelativeBucketedTimeAndPositionBias
+from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.ops import domain_attention
+
+_EPS = 1e-6
+
+
+class HSTULayer(nn.Module):
+    """``H = X + Wo(U * (LN(Y) + C))`` with ``Y`` the attention and ``C`` the domain states' answer.
+
+    Without ``C`` (DDSR off) and with one group a user (mask off) this is upstream's layer, with
+    upstream's parameter names.
+
+    Args:
+        settings: sizes and switches of the encoder.
+        full_attention: ignore the domain mask in this layer.
+
+    Source: arXiv 2402.17152 (layer), arXiv 2508.20945 (intra-domain attention and DDSR).
+    """
+
+    def __init__(self, settings: EncoderSettings, *, full_attention: bool) -> None:
+        super().__init__()
+        s = self._settings = settings
+        self._masked = s.domain_mask and not full_attention
+        self._widths = [s.num_heads * w for w in (s.dv, s.dv, s.dqk, s.dqk)]
+        self._uvqk = nn.Parameter(
+            torch.empty(s.embedding_dim, sum(self._widths)).normal_(std=0.02)
+        )
+        self._o = nn.Linear(s.num_heads * s.dv * (3 if s.concat_ua else 1), s.embedding_dim)
+        nn.init.xavier_uniform_(self._o.weight)
+        self._rel_attn_bias = (
+            RelativeBucketedTimeAndPositionBias(s.norm_length)
+            if s.enable_relative_attention_bias
+            else None
+        )
+        self._ddsr = (
+            DynamicDomainState(
+                s.embedding_dim,
+                s.num_domains,
+                s.num_heads,
+                s.dqk,
+                s.dv,
+                states_per_domain=s.states_per_domain,
+                query_target_domain=s.query_target_domain,
+                age_bias=s.state_age_bias,
+            )
+            if s.ddsr
+            else None
+        )
+
+    def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
+        """(L, K) -> (L, K)."""
+        s = self._settings
+        normed = layer_norm(x, [s.embedding_dim], eps=_EPS)
+        projected = normed @ self._uvqk
+        if s.linear_activation == "silu":
+            projected = silu(projected)
+        u, v, q, k = projected.split(self._widths, dim=1)
+        attended = self._attend(
+            q.view(-1, s.num_heads, s.dqk),
+            k.view(-1, s.num_heads, s.dqk),
+            v.view(-1, s.num_heads, s.dv),
+            plan,
+        )
+        attended = layer_norm(attended, attended.shape[1:], eps=_EPS)
+        if self._ddsr is not None:
+            states = normed if s.state_from == "input" else attended
+            answer = self._ddsr(
+                normed, states, plan.state_index, plan.target_domains, plan.state_age
+            )
+            if s.combine == "before_gate":
+                attended = attended + answer
+        gated = torch.cat([u, attended, u * attended], dim=1) if s.concat_ua else u * attended
+        if self._ddsr is not None and s.combine == "after_gate":
+            gated = gated + answer
+        return self._o(dropout(gated, p=s.linear_dropout_rate, training=self.training)) + x
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: EncoderPlan) -> Tensor:
+        s = self._settings
+        bias = None
+        if self._rel_attn_bias is not None:
+            bias = self._rel_attn_bias(plan.positions, plan.timestamps, plan.next_timestamps)
+        own = s.num_heads - s.target_view_heads
+        views = [(slice(0, own), plan.own_view if self._masked else plan.full_view)]
+        if s.target_view_heads:
+            views.append((slice(own, s.num_heads), plan.target_view))
+        outputs = [
+            domain_attention(
+                q[:, heads],
+                k[:, heads],
+                v[:, heads],
+                grouping,
+                norm_length=s.norm_length,
+                bias=bias,
+                impl=s.impl,
+            )
+            for heads, grouping in views
+            if heads.stop > heads.start
+        ]
+        return torch.cat(outputs, dim=1).flatten(1)

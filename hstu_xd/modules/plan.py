@@ -1,0 +1,64 @@
+"""What all layers share about a batch: groupings, coordinates and domain-state lookups."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from hstu_xd.grouping import DomainGrouping
+from hstu_xd.modules.ddsr import last_state_index, state_age_bucket
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderPlan:
+    """Built once a batch; each part is computed on first use, so switches that are off cost nothing.
+
+    Attributes:
+        domains: (L,) int64, domain of each token.
+        target_domains: (L,) int64, domain of the event after each token.
+        timestamps: (L,) int64.
+        next_timestamps: (L,) int64, time of the event after each token.
+        offsets: (B + 1,) int64.
+        num_domains: number of domains ``D``.
+        states_per_domain: states that DDSR reads per domain ``M``.
+    """
+
+    domains: Tensor
+    target_domains: Tensor
+    timestamps: Tensor
+    next_timestamps: Tensor
+    offsets: Tensor
+    num_domains: int
+    states_per_domain: int = 1
+
+    @cached_property
+    def full_view(self) -> DomainGrouping:
+        """One group a user: full attention."""
+        return DomainGrouping.single(self.offsets, self.domains.numel())
+
+    @cached_property
+    def own_view(self) -> DomainGrouping:
+        """Queries read the run of their own domain."""
+        return DomainGrouping.from_jagged(self.domains, self.offsets, self.num_domains)
+
+    @cached_property
+    def target_view(self) -> DomainGrouping:
+        """Queries read the run of the domain they predict."""
+        return self.own_view.target_view(self.target_domains)
+
+    @property
+    def positions(self) -> Tensor:
+        """(L,) int64, position of each token in its user's history."""
+        return self.full_view.positions
+
+    @cached_property
+    def state_index(self) -> Tensor:
+        """(L, D, M) int64, see :func:`hstu_xd.modules.ddsr.last_state_index`."""
+        return last_state_index(
+            self.domains, self.offsets, self.num_domains, self.states_per_domain
+        )
+
+    @cached_property
+    def state_age(self) -> Tensor:
+        """(L, D, M) int64, see :func:`hstu_xd.modules.ddsr.state_age_bucket`."""
+        return state_age_bucket(self.state_index, self.timestamps, self.next_timestamps)

@@ -1,0 +1,93 @@
+"""The public attention function: checks its arguments, chooses an implementation, runs it."""
+
+import torch
+from torch import Tensor
+
+from hstu_xd.errors import InputError
+from hstu_xd.grouping import DomainGrouping
+from hstu_xd.ops.eager import eager_domain_attention
+from hstu_xd.ops.reference import reference_domain_attention
+from hstu_xd.ops.relative_bias import RelativeBias
+
+_IMPLS = {"reference": reference_domain_attention, "eager": eager_domain_attention}
+
+
+def available_impls() -> tuple[str, ...]:
+    """Names that ``domain_attention(..., impl=...)`` accepts here, slowest first."""
+    return tuple(_IMPLS)
+
+
+def domain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grouping: DomainGrouping,
+    *,
+    norm_length: int,
+    bias: RelativeBias | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Causal SiLU attention inside each (user, domain) run of a jagged batch.
+
+    ``out_i = sum_j SiLU(<q_i, k_j> + bias_ij) v_j / norm_length`` over the keys ``j`` of query
+    ``i``'s group with ``p_j <= p_i``. With ``grouping.target_view(...)`` queries are grouped by
+    their target domain and keys by their own.
+
+    Args:
+        q: (L, H, dqk) float, queries of the batch's tokens in batch order.
+        k: (L, H, dqk) float, keys.
+        v: (L, H, dv) float, values.
+        grouping: the plan of the batch, built once and shared by all layers.
+        norm_length: the constant ``N`` that upstream divides by: the padded length, never a
+            group's own.
+        bias: relative position and time bias, or None.
+        impl: "auto" (fastest that runs here) or a name of :func:`available_impls`.
+
+    Returns:
+        (L, H, dv) float, in batch order; zeros where a query's group holds no key.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together, an unknown ``impl``,
+            ``norm_length`` below 1.
+
+    Example:
+        >>> domains, offsets = torch.tensor([0, 1, 0]), torch.tensor([0, 3])
+        >>> grouping = DomainGrouping.from_jagged(domains, offsets, 2)
+        >>> x = torch.ones(3, 1, 4)
+        >>> domain_attention(x, x, x, grouping, norm_length=3).shape
+        torch.Size([3, 1, 4])
+
+    Source: arXiv 2508.20945 (intra-domain attention), arXiv 2402.17152 (SiLU attention).
+    """
+    _check(q, k, v, grouping, norm_length, bias)
+    name = "eager" if impl == "auto" else impl
+    if name not in _IMPLS:
+        raise InputError(f"impl {impl!r} is not available here; use auto, {', '.join(_IMPLS)}")
+    return _IMPLS[name](q, k, v, grouping, norm_length=norm_length, bias=bias)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grouping: DomainGrouping,
+    norm_length: int,
+    bias: RelativeBias | None,
+) -> None:
+    length = grouping.num_tokens
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 3 or tensor.shape[0] != length:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}; (L, heads, width) with L={length} tokens "
+                "of the grouping is needed"
+            )
+        if tensor.dtype != q.dtype or not tensor.is_floating_point():
+            raise InputError(f"{name} is {tensor.dtype}; q, k and v need one float dtype ({q.dtype})")
+    if k.shape != q.shape:
+        raise InputError(f"k has shape {tuple(k.shape)}; the shape of q, {tuple(q.shape)}, is needed")
+    if v.shape[1] != q.shape[1]:
+        raise InputError(f"v has {v.shape[1]} heads; the {q.shape[1]} of q and k are needed")
+    if norm_length < 1:
+        raise InputError(f"norm_length is {norm_length}; the padded length N >= 1 is needed")
+    if bias is not None and bias.positions.numel() != length:
+        raise InputError(f"bias covers {bias.positions.numel()} tokens; the batch has {length}")

@@ -1,0 +1,83 @@
+"""Relative position and time bias with the semantics of HSTU's research code.
+
+The bias of query ``i`` on key ``j`` is ``position_weights[N - 1 + p_j - p_i]`` plus
+``time_weights[bucket(t_{i+1} - t_j)]``, with ``bucket(x) = clamp(floor(ln(max(1, |x|)) / 0.301))``.
+Positions and timestamps are those of the original history, whatever the regrouping.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hstu_xd.errors import InputError
+
+# One bucket per factor of exp(0.301), about 1.35, of the time difference (arXiv 2402.17152).
+_BUCKET_WIDTH = 0.301
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeBias:
+    """The two tables of HSTU's relative bias, with the coordinates of a batch's tokens.
+
+    Attributes:
+        position_weights: (2 N - 1,) float, indexed by ``N - 1 + p_key - p_query``.
+        time_weights: (num_buckets + 1,) float, indexed by the bucketed time difference.
+        positions: (L,) int64, position of each token in its user's history, from 0 to N - 1.
+        timestamps: (L,) int64, time of each token, in the log's own unit.
+        next_timestamps: (L,) int64, time of the event after each token (the event to predict).
+
+    Raises:
+        InputError: coordinates of different lengths or not int64, or a position table of even size.
+    """
+
+    position_weights: Tensor
+    time_weights: Tensor
+    positions: Tensor
+    timestamps: Tensor
+    next_timestamps: Tensor
+
+    def __post_init__(self) -> None:
+        length = self.positions.numel()
+        for name in ("positions", "timestamps", "next_timestamps"):
+            tensor: Tensor = getattr(self, name)
+            if tensor.shape != (length,) or tensor.dtype != torch.int64:
+                raise InputError(
+                    f"bias.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                    f"torch.int64 of shape ({length},) is needed, one entry a token"
+                )
+        if self.position_weights.ndim != 1 or self.position_weights.numel() % 2 != 1:
+            raise InputError(
+                f"bias.position_weights has shape {tuple(self.position_weights.shape)}; "
+                "(2 * N - 1,) is needed for histories of at most N tokens"
+            )
+
+    @property
+    def max_length(self) -> int:
+        """Longest history ``N`` the position table covers."""
+        return (self.position_weights.numel() + 1) // 2
+
+    def position_index(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Rows of the position table for all pairs: (..., m), (..., n) -> (..., m, n) int64."""
+        return key_positions.unsqueeze(-2) - query_positions.unsqueeze(-1) + (self.max_length - 1)
+
+    def time_index(self, query_next_times: Tensor, key_times: Tensor) -> Tensor:
+        """Rows of the time table for all pairs: (..., m), (..., n) -> (..., m, n) int64."""
+        difference = query_next_times.unsqueeze(-1) - key_times.unsqueeze(-2)
+        return time_bucket(difference, self.time_weights.numel() - 1)
+
+    def dense(self, query_tokens: Tensor, key_tokens: Tensor) -> Tensor:
+        """Bias of all pairs of two token lists: (..., m), (..., n) int64 -> (..., m, n) float."""
+        position = self.position_index(self.positions[query_tokens], self.positions[key_tokens])
+        time = self.time_index(self.next_timestamps[query_tokens], self.timestamps[key_tokens])
+        return self.position_weights[position] + self.time_weights[time]
+
+
+def time_bucket(difference: Tensor, num_buckets: int) -> Tensor:
+    """Logarithmic bucket of a time difference, int64 in ``0..num_buckets``, exactly as upstream.
+
+    Upstream takes the logarithm of an int64 in the default float type, float32; so do we, whatever
+    the precision of the attention, or buckets would differ at their edges.
+    """
+    magnitude = difference.abs().clamp_(min=1).to(torch.float32)
+    return magnitude.log_().div_(_BUCKET_WIDTH).long().clamp_(max=num_buckets)
