@@ -59,11 +59,13 @@ class DelimitedSource(Source):
         quoting = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
         reader = csv.reader(lines(), delimiter=self.separator, quoting=quoting)
         start = 1
-        for fields in reader:
-            line, start = start, reader.line_num + 1
-            if not fields or (self.header and line == 1):
-                continue
-            yield self._record(line, fields)
+        try:
+            for fields in reader:
+                line, start = start, reader.line_num + 1
+                if fields and not (self.header and line == 1):
+                    yield self._record(line, fields)
+        except csv.Error as error:
+            yield Record(start, problem=f"not readable as a delimited line ({error}); mend it")
         if undecodable:
             yield Record(undecodable[0], problem="not UTF-8 text; save the file as UTF-8")
 

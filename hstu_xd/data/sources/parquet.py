@@ -16,34 +16,31 @@ class ParquetSource(Source):
 
     Attributes:
         columns: the columns of user, item, time and, unless constant, domain.
+        temporal: whether the time column holds dates or date-times instead of numbers or text.
     """
 
     columns: dict[str, str]
+    temporal: bool
 
     def scan(self) -> "pl.LazyFrame":
-        """Events with ids as text and time as stored."""
+        """Events with ids as text and time as a number or text."""
         import polars as pl
 
-        frame = pl.scan_parquet(self.path, glob=False)
-        return frame.select(
-            pl.col(name).alias(role) if role == "time" else pl.col(name).cast(pl.String).alias(role)
-            for role, name in self.columns.items()
-        )
+        events = {role: pl.col(name).cast(pl.String) for role, name in self.columns.items()}
+        time = pl.col(self.columns["time"])
+        events["time"] = time.dt.epoch("s") if self.temporal else time
+        return pl.scan_parquet(self.path, glob=False).select(**events)
 
     def records(self) -> Iterator[Record]:
         """Every row as a record; rows count from 1."""
         import polars as pl
 
         frame = self.scan().with_columns(pl.col("time").cast(pl.String))
-        for batch in frame.collect_batches(maintain_order=True, engine="streaming"):
-            for row, values in enumerate(batch.iter_rows(named=True), start=1):
-                yield Record(
-                    row,
-                    values["user"],
-                    values["item"],
-                    values.get("domain", self.domain),
-                    values["time"],
-                )
+        batches = frame.collect_batches(maintain_order=True, engine="streaming")
+        rows = (values for batch in batches for values in batch.iter_rows(named=True))
+        for row, values in enumerate(rows, start=1):
+            domain = values.get("domain", self.domain)
+            yield Record(row, values["user"], values["item"], domain, values["time"])
 
     def at(self, line: int) -> str:
         """Where a row is, for messages."""

@@ -1,0 +1,31 @@
+"""``hstu-xd train``: one model into one run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
+    gin_config_file: Annotated[
+        list[Path], typer.Option("--gin_config_file", help="Settings; repeat to layer files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Run folder to write.")],
+    gin_bindings: Annotated[
+        list[str] | None, typer.Option("--gin_bindings", help='One setting, "xd_encoder.ddsr = True".')
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="What tables call the run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that stopped.")] = False,
+) -> None:
+    """Train a model on a prepared store; torchrun starts it on several processes."""
+    from hstu_xd.training.run import train as run_training
+    from hstu_xd.training.settings import load_settings
+
+    settings = load_settings(gin_config_file, gin_bindings or [])
+    summary = run_training(data, settings, out, name=name, resume=resume)
+    test = summary["test"]
+    typer.echo(
+        f"{out}: best epoch {summary['best_epoch']}, test "
+        + ", ".join(f"{m} {100 * test[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
+    )

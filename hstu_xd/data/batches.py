@@ -1,0 +1,101 @@
+"""Leave-one-out splits of a store, turned into jagged batches by array arithmetic alone."""
+
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu_xd.batch import JaggedBatch
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
+
+
+class Split(str, Enum):
+    """Which event of each user is the last target: test, the one before it, or the rest."""
+
+    TRAIN = "train"
+    VALID = "valid"
+    TEST = "test"
+
+
+class SequenceData:
+    """The users of one split and their windows of history.
+
+    The last event of a user is the test target, the one before it the validation target; training
+    predicts every event before those from the second on. Users of fewer than three events train
+    only. A window is the latest ``max_length`` events before the last target.
+
+    Args:
+        store: the prepared interactions.
+        split: which targets.
+        max_length: longest history that is read.
+
+    Raises:
+        InputError: no user has enough events for the split.
+    """
+
+    def __init__(self, store: InteractionStore, split: Split, max_length: int) -> None:
+        self.split = split
+        self.max_length = max_length
+        self._item_ids, self._timestamps = store.item_ids, store.timestamps
+        self._item_domains = store.catalog.item_domains.numpy(force=True)
+        offsets = np.asarray(store.offsets)
+        sizes = np.diff(offsets)
+        held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[split]
+        if split is Split.TRAIN:
+            last = sizes - 1 - np.where(sizes >= 3, held_out, 0)
+            self.users = np.flatnonzero(last >= 1)
+        else:
+            last = sizes - 1 - held_out
+            self.users = np.flatnonzero(sizes >= 3)
+        if self.users.size == 0:
+            raise InputError(
+                f"{store.path}: no user has enough events for the {split.value} split; users of at "
+                "least 3 events are needed (4 to train on)"
+            )
+        self._first = offsets[:-1]  # event index where each user begins
+        self._last = offsets[:-1] + last  # event index of each user's last target
+
+    def lengths(self, users: np.ndarray) -> np.ndarray:
+        """Tokens in each user's window: (B,) int64."""
+        last = self._last[users]
+        return last - np.maximum(self._first[users], last - self.max_length)
+
+    def batch(self, users: np.ndarray) -> tuple[JaggedBatch, Tensor]:
+        """Histories and the item that follows each of their tokens.
+
+        Args:
+            users: (B,) user indices out of ``self.users``.
+
+        Returns:
+            The batch and (L,) int64 target item ids.
+        """
+        lengths = self.lengths(users)
+        first = self._last[users] - lengths
+        offsets = np.zeros(users.size + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        events = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
+        items = self._item_ids[events].astype(np.int64)
+        targets = self._item_ids[events + 1].astype(np.int64)
+        batch = JaggedBatch(
+            item_ids=torch.from_numpy(items),
+            timestamps=torch.from_numpy(self._timestamps[events]),
+            next_timestamps=torch.from_numpy(self._timestamps[events + 1]),
+            target_domains=torch.from_numpy(self._item_domains[targets]),
+            offsets=torch.from_numpy(offsets),
+        )
+        return batch, torch.from_numpy(targets)
+
+    def seen(self, users: np.ndarray) -> tuple[Tensor, Tensor]:
+        """All events before each user's last target, beyond the window too.
+
+        Returns:
+            Item ids (E,) int64 and offsets (B + 1,) int64.
+        """
+        lengths = self._last[users] - self._first[users]
+        offsets = np.zeros(users.size + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        events = np.arange(offsets[-1]) + np.repeat(self._first[users] - offsets[:-1], lengths)
+        items = self._item_ids[events].astype(np.int64)
+        return torch.from_numpy(items), torch.from_numpy(offsets)

@@ -1,0 +1,108 @@
+"""From interaction logs to a prepared store: read, order, filter, write."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hstu_xd.data.counts import offsets_of
+from hstu_xd.data.encode import Events, read_events
+from hstu_xd.data.filters import Filters, apply_filters
+from hstu_xd.data.folder import check_output, replaced_folder
+from hstu_xd.data.order import Histories, count_duplicates, in_time_order
+from hstu_xd.data.sources import open_sources
+from hstu_xd.data.sources.columns import ColumnOptions
+from hstu_xd.data.store import is_store
+from hstu_xd.data.times import LARGEST_PLAUSIBLE_SECONDS
+from hstu_xd.data.writer import Log, domains_of, write_store
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_logs(
+    inputs: Sequence[str],
+    out: Path,
+    *,
+    file_format: str = "auto",
+    columns: ColumnOptions | None = None,
+    filters: Filters | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Read interaction logs and write one prepared store.
+
+    The store depends on the set of events alone: not on the order of rows, of files, or on how
+    the events are spread over files.
+
+    Args:
+        inputs: files, or ``NAME=PATH`` to give a file one domain.
+        out: the folder to write; appears whole or not at all.
+        file_format: ``auto`` or one of :data:`hstu_xd.data.sources.FORMATS`.
+        columns: names of the columns where they are unusual.
+        filters: least numbers of events; nothing is dropped by default.
+        force: replace an existing prepared store.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: bad input; the message names file, line, value and mend.
+        HstuXdError: the store cannot be written.
+    """
+    filters = filters or Filters()
+    filters.check()
+    check_output(out, force=force, ours=is_store, kind="prepared store")
+    sources = open_sources(inputs, file_format=file_format, columns=columns)
+    events = read_events(sources)
+    log, facts = _build(events, filters)
+    if log.time.max() > LARGEST_PLAUSIBLE_SECONDS:
+        logger.warning(
+            "timestamps up to %d look like milliseconds; they are kept as they are, "
+            "divide them by 1000 for time differences in seconds",
+            log.time.max(),
+        )
+    with replaced_folder(out) as partial:
+        manifest = write_store(partial, log, facts)
+    return manifest
+
+
+def _build(events: Events, filters: Filters) -> tuple[Log, dict[str, Any]]:
+    """Order and filter the events; return the log and what the manifest says about it."""
+    read = len(events.user)
+    histories = in_time_order(events)
+    names, item_domain = domains_of(events.items)
+    num_users = len(events.users)
+    histories, rounds = apply_filters(histories, filters, item_domain, num_users, len(names))
+    log = _compact(events, histories)
+    facts = {
+        "synthetic": False,
+        "duplicates": count_duplicates(histories),
+        "filters": {
+            **vars(filters),
+            "rounds": rounds,
+            "dropped": {
+                "users": num_users - len(log.users),
+                "items": len(events.items) - len(log.items),
+                "interactions": read - len(log.item),
+            },
+        },
+    }
+    return log, facts
+
+
+def _compact(events: Events, histories: Histories) -> Log:
+    """Renumber users and items so that only those with events are left."""
+    num_users, num_items = len(events.users), len(events.items)
+    users_left = np.bincount(histories.user, minlength=num_users) > 0
+    items_left = np.bincount(histories.item, minlength=num_items) > 0
+    users, items = events.users, events.items
+    offsets = offsets_of(histories.user, num_users)
+    item = histories.item
+    if not users_left.all():
+        users = users.filter(users_left)
+        offsets = offsets[np.concatenate([[True], users_left])]
+    if not items_left.all():
+        items = items.filter(items_left)
+        item = (np.cumsum(items_left, dtype=np.int32) - 1)[item]
+    return Log(users=users, items=items, offsets=offsets, item=item, time=histories.time)

@@ -1,0 +1,115 @@
+"""The published Amazon files: headerless ratings CSV (2014 and 2018), reviews as JSON lines."""
+
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from hstu_xd.data.sources.columns import ColumnOptions, find_column, missing_column
+from hstu_xd.data.sources.delimited import DelimitedSource
+from hstu_xd.data.sources.json_lines import JsonLinesSource
+from hstu_xd.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+RATINGS_WIDTH = 4
+
+
+def amazon_ratings(
+    path: Path, domain: str, lines: Sequence[str], options: ColumnOptions
+) -> DelimitedSource:
+    """A headerless ratings file: ``user,item,rating,timestamp``, in 2018 ``item,user,...``.
+
+    Which comes first is read off the ids: reviewers start with "A", products with "B" or a digit.
+    ``--user-col 1 --item-col 2`` (numbers from 1) overrules this.
+
+    Raises:
+        InputError: lines without four fields, or an option that is no column number.
+    """
+    rows = [fields for fields in csv.reader(lines) if fields]
+    for line, fields in enumerate(rows, start=1):
+        if len(fields) != RATINGS_WIDTH:
+            raise InputError(
+                f"{path}:{line}: {len(fields)} fields where an Amazon ratings file has "
+                f"{RATINGS_WIDTH} (user, item, rating, timestamp); choose another --format"
+            )
+    given = {role: _column_number(role, options) for role in ("user", "item", "time")}
+    user, item = _user_item_order(path, rows)
+    if given["user"] is not None and given["item"] is not None:
+        user, item = given["user"], given["item"]
+    elif given["user"] is not None or given["item"] is not None:
+        raise InputError("give both --user-col and --item-col, as column numbers from 1")
+    time = given["time"] if given["time"] is not None else 3
+    return DelimitedSource(
+        path=path,
+        domain=domain,
+        time_divisor=1,
+        separator=",",
+        quoted=True,
+        header=False,
+        width=RATINGS_WIDTH,
+        positions={"user": user, "item": item, "time": time},
+    )
+
+
+def _column_number(role: str, options: ColumnOptions) -> int | None:
+    text = options.named(role)
+    if text is None:
+        return None
+    if text not in {str(n + 1) for n in range(RATINGS_WIDTH)}:
+        raise InputError(
+            f"--{role}-col {text!r}: an Amazon ratings file has no header; give a column number "
+            f"from 1 to {RATINGS_WIDTH}"
+        )
+    return int(text) - 1
+
+
+def _user_item_order(path: Path, rows: Sequence[Sequence[str]]) -> tuple[int, int]:
+    first, second = (sum(fields[at].startswith("A") for fields in rows) for at in (0, 1))
+    if first == second:
+        logger.warning(
+            "%s: reviewers and products cannot be told apart; taking user,item,rating,timestamp "
+            "(set --user-col and --item-col to column numbers to choose)",
+            path,
+        )
+    return (1, 0) if second > first else (0, 1)
+
+
+def amazon_reviews(
+    path: Path, domain: str | None, stem: str, lines: Sequence[str], options: ColumnOptions
+) -> JsonLinesSource:
+    """A JSON lines file; the keys of its first object tell which year's field names it has.
+
+    In 2023 times are milliseconds and the product is ``parent_asin``, else ``asin``.
+
+    Raises:
+        InputError: the first line is no JSON object, or a role has no key.
+    """
+    number, text = next((n, line) for n, line in enumerate(lines, start=1) if line.strip())
+    try:
+        event = json.loads(text)
+    except ValueError as error:
+        raise InputError(
+            f"{path}:{number}: not valid JSON ({error}): {text.strip()[:60]!r}; "
+            "one JSON object a line is needed"
+        ) from error
+    if not isinstance(event, dict):
+        raise InputError(f"{path}:{number}: not a JSON object: {text.strip()[:60]!r}; mend it")
+    names = list(event)
+    keys: dict[str, tuple[str, ...]] = {}
+    for role in ("user", "item", "time") if domain else ("user", "item", "domain", "time"):
+        at = find_column(path, names, role, options, line=number)
+        if at is not None:
+            keys[role] = (names[at],)
+        elif role != "domain":
+            raise missing_column(path, names, role, options, line=number)
+    amazon = options.item is None and keys["item"][0] in ("parent_asin", "asin")
+    if amazon:
+        keys["item"] = ("parent_asin", "asin")
+    return JsonLinesSource(
+        path=path,
+        domain=None if "domain" in keys else domain or stem,
+        time_divisor=1000 if amazon and keys["time"] == ("timestamp",) else 1,
+        keys=keys,
+    )

@@ -1,0 +1,87 @@
+"""Writes the files of a prepared store."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hstu_xd import __version__
+from hstu_xd.data import layout
+from hstu_xd.data.statistics import describe
+
+if TYPE_CHECKING:
+    import polars as pl
+
+ROW_GROUP = 1 << 18
+
+
+@dataclass
+class Log:
+    """A log ready to be stored.
+
+    Attributes:
+        users: (U,) user tokens, sorted.
+        items: columns item and domain, sorted by (domain, item); row r is item id r + 1.
+        offsets: (U + 1,) int64, start of each user's events.
+        item: (L,) int32, row of ``items`` of each event, in time order within a user.
+        time: (L,) int64, seconds.
+    """
+
+    users: "pl.Series"
+    items: "pl.DataFrame"
+    offsets: NDArray[np.int64]
+    item: NDArray[np.int32]
+    time: NDArray[np.int64]
+
+
+def domains_of(items: "pl.DataFrame") -> tuple[list[str], NDArray[np.int32]]:
+    """Domain names in order and the domain id of each row, of items sorted by domain."""
+    names = items["domain"].unique(maintain_order=True)
+    ids = items["domain"].rle_id().to_numpy().astype(np.int32)
+    return names.to_list(), ids
+
+
+def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write all files of a store into an existing, empty folder.
+
+    Equal logs and facts give equal bytes: nothing of the machine, the clock or a path is written.
+
+    Args:
+        folder: where to write.
+        log: the events.
+        facts: further entries of the manifest (synthetic, filters, ...).
+
+    Returns:
+        The manifest.
+    """
+    names, item_domain = domains_of(log.items)
+    log.items.rechunk().write_parquet(folder / layout.CATALOG, row_group_size=ROW_GROUP)
+    users = log.users.alias("user").to_frame().rechunk()
+    users.write_parquet(folder / layout.USERS, row_group_size=ROW_GROUP)
+    np.save(folder / layout.OFFSETS, log.offsets.astype("<i8", copy=False))
+    np.save(folder / layout.ITEM_IDS, (log.item + np.int32(1)).astype("<i4", copy=False))
+    np.save(folder / layout.TIMESTAMPS, log.time.astype("<i8", copy=False))
+    files = [folder / name for name in layout.DATA_FILES]
+    with ThreadPoolExecutor(2) as pool:
+        hashes = list(pool.map(_sha256, files))
+    manifest = {
+        "format_version": layout.FORMAT_VERSION,
+        "version": __version__,
+        **describe(log.offsets, log.item, item_domain, names),
+        **facts,
+        "sizes": {file.name: file.stat().st_size for file in files},
+        "hashes": {file.name: digest for file, digest in zip(files, hashes)},
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (folder / layout.MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Comparing trained runs: reading run folders, tables, figures and one self-contained page."""

@@ -1,0 +1,208 @@
+"""One look for all figures, and a figure as PNG and as inline SVG that follows the page's theme."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+WIDTH = 4.5  # inches; 324 SVG units, so that 9-point text stays readable on a 360-pixel phone
+PNG_DPI = 200
+
+INK = "#1b1f24"
+FAINT = "#68707a"
+GRID = "#dfe3e8"
+ACCENT = "#2f63e4"
+# Chosen by search so that all pairs differ under protanopia, deuteranopia and tritanopia.
+PALETTE = (
+    "#6a705f",
+    "#2f63e3",
+    "#d42010",
+    "#29a28f",
+    "#85448f",
+    "#ac9615",
+    "#4aa6d6",
+    "#4e320a",
+)
+# Past the palette colours repeat with another line style and marker.
+LINE_STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
+
+# The page's style sheet defines these for light and dark.
+CSS_VARIABLES = {INK: "--ink", FAINT: "--faint", GRID: "--grid", ACCENT: "--accent"} | {
+    colour: f"--series-{i}" for i, colour in enumerate(PALETTE)
+}
+
+_RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": GRID,
+    "axes.linewidth": 0.8,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Image:
+    """A finished figure: file stem, title, caption (plain text), PNG bytes and inline SVG."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    svg: str
+
+
+def colour(index: int) -> str:
+    """Colour of the variant with this place in the report."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def line_style(index: int) -> str:
+    """Line style of the variant with this place in the report."""
+    return LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
+
+
+def marker(index: int) -> str:
+    """Marker of the variant with this place in the report."""
+    return MARKERS[index // len(PALETTE) % len(MARKERS)]
+
+
+class Canvas:
+    """A figure being drawn.
+
+    Args:
+        name: file stem; also keeps the SVG's ids apart from other figures on the page.
+        title: stands in the figure, so that the PNG can travel alone.
+        synthetic: say so inside the figure.
+        height: inches.
+        columns: axes side by side sharing the y axis.
+    """
+
+    def __init__(
+        self, name: str, title: str, *, synthetic: bool, height: float = 2.9, columns: int = 1
+    ) -> None:
+        self.name = name
+        self.title = title
+        self.figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasAgg(self.figure)
+        self.figure.suptitle(title, x=0.012, ha="left", fontsize=10.5, fontweight="bold")
+        if synthetic:
+            self.figure.supxlabel("synthetic data", x=0.988, ha="right", fontsize=8, color=FAINT)
+        self.axes: list[Axes] = list(
+            self.figure.subplots(1, columns, sharey=True, squeeze=False).flat
+        )
+
+    @property
+    def ax(self) -> Axes:
+        """The first axes."""
+        return self.axes[0]
+
+    def finish(self, caption: str = "") -> Image:
+        """Render the figure."""
+        for text in self.figure.findobj(Text):
+            assert isinstance(text, Text)
+            text.set_parse_math(False)  # names may hold dollar signs
+        return Image(self.name, self.title, caption, self._png(), self._svg())
+
+    def _png(self) -> bytes:
+        buffer = io.BytesIO()
+        self._save(buffer, "png", {"Software": None})
+        return buffer.getvalue()
+
+    def _svg(self) -> str:
+        buffer = io.BytesIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with matplotlib.rc_context({"svg.hashsalt": self.name}):
+            self._save(buffer, "svg", nothing)
+        return _themed(buffer.getvalue().decode())
+
+    def _save(self, buffer: io.BytesIO, form: str, metadata: dict) -> None:
+        with warnings.catch_warnings():
+            # Names may be in a script that the PNG's font lacks; the page's SVG shows them.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            self.figure.savefig(
+                buffer, format=form, dpi=PNG_DPI, transparent=form == "svg", metadata=metadata
+            )
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Draw and finish figures inside this context."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def _themed(svg: str) -> str:
+    """Inline form of a matplotlib SVG: no prolog, no fixed size, theme colours as variables."""
+    svg = svg[svg.index("<svg") :]
+    head, body = svg.split(">", 1)
+    view_box = re.search(r'viewBox="[^"]*"', head)
+    assert view_box is not None
+    # Names that differ only in their number would repeat across figures; nothing refers to them.
+    body = re.sub(r'<g id="[A-Za-z][\w.]*_\d+">', "<g>", body)
+    body = body.replace("xlink:href", "href")
+    for value, variable in CSS_VARIABLES.items():
+        body = body.replace(value, f"var({variable})")
+    body = body.replace("'DejaVu Sans'", "var(--font)")
+    return f'<svg {view_box.group()} role="img">{body}'
+
+
+def short(text: str, length: int = 22) -> str:
+    """A name for a figure: control characters and line breaks as spaces, clipped with dots."""
+    clean = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(empty)"
+    return clean if len(clean) <= length else clean[: length - 2] + ".."
+
+
+def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
+    """Move label heights apart to at least ``gap``, staying as close as possible to their places.
+
+    Args:
+        heights: wanted heights, any order.
+        gap: least distance between neighbours, same unit.
+
+    Returns:
+        Heights in the order given.
+    """
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    # Clusters of touching labels sit around the mean of their wanted places.
+    clusters: list[list[int]] = []
+    for i in order:
+        clusters.append([i])
+        while len(clusters) > 1 and _start(clusters[-1], heights, gap) < _start(
+            clusters[-2], heights, gap
+        ) + gap * len(clusters[-2]):
+            clusters[-2:] = [clusters[-2] + clusters[-1]]
+    placed = [0.0] * len(heights)
+    for cluster in clusters:
+        start = _start(cluster, heights, gap)
+        for k, i in enumerate(cluster):
+            placed[i] = start + k * gap
+    return placed
+
+
+def _start(cluster: Sequence[int], heights: Sequence[float], gap: float) -> float:
+    return sum(heights[i] for i in cluster) / len(cluster) - gap * (len(cluster) - 1) / 2

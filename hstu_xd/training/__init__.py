@@ -1,0 +1,1 @@
+"""The stand-alone trainer: settings from gin, deterministic steps, resumable runs."""

@@ -1,0 +1,99 @@
+"""Checkpoints: one safetensors file each, written beside and renamed, so never half there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hstu_xd.errors import InputError
+
+MODEL_FILE = "best.safetensors"
+STATE_FILE = "last.safetensors"
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors with JSON metadata; the old file stays whole until the new one is."""
+    partial = path.with_suffix(".partial")
+    whole = {name: value.detach().contiguous() for name, value in tensors.items()}
+    save_file(whole, partial, metadata={"hstu_xd": json.dumps(metadata)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_checkpoint` wrote.
+
+    Raises:
+        InputError: no such file, or not a checkpoint of this package.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no checkpoint here; train first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("hstu_xd")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable checkpoint ({error}); take another") from error
+    if metadata is None:
+        raise InputError(f"{path}: not a checkpoint of hstu-xd")
+    return tensors, json.loads(metadata)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by parameter name: ``optimizer.<slot>.<parameter>``."""
+    return {
+        f"optimizer.{slot}.{name}": value
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of :func:`optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            slot, _, name = rest.partition(".")
+            parameter = parameters[name]
+            state = value if slot == "step" else value.to(parameter.device)
+            optimizer.state[parameter][slot] = state
+
+
+def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's part of a resumable state."""
+    return {
+        name.removeprefix("model."): value
+        for name, value in tensors.items()
+        if name.startswith("model.")
+    }
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Load weights, or say what does not fit.
+
+    Raises:
+        InputError: the checkpoint belongs to another catalogue or other settings.
+    """
+    own = model.state_dict()
+    names = sorted(set(own) ^ set(weights))
+    if names:
+        raise InputError(
+            f"{source}: does not fit the model ({names[0]} is on one side only); use the config.gin "
+            "of its own run"
+        )
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise InputError(
+                f"{source}: {name} has shape {tuple(value.shape)}, the model of this catalogue "
+                f"and config needs {tuple(own[name].shape)}; use the data it was trained on"
+            )
+    model.load_state_dict(weights)

@@ -1,0 +1,165 @@
+"""Run folders: make one by training, continue one, load the model of one."""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hstu_xd import __version__
+from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
+from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.training.checkpoint import MODEL_FILE, STATE_FILE, load_checkpoint, load_weights
+from hstu_xd.training.distributed import World, world
+from hstu_xd.training.settings import RunSettings, load_settings
+from hstu_xd.training.trainer import Trainer
+
+CONFIG_FILE = "config.gin"
+RUN_FILE = "run.json"
+SWITCHES = ("domain_mask", "tape", "ddsr", "target_domain_embedding", "target_view_heads")
+
+
+def train(
+    data: Path, settings: RunSettings, out: Path, *, name: str | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """Train one model into a run folder.
+
+    Args:
+        data: a prepared store.
+        settings: of :func:`hstu_xd.training.settings.load_settings`.
+        out: the run folder; new, unless ``resume``.
+        name: what tables call the run; default: its switches.
+        resume: continue ``out`` with its own settings where it stopped.
+
+    Returns:
+        The summary, as written to ``summary.json``.
+
+    Raises:
+        InputError: ``out`` exists (or does not, to resume), or belongs to other data.
+        HstuXdError: the loss became not finite; the last good checkpoint stays.
+    """
+    store = InteractionStore.open(data)
+    with world() as here:
+        if resume:
+            settings = _settings_to_resume(out, store)
+        elif out.exists() and any(out.iterdir()):
+            raise InputError(f"{out} exists; resume it with --resume or give another --out")
+        here.barrier()
+        torch.manual_seed(settings.train.random_seed)
+        encoder = settings.encoder_settings(store.num_domains)
+        model = CrossDomainHSTU(
+            store.catalog, encoder, dropout_rate=settings.train.dropout_rate
+        ).to(here.device)
+        if here.is_main and not resume:
+            _begin(out, store, settings, model, name or variant_name(settings), here)
+        here.barrier()
+        trainer = Trainer(model, store, settings.train, out, here)
+        if resume and (out / STATE_FILE).exists():
+            trainer.resume()
+        return trainer.fit()
+
+
+def load(run: Path | str) -> CrossDomainHSTU:
+    """The best model of a trained run, in evaluation mode on CPU.
+
+    Args:
+        run: a folder written by ``hstu-xd train``.
+
+    Raises:
+        InputError: not a run folder, or its files do not belong together.
+    """
+    run = Path(run)
+    if not (run / RUN_FILE).is_file():
+        raise InputError(f"{run}: not a run folder ({RUN_FILE} is missing); train one first")
+    catalog = DomainCatalog.load(run)
+    settings = load_settings([run / CONFIG_FILE])
+    model = CrossDomainHSTU(
+        catalog,
+        settings.encoder_settings(catalog.num_domains),
+        dropout_rate=settings.train.dropout_rate,
+    )
+    weights, _ = load_checkpoint(run / MODEL_FILE)
+    load_weights(model, weights, run / MODEL_FILE)
+    return model.eval()
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What run.json says.
+
+    Raises:
+        InputError: not a run folder.
+    """
+    if not (run / RUN_FILE).is_file():
+        raise InputError(f"{run}: not a run folder ({RUN_FILE} is missing); train one first")
+    return json.loads((run / RUN_FILE).read_text())
+
+
+def variant_name(settings: RunSettings) -> str:
+    """A name made of what is switched on: "HSTU", "HSTU + mask + TAPE", ..."""
+    encoder = settings.encoder_settings(num_domains=1)
+    parts = ["HSTU"]
+    parts += ["catalogue negatives"] * (settings.train.negatives == "catalogue")
+    parts += ["target-domain embedding"] * encoder.target_domain_embedding
+    parts += ["mask"] * encoder.domain_mask
+    parts += ["target view"] * bool(encoder.target_view_heads)
+    parts += ["TAPE"] * encoder.tape
+    parts += ["DDSR"] * encoder.ddsr
+    return " + ".join(parts)
+
+
+def _begin(
+    out: Path,
+    store: InteractionStore,
+    settings: RunSettings,
+    model: CrossDomainHSTU,
+    name: str,
+    here: World,
+) -> None:
+    """Lay out the folder: config, catalogue, and what the run is; run.json comes last."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG_FILE).write_text(settings.to_gin())
+    store.catalog.save(out / CATALOG_FILE)
+    encoder = asdict(model.settings)
+    manifest = store.manifest
+    facts = {
+        "version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "data": str(store.path.resolve()),
+        "data_hashes": manifest["hashes"],
+        "data_summary": {k: manifest[k] for k in _MANIFEST_FACTS if k in manifest},
+        "variant_name": name,
+        "seed": settings.train.random_seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": here.size,
+        "device": str(here.device),
+        "switches": {key: encoder[key] for key in SWITCHES},
+        "encoder": encoder,
+        "train": asdict(settings.train),
+        "max_sequence_length": settings.train.max_sequence_length,
+    }
+    partial = out / "run.partial"
+    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.replace(out / RUN_FILE)
+
+
+_MANIFEST_FACTS = ("users", "items", "interactions", "domains", "delta", "synthetic", "switch_share")
+
+
+def _settings_to_resume(out: Path, store: InteractionStore) -> RunSettings:
+    facts = read_run(out)
+    if facts["data_hashes"] != store.manifest["hashes"]:
+        raise InputError(
+            f"{out} was trained on other data than {store.path} (hashes differ); resume it with "
+            f"--data {facts['data']}"
+        )
+    return load_settings([out / CONFIG_FILE])
+

@@ -1,0 +1,199 @@
+"""Settings of a training run, read from gin files and bindings and checked before any work."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hstu_xd.errors import InputError
+from hstu_xd.modules.settings import EncoderSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """What ``xd_train.*`` bindings set; names follow upstream's ``train_fn`` where it has them.
+
+    Attributes:
+        max_sequence_length: longest history that is read, in events.
+        gr_output_length: room for outputs in the padded length; as in upstream, attention is
+            divided by ``max_sequence_length + gr_output_length + 1``.
+        item_embedding_dim: model width.
+        local_batch_size: users per step and process.
+        eval_batch_size: users encoded at once in evaluation.
+        dropout_rate: dropout on the input features.
+        num_negatives: sampled negatives per positive.
+        negatives: "domain" (the positive's own domain) or "catalogue" (all items, as upstream).
+        temperature: of the softmax over dot products of unit vectors.
+        learning_rate: peak rate of AdamW.
+        weight_decay: of AdamW.
+        num_warmup_steps: steps of linear warm-up.
+        num_epochs: passes over the training users at most.
+        early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
+        select_metric: the validation metric that picks the best epoch.
+        checkpoint_every: steps between two saves of the resumable state; epochs end with one.
+        main_module_bf16: bfloat16 autocast (CUDA only).
+        random_seed: seeds weights, order, dropout and negatives.
+    """
+
+    max_sequence_length: int = 100
+    gr_output_length: int = 10
+    item_embedding_dim: int = 64
+    local_batch_size: int = 128
+    eval_batch_size: int = 256
+    dropout_rate: float = 0.2
+    num_negatives: int = 512
+    negatives: str = "domain"
+    temperature: float = 0.05
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-3
+    num_warmup_steps: int = 100
+    num_epochs: int = 30
+    early_stop_patience: int = 3
+    select_metric: str = "ndcg@100"
+    checkpoint_every: int = 1000
+    main_module_bf16: bool = False
+    random_seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_sequence_length", "item_embedding_dim", "local_batch_size", "eval_batch_size",
+            "num_negatives", "num_epochs", "early_stop_patience", "checkpoint_every",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("gr_output_length", "num_warmup_steps", "weight_decay", "random_seed"):
+            _require(getattr(self, name) >= 0, self, name, "at least 0")
+        for name in ("temperature", "learning_rate"):
+            _require(getattr(self, name) > 0, self, name, "above 0")
+        _require(0 <= self.dropout_rate < 1, self, "dropout_rate", "from 0 to below 1")
+        _require(self.negatives in ("domain", "catalogue"), self, "negatives", "domain or catalogue")
+
+    @property
+    def norm_length(self) -> int:
+        """The constant ``N`` that upstream divides attention by."""
+        return self.max_sequence_length + self.gr_output_length + 1
+
+
+def _require(holds: bool, settings: TrainSettings, name: str, needed: str) -> None:
+    if not holds:
+        raise InputError(f"xd_train.{name} = {getattr(settings, name)!r}; it must be {needed}")
+
+
+# What the trainer derives from the data and from xd_train; gin may not set it.
+_DERIVED = ("num_domains", "norm_length", "embedding_dim")
+_BLOCKS: dict[str, type] = {"xd_encoder": EncoderSettings, "xd_train": TrainSettings}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """All bindings of a run: the encoder's, without what the data decide, and the trainer's."""
+
+    encoder: Mapping[str, Any]
+    train: TrainSettings
+
+    def encoder_settings(self, num_domains: int) -> EncoderSettings:
+        """The encoder's settings for a catalogue of ``num_domains`` domains."""
+        return EncoderSettings(
+            num_domains=num_domains,
+            norm_length=self.train.norm_length,
+            embedding_dim=self.train.item_embedding_dim,
+            **self.encoder,
+        )
+
+    def to_gin(self) -> str:
+        """Every setting, defaults included, as a gin file that reads back to the same settings."""
+        encoder = dataclasses.asdict(self.encoder_settings(num_domains=1))
+        lines = ["import hstu_xd.training.settings", ""]
+        for block, values in (("xd_encoder", encoder), ("xd_train", dataclasses.asdict(self.train))):
+            names = [name for name in values if name not in _DERIVED]
+            lines += [f"{block}.{name} = {values[name]!r}" for name in names] + [""]
+        return "\n".join(lines)
+
+
+def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSettings:
+    """Read gin files in order, then bindings; later ones win.
+
+    Raises:
+        InputError: a file that is not there, a line gin cannot parse, an unknown name (the message
+            gives the nearest), a value of the wrong type, or a binding that nothing reads.
+    """
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"--gin_config_file {file}: no such file")
+    gin = _gin()
+    gin.clear_config()
+    try:
+        gin.parse_config_files_and_bindings([str(f) for f in files], list(bindings))
+        _refuse_unread(gin.config_str())
+        blocks = {name: dict(gin.get_bindings(name)) for name in _BLOCKS}
+    except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(_explain(error)) from error
+    finally:
+        gin.clear_config()
+    for name, values in blocks.items():
+        _check_types(name, values)
+    settings = RunSettings(blocks["xd_encoder"], TrainSettings(**blocks["xd_train"]))
+    settings.encoder_settings(num_domains=1)  # range checks now, not after the data are read
+    return settings
+
+
+def _gin() -> Any:
+    import gin
+
+    # Run from a folder that has a subfolder gin/, an absent gin-config would import as that folder.
+    if not hasattr(gin, "parse_config_files_and_bindings"):
+        raise InputError("gin-config is not installed; pip install gin-config")
+    return gin
+
+
+def _register() -> None:
+    gin = _gin()
+    for name, settings in _BLOCKS.items():
+        gin.external_configurable(settings, name=name, module="hstu_xd", allowlist=_names(name))
+
+
+def _names(block: str) -> list[str]:
+    fields = [f.name for f in dataclasses.fields(_BLOCKS[block])]
+    return [name for name in fields if name not in _DERIVED]
+
+
+def _explain(error: Exception) -> str:
+    """One line for gin's error, with the nearest name where a name is unknown."""
+    text = " ".join(str(error).split())
+    known = [f"{block}.{name}" for block in _BLOCKS for name in _names(block)]
+    for pattern in (r"matching '([\w./]+)'", r"'(\w+)'.*parameter", r"parameter.*?'(\w+)'"):
+        found = re.search(pattern, text)
+        near = get_close_matches(found[1], [*known, *_BLOCKS], n=1, cutoff=0.4) if found else []
+        if near:
+            return f"gin: {text} Did you mean {near[0]}?"
+    return f"gin: {text}"
+
+
+def _refuse_unread(config: str) -> None:
+    """Scoped bindings and macros that no setting refers to would be silently inert."""
+    macros = re.findall(r"^(\w+)\s*=", config, re.MULTILINE)
+    unread = [name for name in macros if not re.search(rf"%{name}\b", config)]
+    unread += re.findall(r"^([\w.]+/[\w./]+)\s*=", config, re.MULTILINE)
+    if unread:
+        raise InputError(f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope")
+
+
+def _check_types(block: str, values: dict[str, Any]) -> None:
+    hints = get_type_hints(_BLOCKS[block])
+    for name, value in values.items():
+        wanted = getattr(hints[name], "__origin__", hints[name])
+        if wanted is tuple and isinstance(value, list):
+            values[name] = tuple(value)
+        elif wanted is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not wanted:
+            raise InputError(
+                f"gin: {block}.{name} = {value!r} is a {type(value).__name__}; "
+                f"a {wanted.__name__} is needed"
+            )
+
+
+_register()

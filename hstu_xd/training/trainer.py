@@ -1,0 +1,273 @@
+"""The training loop. Every step seeds itself, so a run resumes to the same numbers anywhere.
+
+Step ``s`` draws its dropout and negatives from generators seeded by (seed, s) and epoch ``e`` its
+order from (seed, e): nothing but the step number has to survive a kill.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from hstu_xd.batch import JaggedBatch
+from hstu_xd.data.batches import SequenceData, Split
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import HstuXdError
+from hstu_xd.evaluation.evaluate import RankedTargets, rank_targets
+from hstu_xd.evaluation.metrics import grouped_metrics
+from hstu_xd.losses import sample_negatives, sampled_softmax_loss
+from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.training.checkpoint import (
+    MODEL_FILE,
+    STATE_FILE,
+    load_checkpoint,
+    load_weights,
+    model_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from hstu_xd.training.distributed import World
+from hstu_xd.training.records import MetricsLog
+from hstu_xd.training.settings import TrainSettings
+
+# A loss that is not finite is noticed within this many steps and before anything is saved.
+_CHECK_EVERY = 50
+_BETAS = (0.9, 0.98)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored with every resumable checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+    loss_sum: float = 0.0
+    loss_tokens: int = 0
+    train_seconds: float = 0.0
+    train_events: int = 0
+    metrics_bytes: int = 0
+
+
+class _Loss(nn.Module):
+    """Model and loss as one module, so that DDP sees every parameter used in one forward."""
+
+    def __init__(self, model: CrossDomainHSTU, settings: TrainSettings) -> None:
+        super().__init__()
+        self.model = model
+        self._settings = settings
+
+    def forward(self, batch: JaggedBatch, targets: Tensor, negatives: list[Tensor]) -> Tensor:
+        device = targets.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._settings.main_module_bf16):
+            vectors = self.model(batch)
+        return sampled_softmax_loss(
+            self.model, vectors, targets, negatives, temperature=self._settings.temperature
+        )
+
+
+class Trainer:
+    """Trains one model on one store into one run folder.
+
+    Args:
+        model: on the world's device.
+        store: prepared interactions.
+        settings: of the trainer.
+        run: the run folder.
+        world: this process among the others.
+    """
+
+    def __init__(
+        self,
+        model: CrossDomainHSTU,
+        store: InteractionStore,
+        settings: TrainSettings,
+        run: Path,
+        world: World,
+    ) -> None:
+        if settings.main_module_bf16 and world.device.type != "cuda":
+            raise HstuXdError("xd_train.main_module_bf16 needs CUDA; set it to False on CPU")
+        self.model, self.settings, self.run, self.world = model, settings, run, world
+        length = settings.max_sequence_length
+        self._data = {split: SequenceData(store, split, length) for split in Split}
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=_BETAS,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        loss: nn.Module = _Loss(model, settings)
+        self._loss = DistributedDataParallel(loss) if world.size > 1 else loss
+        self._log = MetricsLog(run, enabled=world.is_main)
+        self.progress = Progress()
+
+    def resume(self) -> None:
+        """Continue from the run's last checkpoint: weights, optimiser, progress, metrics file."""
+        tensors, metadata = load_checkpoint(self.run / STATE_FILE)
+        load_weights(self.model, model_tensors(tensors), self.run / STATE_FILE)
+        restore_optimizer(self.model, self._optimizer, tensors)
+        self.progress = Progress(**metadata["progress"])
+        self._log.rewind(self.progress.metrics_bytes, self.progress.step)
+
+    def fit(self) -> dict[str, Any]:
+        """Train until the epochs or the patience run out; returns the run's summary."""
+        settings, progress = self.settings, self.progress
+        while progress.epoch < settings.num_epochs and not self._out_of_patience():
+            self._train_epoch()
+            self._finish_epoch()
+        return self._summarise()
+
+    def _out_of_patience(self) -> bool:
+        progress = self.progress
+        return progress.epoch - progress.best_epoch > self.settings.early_stop_patience
+
+    def _train_epoch(self) -> None:
+        settings, progress, data = self.settings, self.progress, self._data[Split.TRAIN]
+        self.model.train()
+        order = np.random.default_rng([settings.random_seed, progress.epoch])
+        users = order.permutation(data.users)
+        size = settings.local_batch_size * self.world.size
+        batches = [users[i : i + size] for i in range(0, users.size, size)]
+        bar = tqdm(
+            total=int(data.lengths(users).sum()),
+            unit="events",
+            unit_scale=True,
+            desc=f"epoch {progress.epoch}",
+            disable=None if self.world.is_main else True,
+            leave=False,
+        )
+        with bar:
+            bar.update(sum(int(data.lengths(b).sum()) for b in batches[: progress.step_in_epoch]))
+            for batch_users in batches[progress.step_in_epoch :]:
+                # Fewer users than processes would leave one without a token.
+                if batch_users.size >= self.world.size:
+                    bar.update(self._step(data, batch_users))
+                progress.step_in_epoch += 1
+                if progress.step % settings.checkpoint_every == 0:
+                    self._save()
+
+    def _step(self, data: SequenceData, users: np.ndarray) -> int:
+        """One optimiser step on a global batch; returns its number of tokens."""
+        settings, progress, device = self.settings, self.progress, self.world.device
+        began = time.perf_counter()
+        seed = int(np.random.SeedSequence([settings.random_seed, progress.step]).generate_state(1)[0])
+        torch.manual_seed(seed + self.world.rank)
+        generator = torch.Generator().manual_seed(seed)
+        negatives = sample_negatives(
+            self.model.catalog, settings.num_negatives, generator, scope=settings.negatives
+        )
+        tokens = int(data.lengths(users).sum())
+        batch, targets = data.batch(users[self.world.rank :: self.world.size])
+        loss = self._loss(batch.to(device), targets.to(device), negatives)
+        self._optimizer.zero_grad(set_to_none=True)
+        # DDP averages gradients over processes; the mean is over the tokens of all of them.
+        (loss * (self.world.size / tokens)).backward()
+        warm = min(1.0, (progress.step + 1) / max(1, settings.num_warmup_steps))
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate * warm
+        self._optimizer.step()
+        progress.loss_sum += loss.item() if device.type == "cpu" else self._defer(loss)
+        progress.loss_tokens += tokens
+        progress.step += 1
+        if progress.step % _CHECK_EVERY == 0:
+            self._check_finite()
+        progress.train_seconds += time.perf_counter() - began
+        progress.train_events += tokens
+        return tokens
+
+    def _defer(self, loss: Tensor) -> float:
+        """Keep a loss on the device until it is needed: reading it would stall every step."""
+        self._pending = getattr(self, "_pending", torch.zeros_like(loss)) + loss.detach()
+        return 0.0
+
+    def _check_finite(self) -> None:
+        pending = self.__dict__.pop("_pending", None)
+        if pending is not None:
+            self.progress.loss_sum += pending.item()
+        if not np.isfinite(self.progress.loss_sum):
+            raise HstuXdError(
+                f"the loss is not finite at step {self.progress.step}; the checkpoints in "
+                f"{self.run} are from before it. Lower xd_train.learning_rate "
+                f"({self.settings.learning_rate}) or raise xd_train.temperature "
+                f"({self.settings.temperature}) and train again"
+            )
+
+    def _finish_epoch(self) -> None:
+        progress, settings = self.progress, self.settings
+        self._check_finite()
+        total = self.world.sum(torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.world.device))
+        row = {"loss": float(total) / progress.loss_tokens}
+        self._log.write(Split.TRAIN, progress.epoch, progress.step, row)
+        values = self.evaluate(Split.VALID)
+        self._log.write(Split.VALID, progress.epoch, progress.step, values)
+        if values[settings.select_metric] > progress.best:
+            progress.best, progress.best_epoch = values[settings.select_metric], progress.epoch
+            if self.world.is_main:
+                save_checkpoint(
+                    self.run / MODEL_FILE, self.model.state_dict(), {"epoch": progress.epoch}
+                )
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        progress.loss_sum, progress.loss_tokens = 0.0, 0
+        self._save()
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Metrics of a split; the processes share the users."""
+        data = self._data[split]
+        users = data.users[self.world.rank :: self.world.size]
+        ranked = rank_targets(
+            self.model, data, users, batch_size=self.settings.eval_batch_size
+        )
+        if self.world.size > 1:
+            parts: list[RankedTargets] = [ranked] * self.world.size
+            dist.all_gather_object(parts, ranked)
+            ranked = RankedTargets(
+                *(torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("ranks", "domains", "switched"))
+            )
+        names = self.model.catalog.domain_names
+        return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names)
+
+    def _save(self) -> None:
+        self._check_finite()
+        if not self.world.is_main:
+            return
+        self.progress.metrics_bytes = self._log.size()
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= optimizer_tensors(self.model, self._optimizer)
+        save_checkpoint(self.run / STATE_FILE, tensors, {"progress": asdict(self.progress)})
+
+    def _summarise(self) -> dict[str, Any]:
+        """Read the test split once, with the epoch that validation picked."""
+        self.world.barrier()
+        weights, metadata = load_checkpoint(self.run / MODEL_FILE)
+        load_weights(self.model, weights, self.run / MODEL_FILE)
+        valid, test = self.evaluate(Split.VALID), self.evaluate(Split.TEST)
+        progress = self.progress
+        self._log.write(Split.TEST, metadata["epoch"], progress.step, test)
+        self._log.close()
+        summary = {
+            "best_epoch": metadata["epoch"],
+            "epochs": progress.epoch,
+            "valid": valid,
+            "test": test,
+            "seconds_per_step": progress.train_seconds / max(1, progress.step),
+            "events_per_second": progress.train_events / max(1e-9, progress.train_seconds),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "seed": self.settings.random_seed,
+        }
+        if self.world.is_main:
+            partial = self.run / "summary.partial"
+            partial.write_text(json.dumps(summary, indent=1) + "\n")
+            partial.replace(self.run / "summary.json")
+        return summary
