@@ -23,9 +23,7 @@ def prepare(
     item_col: Annotated[str | None, typer.Option(help="Column of the item id.")] = None,
     domain_col: Annotated[str | None, typer.Option(help="Column of the domain.")] = None,
     time_col: Annotated[str | None, typer.Option(help="Column of the time in seconds.")] = None,
-    min_user: Annotated[
-        int, typer.Option(help="Least events of a user in a domain (k-core).")
-    ] = 0,
+    min_user: Annotated[int, typer.Option(help="Least events of a user in a domain (k-core).")] = 0,
     min_item: Annotated[int, typer.Option(help="Least events of an item (k-core).")] = 0,
     min_user_total: Annotated[
         int, typer.Option(help="Least events of a user over all domains (k-core).")
@@ -33,9 +31,9 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
 ) -> None:
     """Read interaction logs and write a prepared store: histories, catalogue, manifest."""
+    from hstu_xd.data.filters import Filters
     from hstu_xd.data.prepare import prepare_logs
     from hstu_xd.data.sources.columns import ColumnOptions
-    from hstu_xd.data.filters import Filters
     from hstu_xd.data.summary import print_summary
 
     manifest = prepare_logs(

@@ -1,12 +1,14 @@
 """Streams sources into integer arrays: one code a user, one a catalogue item, seconds."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hstu_xd.data.dictionary import TokenDictionary
 from hstu_xd.data.faults import first_fault, raise_first_fault, raise_item_in_two_domains
 from hstu_xd.data.sources import Source
 from hstu_xd.data.times import to_seconds
@@ -15,7 +17,9 @@ from hstu_xd.errors import InputError
 if TYPE_CHECKING:
     import polars as pl
 
-BATCH_ROWS = 1 << 20
+BATCH_ROWS = 1 << 19
+# Seeds of polars' hash, which only tells tokens apart while a log is read: nothing of it is stored.
+USER_SEED, ITEM_SEED, DOMAIN_SEED = 1, 2, 3
 
 
 @dataclass
@@ -43,26 +47,23 @@ def read_events(sources: Sequence[Source]) -> Events:
     Raises:
         InputError: a faulty line, an item in two domains, or no event at all.
     """
-    encoder = _Encoder(sources)
+    reader = _EventReader(sources)
     for source in sources:
-        encoder.add(source)
-    return encoder.finish()
+        reader.read(source)
+    return reader.finish()
 
 
-class _Encoder:
-    """Dictionary codes in order of first sight; :meth:`finish` renumbers them by token."""
+class _EventReader:
+    """Codes in order of first sight; :meth:`finish` renumbers them by token."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        import polars as pl
-
         self.sources = sources
-        self.categories = {role: pl.Categories.random() for role in ("user", "item", "domain")}
-        # polars forgets a dictionary when no column of its type is left: hold one each.
-        self.anchors = [pl.Series([], dtype=pl.Categorical(c)) for c in self.categories.values()]
-        self.columns: dict[str, list[NDArray]] = {"user": [], "item": [], "time": []}
-        self.item_domain = np.full(1 << 16, -1, np.int32)
+        self.users, self.items = TokenDictionary(), TokenDictionary()
+        self.user: list[NDArray[np.int32]] = []
+        self.item: list[NDArray[np.int32]] = []
+        self.time: list[NDArray[np.int64]] = []
 
-    def add(self, source: Source) -> None:
+    def read(self, source: Source) -> None:
         """Encode one source.
 
         Raises:
@@ -73,83 +74,78 @@ class _Encoder:
         frame = source.scan()
         if source.domain is not None:
             frame = frame.with_columns(domain=pl.lit(source.domain, pl.String))
-        codes = {
-            role: pl.col(role).cast(pl.Categorical(known)).to_physical()
-            for role, known in self.categories.items()
-        }
-        batches = frame.with_columns(**codes).collect_batches(
+        batches = frame.collect_batches(
             chunk_size=BATCH_ROWS, maintain_order=False, engine="streaming"
         )
         try:
-            for batch in batches:
-                self._add_batch(source, batch)
+            with ThreadPoolExecutor(1) as pool:
+                for batch in batches:
+                    self._add(source, batch, pool)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise_first_fault(source, reason=str(error))
 
-    def _add_batch(self, source: Source, batch: "pl.DataFrame") -> None:
+    def _add(self, source: Source, batch: "pl.DataFrame", pool: ThreadPoolExecutor) -> None:
         import polars as pl
 
-        ids = batch.select("user", "item", "domain")
-        if any(count for row in ids.null_count().rows() for count in row):
-            blank = pl.all_horizontal(pl.col("user", "item", "time").is_null())
-            batch = batch.filter(~blank)
-            if any(count for row in batch.null_count().rows() for count in row):
-                raise_first_fault(source, reason="an id is empty")
+        if _has_nulls(batch):
+            # An empty line is no event; a line that is empty in part is a fault.
+            batch = batch.filter(~pl.all_horizontal(pl.col("user", "item", "time").is_null()))
+            if _has_nulls(batch):
+                raise_first_fault(source, reason="an id or a timestamp is empty")
         time = to_seconds(batch["time"], divisor=source.time_divisor)
         if time.null_count():
             raise_first_fault(source, reason="a timestamp is unreadable")
-        item = batch["item"].to_numpy().astype(np.int32)
-        self.columns["user"].append(batch["user"].to_numpy().astype(np.int32))
-        self.columns["item"].append(item)
-        self.columns["time"].append(time.to_numpy())
-        self._check_domains(item, batch["domain"].to_numpy().astype(np.int32))
-
-    def _check_domains(self, item: NDArray[np.int32], domain: NDArray[np.int32]) -> None:
-        top = int(item.max(initial=-1)) + 1
-        if top > len(self.item_domain):
-            room = np.full(2 * top - len(self.item_domain), -1, np.int32)
-            self.item_domain = np.concatenate([self.item_domain, room])
-        new = self.item_domain[item] < 0
-        self.item_domain[item[new]] = domain[new]
-        clash = np.flatnonzero(self.item_domain[item] != domain)
-        if clash.size:
-            token = self.categories["item"].to_series()[int(item[clash[0]])]
-            raise_item_in_two_domains(self.sources, token)
+        # An item is told apart by its domain too, so that one in two domains shows as two items.
+        hashes = batch.select(
+            user=pl.col("user").hash(USER_SEED),
+            item=pl.col("item").hash(ITEM_SEED) ^ pl.col("domain").hash(DOMAIN_SEED),
+        )
+        user = pool.submit(self.users.encode, hashes["user"], batch.select("user"))
+        self.item.append(self.items.encode(hashes["item"], batch.select("item", "domain")))
+        self.user.append(user.result())
+        self.time.append(time.to_numpy())
 
     def finish(self) -> Events:
         """Renumber users by token and items by (domain, token).
 
         Raises:
-            InputError: no event, or an id of white space only.
+            InputError: no event, an id of white space only, or an item in two domains.
         """
-        import polars as pl
-
-        if not sum(map(len, self.columns["user"])):
+        if not len(self.users):
             files = ", ".join(str(source.path) for source in self.sources)
             raise InputError(f"{files}: no events, only a header; give a log with events")
-        tokens = {role: known.to_series() for role, known in self.categories.items()}
-        for role in tokens:
-            if (tokens[role].str.strip_chars() == "").any():
+        users, items = self.users.tokens(), self.items.tokens()
+        for tokens in (users["user"], items["item"], items["domain"]):
+            if (tokens.str.strip_chars() == "").any():
                 faults = (first_fault(source) for source in self.sources)
-                raise next(filter(None, faults), InputError(f"a {role} id is empty; fill it in"))
-        users = tokens["user"].alias("user").to_frame().with_row_index("code").sort("user")
-        domains = tokens["domain"].gather(self.item_domain[: len(tokens["item"])])
-        items = pl.DataFrame({"item": tokens["item"], "domain": domains})
+                reason = f"a {tokens.name} id is empty; fill it in"
+                raise next(filter(None, faults), InputError(reason))
+        shared = items.filter(items["item"].is_duplicated())
+        if len(shared):
+            raise_item_in_two_domains(self.sources, shared["item"].min())
+        users = users.with_row_index("code").sort("user")
         items = items.with_row_index("code").sort("domain", "item")
         return Events(
             users=users["user"],
             items=items.select("item", "domain"),
-            user=_ranks(users["code"])[self._joined("user")],
-            item=_ranks(items["code"])[self._joined("item")],
-            time=self._joined("time"),
+            user=renumber(self.user, users["code"]),
+            item=renumber(self.item, items["code"]),
+            time=_join(self.time),
         )
 
-    def _joined(self, name: str) -> NDArray:
-        return np.concatenate(self.columns.pop(name))
+
+def _has_nulls(batch: "pl.DataFrame") -> bool:
+    return any(column.null_count() for column in batch.iter_columns())
 
 
-def _ranks(codes: "pl.Series") -> NDArray[np.int32]:
-    """Position of each code in ``codes``: (len(codes),) int32."""
+def renumber(parts: list[NDArray[np.int32]], codes: "pl.Series") -> NDArray[np.int32]:
+    """Replace each code by its place in ``codes``; empties ``parts`` to release memory."""
     ranks = np.empty(len(codes), np.int32)
     ranks[codes.to_numpy()] = np.arange(len(codes), dtype=np.int32)
-    return ranks
+    return _join([ranks[parts.pop(0)] for _ in range(len(parts))])
+
+
+def _join(parts: list[NDArray]) -> NDArray:
+    joined = np.concatenate(parts)
+    parts.clear()
+    return joined

@@ -34,64 +34,75 @@ def in_time_order(events: Events) -> Histories:
     neither file order nor the names of domains nor any numbering can matter.
 
     Args:
-        events: consumed; its arrays are released as they are no longer needed.
+        events: all events; its per-event arrays are released.
     """
-    user, time = events.user, events.time
-    first, last = int(time.min()), int(time.max())
-    time_bits = (last - first).bit_length()
-    if len(events.users).bit_length() + time_bits > KEY_BITS:
-        order = np.lexsort((time, user))
-        same = _same_as_previous(user[order]) & _same_as_previous(time[order])
+    first, last = int(events.time.min()), int(events.time.max())
+    time_bits = np.uint64((last - first).bit_length())
+    if len(events.users).bit_length() + int(time_bits) > KEY_BITS:
+        order = np.lexsort((events.time, events.user))
+        user, item, time = events.user[order], events.item[order], events.time[order]
     else:
-        # One integer key: radix sorting it is several times faster than sorting by two columns.
-        key = user.astype(np.uint64) << np.uint64(time_bits)
-        key |= (time - first).astype(np.uint64)
-        order = _argsort(key)
-        same = _same_as_previous(key[order])
-        del key
-    _break_ties(order, same, events)
-    return Histories(user=user[order], item=events.item[order], time=time[order])
+        # One integer key that holds user and time sorts several times faster than two columns.
+        key = events.user.astype(np.uint64) << time_bits
+        key |= (events.time - first).astype(np.uint64)
+        item = events.item
+        events.user, events.time, events.item = (a[:0] for a in (events.user, events.time, item))
+        key, item = _sort(key, item)
+        user = (key >> time_bits).astype(np.int32)
+        key &= np.uint64((1 << int(time_bits)) - 1)
+        time = key.view(np.int64)
+        time += first
+    histories = Histories(user, item, time)
+    _break_ties(histories, events)
+    return histories
 
 
 def count_duplicates(histories: Histories) -> int:
     """Events equal to the one before in user, item and time; equal events are neighbours."""
-    same = _same_as_previous(histories.user) & _same_as_previous(histories.time)
-    return int((same & _same_as_previous(histories.item)).sum())
+    tied = _same_as_previous(histories)
+    return int((histories.item[1:] == histories.item[:-1])[tied[1:]].sum())
 
 
-def _break_ties(order: NDArray, same: NDArray[np.bool_], events: Events) -> None:
-    """Reorder, in place, each run of events that share user and time."""
+def _break_ties(histories: Histories, events: Events) -> None:
+    """Reorder, in place, the items of each run of events that share user and time."""
+    same = _same_as_previous(histories)
     tied = same.copy()
     tied[:-1] |= same[1:]
     places = np.flatnonzero(tied)
     if not places.size:
         return
-    rows = order[places]
+    item = histories.item[places]
     run = np.cumsum(~same[places]).astype(np.uint64)
     user_hash, item_hash = hash_tokens(events.users), hash_tokens(events.items["item"])
-    tie = hash_pairs(user_hash[events.user[rows]], item_hash[events.item[rows]])
+    tie = hash_pairs(user_hash[histories.user[places]], item_hash[item])
     # Sort by the run and as many leading bits of the hash as fit beside it; the few that remain
     # equal are sorted by all of it, and by item should two items ever share a hash.
     run_bits = np.uint64(int(run[-1]).bit_length())
-    key = (run << (np.uint64(KEY_BITS) - run_bits)) | (tie >> run_bits)
-    by_key = _argsort(key)
-    rows, tie, key = rows[by_key], tie[by_key], key[by_key]
-    close = _same_as_previous(key)
+    key, row = _sort(
+        (run << (np.uint64(KEY_BITS) - run_bits)) | (tie >> run_bits), np.arange(len(run))
+    )
+    item, tie = item[row], tie[row]
+    close = np.zeros(len(key), np.bool_)
+    np.equal(key[1:], key[:-1], out=close[1:])
     close[:-1] |= close[1:]
     left = np.flatnonzero(close)
-    rows[left] = rows[left][np.lexsort((events.item[rows[left]], tie[left], key[left]))]
-    order[places] = rows
+    item[left] = item[left][np.lexsort((item[left], tie[left], key[left]))]
+    histories.item[places] = item
 
 
-def _argsort(key: NDArray[np.uint64]) -> NDArray:
-    """Order that sorts the keys, equal keys in any order; on all of polars' threads."""
+def _sort(key: NDArray[np.uint64], value: NDArray) -> tuple[NDArray[np.uint64], NDArray]:
+    """Keys in ascending order with their values, equal keys in any order; on polars' threads."""
     import polars as pl
 
-    return pl.Series(key).arg_sort().to_numpy(writable=True)
+    frame = pl.LazyFrame({"key": key, "value": value}).sort("key").collect(engine="streaming")
+    frame = frame.rechunk()
+    return frame["key"].to_numpy(writable=True), frame["value"].to_numpy(writable=True)
 
 
-def _same_as_previous(values: NDArray) -> NDArray[np.bool_]:
-    """(n,) bool: whether a value equals the one before; the first never does."""
-    same = np.zeros(len(values), np.bool_)
-    np.equal(values[1:], values[:-1], out=same[1:])
+def _same_as_previous(histories: Histories) -> NDArray[np.bool_]:
+    """(n,) bool: whether an event has the user and time of the one before; the first never has."""
+    user, time = histories.user, histories.time
+    same = np.zeros(len(user), np.bool_)
+    np.equal(time[1:], time[:-1], out=same[1:])
+    same[1:] &= user[1:] == user[:-1]
     return same

@@ -1,6 +1,5 @@
 """From interaction logs to a prepared store: read, order, filter, write."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from hstu_xd.data.sources.columns import ColumnOptions
 from hstu_xd.data.store import is_store
 from hstu_xd.data.times import LARGEST_PLAUSIBLE_SECONDS
 from hstu_xd.data.writer import Log, domains_of, write_store
-
-logger = logging.getLogger(__name__)
 
 
 def prepare_logs(
@@ -55,19 +52,12 @@ def prepare_logs(
     check_output(out, force=force, ours=is_store, kind="prepared store")
     sources = open_sources(inputs, file_format=file_format, columns=columns)
     events = read_events(sources)
-    log, facts = _build(events, filters)
-    if log.time.max() > LARGEST_PLAUSIBLE_SECONDS:
-        logger.warning(
-            "timestamps up to %d look like milliseconds; they are kept as they are, "
-            "divide them by 1000 for time differences in seconds",
-            log.time.max(),
-        )
+    log, facts = build_log(events, filters)
     with replaced_folder(out) as partial:
-        manifest = write_store(partial, log, facts)
-    return manifest
+        return write_store(partial, log, facts)
 
 
-def _build(events: Events, filters: Filters) -> tuple[Log, dict[str, Any]]:
+def build_log(events: Events, filters: Filters) -> tuple[Log, dict[str, Any]]:
     """Order and filter the events; return the log and what the manifest says about it."""
     read = len(events.user)
     histories = in_time_order(events)
@@ -87,8 +77,23 @@ def _build(events: Events, filters: Filters) -> tuple[Log, dict[str, Any]]:
                 "interactions": read - len(log.item),
             },
         },
+        "warnings": _warnings(log),
     }
     return log, facts
+
+
+def _warnings(log: Log) -> list[str]:
+    """What a user should know about a log that is allowed but odd."""
+    found = []
+    if log.items["domain"].n_unique() == 1:
+        name = log.items["domain"][0]
+        found.append(f"one domain only ({name!r}): the cross-domain parts have no effect")
+    if (latest := int(log.time.max())) > LARGEST_PLAUSIBLE_SECONDS:
+        found.append(
+            f"timestamps up to {latest} look like milliseconds and are kept as they are; "
+            "divide them by 1000 if differences in time shall be seconds"
+        )
+    return found
 
 
 def _compact(events: Events, histories: Histories) -> Log:

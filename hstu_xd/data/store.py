@@ -144,9 +144,7 @@ class InteractionStore:
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self.num_users:
-            raise InputError(
-                f"{self.path}: user index {index} is outside 0..{self.num_users - 1}"
-            )
+            raise InputError(f"{self.path}: user index {index} is outside 0..{self.num_users - 1}")
 
     def __repr__(self) -> str:
         return (

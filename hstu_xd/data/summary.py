@@ -6,7 +6,7 @@ from typing import Any
 
 
 def print_summary(out: Path, manifest: dict[str, Any]) -> None:
-    """Print a few lines about a store that was just written; warn on stderr of one domain."""
+    """Print a few lines about a store that was just written; its warnings go to stderr."""
     label = " (SYNTHETIC data)" if manifest["synthetic"] else ""
     length = manifest["history_length"]
     print(f"wrote {out}{label}")
@@ -26,15 +26,11 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
         f"max {length['max']}; {manifest['switch_share']:.1%} of neighbours switch domain; "
         f"attention cost ratio delta {manifest['delta']:.3f}"
     )
-    dropped = manifest.get("filters", {}).get("dropped", {})
-    if dropped.get("interactions"):
+    dropped = manifest["filters"]["dropped"]
+    if dropped["interactions"]:
         print(
             f"  filters dropped {dropped['interactions']:,} interactions, "
             f"{dropped['users']:,} users, {dropped['items']:,} items"
         )
-    if len(manifest["domains"]) == 1:
-        name = next(iter(manifest["domains"]))
-        print(
-            f"WARNING: the log has one domain ({name}); cross-domain parts have no effect on it",
-            file=sys.stderr,
-        )
+    for warning in manifest["warnings"]:
+        print(f"WARNING: {warning}", file=sys.stderr)

@@ -99,12 +99,9 @@ class Canvas:
         title: stands in the figure, so that the PNG can travel alone.
         synthetic: say so inside the figure.
         height: inches.
-        columns: axes side by side sharing the y axis.
     """
 
-    def __init__(
-        self, name: str, title: str, *, synthetic: bool, height: float = 2.9, columns: int = 1
-    ) -> None:
+    def __init__(self, name: str, title: str, *, synthetic: bool, height: float = 2.9) -> None:
         self.name = name
         self.title = title
         self.figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -112,14 +109,7 @@ class Canvas:
         self.figure.suptitle(title, x=0.012, ha="left", fontsize=10.5, fontweight="bold")
         if synthetic:
             self.figure.supxlabel("synthetic data", x=0.988, ha="right", fontsize=8, color=FAINT)
-        self.axes: list[Axes] = list(
-            self.figure.subplots(1, columns, sharey=True, squeeze=False).flat
-        )
-
-    @property
-    def ax(self) -> Axes:
-        """The first axes."""
-        return self.axes[0]
+        self.ax: Axes = self.figure.add_subplot()
 
     def finish(self, caption: str = "") -> Image:
         """Render the figure."""
@@ -164,7 +154,7 @@ def _themed(svg: str) -> str:
     assert view_box is not None
     # Names that differ only in their number would repeat across figures; nothing refers to them.
     body = re.sub(r'<g id="[A-Za-z][\w.]*_\d+">', "<g>", body)
-    body = body.replace("xlink:href", "href")
+    body = body.replace('xlink:href="#', 'href="#')
     for value, variable in CSS_VARIABLES.items():
         body = body.replace(value, f"var({variable})")
     body = body.replace("'DejaVu Sans'", "var(--font)")

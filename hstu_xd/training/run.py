@@ -100,6 +100,22 @@ def read_run(run: Path) -> dict[str, Any]:
     return json.loads((run / RUN_FILE).read_text())
 
 
+def open_data(run: Path, data: Path | None = None) -> InteractionStore:
+    """The store of a run, or another one with the same catalogue.
+
+    Raises:
+        InputError: no store there, or its catalogue is not the run's.
+    """
+    facts = read_run(run)
+    store = InteractionStore.open(data or Path(facts["data"]))
+    if store.manifest["hashes"][CATALOG_FILE] != facts["data_hashes"][CATALOG_FILE]:
+        raise InputError(
+            f"{store.path}: its catalogue is not the one {run} was trained on; pass the store of "
+            f"the run, {facts['data']}, or train on this one"
+        )
+    return store
+
+
 def variant_name(settings: RunSettings) -> str:
     """A name made of what is switched on: "HSTU", "HSTU + mask + TAPE", ..."""
     encoder = settings.encoder_settings(num_domains=1)

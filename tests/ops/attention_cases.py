@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,8 +39,9 @@ class Spec:
     visited: int | None = None
 
     def __str__(self) -> str:
-        sizes = list(self.lengths)
-        shown = f"{sizes[:4]}x{len(sizes)}" if len(sizes) > 9 else "-".join(map(str, sizes)) or "none"
+        shown = "-".join(map(str, self.lengths[:9])) or "none"
+        if len(self.lengths) > 9:
+            shown += f"-...{len(self.lengths)}"
         view = "target" if self.target_view else "own"
         bias = "bias" if self.biased else "plain"
         return f"{shown},D={self.num_domains},{self.dqk}/{self.dv},{view},{bias}"
@@ -69,7 +71,7 @@ class Case:
         return {n: torch.from_numpy(a).to(dtype).requires_grad_() for n, a in arrays.items()}
 
     def rounded(self, dtype: torch.dtype) -> "Case":
-        """The same case with numbers that ``dtype`` holds exactly, so that inputs carry no error."""
+        """The same case in numbers that ``dtype`` holds exactly: the inputs carry no error."""
 
         def cut(array: np.ndarray) -> np.ndarray:
             return torch.from_numpy(array).to(dtype).float().numpy()
@@ -133,7 +135,8 @@ def draw(spec: Spec) -> Case:
 
     # A visit is as likely to follow its forerunner at once as after a long pause.
     pauses = rng.integers(0, 2, length) * rng.integers(0, 5, length)
-    steps = np.concatenate([np.cumsum(pauses[s:e]) for s, e in zip(offsets, offsets[1:])] or [pauses])
+    runs = [np.cumsum(pauses[start:end]) for start, end in pairwise(offsets)]
+    steps = np.concatenate(runs or [pauses])
     next_steps = np.append(steps[1:], 0)[:length]
     last = offsets[1:][np.diff(offsets) > 0] - 1
     next_steps[last] = steps[last] + rng.integers(0, 1000, last.size)
@@ -169,8 +172,14 @@ class Errors:
             assert error <= gradients, f"gradient of {name}: error {error:.2e} > {gradients:.0e}"
 
 
-def errors_against_oracle(attention: Attention, case: Case, dtype: torch.dtype) -> Errors:
-    """Run an implementation on a case, forward and backward, and compare with the oracle."""
+def errors_against_oracle(
+    attention: Attention, case: Case, dtype: torch.dtype, measure: "Measure | None" = None
+) -> Errors:
+    """Run an implementation on a case, forward and backward, and compare with the oracle.
+
+    ``measure`` is :func:`worst_row` unless given.
+    """
+    measure = measure or worst_row
     leaves = case.tensors(dtype)
     out = attention(
         leaves["q"],
@@ -188,34 +197,44 @@ def errors_against_oracle(attention: Attention, case: Case, dtype: torch.dtype) 
     gradients = {}
     for name, gradient in zip(leaves, found):
         assert gradient.dtype == dtype
-        exact = truth.gradients[name]
-        scale = truth.mass[name] if name in truth.mass else row_scale(exact)
-        gradients[name] = relative_error(gradient, exact, scale)
-    return Errors(relative_error(out, truth.out, row_scale(truth.out)), gradients)
+        gradients[name] = measure(gradient, truth.gradients[name], truth.mass.get(name))
+    return Errors(measure(out, truth.out, None), gradients)
 
 
-def row_norms(x: np.ndarray) -> np.ndarray:
-    """(L, H, d) -> (L,) norm of each token; (R,) -> (R,) magnitude of each table row."""
-    return np.sqrt((x**2).sum(axis=tuple(range(1, x.ndim))))
+Measure = Callable[[Tensor, np.ndarray, np.ndarray | None], float]
 
 
-def row_scale(exact: np.ndarray) -> np.ndarray:
-    """(L,) what each row's error is measured against; 0 where the row is exactly zero."""
-    norms = row_norms(exact)
-    alive = norms[norms > 0]
-    floor = SMALLEST_ROW * np.sqrt((alive**2).mean()) if alive.size else 0.0
-    return np.where(norms > 0, np.maximum(norms, floor), 0.0)
+def worst_row(found: Tensor, exact: np.ndarray, mass: np.ndarray | None) -> float:
+    """Largest relative error of a row; a row that must be zero has to be zero.
 
-
-def relative_error(found: Tensor, exact: np.ndarray, scale: np.ndarray) -> float:
-    """Largest error of a row relative to ``scale``; a row that must be zero has to be zero."""
-    difference = found.detach().double().numpy() - exact
-    if not len(difference):
+    An error is relative to the row's norm or, where given, to the mass of the terms behind it.
+    """
+    if not len(exact):
         return 0.0
-    error = row_norms(difference)
+    scale = _row_scale(exact) if mass is None else mass
+    error = _row_norms(found.detach().double().numpy() - exact)
     zero = scale == 0
     if error[zero].any():
         return float("inf")
     # NaN must fail: a comparison with NaN would let it pass through max().
     ratio = np.nan_to_num(error / np.where(zero, 1, scale), nan=np.inf)
     return float(ratio.max())
+
+
+def whole_tensor(found: Tensor, exact: np.ndarray, mass: np.ndarray | None) -> float:
+    """Norm of the error relative to the norm of the truth: for precisions with noisy rows."""
+    error = np.linalg.norm(found.detach().double().numpy() - exact)
+    return float(error / max(np.linalg.norm(exact), np.finfo(np.float64).tiny))
+
+
+def _row_norms(x: np.ndarray) -> np.ndarray:
+    """(L, H, d) -> (L,) norm of each token; (R,) -> (R,) magnitude of each table row."""
+    return np.sqrt((x**2).sum(axis=tuple(range(1, x.ndim))))
+
+
+def _row_scale(exact: np.ndarray) -> np.ndarray:
+    """(L,) what each row's error is measured against; 0 where the row is exactly zero."""
+    norms = _row_norms(exact)
+    alive = norms[norms > 0]
+    floor = SMALLEST_ROW * np.sqrt((alive**2).mean()) if alive.size else 0.0
+    return np.where(norms > 0, np.maximum(norms, floor), 0.0)

@@ -6,6 +6,7 @@ in the grouping, in the masks or in the bias cannot hide in both.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def oracle_attention(
         for name in ("position_weights", "time_weights"):
             gradients[name] = np.zeros(len(getattr(bias, name)))
             mass[name] = np.zeros(len(getattr(bias, name)))
-    for start, end in zip(offsets[:-1], offsets[1:]):
+    for start, end in pairwise(offsets):
         for i in range(start, end):
             keys = [j for j in range(start, i + 1) if domains[j] == read_domains[i]]
             if not keys:

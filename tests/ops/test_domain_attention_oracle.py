@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_cases import Spec, draw, errors_against_oracle
+from attention_cases import Spec, draw, errors_against_oracle, whole_tensor
 
 from hstu_xd.ops import available_impls, domain_attention
 
@@ -52,11 +52,15 @@ def test_float64_is_exact(spec: Spec, impl: str) -> None:
     )
 
 
-@pytest.mark.parametrize("spec", [v for v in VIEWS if v.dqk == v.dv], ids=str)
+@pytest.mark.parametrize("spec", [v for v in VIEWS if v.dqk == v.dv > 1], ids=str)
 def test_bfloat16_errs_no_more_than_twice_the_reference(spec: Spec) -> None:
     case = draw(spec).rounded(torch.bfloat16)
     reference, fast = (
-        errors_against_oracle(partial(domain_attention, impl=impl), case, torch.bfloat16)
+        errors_against_oracle(
+            partial(domain_attention, impl=impl), case, torch.bfloat16, measure=whole_tensor
+        )
         for impl in ("reference", "auto")
     )
-    fast.check(forward=2 * reference.forward, gradients=2 * max(reference.gradients.values()))
+    assert fast.forward <= 2 * reference.forward
+    for name, error in reference.gradients.items():
+        assert fast.gradients[name] <= 2 * error, name

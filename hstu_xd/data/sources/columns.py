@@ -84,5 +84,6 @@ def missing_column(
     found = ", ".join(header) if header else "none"
     did_you_mean = f" (did you mean {near!r}?)" if near else ""
     return InputError(
-        f"{where}: no {role} column {wanted!r}{did_you_mean}; the columns are: {found}; use {mend}"
+        f"{where}: no {role} column {wanted!r}{did_you_mean}; the columns named there are: "
+        f"{found}; use {mend}"
     )

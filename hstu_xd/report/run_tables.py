@@ -1,0 +1,91 @@
+"""Tables that say what was run: variants with their switches and cost, runs, commands."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from hstu_xd.report.html_tables import swatch, table
+from hstu_xd.report.runs import Run, is_number, spread
+
+NOTHING = '<span class="faint">&ndash;</span>'
+
+
+def variants_table(runs: Sequence[Run], places: Mapping[str, int]) -> str:
+    """Switches and mean cost of each variant."""
+    by_variant: dict[str, list[Run]] = {}
+    for run in runs:
+        by_variant.setdefault(run.variant, []).append(run)
+    switches = list(dict.fromkeys(key for run in runs for key in run.info.get("switches") or {}))
+    rows = []
+    for variant, members in by_variant.items():
+        first = members[0].info
+        set_to = first.get("switches") or {}
+        summaries = [run.summary or {} for run in members]
+        rows.append(
+            [
+                f"{swatch(places[variant])}{escape(variant)}",
+                *(_switch(set_to.get(key)) for key in switches),
+                _number(first.get("parameters"), ",.0f"),
+                _number(first.get("max_sequence_length"), ",.0f"),
+                _mean([s.get("seconds_per_step") for s in summaries], ".4f"),
+                _mean([s.get("events_per_second") for s in summaries], ",.0f"),
+            ]
+        )
+    heads = [key.replace("_", " ") for key in switches]
+    cost = ["parameters", "longest history", "seconds a step", "events/s"]
+    return table(["variant", *heads, *cost], rows)
+
+
+def runs_table(runs: Sequence[Run], places: Mapping[str, int]) -> str:
+    """One row a run: how it went and with what it was made."""
+    rows = []
+    for run in runs:
+        summary, info = run.summary or {}, run.info
+        rows.append(
+            [
+                f"{swatch(places[run.variant])}{escape(run.path.name)}",
+                escape(run.variant),
+                _text(run.seed),
+                "finished" if run.summary is not None else "<b>no summary yet</b>",
+                _text(summary.get("best_epoch")),
+                _text(run.valid[-1]["epoch"] if run.valid else None),
+                _text(info.get("batch_size")),
+                _text(info.get("loss")),
+                *(_text(info.get(key)) for key in ("version", "torch", "threads", "created")),
+            ]
+        )
+    heads = ["run", "variant", "seed", "state", "best epoch", "last epoch", "batch size", "loss"]
+    return table([*heads, "hstu-xd", "torch", "threads", "created"], rows)
+
+
+def commands(runs: Sequence[Run]) -> str:
+    """The command of every run as it was recorded."""
+    blocks = []
+    for run in runs:
+        command = run.info.get("command")
+        words = " ".join(map(str, command)) if isinstance(command, list) else str(command or "-")
+        blocks.append(f"<p>{escape(run.path.name)}</p><pre>{escape(words)}</pre>")
+    return "\n".join(blocks)
+
+
+def _switch(value: Any) -> str:
+    if value is None or value is False or value == 0:
+        return NOTHING
+    return "on" if value is True else escape(str(value))
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if is_number(value) else NOTHING
+
+
+def _mean(values: Sequence[Any], form: str) -> str:
+    numbers = [value for value in values if is_number(value)]
+    return format(spread(numbers).mean, form) if numbers else NOTHING
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return NOTHING
+    if isinstance(value, Mapping):
+        return escape(", ".join(f"{key} {entry}" for key, entry in value.items()))
+    return escape(str(value))

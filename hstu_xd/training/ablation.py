@@ -1,0 +1,134 @@
+"""Train variants over seeds, each run in a process of its own, and tabulate them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import HstuXdError
+from hstu_xd.report.runs import ABLATION_FILE, aggregate
+from hstu_xd.report.tables import markdown_table
+from hstu_xd.training.settings import load_settings
+from hstu_xd.training.variants import variant_bindings
+
+TABLE_FILE = "ablation.md"
+_COLUMNS = ("hr@10", "hr@100", "ndcg@100", "mrr", "hr@100[switch]", "hr@100[stay]")
+
+
+@dataclass(frozen=True)
+class AblationRun:
+    """One cell of an ablation: a variant under a seed, in a run folder of its own."""
+
+    variant: str
+    seed: int
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has finished."""
+        return (self.folder / "summary.json").is_file()
+
+    def command(self, data: Path, files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
+        """The command that trains it, or continues it where it stopped."""
+        every = [*bindings, *variant_bindings(self.variant), f"xd_train.random_seed = {self.seed}"]
+        line = [sys.executable, "-m", "hstu_xd", "train", "--data", str(data)]
+        line += ["--out", str(self.folder), "--name", self.variant]
+        for file in files:
+            line += ["--gin_config_file", str(file)]
+        for binding in every:
+            line += ["--gin_bindings", binding]
+        return line + ["--resume"] * (self.folder / "run.json").is_file()
+
+    def row(self) -> dict[str, Any]:
+        """The run as a row of ablation.json."""
+        summary = json.loads((self.folder / "summary.json").read_text())
+        keys = ("valid", "test", "parameters", "seconds_per_step", "events_per_second")
+        return {
+            "variant": self.variant,
+            "seed": self.seed,
+            "best_epoch": summary["best_epoch"],
+            **{key: summary[key] for key in keys},
+        }
+
+
+def ablate(
+    data: Path,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    files: Sequence[Path] = (),
+    bindings: Sequence[str] = (),
+    jobs: int = 1,
+    announce: Callable[[str], object] = lambda line: None,
+) -> str:
+    """Train every variant under every seed; finished runs in ``out`` are kept, stopped ones go on.
+
+    Args:
+        data: a prepared store.
+        variants: names out of :data:`hstu_xd.training.variants.VARIANTS`.
+        seeds: random seeds.
+        out: folder of the run folders, ``ablation.json`` and ``ablation.md``.
+        files: gin files of the recipe that all variants share.
+        bindings: gin bindings on top of the recipe.
+        jobs: runs at a time; they share the processor's cores.
+        announce: called with a line after every run.
+
+    Returns:
+        The Markdown table.
+
+    Raises:
+        InputError: unknown variant or setting, not a store.
+        HstuXdError: a run failed; the others' rows are kept.
+    """
+    store = InteractionStore.open(data)
+    for variant in variants:
+        load_settings(files, [*bindings, *variant_bindings(variant)])
+    out.mkdir(parents=True, exist_ok=True)
+    runs = [AblationRun(v, s, out / f"{v}-seed{s}") for s in seeds for v in variants]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        commands = {
+            pool.submit(_run, run.command(data, files, bindings), environment): run
+            for run in runs
+            if not run.done
+        }
+        for future in as_completed(commands):
+            run, error = commands[future], future.result()
+            if error:
+                failed.append(f"{run.variant} seed {run.seed}: {error}")
+            announce(f"{run.variant} seed {run.seed}: {error or 'done'}")
+            table = _write(out, runs, store)
+    table = _write(out, runs, store)
+    if failed:
+        raise HstuXdError(f"{len(failed)} of {len(runs)} runs failed, first {failed[0]}")
+    return table
+
+
+def _run(command: list[str], environment: dict[str, str]) -> str:
+    """Run one training; returns its error line, empty when it went well."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return lines[-1] if done.returncode else ""
+
+
+def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> str:
+    rows = [run.row() for run in sorted(runs, key=lambda r: r.seed) if run.done]
+    order = list(dict.fromkeys(run.variant for run in runs))
+    rows.sort(key=lambda row: order.index(row["variant"]))
+    table = markdown_table(
+        aggregate(rows), metrics=_COLUMNS, synthetic=bool(store.manifest.get("synthetic"))
+    )
+    for name, text in ((ABLATION_FILE, json.dumps(rows, indent=1) + "\n"), (TABLE_FILE, table)):
+        partial = out / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(out / name)
+    return table
