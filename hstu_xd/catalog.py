@@ -94,6 +94,10 @@ class DomainCatalog(nn.Module):
         start, end = self.domain_offsets[domain], self.domain_offsets[domain + 1]
         return self.domain_items[start:end]
 
+    def token(self, item_id: int) -> str:
+        """Raw id of an item as in the log; the number itself where the catalogue has no tokens."""
+        return str(item_id) if self.item_tokens is None else self.item_tokens[item_id - 1]
+
     def domain_index(self, name: str) -> int:
         """Domain id of a name.
 
@@ -111,7 +115,7 @@ class DomainCatalog(nn.Module):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        tokens = self.item_tokens or [str(i) for i in range(1, self.num_items + 1)]
+        tokens = [self.token(item_id) for item_id in range(1, self.num_items + 1)]
         names = pa.array(self.domain_names, pa.string())
         indices = pa.array(self.item_domains[1:].numpy(force=True), pa.int32())
         table = pa.table(

@@ -75,9 +75,7 @@ def sampled_softmax_loss(
             continue
         queries, targets = user_vectors[tokens], target_ids[tokens]
         positive = (queries * positives[tokens]).sum(1, keepdim=True)
-        negative = (queries @ vectors.T).masked_fill(
-            targets.unsqueeze(1) == ids, float("-inf")
-        )
+        negative = (queries @ vectors.T).masked_fill(targets.unsqueeze(1) == ids, float("-inf"))
         logits = torch.cat([positive, negative], dim=1) / temperature
         first = torch.zeros_like(targets)
         total = total + cross_entropy(logits, first, reduction="sum")

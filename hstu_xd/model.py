@@ -31,7 +31,8 @@ class CrossDomainHSTU(nn.Module):
         >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1, 1]), ["books", "films"])
         >>> settings = EncoderSettings(num_domains=2, norm_length=8, domain_mask=True, ddsr=True)
         >>> model = CrossDomainHSTU(catalog, settings).eval()
-        >>> items, times = torch.tensor([[1, 3, 2], [4, 0, 0]]), torch.tensor([[5, 6, 9], [7, 0, 0]])
+        >>> items = torch.tensor([[1, 3, 2], [4, 0, 0]])
+        >>> times = torch.tensor([[5, 6, 9], [7, 0, 0]])
         >>> model.encode(items, times, torch.tensor([1, 0])).shape
         torch.Size([2, 64])
     """
@@ -151,7 +152,7 @@ class CrossDomainHSTU(nn.Module):
             ("item_ids", item_ids, self.catalog.num_items + 1),
             ("target_domains", target_domains, self.catalog.num_domains),
         ):
-            if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < bound):
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= bound):
                 raise InputError(
                     f"{name} holds ids {int(ids.min())}..{int(ids.max())}; 0..{bound - 1} are known"
                 )

@@ -19,7 +19,6 @@ COMMANDS = {
     "report": "report",
     "ablate": "ablate",
     "demo": "demo",
-    "bench": "bench",
 }
 
 

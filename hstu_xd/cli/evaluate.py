@@ -32,7 +32,9 @@ def evaluate(
         return
     groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
     for split, metrics in values.items():
-        typer.echo(f"{split} (%)".ljust(24) + "".join(m.rjust(10) for m in METRICS) + "users".rjust(10))
+        typer.echo(
+            f"{split} (%)".ljust(24) + "".join(m.rjust(10) for m in METRICS) + "users".rjust(10)
+        )
         for group in (g for g in groups if f"count{g}" in metrics):
             cells = "".join(f"{100 * metrics[m + group]:10.2f}" for m in METRICS)
             typer.echo((group or "all").ljust(24) + cells + f"{metrics['count' + group]:10,}")

@@ -26,8 +26,7 @@ def recommend(
     model = load(run)
     domain_id = model.catalog.domain_index(domain)
     found = recommend_items(model, *store.history(user_index), domain_id, k)
-    tokens = model.catalog.item_tokens
-    rows = [{"item": tokens[item - 1], "score": score} for item, score in found]
+    rows = [{"item": model.catalog.token(item), "score": score} for item, score in found]
     if as_json:
         typer.echo(json.dumps({"user": user, "domain": domain, "items": rows}))
         return

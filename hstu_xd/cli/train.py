@@ -13,7 +13,8 @@ def train(
     ],
     out: Annotated[Path, typer.Option("--out", help="Run folder to write.")],
     gin_bindings: Annotated[
-        list[str] | None, typer.Option("--gin_bindings", help='One setting, "xd_encoder.ddsr = True".')
+        list[str] | None,
+        typer.Option("--gin_bindings", help='One setting, "xd_encoder.ddsr = True".'),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="What tables call the run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that stopped.")] = False,

@@ -40,6 +40,12 @@ class Events:
     item: NDArray[np.int32]
     time: NDArray[np.int64]
 
+    def release(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+        """Hand over user, item and time and keep none of them, so that memory can be reused."""
+        user, item, time = self.user, self.item, self.time
+        self.user, self.item, self.time = user[:0].copy(), item[:0].copy(), time[:0].copy()
+        return user, item, time
+
 
 def read_events(sources: Sequence[Source]) -> Events:
     """Read every source once.
@@ -122,7 +128,7 @@ class _EventReader:
                 raise next(filter(None, faults), InputError(reason))
         shared = items.filter(items["item"].is_duplicated())
         if len(shared):
-            raise_item_in_two_domains(self.sources, shared["item"].min())
+            raise_item_in_two_domains(self.sources, str(shared["item"].min()))
         users = users.with_row_index("code").sort("user")
         items = items.with_row_index("code").sort("domain", "item")
         return Events(
@@ -135,7 +141,7 @@ class _EventReader:
 
 
 def _has_nulls(batch: "pl.DataFrame") -> bool:
-    return any(column.null_count() for column in batch.iter_columns())
+    return any(batch[role].null_count() for role in ("user", "item", "domain", "time"))
 
 
 def renumber(parts: list[NDArray[np.int32]], codes: "pl.Series") -> NDArray[np.int32]:

@@ -36,17 +36,17 @@ def in_time_order(events: Events) -> Histories:
     Args:
         events: all events; its per-event arrays are released.
     """
-    first, last = int(events.time.min()), int(events.time.max())
+    user, item, time = events.release()
+    first, last = int(time.min()), int(time.max())
     time_bits = np.uint64((last - first).bit_length())
     if len(events.users).bit_length() + int(time_bits) > KEY_BITS:
-        order = np.lexsort((events.time, events.user))
-        user, item, time = events.user[order], events.item[order], events.time[order]
+        order = np.lexsort((time, user))
+        user, item, time = user[order], item[order], time[order]
     else:
         # One integer key that holds user and time sorts several times faster than two columns.
-        key = events.user.astype(np.uint64) << time_bits
-        key |= (events.time - first).astype(np.uint64)
-        item = events.item
-        events.user, events.time, events.item = (a[:0] for a in (events.user, events.time, item))
+        key = user.astype(np.uint64) << time_bits
+        key |= (time - first).astype(np.uint64)
+        del user, time
         key, item = _sort(key, item)
         user = (key >> time_bits).astype(np.int32)
         key &= np.uint64((1 << int(time_bits)) - 1)

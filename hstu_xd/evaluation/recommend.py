@@ -27,8 +27,8 @@ def recommend_items(
         ``(item id, score)`` pairs, best first.
     """
     window = model.settings.norm_length
-    items = torch.from_numpy(np.asarray(item_ids, np.int64))
-    times = torch.from_numpy(np.asarray(timestamps, np.int64))
+    items = torch.from_numpy(np.array(item_ids, np.int64))
+    times = torch.from_numpy(np.array(timestamps, np.int64))
     vector = model.encode(items[None, -window:], times[None, -window:], torch.tensor([domain]))
     pool = model.catalog.items_of(domain)
     pool = pool[~torch.isin(pool, items)]

@@ -85,11 +85,15 @@ class DynamicDomainState(nn.Module):
         self._query = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
         self._key = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
         self._value = nn.Linear(embedding_dim, num_heads * dv, bias=False)
-        self._initial_state = nn.Parameter(torch.empty(num_domains, embedding_dim).normal_(std=0.02))
+        self._initial_state = nn.Parameter(
+            torch.empty(num_domains, embedding_dim).normal_(std=0.02)
+        )
         self._target_emb = (
             nn.Embedding(num_domains, num_heads * dqk) if query_target_domain else None
         )
-        self._age_w = nn.Parameter(torch.zeros(NUM_TIME_BUCKETS + 1, num_heads)) if age_bias else None
+        self._age_w = (
+            nn.Parameter(torch.zeros(NUM_TIME_BUCKETS + 1, num_heads)) if age_bias else None
+        )
         nn.init.xavier_uniform_(self._query.weight)
         nn.init.xavier_uniform_(self._key.weight)
         nn.init.zeros_(self._value.weight)
@@ -134,7 +138,16 @@ class DynamicDomainState(nn.Module):
         if step >= length:
             return self._attend(query, key, value, row, missing, age)
         chunks = [
-            checkpoint(self._attend, query[i:j], key, value, row[i:j], missing[i:j], age[i:j], use_reentrant=False)
+            checkpoint(
+                self._attend,
+                query[i:j],
+                key,
+                value,
+                row[i:j],
+                missing[i:j],
+                age[i:j],
+                use_reentrant=False,
+            )
             for i, j in ((i, min(i + step, length)) for i in range(0, length, step))
         ]
         return torch.cat(chunks)

@@ -31,9 +31,7 @@ class HSTULayer(nn.Module):
         s = self._settings = settings
         self._masked = s.domain_mask and not full_attention
         self._widths = [s.num_heads * w for w in (s.dv, s.dv, s.dqk, s.dqk)]
-        self._uvqk = nn.Parameter(
-            torch.empty(s.embedding_dim, sum(self._widths)).normal_(std=0.02)
-        )
+        self._uvqk = nn.Parameter(torch.empty(s.embedding_dim, sum(self._widths)).normal_(std=0.02))
         self._o = nn.Linear(s.num_heads * s.dv * (3 if s.concat_ua else 1), s.embedding_dim)
         nn.init.xavier_uniform_(self._o.weight)
         self._rel_attn_bias = (
@@ -71,6 +69,7 @@ class HSTULayer(nn.Module):
             plan,
         )
         attended = layer_norm(attended, attended.shape[1:], eps=_EPS)
+        after_gate: Tensor | None = None
         if self._ddsr is not None:
             states = normed if s.state_from == "input" else attended
             answer = self._ddsr(
@@ -78,9 +77,11 @@ class HSTULayer(nn.Module):
             )
             if s.combine == "before_gate":
                 attended = attended + answer
+            else:
+                after_gate = answer
         gated = torch.cat([u, attended, u * attended], dim=1) if s.concat_ua else u * attended
-        if self._ddsr is not None and s.combine == "after_gate":
-            gated = gated + answer
+        if after_gate is not None:
+            gated = gated + after_gate
         return self._o(dropout(gated, p=s.linear_dropout_rate, training=self.training)) + x
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: EncoderPlan) -> Tensor:

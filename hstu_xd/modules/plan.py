@@ -11,7 +11,7 @@ from hstu_xd.modules.ddsr import last_state_index, state_age_bucket
 
 @dataclass(frozen=True, eq=False)
 class EncoderPlan:
-    """Built once a batch; each part is computed on first use, so switches that are off cost nothing.
+    """Built once a batch; each part on its first use, so switches that are off cost nothing.
 
     Attributes:
         domains: (L,) int64, domain of each token.

@@ -88,7 +88,8 @@ class EncoderSettings:
         outside = [i for i in self.full_attention_layers if not 0 <= i < self.num_blocks]
         if outside:
             raise InputError(
-                f"full_attention_layers names layer {outside[0]}; layers are 0..{self.num_blocks - 1}"
+                f"full_attention_layers names layer {outside[0]}; the last layer is "
+                f"{self.num_blocks - 1}"
             )
         if self.combine == "after_gate" and self.concat_ua:
             raise InputError("combine='after_gate' needs concat_ua=False: the widths differ")

@@ -4,8 +4,8 @@ Where to cut the sorted lengths is a small shortest-path problem: padded pairs a
 per bucket (the launches of its kernels).
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,66 +18,86 @@ if TYPE_CHECKING:
 _PAIRS_PER_BUCKET = 20_000
 # More distinct lengths than this are first rounded up, which bounds the planning time.
 _MAX_DISTINCT = 96
+# Position of a padding key: later than any query.
+_NEVER = 2**62
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Groups padded to one size. Padding slots point at token ``L``, one past the last.
+    """Groups padded to one size, shortest first. Padding slots point at token ``L``.
 
     Attributes:
         query_tokens: (G, m) int64, batch tokens of the queries.
         key_tokens: (G, n) int64, batch tokens of the keys.
-        query_positions: (G, m) int64, original positions, rising; padding repeats the last one.
-        key_positions: (G, n) int64, likewise.
+        query_positions: (G, m) int64, original positions, rising; -1 at padding, before any key.
+        key_positions: (G, n) int64, likewise; at padding later than any query.
+        query_lengths: (G,) lengths without padding, in memory of the host.
+        key_lengths: (G,) likewise.
         aligned: queries and keys are the same tokens, so that row ``i`` sees columns ``0..i``.
-        memo: what all layers of a model would compute again from tokens and times alone.
     """
 
     query_tokens: Tensor
     key_tokens: Tensor
     query_positions: Tensor
     key_positions: Tensor
+    query_lengths: np.ndarray
+    key_lengths: np.ndarray
     aligned: bool
-    memo: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
-
-    def key_end(self, row_end: int) -> int:
-        """Number of leading key columns that any query before ``row_end`` may see."""
-        if self.aligned:
-            return row_end
-        last = self.query_positions[:, row_end - 1 : row_end]
-        return int((self.key_positions <= last).sum(1).max())
 
 
-def build_buckets(grouping: "DomainGrouping") -> list[Bucket]:
+class Buckets(list[Bucket]):
+    """The buckets of a grouping, with what an implementation remembers about them.
+
+    Attributes:
+        memo: plans that all layers of a model share, by whatever they depend on.
+    """
+
+    def __init__(self, buckets: list[Bucket]) -> None:
+        super().__init__(buckets)
+        self.memo: dict[tuple[str | int, ...], Any] = {}
+
+
+def build_buckets(grouping: "DomainGrouping") -> Buckets:
     """Cut the non-empty groups into buckets of similar length, longest last."""
     keys = grouping.keys
     aligned = keys is grouping
-    sizes = torch.maximum(grouping.lengths, keys.lengths)
-    live = torch.nonzero((grouping.lengths > 0) & (keys.lengths > 0)).squeeze(1)
-    if live.numel() == 0:
-        return []
-    order = live[torch.argsort(sizes[live], stable=True)]
-    cuts = _cut(sizes[order].numpy(force=True))
+    query_lengths, key_lengths = (x.lengths.numpy(force=True) for x in (grouping, keys))
+    sizes = np.maximum(query_lengths, key_lengths)
+    live = np.flatnonzero((query_lengths > 0) & (key_lengths > 0))
+    order = live[np.argsort(sizes[live], kind="stable")]
+    cuts = _cut(sizes[order])
     buckets = []
     for start, end in zip(cuts[:-1], cuts[1:]):
         groups = order[start:end]
-        key_tokens, key_positions = _pad(keys, groups)
-        query_tokens, query_positions = (
-            (key_tokens, key_positions) if aligned else _pad(grouping, groups)
-        )
+        index = torch.from_numpy(groups).to(grouping.offsets.device)
+        key_tokens, key_positions = _pad(keys, index, int(key_lengths[groups].max()))
+        query_tokens, query_positions = key_tokens, key_positions
+        if not aligned:
+            query_tokens, query_positions = _pad(
+                grouping, index, int(query_lengths[groups].max())
+            )
         buckets.append(
-            Bucket(query_tokens, key_tokens, query_positions, key_positions, aligned)
+            Bucket(
+                query_tokens,
+                key_tokens,
+                query_positions.masked_fill(query_tokens == grouping.num_tokens, -1),
+                key_positions,
+                query_lengths[groups],
+                key_lengths[groups],
+                aligned,
+            )
         )
-    return buckets
+    return Buckets(buckets)
 
 
-def _pad(grouping: "DomainGrouping", groups: Tensor) -> tuple[Tensor, Tensor]:
+def _pad(grouping: "DomainGrouping", groups: Tensor, width: int) -> tuple[Tensor, Tensor]:
     lengths = grouping.lengths[groups].unsqueeze(1)
-    column = torch.arange(int(lengths.max()), device=lengths.device)
-    slot = grouping.offsets[groups].unsqueeze(1) + torch.minimum(column, lengths - 1)
+    column = torch.arange(width, device=lengths.device)
+    padding = column >= lengths
+    slot = (grouping.offsets[groups].unsqueeze(1) + column).masked_fill_(padding, 0)
     tokens = grouping.permutation[slot]
-    positions = grouping.positions[tokens]
-    return tokens.masked_fill(column >= lengths, grouping.num_tokens), positions
+    positions = grouping.positions[tokens].masked_fill_(padding, _NEVER)
+    return tokens.masked_fill_(padding, grouping.num_tokens), positions
 
 
 def _cut(sizes: np.ndarray) -> list[int]:

@@ -1,6 +1,5 @@
 """The public attention function: checks its arguments, chooses an implementation, runs it."""
 
-import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
@@ -51,6 +50,7 @@ def domain_attention(
             ``norm_length`` below 1.
 
     Example:
+        >>> import torch
         >>> domains, offsets = torch.tensor([0, 1, 0]), torch.tensor([0, 3])
         >>> grouping = DomainGrouping.from_jagged(domains, offsets, 2)
         >>> x = torch.ones(3, 1, 4)
@@ -82,9 +82,13 @@ def _check(
                 "of the grouping is needed"
             )
         if tensor.dtype != q.dtype or not tensor.is_floating_point():
-            raise InputError(f"{name} is {tensor.dtype}; q, k and v need one float dtype ({q.dtype})")
+            raise InputError(
+                f"{name} is {tensor.dtype}; q, k and v need one float dtype ({q.dtype})"
+            )
     if k.shape != q.shape:
-        raise InputError(f"k has shape {tuple(k.shape)}; the shape of q, {tuple(q.shape)}, is needed")
+        raise InputError(
+            f"k has shape {tuple(k.shape)}; the shape of q, {tuple(q.shape)}, is needed"
+        )
     if v.shape[1] != q.shape[1]:
         raise InputError(f"v has {v.shape[1]} heads; the {q.shape[1]} of q and k are needed")
     if norm_length < 1:

@@ -17,7 +17,7 @@ def reference_domain_attention(
     norm_length: int,
     bias: RelativeBias | None = None,
 ) -> Tensor:
-    """See :func:`hstu_xd.ops.domain_attention`; (L, H, dqk), (L, H, dqk), (L, H, dv) -> (L, H, dv)."""
+    """See :func:`hstu_xd.ops.domain_attention`: the same arguments, the same result."""
     offsets = grouping.batch_offsets
     lengths = offsets.diff()
     n = int(lengths.max()) if lengths.numel() else 0

@@ -7,7 +7,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from hstu_xd.report.data_stats import DataStats
-from hstu_xd.report.style import ACCENT, FAINT, INK, Canvas, Image, short
+from hstu_xd.report.style import ACCENT, FAINT, INK, ON_ACCENT, Canvas, Image, short
 from hstu_xd.report.tables import percent
 
 MAX_DOMAINS = 20
@@ -87,10 +87,10 @@ def transitions(stats: DataStats, synthetic: bool) -> Image:
         synthetic=synthetic,
         height=1.5 + cell * (size + 1.3),
     )
-    _heat_map(canvas.ax, shares, [*names, "any"])
+    _heat_map(canvas.ax, shares, [*names, "any domain"])
     return canvas.finish(
         "Rows are the domain of an event, columns that of the event after it; each row sums to "
-        f"100 %. {percent(stats.switch_share)} % of neighbouring events switch domain."
+        f"100\u00a0%. {percent(stats.switch_share)}\u00a0% of neighbouring events switch domain."
     )
 
 
@@ -105,7 +105,7 @@ def _heat_map(ax: Axes, shares: NDArray[np.float64], names: list[str]) -> None:
         ax.add_patch(Rectangle((j + 0.02, y + 0.02), 0.96, 0.96, color=ACCENT, lw=0, alpha=alpha))
         if columns <= 12:
             ax.text(j + 0.5, y + 0.5, f"{100 * shares[i, j]:.{digits}f}", ha="center", va="center",
-                    fontsize=7.5, color="#ffffff" if alpha > 0.6 else INK)  # fmt: skip
+                    fontsize=7.5, color=ON_ACCENT if alpha > 0.75 else INK)  # fmt: skip
     for i, name in enumerate(names):
         y = i + 0.8 if i == rows - 1 else i + 0.5
         ax.text(-0.12, y, short(name, 14), ha="right", va="center", fontsize=8.5)

@@ -23,8 +23,11 @@ from hstu_xd.report.tables import metric_label, percent
 
 CURVES = ("loss", "hr@10", "hr@100", "ndcg@100", "mrr")
 LABEL_WIDTH = 16  # characters a line beside a curve
-LABEL_HEIGHT = 0.15  # inches a line
+LABEL_HEIGHT = 0.14  # inches a line
+FRAME_HEIGHT = 1.0  # inches of title, axis labels and foot around the axes
+LONG = 8  # epochs from which the first quarter of a curve is cut off
 ROW_HEIGHT = 0.17  # inches a variant in a dot plot
+GROUP_GAP = 0.4  # rows between groups
 MAX_ROWS = 72
 
 Points = list[tuple[float, float]]
@@ -74,13 +77,13 @@ def _curve_figure(
     for run, points in curves:
         by_variant.setdefault(run.variant, []).append((run, points))
     labels = {v: textwrap.wrap(short(v, 2 * LABEL_WIDTH), LABEL_WIDTH) for v in by_variant}
-    lines = max(len(label) for label in labels.values())
+    lines = sum(len(label) + 0.25 for label in labels.values())
     title = "Training loss" if metric == "loss" else f"Validation {metric_label(metric)}, %"
     canvas = Canvas(
         f"curve_{metric.replace('@', '_at_')}",
         title,
         synthetic=synthetic,
-        height=max(2.9, 1.0 + LABEL_HEIGHT * lines * len(labels)),
+        height=max(2.9, FRAME_HEIGHT + LABEL_HEIGHT * lines),
     )
     ax = canvas.ax
     ends = {
@@ -89,14 +92,11 @@ def _curve_figure(
     }
     ax.set_xlabel("epoch")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    cut = _zoom(ax, [points for _, points in curves], rising=metric != "loss")
     if metric != "loss":
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
-    _label_ends(canvas, ends, {v: "\n".join(label) for v, label in labels.items()}, places)
-    several = any(len(members) > 1 for members in by_variant.values())
-    caption = "Thin lines are single seeds, the thick line is their mean. " if several else ""
-    if metric != "loss":
-        caption += "The dot is the epoch picked on validation."
-    return canvas.finish(caption.strip())
+    _label_ends(canvas, ends, labels, places)
+    return canvas.finish(cut)
 
 
 def _draw_variant(
@@ -106,54 +106,63 @@ def _draw_variant(
     look = {"color": colour(place), "linestyle": line_style(place)}
     for run, points in members:
         single = len(members) == 1
-        ax.plot(*zip(*points), lw=1.6 if single else 0.7, alpha=1 if single else 0.6, **look)
+        ax.plot(*zip(*points), lw=1.6 if single else 0.7, alpha=1 if single else 0.4, **look)
         best = (run.summary or {}).get("best_epoch")
         picked = [p for p in points if metric != "loss" and p[0] == best]
         # A line of one point would not show at all.
         for epoch, value in points if len(points) == 1 else picked:
             ax.plot([epoch], [value], marker=marker(place), ms=4, color=colour(place))
-    if len(members) == 1:
-        return members[0][1][-1]
     # A mean over fewer seeds would jump where a run ends, so it stops with the shortest run.
-    shared = set.intersection(*(set(dict(points)) for _, points in members))
-    if not shared:
-        return members[0][1][-1]
-    mean = [
-        (epoch, sum(dict(points)[epoch] for _, points in members) / len(members))
-        for epoch in sorted(shared)
-    ]
-    ax.plot(*zip(*mean), lw=1.9, **look)
-    return mean[-1]
+    shared = sorted(set.intersection(*(set(dict(points)) for _, points in members)))
+    if len(members) > 1:
+        values = [dict(points) for _, points in members]
+        means = [sum(value[epoch] for value in values) / len(values) for epoch in shared]
+        ax.plot(shared, means, lw=1.9, **look)
+    return max((points[-1] for _, points in members), key=lambda point: point[0])
 
 
 def _label_ends(
     canvas: Canvas,
     ends: Mapping[str, tuple[float, float]],
-    labels: Mapping[str, str],
+    labels: Mapping[str, list[str]],
     places: Mapping[str, int],
 ) -> None:
     """Name every line at its right end, apart from each other, with a leader in its colour."""
     ax = canvas.ax
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high)
-    axes_height = canvas.figure.get_figheight() - 0.9
-    lines = max(label.count("\n") + 1 for label in labels.values())
-    wanted = [(y - low) / (high - low) for _, y in ends.values()]
-    heights = spread_labels(wanted, LABEL_HEIGHT * lines / axes_height)
+    line = LABEL_HEIGHT / (canvas.figure.get_figheight() - FRAME_HEIGHT)
+    sizes = [line * (len(labels[variant]) + 0.25) for variant in ends]
+    heights = spread_labels(
+        [(y - low) / (high - low) for _, y in ends.values()], sizes, low=-0.02, high=1.02
+    )
     for (variant, end), height in zip(ends.items(), heights):
         ax.annotate(
-            labels[variant],
+            "\n".join(labels[variant]),
             xy=end,
-            xytext=(1.06, height),
+            xytext=(1.08, height),
             textcoords="axes fraction",
             va="center",
             fontsize=8.5,
             color=INK,
-            linespacing=1.05,
+            linespacing=1.0,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour(places[variant]), "lw": 1.0,
-                        "shrinkA": 1, "shrinkB": 0},
+                        "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0},
         )  # fmt: skip
+
+
+def _zoom(ax: Axes, curves: Sequence[Points], rising: bool) -> str:
+    """Leave the steep first epochs of long curves out of sight; returns words for the caption."""
+    longest = max(len(points) for points in curves)
+    if longest < LONG:
+        return ""
+    settled = [value for points in curves for _, value in points[longest // 4 :]]
+    margin = 0.08 * (max(settled) - min(settled))
+    if margin == 0:
+        return ""
+    low, high = min(settled) - margin, max(settled) + margin
+    ax.set_ylim(low, high)
+    return f"Earlier epochs lie {'below' if rising else 'above'} the part shown."
 
 
 def grouped_dots(
@@ -188,15 +197,16 @@ def grouped_dots(
         name,
         f"{metric_label(metric)} {by}, test, %",
         synthetic=synthetic,
-        height=1.0 + ROW_HEIGHT * rows_each * len(shown),
+        height=1.0 + ROW_HEIGHT * (rows_each + (len(results) > 1) * GROUP_GAP) * len(shown),
     )
     ax = canvas.ax
-    row = 0
+    row = 0.0
     for group in shown:
         if len(results) > 1:
+            row += GROUP_GAP if row else 0
             count = f"  {group.count:,} targets" if group.count is not None else ""
             ax.text(0.0, row, short(group.label, 30) + count, transform=ax.get_yaxis_transform(),
-                    va="center", fontsize=8.5, fontweight="bold")  # fmt: skip
+                    va="center_baseline", fontsize=8.5, fontweight="bold")  # fmt: skip
             row += 1
         for result in results:
             label = result.variant if len(results) > 1 else group.label
@@ -210,15 +220,12 @@ def grouped_dots(
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
     left_out = len(groups) - len(shown)
-    note = f" The {left_out} smaller ones are in the table only." if left_out else ""
-    several = any(len(r.seeds) > 1 for r in results)
-    line = "; the line is the standard deviation over seeds" if several else ""
-    return canvas.finish(f"The dot is the mean{line}.{note}" if several else note.strip())
+    return canvas.finish(f"{left_out} smaller ones are in the table only." if left_out else "")
 
 
-def _draw_dot(ax: Axes, row: int, label: str, value: Spread | None, place: int) -> None:
+def _draw_dot(ax: Axes, row: float, label: str, value: Spread | None, place: int) -> None:
     beside = ax.get_yaxis_transform()
-    ax.text(-0.02, row, label, transform=beside, ha="right", va="center", fontsize=8.5)
+    ax.text(-0.02, row, label, transform=beside, ha="right", va="center_baseline", fontsize=8.5)
     if value is None:
         ax.text(1.02, row, "no targets", transform=beside, va="center", fontsize=8, color=FAINT)
         return
@@ -226,4 +233,4 @@ def _draw_dot(ax: Axes, row: int, label: str, value: Spread | None, place: int) 
         ends = [value.mean - value.std, value.mean + value.std]
         ax.plot(ends, [row, row], color=colour(place), lw=1.4, solid_capstyle="butt")
     ax.plot([value.mean], [row], marker=marker(place), ms=5, color=colour(place))
-    ax.text(1.02, row, percent(value.mean), transform=beside, va="center", fontsize=8.5)
+    ax.text(1.02, row, percent(value.mean), transform=beside, va="center_baseline", fontsize=8.5)

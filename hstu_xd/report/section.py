@@ -17,6 +17,7 @@ SPLIT_METRICS = ("hr@100", "ndcg@100")
 SWITCH_METRICS = ("hr@100", "ndcg@100", "mrr")
 HEADLINES = ("hr@100", "ndcg@100", "mrr")
 MAX_TABLE_DOMAINS = 100
+DOTS = "Dots are means, lines their standard deviation over seeds."
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ class Section:
             self._notes(),
             self._facts(),
             self._results(),
-            _figures("Learning curves", "", self.curves),
+            _figures(
+                "Learning curves",
+                self._seeds("Thin lines are seeds, thick lines their mean. ")
+                + "Dots mark the epoch picked on validation.",
+                self.curves,
+            ),
             self._by_domain(),
             self._by_switch(),
             _figures("The data", "", self.data),
@@ -98,11 +104,11 @@ class Section:
         results = self.comparison.results
         if not any(result.metrics for result in results):
             return "<h2>Test metrics</h2>\n<p>No run has read its test yet.</p>"
-        columns = [(f"{LABELS[metric]} %", metric) for metric in METRICS]
+        columns = [(f"{LABELS[metric]}\u00a0%", metric) for metric in METRICS]
         return "\n".join(
             [
                 "<h2>Test metrics</h2>",
-                f'<div class="cards">{"".join(self._headlines())}</div>',
+                f'<div class="cards wide">{"".join(self._headlines())}</div>',
                 comparison(results, columns, self.places),
                 f'<p class="small">{self._reading()}</p>',
             ]
@@ -145,6 +151,10 @@ class Section:
             )
         return " ".join(words)
 
+    def _seeds(self, several: str) -> str:
+        """Words that only hold where a variant has several seeds."""
+        return several if any(len(result.seeds) > 1 for result in self.comparison.results) else ""
+
     def _by_domain(self) -> str:
         if not self.domains:
             return ""
@@ -153,28 +163,28 @@ class Section:
             f"<details><summary>{LABELS[metric]} by domain as a table</summary>\n"
             + comparison(
                 self.comparison.results,
-                [(f"{g.label} %", metric + g.suffix) for g in groups],
+                [(f"{g.label}\u00a0%", metric + g.suffix) for g in groups],
                 self.places,
             )
             + "</details>"
             for metric in SPLIT_METRICS
         )
-        return _figures("By domain of the target", "", self.domains) + details
+        return _figures("By domain of the target", self._seeds(DOTS), self.domains) + details
 
     def _by_switch(self) -> str:
         if not self.switches:
             return ""
         columns = [
-            (f"{LABELS[metric]} {name} %", f"{metric}[{name}]")
+            (f"{LABELS[metric]} {name}\u00a0%", f"{metric}[{name}]")
             for name in ("switch", "stay")
             for metric in SWITCH_METRICS
         ]
         words = (
             "A target follows a switch when its domain differs from that of the event just before "
-            "it; otherwise it stays."
+            "it; otherwise it stays. "
         )
         rows = comparison(self.comparison.results, columns, self.places)
-        return _figures("Switch and stay targets", words, self.switches) + rows
+        return _figures("Switch and stay targets", words + self._seeds(DOTS), self.switches) + rows
 
     def _runs(self) -> str:
         one = self.comparison
@@ -220,7 +230,9 @@ def _figures(heading: str, words: str, images: Sequence[Image]) -> str:
         for image in images
     )
     text = f"<p>{escape(words)}</p>\n" if words else ""
-    return f'<h2>{escape(heading)}</h2>\n{text}<div class="figures">\n{figures}\n</div>'
+    # Two or four figures would leave a hole in rows of three.
+    look = "figures even" if len(images) in (2, 4) else "figures"
+    return f'<h2>{escape(heading)}</h2>\n{text}<div class="{look}">\n{figures}\n</div>'
 
 
 def _domain_table(domains: Mapping[str, Mapping[str, int]]) -> str:

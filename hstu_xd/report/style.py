@@ -20,6 +20,7 @@ INK = "#1b1f24"
 FAINT = "#68707a"
 GRID = "#dfe3e8"
 ACCENT = "#2f63e4"
+ON_ACCENT = "#fefefe"
 # Chosen by search so that all pairs differ under protanopia, deuteranopia and tritanopia.
 PALETTE = (
     "#6a705f",
@@ -36,9 +37,13 @@ LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 
 # The page's style sheet defines these for light and dark.
-CSS_VARIABLES = {INK: "--ink", FAINT: "--faint", GRID: "--grid", ACCENT: "--accent"} | {
-    colour: f"--series-{i}" for i, colour in enumerate(PALETTE)
-}
+CSS_VARIABLES = {
+    INK: "--ink",
+    FAINT: "--faint",
+    GRID: "--grid",
+    ACCENT: "--accent",
+    ON_ACCENT: "--page",
+} | {colour: f"--series-{i}" for i, colour in enumerate(PALETTE)}
 
 _RC = {
     "font.family": "DejaVu Sans",
@@ -116,6 +121,9 @@ class Canvas:
         for text in self.figure.findobj(Text):
             assert isinstance(text, Text)
             text.set_parse_math(False)  # names may hold dollar signs
+        # Lay out once, not once a file.
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
         return Image(self.name, self.title, caption, self._png(), self._svg())
 
     def _png(self) -> bytes:
@@ -131,18 +139,17 @@ class Canvas:
         return _themed(buffer.getvalue().decode())
 
     def _save(self, buffer: io.BytesIO, form: str, metadata: dict) -> None:
-        with warnings.catch_warnings():
-            # Names may be in a script that the PNG's font lacks; the page's SVG shows them.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            self.figure.savefig(
-                buffer, format=form, dpi=PNG_DPI, transparent=form == "svg", metadata=metadata
-            )
+        self.figure.savefig(
+            buffer, format=form, dpi=PNG_DPI, transparent=form == "svg", metadata=metadata
+        )
 
 
 @contextmanager
 def house_style() -> Iterator[None]:
     """Draw and finish figures inside this context."""
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        # Names may be in a script that the PNG's font lacks; the page's SVG shows them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
@@ -162,37 +169,45 @@ def _themed(svg: str) -> str:
 
 
 def short(text: str, length: int = 22) -> str:
-    """A name for a figure: control characters and line breaks as spaces, clipped with dots."""
+    """A name for a figure on one line; a long one loses its middle, as names differ at the end."""
     clean = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(empty)"
-    return clean if len(clean) <= length else clean[: length - 2] + ".."
+    if len(clean) <= length:
+        return clean
+    tail = (length - 2) // 2
+    return f"{clean[: length - 2 - tail]}..{clean[-tail:]}"
 
 
-def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
-    """Move label heights apart to at least ``gap``, staying as close as possible to their places.
+def spread_labels(
+    heights: Sequence[float], sizes: Sequence[float], low: float, high: float
+) -> list[float]:
+    """Move labels apart so that none overlap, each as close as possible to its place.
 
     Args:
-        heights: wanted heights, any order.
-        gap: least distance between neighbours, same unit.
+        heights: wanted middles, any order.
+        sizes: heights of the labels themselves, same unit.
+        low: no label reaches below this, if there is room for all.
+        high: no label reaches above this, if there is room for all.
 
     Returns:
-        Heights in the order given.
+        Middles in the order given.
     """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    # Clusters of touching labels sit around the mean of their wanted places.
-    clusters: list[list[int]] = []
+    # Measured from where it would lie in a gapless stack, every label may only stay or move up
+    # with its place in the order: pool neighbours that violate this around their mean.
+    stacked, pools = 0.0, list[list[float]]()
+    middles = {}
     for i in order:
-        clusters.append([i])
-        while len(clusters) > 1 and _start(clusters[-1], heights, gap) < _start(
-            clusters[-2], heights, gap
-        ) + gap * len(clusters[-2]):
-            clusters[-2:] = [clusters[-2] + clusters[-1]]
+        middles[i] = stacked + sizes[i] / 2
+        stacked += sizes[i]
+        pools.append([heights[i] - middles[i]])
+        while len(pools) > 1 and _mean(pools[-1]) < _mean(pools[-2]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    shifts = [_mean(pool) for pool in pools for _ in pool]
     placed = [0.0] * len(heights)
-    for cluster in clusters:
-        start = _start(cluster, heights, gap)
-        for k, i in enumerate(cluster):
-            placed[i] = start + k * gap
+    for i, shift in zip(order, shifts):
+        placed[i] = middles[i] + max(min(shift, high - stacked), low)
     return placed
 
 
-def _start(cluster: Sequence[int], heights: Sequence[float], gap: float) -> float:
-    return sum(heights[i] for i in cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

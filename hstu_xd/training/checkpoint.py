@@ -87,8 +87,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
     names = sorted(set(own) ^ set(weights))
     if names:
         raise InputError(
-            f"{source}: does not fit the model ({names[0]} is on one side only); use the config.gin "
-            "of its own run"
+            f"{source}: does not fit the model ({names[0]} is on one side only); use its own "
+            "run's config.gin"
         )
     for name, value in weights.items():
         if value.shape != own[name].shape:

@@ -167,7 +167,15 @@ def _begin(
     partial.replace(out / RUN_FILE)
 
 
-_MANIFEST_FACTS = ("users", "items", "interactions", "domains", "delta", "synthetic", "switch_share")
+_MANIFEST_FACTS = (
+    "users",
+    "items",
+    "interactions",
+    "domains",
+    "delta",
+    "synthetic",
+    "switch_share",
+)
 
 
 def _settings_to_resume(out: Path, store: InteractionStore) -> RunSettings:
@@ -178,4 +186,3 @@ def _settings_to_resume(out: Path, store: InteractionStore) -> RunSettings:
             f"--data {facts['data']}"
         )
     return load_settings([out / CONFIG_FILE])
-

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.metrics import METRICS
 from hstu_xd.modules.settings import EncoderSettings
 
 
@@ -67,7 +68,12 @@ class TrainSettings:
         for name in ("temperature", "learning_rate"):
             _require(getattr(self, name) > 0, self, name, "above 0")
         _require(0 <= self.dropout_rate < 1, self, "dropout_rate", "from 0 to below 1")
-        _require(self.negatives in ("domain", "catalogue"), self, "negatives", "domain or catalogue")
+        _require(
+            self.select_metric in METRICS, self, "select_metric", f"one of {', '.join(METRICS)}"
+        )
+        _require(
+            self.negatives in ("domain", "catalogue"), self, "negatives", "domain or catalogue"
+        )
 
     @property
     def norm_length(self) -> int:
@@ -105,7 +111,10 @@ class RunSettings:
         """Every setting, defaults included, as a gin file that reads back to the same settings."""
         encoder = dataclasses.asdict(self.encoder_settings(num_domains=1))
         lines = ["import hstu_xd.training.settings", ""]
-        for block, values in (("xd_encoder", encoder), ("xd_train", dataclasses.asdict(self.train))):
+        for block, values in (
+            ("xd_encoder", encoder),
+            ("xd_train", dataclasses.asdict(self.train)),
+        ):
             names = [name for name in values if name not in _DERIVED]
             lines += [f"{block}.{name} = {values[name]!r}" for name in names] + [""]
         return "\n".join(lines)
@@ -130,7 +139,7 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(_explain(error)) from error
+        raise InputError(_explain(error, files, bindings)) from error
     finally:
         gin.clear_config()
     for name, values in blocks.items():
@@ -160,15 +169,21 @@ def _names(block: str) -> list[str]:
     return [name for name in fields if name not in _DERIVED]
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -> str:
     """One line for gin's error, with the nearest name where a name is unknown."""
     text = " ".join(str(error).split())
+    if "named" not in text and "matching" not in text:
+        # A syntax error gives a line number and no text.
+        text = f"{', '.join([*map(str, files), *bindings])}: {text}"
     known = [f"{block}.{name}" for block in _BLOCKS for name in _names(block)]
-    for pattern in (r"matching '([\w./]+)'", r"'(\w+)'.*parameter", r"parameter.*?'(\w+)'"):
-        found = re.search(pattern, text)
-        near = get_close_matches(found[1], [*known, *_BLOCKS], n=1, cutoff=0.4) if found else []
-        if near:
-            return f"gin: {text} Did you mean {near[0]}?"
+    wrong = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text)
+    if wrong:
+        near = get_close_matches(f"{wrong[1]}.{wrong[2]}", known, n=1, cutoff=0.4)
+    else:
+        wrong = re.search(r"matching '([\w./]+)'", text)
+        near = get_close_matches(wrong[1], _BLOCKS, n=1, cutoff=0.4) if wrong else []
+    if near:
+        return f"gin: {text} Did you mean {near[0]}?"
     return f"gin: {text}"
 
 

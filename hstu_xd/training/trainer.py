@@ -162,7 +162,9 @@ class Trainer:
         """One optimiser step on a global batch; returns its number of tokens."""
         settings, progress, device = self.settings, self.progress, self.world.device
         began = time.perf_counter()
-        seed = int(np.random.SeedSequence([settings.random_seed, progress.step]).generate_state(1)[0])
+        seed = int(
+            np.random.SeedSequence([settings.random_seed, progress.step]).generate_state(1)[0]
+        )
         torch.manual_seed(seed + self.world.rank)
         generator = torch.Generator().manual_seed(seed)
         negatives = sample_negatives(
@@ -207,7 +209,9 @@ class Trainer:
     def _finish_epoch(self) -> None:
         progress, settings = self.progress, self.settings
         self._check_finite()
-        total = self.world.sum(torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.world.device))
+        total = self.world.sum(
+            torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.world.device)
+        )
         row = {"loss": float(total) / progress.loss_tokens}
         self._log.write(Split.TRAIN, progress.epoch, progress.step, row)
         values = self.evaluate(Split.VALID)
@@ -226,14 +230,15 @@ class Trainer:
         """Metrics of a split; the processes share the users."""
         data = self._data[split]
         users = data.users[self.world.rank :: self.world.size]
-        ranked = rank_targets(
-            self.model, data, users, batch_size=self.settings.eval_batch_size
-        )
+        ranked = rank_targets(self.model, data, users, batch_size=self.settings.eval_batch_size)
         if self.world.size > 1:
             parts: list[RankedTargets] = [ranked] * self.world.size
             dist.all_gather_object(parts, ranked)
             ranked = RankedTargets(
-                *(torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("ranks", "domains", "switched"))
+                *(
+                    torch.cat([getattr(p, name).cpu() for p in parts])
+                    for name in ("ranks", "domains", "switched")
+                )
             )
         names = self.model.catalog.domain_names
         return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names)

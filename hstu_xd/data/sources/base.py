@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from hstu_xd.errors import InputError
 
@@ -57,7 +57,7 @@ class Source(ABC):
         return f"{self.path}:{line}"
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> BinaryIO | gzip.GzipFile:
     """Open a file for reading, decompressing gzip whatever its name (as polars does)."""
     with path.open("rb") as file:
         zipped = file.read(2) == GZIP_MAGIC

@@ -31,7 +31,11 @@ class DelimitedSource(Source):
     positions: dict[str, int]
 
     def scan(self) -> "pl.LazyFrame":
-        """Events as text columns; polars raises on lines with too many fields."""
+        """Events as text columns; polars raises on lines with too many fields.
+
+        The last column comes along even when it plays no role: polars stops at the last column it
+        is asked for, and a line with a field too many would pass, its fields shifted.
+        """
         import polars as pl
 
         frame = pl.scan_csv(
@@ -42,7 +46,8 @@ class DelimitedSource(Source):
             infer_schema=False,
             glob=False,
         )
-        return frame.select(pl.nth(at).alias(role) for role, at in self.positions.items())
+        wanted = {"last": self.width - 1, **self.positions}
+        return frame.select(pl.nth(at).alias(role) for role, at in wanted.items())
 
     def records(self) -> Iterator[Record]:
         """Every line as a record, the first faulty one with its problem."""

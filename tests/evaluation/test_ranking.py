@@ -1,0 +1,102 @@
+"""Ranks and metrics against a count by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import HstuXdError
+from hstu_xd.evaluation.metrics import METRICS, grouped_metrics, ranking_metrics
+from hstu_xd.evaluation.ranking import target_ranks
+
+
+class Scorer:
+    """Stands where the model does: fixed item vectors and a catalogue."""
+
+    def __init__(self, catalog: DomainCatalog, vectors: torch.Tensor) -> None:
+        self.catalog, self._vectors = catalog, vectors
+
+    def item_vectors(self, item_ids: torch.Tensor) -> torch.Tensor:
+        return self._vectors[item_ids]
+
+
+def make(seed: int, num_items: int, num_domains: int, queries: int):
+    random = torch.Generator().manual_seed(seed)
+
+    def ints(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=random)
+
+    catalog = DomainCatalog(ints(num_domains, num_items + 1), [f"d{i}" for i in range(num_domains)])
+    # Few distinct integer scores, so that ties are everywhere and sums are exact.
+    scorer = Scorer(catalog, ints(3, num_items + 1, 2).float())
+    targets = 1 + ints(num_items, queries)
+    seen = [(1 + ints(num_items, int(n))).tolist() for n in ints(9, queries)]
+    users = ints(3, queries, 2).float()
+    return scorer, users, targets, seen
+
+
+def rank_by_hand(scorer: Scorer, user: torch.Tensor, target: int, seen: list[int]) -> int:
+    domains = scorer.catalog.item_domains.tolist()
+    score = [float(user @ vector) for vector in scorer._vectors]
+    candidates = {
+        item
+        for item in range(1, len(domains))
+        if domains[item] == domains[target] and (item not in seen or item == target)
+    }
+    return sum(score[item] >= score[target] for item in candidates)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    num_items=st.integers(1, 40),
+    num_domains=st.integers(1, 4),
+    queries=st.integers(1, 12),
+    block=st.sampled_from([1, 17, 10**6]),
+)
+def test_rank_counts_unseen_items_of_the_domain_and_ties_against_the_target(
+    seed: int, num_items: int, num_domains: int, queries: int, block: int
+) -> None:
+    scorer, users, targets, seen = make(seed, num_items, num_domains, queries)
+    offsets = torch.tensor([0] + [len(s) for s in seen]).cumsum(0)
+    flat = torch.tensor([item for s in seen for item in s], dtype=torch.int64)
+    ranks = target_ranks(users, targets, flat, offsets, scorer, block_scores=block)  # type: ignore[arg-type]
+    expected = [rank_by_hand(scorer, users[i], int(targets[i]), seen[i]) for i in range(queries)]
+    assert ranks.tolist() == expected
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=50))
+def test_metrics_equal_their_definitions(ranks: list[int]) -> None:
+    values = ranking_metrics(torch.tensor(ranks))
+    n = len(ranks)
+    for k in (1, 10, 100):
+        assert values[f"hr@{k}"] == pytest.approx(sum(r <= k for r in ranks) / n)
+    for k in (10, 100):
+        gains = [1 / math.log2(r + 1) for r in ranks if r <= k]
+        assert values[f"ndcg@{k}"] == pytest.approx(sum(gains) / n)
+    assert values["mrr"] == pytest.approx(sum(1 / r for r in ranks) / n)
+
+
+def test_groups_are_separate_and_empty_ones_absent() -> None:
+    ranks = torch.tensor([1, 200, 5])
+    values = grouped_metrics(
+        ranks, torch.tensor([0, 0, 2]), torch.tensor([True, False, True]), ["a", "b", "c"]
+    )
+    assert set(METRICS) <= set(values)
+    assert values["hr@10[a]"] == 0.5
+    assert values["hr@10[c]"] == 1.0
+    assert values["hr@10[switch]"] == 1.0
+    assert values["hr@10[stay]"] == 0.0
+    assert values["count"] == 3
+    assert values["count[switch]"] == 2
+    assert not any(name.endswith("[b]") for name in values)
+
+
+def test_diverged_model_is_an_error_not_a_rank() -> None:
+    scorer, users, targets, _ = make(0, 10, 2, 3)
+    users[1] = float("nan")
+    none = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(HstuXdError, match=r"not finite.*lower"):
+        target_ranks(users, targets, none[:0], none, scorer)  # type: ignore[arg-type]

@@ -1,0 +1,129 @@
+"""Requests that encode() refuses: the message names the value and what is needed."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import NORM_LENGTH, tiny_catalog, tiny_model
+from torch import Tensor
+
+from hstu_xd.batch import JaggedBatch
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
+from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.modules.settings import EncoderSettings
+
+
+def request_with(**changes: Any) -> dict[str, Tensor]:
+    return {
+        "item_ids": torch.tensor([[1, 3, 2], [4, 0, 0]]),
+        "timestamps": torch.tensor([[5, 6, 9], [7, 0, 0]]),
+        "target_domains": torch.tensor([1, 0]),
+        **changes,
+    }
+
+
+def test_a_sound_request() -> None:
+    vectors = tiny_model(domain_mask=True, ddsr=True).encode(**request_with())
+    assert vectors.shape == (2, 16)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
+
+
+def test_the_request_is_made_at_the_last_event_unless_told() -> None:
+    model = tiny_model()
+    implied = model.encode(**request_with())
+    explicit = model.encode(**request_with(request_timestamps=torch.tensor([9, 7])))
+    later = model.encode(**request_with(request_timestamps=torch.tensor([90, 700])))
+    assert torch.equal(implied, explicit)
+    assert not torch.equal(implied, later)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"item_ids": torch.tensor([1, 2]), "timestamps": torch.tensor([1, 2])},
+            "item_ids (2,) and timestamps (2,) must both be (B, N)",
+        ),
+        (
+            {"timestamps": torch.tensor([[5, 6], [7, 0]])},
+            "item_ids (2, 3) and timestamps (2, 2) must both be (B, N)",
+        ),
+        ({"target_domains": torch.tensor([1])}, "target_domains has shape (1,); (2,) is needed"),
+        ({"target_domains": torch.tensor([1, 3])}, "target_domains holds ids 1..3; 0..2 are known"),
+        ({"target_domains": torch.tensor([-1, 0])}, "target_domains holds ids -1..0; 0..2"),
+        (
+            {"item_ids": torch.tensor([[1, 3, 2], [25, 0, 0]])},
+            "item_ids holds ids 0..25; 0..24 are known",
+        ),
+        ({"item_ids": torch.tensor([[1, 3, -2], [4, 0, 0]])}, "item_ids holds ids -2..4"),
+        (
+            {"item_ids": torch.tensor([[1, 3, 2], [0, 0, 0]])},
+            "item_ids row 1 is empty; at least one event is needed",
+        ),
+        (
+            {"item_ids": torch.tensor([[1, 0, 2], [4, 0, 0]])},
+            "item_ids row 0 holds padding (0) before its last item; move the items to the left",
+        ),
+        (
+            {
+                "item_ids": torch.ones(2, NORM_LENGTH + 1, dtype=torch.int64),
+                "timestamps": torch.ones(2, NORM_LENGTH + 1, dtype=torch.int64),
+            },
+            "histories of 25 events exceed the model's window of 24; pass the latest 24",
+        ),
+    ],
+)
+def test_messages(changes: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        tiny_model().encode(**request_with(**changes))
+
+
+def test_left_padding_is_named() -> None:
+    """An empty first column is either an empty or a left-padded history; both are refused."""
+    with pytest.raises(InputError, match="item_ids row 1"):
+        tiny_model().encode(**request_with(item_ids=torch.tensor([[1, 3, 2], [0, 0, 4]])))
+
+
+def test_no_users_at_all() -> None:
+    nobody = torch.zeros(0, 3, dtype=torch.int64)
+    assert tiny_model().encode(nobody, nobody, nobody[:, 0]).shape == (0, 16)
+
+
+def test_settings_must_fit_the_catalogue() -> None:
+    settings = EncoderSettings(num_domains=2, norm_length=8)
+    message = "settings.num_domains is 2, the catalogue has 3 domains; give both the same"
+    with pytest.raises(InputError, match=re.escape(message)):
+        CrossDomainHSTU(tiny_catalog(), settings)
+
+
+def test_item_vectors_are_unit_vectors() -> None:
+    vectors = tiny_model().item_vectors(torch.tensor([[1, 2], [3, 4]]))
+    assert vectors.shape == (2, 2, 16)
+    torch.testing.assert_close(vectors.norm(dim=2), torch.ones(2, 2))
+
+
+def test_from_padded_drops_padding_and_shifts_times() -> None:
+    batch = JaggedBatch.from_padded(
+        torch.tensor([[4, 2, 3], [5, 0, 0], [0, 0, 0]]),
+        torch.tensor([[1, 3, 4], [7, 99, 99], [99, 99, 99]]),
+        torch.tensor([8, 9, 99]),
+        torch.tensor([[0, 1, 2], [1, 99, 99], [99, 99, 99]]),
+    )
+    assert batch.item_ids.tolist() == [4, 2, 3, 5]
+    assert batch.timestamps.tolist() == [1, 3, 4, 7]
+    assert batch.next_timestamps.tolist() == [3, 4, 8, 9]
+    assert batch.target_domains.tolist() == [0, 1, 2, 1]
+    assert batch.offsets.tolist() == [0, 3, 4, 4]
+    assert batch.to(torch.device("cpu")).offsets.tolist() == [0, 3, 4, 4]
+
+
+def test_one_item_one_domain() -> None:
+    catalog = DomainCatalog(torch.tensor([0, 0]), ["only"])
+    settings = EncoderSettings(
+        num_domains=1, norm_length=4, domain_mask=True, tape=True, ddsr=True, target_view_heads=1
+    )
+    model = CrossDomainHSTU(catalog, settings).eval()
+    once = torch.tensor([[1]])
+    assert model.encode(once, once, torch.tensor([0])).isfinite().all()

@@ -1,0 +1,58 @@
+"""The sampled softmax against its formula, and where its negatives come from."""
+
+import pytest
+import torch
+
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.losses import sample_negatives, sampled_softmax_loss
+from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.modules.settings import EncoderSettings
+
+
+@pytest.fixture
+def model() -> CrossDomainHSTU:
+    torch.manual_seed(0)
+    domains = torch.randint(3, (61,))
+    settings = EncoderSettings(
+        num_domains=3, norm_length=9, embedding_dim=8, num_heads=2, dqk=4, dv=4
+    )
+    return CrossDomainHSTU(DomainCatalog(domains, ["a", "b", "c"]), settings)
+
+
+@pytest.mark.parametrize("scope", ["domain", "catalogue"])
+@pytest.mark.parametrize("num_negatives", [5, 1000])
+def test_loss_equals_the_formula(model: CrossDomainHSTU, scope: str, num_negatives: int) -> None:
+    catalog = model.catalog
+    negatives = sample_negatives(
+        catalog, num_negatives, torch.Generator().manual_seed(1), scope=scope
+    )
+    targets = torch.randint(1, 61, (40,))
+    users = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)
+    loss = sampled_softmax_loss(model, users, targets, negatives, temperature=0.05)
+    expected = 0.0
+    for user, target in zip(users, targets.tolist()):
+        pool = negatives[
+            0 if scope == "catalogue" else int(catalog.domain_of(torch.tensor(target)))
+        ]
+        if scope == "domain":
+            assert torch.equal(
+                catalog.domain_of(pool).unique(), catalog.domain_of(torch.tensor([target]))
+            )
+        items = torch.cat([torch.tensor([target]), pool[pool != target]])
+        logits = model.item_vectors(items) @ user / 0.05
+        expected += float((logits.logsumexp(0) - logits[0]).detach())
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_small_domain_is_taken_whole(model: CrossDomainHSTU) -> None:
+    negatives = sample_negatives(model.catalog, 1000, torch.Generator(), scope="domain")
+    for domain, items in enumerate(negatives):
+        assert torch.equal(items, model.catalog.items_of(domain))
+
+
+def test_same_seed_draws_the_same(model: CrossDomainHSTU) -> None:
+    first, again = (
+        sample_negatives(model.catalog, 4, torch.Generator().manual_seed(3), scope="domain")
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again))

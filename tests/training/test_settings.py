@@ -1,0 +1,63 @@
+"""Settings from gin: defaults, round trip, and every way to get them wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from hstu_xd.errors import InputError
+from hstu_xd.training.settings import load_settings
+
+RECIPES = sorted((Path(__file__).parents[2] / "gin" / "standalone").glob("*.gin"))
+
+
+def test_later_bindings_win(tmp_path: Path) -> None:
+    file = tmp_path / "a.gin"
+    file.write_text("xd_encoder.ddsr = True\nxd_train.learning_rate = 1\nxd_train.num_epochs = 3\n")
+    settings = load_settings([file], ["xd_train.num_epochs = 5"])
+    assert settings.encoder["ddsr"] is True
+    assert settings.train.learning_rate == 1.0
+    assert settings.train.num_epochs == 5
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_and_round_trip(recipe: Path, tmp_path: Path) -> None:
+    settings = load_settings([recipe])
+    copy = tmp_path / "config.gin"
+    copy.write_text(settings.to_gin())
+    again = load_settings([copy])
+    assert again.train == settings.train
+    assert again.encoder_settings(3) == settings.encoder_settings(3)
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("xd_encoder.dssr = True", "dssr.*Did you mean xd_encoder.ddsr"),
+        ("xd_enkoder.ddsr = True", "xd_enkoder.*Did you mean xd_encoder"),
+        ("hstu_encoder.num_blocks = 2", "hstu_encoder"),
+        ("xd_encoder.num_domains = 2", "num_domains"),
+        ('xd_encoder.ddsr = "yes"', "xd_encoder.ddsr = 'yes' is a str; a bool"),
+        ("xd_train.num_epochs = 2.5", "num_epochs = 2.5 is a float; a int"),
+        ("xd_train.num_epochs = 0", "num_epochs = 0; it must be at least 1"),
+        ('xd_train.select_metric = "auc"', "select_metric = 'auc'.*hr@1"),
+        ("xd_encoder.target_view_heads = 9", "target_view_heads is 9; 0..num_heads=4"),
+        ("xd_encoder.num_heads =", "xd_encoder.num_heads =.*parse"),
+        ("scope/xd_encoder.ddsr = True", "nothing reads.*scope/xd_encoder"),
+        ("depth = 3", "nothing reads the binding 'depth'"),
+    ],
+)
+def test_bad_binding_names_value_and_mend(binding: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_settings([], [binding])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(InputError, match=r"nowhere\.gin: no such file"):
+        load_settings([Path("nowhere.gin")])
+
+
+def test_used_macro_is_read(tmp_path: Path) -> None:
+    assert load_settings([], ["depth = 3", "xd_encoder.num_blocks = %depth"]).encoder == {
+        "num_blocks": 3
+    }
