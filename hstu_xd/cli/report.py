@@ -10,7 +10,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Folders written by train, or folders of such folders (as ablate writes them). "
             "The first variant is what the others are compared with.",
         ),

@@ -2,13 +2,14 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
 from hstu_xd.ops.relative_bias import time_bucket
 
 # Gathered states of one chunk of tokens: bounds memory at hundreds of domains (float count).
-_CHUNK_FLOATS = 4_000_000
+_CHUNK_FLOATS = 16_000_000
 
 
 def last_state_index(
@@ -124,42 +125,42 @@ class DynamicDomainState(nn.Module):
         query = self._query(hidden)
         if self._target_emb is not None:
             query = query + self._target_emb(target_domains)
-        query = query.view(length, self._heads, self._dqk)
         written = torch.cat([states, self._initial_state.to(states.dtype)])
-        key = self._key(written).view(-1, self._heads, self._dqk)
-        value = self._value(written).view(-1, self._heads, self._dv)
+        memory = torch.cat([self._key(written), self._value(written)], dim=1)
         # Row of each (domain, visit): the token that wrote it, or the domain's initial state.
         initial = length + torch.arange(self._num_domains, device=index.device).view(1, -1, 1)
         row = torch.where(index < 0, initial, index).flatten(1)
         # A domain is represented once by its initial state, not once for every missing visit.
         missing = (index < 0) & (torch.arange(index.shape[2], device=index.device) > 0)
         missing, age = missing.flatten(1), age_bucket.flatten(1)
-        step = max(1, _CHUNK_FLOATS // max(1, row.shape[1] * self._heads * self._dqk))
+        step = max(1, _CHUNK_FLOATS // max(1, row.shape[1] * memory.shape[1]))
         if step >= length:
-            return self._attend(query, key, value, row, missing, age)
-        chunks = [
-            checkpoint(
-                self._attend,
-                query[i:j],
-                key,
-                value,
-                row[i:j],
-                missing[i:j],
-                age[i:j],
-                use_reentrant=False,
-            )
-            for i, j in ((i, min(i + step, length)) for i in range(0, length, step))
-        ]
-        return torch.cat(chunks)
+            return self._attend(query, memory, row, missing, age)
+        chunks = [slice(i, i + step) for i in range(0, length, step)]
+        return torch.cat(
+            [
+                checkpoint(
+                    self._attend, query[c], memory, row[c], missing[c], age[c], use_reentrant=False
+                )
+                for c in chunks
+            ]
+        )
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, row: Tensor, missing: Tensor, age: Tensor
+        self, query: Tensor, memory: Tensor, row: Tensor, missing: Tensor, age: Tensor
     ) -> Tensor:
-        scores = torch.einsum("lhd,lshd->lsh", query, key[row]) * self._dqk**-0.5
+        """(L, H dqk), (W, H (dqk + dv)), then (L, S) row, missing and age -> (L, H dv)."""
+        # A lookup in a table: its backward pass is several times that of advanced indexing.
+        key, value = embedding(row, memory).split(
+            [self._heads * self._dqk, self._heads * self._dv], dim=2
+        )
+        scores = (query.unsqueeze(1) * key).unflatten(2, (self._heads, self._dqk)).sum(3)
+        scores = scores * self._dqk**-0.5
         if self._age_w is not None:
-            scores = scores + self._age_w[age].to(scores.dtype)
+            scores = scores + embedding(age, self._age_w).to(scores.dtype)
         weights = scores.masked_fill(missing.unsqueeze(2), float("-inf")).softmax(1)
-        return torch.einsum("lsh,lshd->lhd", weights, value[row]).flatten(1)
+        value = value.unflatten(2, (self._heads, self._dv))
+        return (weights.unsqueeze(3) * value).sum(1).flatten(1)
 
 
 def state_age_bucket(index: Tensor, timestamps: Tensor, next_timestamps: Tensor) -> Tensor:

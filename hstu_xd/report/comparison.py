@@ -7,9 +7,7 @@ from pathlib import Path
 
 from hstu_xd.errors import InputError
 from hstu_xd.report.data_stats import DataStats, measure
-from hstu_xd.report.runs import Row, Run, VariantResult, aggregate
-
-SAME_WITHIN_VARIANT = ("switches", "parameters", "max_sequence_length", "batch_size", "loss")
+from hstu_xd.report.runs import Row, Run, VariantResult, aggregate, differing_settings
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +124,7 @@ def _variant_notes(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         by_variant.setdefault(run.variant, []).append(run)
     for variant, members in by_variant.items():
-        differing = [
-            key
-            for key in SAME_WITHIN_VARIANT
-            if any(run.info.get(key) != members[0].info.get(key) for run in members)
-        ]
+        differing = differing_settings(members)
         if differing:
             yield f"Runs of {variant} differ in {', '.join(differing)}, not only in their seed."
         if len({str(run.seed) for run in members}) < len(members):

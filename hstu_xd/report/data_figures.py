@@ -80,7 +80,7 @@ def transitions(stats: DataStats, synthetic: bool) -> Image:
     totals = table.sum(axis=1, keepdims=True)
     shares = np.divide(table, totals, out=np.zeros_like(table), where=totals > 0)
     size = len(groups)
-    cell = min(0.5, 3.3 / size)
+    cell = min(0.5, 2.9 / size)
     canvas = Canvas(
         "transitions",
         "Domain of the next event, by domain, %",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from hstu_xd.report.runs import VariantResult
+from hstu_xd.report.style import PALETTE
 from hstu_xd.report.tables import Cell, compare, percent, points
 
 Column = tuple[str, str]  # heading, metric
@@ -26,8 +27,9 @@ def _variant_cell(result: VariantResult, places: dict[str, int]) -> str:
 
 
 def swatch(place: int) -> str:
-    """A dot in a variant's colour."""
-    return f'<span class="swatch s{place % 8}"></span>'
+    """A dot in a variant's colour; a square where the colours begin again."""
+    shape = " again" if place >= len(PALETTE) else ""
+    return f'<span class="swatch s{place % len(PALETTE)}{shape}"></span>'
 
 
 def _cell(cell: Cell) -> str:
@@ -38,7 +40,7 @@ def _cell(cell: Cell) -> str:
         text += f' <span class="faint">&plusmn; {percent(cell.std)}</span>'
     if cell.difference is not None:
         look = "diff faint" if cell.within_spread else "diff"
-        text += f'<span class="{look}">{_signed(cell.difference)}</span>'
+        text += f' <span class="{look}">{_signed(cell.difference)}</span>'
     return text
 
 

@@ -54,13 +54,17 @@ def page(sections: Sequence[Section]) -> str:
         css=_style_sheet(),
         title=escape(_title(sections)),
         banner=_banner([one.data_name for one in synthetic]) if synthetic else "",
-        subtitle=f"{len(runs)} runs, {len(places)} variants, seeds "
+        subtitle=f"{_count(len(runs), 'run')}, {_count(len(places), 'variant')}, seeds "
         + escape(", ".join(dict.fromkeys(str(run.seed) for run in runs))),
         key=key,
         sections="\n".join(_section(section, len(sections) > 1) for section in sections),
         protocol="\n".join(f"<li>{escape(line)}</li>" for line in PROTOCOL),
         version=escape(__version__),
     )
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _title(sections: Sequence[Section]) -> str:

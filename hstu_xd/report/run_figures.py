@@ -76,7 +76,7 @@ def _curve_figure(
     by_variant: dict[str, list[tuple[Run, Points]]] = {}
     for run, points in curves:
         by_variant.setdefault(run.variant, []).append((run, points))
-    labels = {v: textwrap.wrap(short(v, 2 * LABEL_WIDTH), LABEL_WIDTH) for v in by_variant}
+    labels = {v: textwrap.wrap(short(v, 2 * LABEL_WIDTH + 10), LABEL_WIDTH) for v in by_variant}
     lines = sum(len(label) + 0.25 for label in labels.values())
     title = "Training loss" if metric == "loss" else f"Validation {metric_label(metric)}, %"
     canvas = Canvas(
@@ -112,10 +112,12 @@ def _draw_variant(
         # A line of one point would not show at all.
         for epoch, value in points if len(points) == 1 else picked:
             ax.plot([epoch], [value], marker=marker(place), ms=4, color=colour(place))
-    # A mean over fewer seeds would jump where a run ends, so it stops with the shortest run.
-    shared = sorted(set.intersection(*(set(dict(points)) for _, points in members)))
-    if len(members) > 1:
-        values = [dict(points) for _, points in members]
+    # A mean over fewer seeds would jump where a run ends, so it stops with the shortest run;
+    # runs that still train are left out of it as soon as others have finished.
+    finished = [dict(points) for run, points in members if run.summary is not None]
+    values = finished or [dict(points) for _, points in members]
+    if len(values) > 1:
+        shared = sorted(set.intersection(*map(set, values)))
         means = [sum(value[epoch] for value in values) / len(values) for epoch in shared]
         ax.plot(shared, means, lw=1.9, **look)
     return max((points[-1] for _, points in members), key=lambda point: point[0])
@@ -156,11 +158,12 @@ def _zoom(ax: Axes, curves: Sequence[Points], rising: bool) -> str:
     longest = max(len(points) for points in curves)
     if longest < LONG:
         return ""
-    settled = [value for points in curves for _, value in points[longest // 4 :]]
+    # The last point of a short curve stays in sight too: its label points at it.
+    settled = [value for points in curves for _, value in [*points[longest // 4 :], points[-1]]]
     margin = 0.08 * (max(settled) - min(settled))
-    if margin == 0:
-        return ""
     low, high = min(settled) - margin, max(settled) + margin
+    if all(low <= value <= high for points in curves for _, value in points):
+        return ""
     ax.set_ylim(low, high)
     return f"Earlier epochs lie {'below' if rising else 'above'} the part shown."
 
@@ -188,6 +191,7 @@ def grouped_dots(
     Returns:
         The figure, or None where no run reports the metric for any group.
     """
+    results = [result for result in results if result.metrics]
     groups = [g for g in groups if any(metric + g.suffix in r.metrics for r in results)]
     if not groups:
         return None
@@ -211,7 +215,7 @@ def grouped_dots(
         for result in results:
             label = result.variant if len(results) > 1 else group.label
             value = result.metrics.get(metric + group.suffix)
-            _draw_dot(ax, row, short(label, 20), value, places[result.variant])
+            _draw_dot(ax, row, short(label, 26), value, places[result.variant])
             row += 1
     ax.set_ylim(row - 0.4, -0.7)
     ax.set_yticks([])
@@ -225,7 +229,7 @@ def grouped_dots(
 
 def _draw_dot(ax: Axes, row: float, label: str, value: Spread | None, place: int) -> None:
     beside = ax.get_yaxis_transform()
-    ax.text(-0.02, row, label, transform=beside, ha="right", va="center_baseline", fontsize=8.5)
+    ax.text(-0.02, row, label, transform=beside, ha="right", va="center_baseline", fontsize=8)
     if value is None:
         ax.text(1.02, row, "no targets", transform=beside, va="center", fontsize=8, color=FAINT)
         return

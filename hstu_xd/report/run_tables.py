@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from hstu_xd.report.html_tables import swatch, table
-from hstu_xd.report.runs import Run, is_number, spread
+from hstu_xd.report.runs import Run, differing_settings, is_number, spread
 
 NOTHING = '<span class="faint">&ndash;</span>'
 
@@ -37,25 +37,40 @@ def variants_table(runs: Sequence[Run], places: Mapping[str, int]) -> str:
 
 
 def runs_table(runs: Sequence[Run], places: Mapping[str, int]) -> str:
-    """One row a run: how it went and with what it was made."""
+    """One row a run: how it went, which settings tell it from the others, what it ran on."""
+    made_with = ("version", "torch", "device", "threads", "created")
+    above = {f"encoder.{key}" for run in runs for key in run.info.get("switches") or {}}
+    settings = [n for n in differing_settings(runs) if n not in above | {"parameters"}]
     rows = []
     for run in runs:
-        summary, info = run.summary or {}, run.info
         rows.append(
             [
                 f"{swatch(places[run.variant])}{escape(run.path.name)}",
                 escape(run.variant),
                 _text(run.seed),
                 "finished" if run.summary is not None else "<b>no summary yet</b>",
-                _text(summary.get("best_epoch")),
+                _text((run.summary or {}).get("best_epoch")),
                 _text(run.valid[-1]["epoch"] if run.valid else None),
-                _text(info.get("batch_size")),
-                _text(info.get("loss")),
-                *(_text(info.get(key)) for key in ("version", "torch", "threads", "created")),
+                *(_text(run.settings.get(name)) for name in settings),
+                *(_text(run.info.get(key)) for key in made_with),
             ]
         )
-    heads = ["run", "variant", "seed", "state", "best epoch", "last epoch", "batch size", "loss"]
-    return table([*heads, "hstu-xd", "torch", "threads", "created"], rows)
+    heads = ["run", "variant", "seed", "state", "best epoch", "last epoch"]
+    names = [name.rpartition(".")[2].replace("_", " ") for name in settings]
+    return table([*heads, *names, "hstu-xd", *made_with[1:]], rows)
+
+
+def shared_settings(runs: Sequence[Run]) -> str:
+    """The settings that all runs have in common."""
+    apart = differing_settings(runs)
+    return table(
+        ["setting", "value"],
+        [
+            [escape(name), _text(value)]
+            for name, value in runs[0].settings.items()
+            if name not in apart
+        ],
+    )
 
 
 def commands(runs: Sequence[Run]) -> str:
@@ -86,6 +101,4 @@ def _mean(values: Sequence[Any], form: str) -> str:
 def _text(value: Any) -> str:
     if value is None:
         return NOTHING
-    if isinstance(value, Mapping):
-        return escape(", ".join(f"{key} {entry}" for key, entry in value.items()))
     return escape(str(value))

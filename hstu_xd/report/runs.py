@@ -15,6 +15,9 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 ABLATION_FILE = "ablation.json"
+# Parts of run.json that say how a run was trained; the seed among them is told apart.
+SETTINGS = ("parameters", "max_sequence_length", "batch_size", "encoder", "train", "loss")
+SEEDS = ("train.random_seed", "train.seed")
 
 Row = dict[str, Any]
 
@@ -61,6 +64,16 @@ class Run:
     def data_summary(self) -> Row:
         """Counts of the data as copied from the store's manifest; empty when not recorded."""
         return self.info.get("data_summary") or {}
+
+    @property
+    def settings(self) -> Row:
+        """Everything that was set but the seed, under dotted names: ``train.learning_rate``."""
+        flat: Row = {}
+        for key in SETTINGS:
+            value = self.info.get(key)
+            entries = value.items() if isinstance(value, dict) else [("", value)]
+            flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in entries}
+        return {k: v for k, v in flat.items() if v is not None and k not in SEEDS}
 
     @property
     def test(self) -> Row:
@@ -162,6 +175,13 @@ def spread(values: Sequence[float]) -> Spread:
 def is_number(value: Any) -> bool:
     """Whether a value read from JSON is a finite number (true and false are not)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that are not the same in all runs, in the order of run.json."""
+    each = [run.settings for run in runs]
+    names = dict.fromkeys(name for settings in each for name in settings)
+    return [n for n in names if any(s.get(n) != each[0].get(n) for s in each)]
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

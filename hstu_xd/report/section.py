@@ -8,7 +8,7 @@ from hstu_xd.report.comparison import Comparison
 from hstu_xd.report.data_figures import data_figures
 from hstu_xd.report.html_tables import comparison, swatch, table
 from hstu_xd.report.run_figures import Group, grouped_dots, learning_curves
-from hstu_xd.report.run_tables import commands, runs_table, variants_table
+from hstu_xd.report.run_tables import commands, runs_table, shared_settings, variants_table
 from hstu_xd.report.runs import METRICS
 from hstu_xd.report.style import Image, house_style
 from hstu_xd.report.tables import LABELS, compare, metric_label, percent, points
@@ -123,7 +123,9 @@ class Section:
             if not known:
                 continue
             value, best = max(known, key=lambda pair: (pair[0], -pair[1]))
-            name = f"best {metric_label(metric)}: {results[best].variant}"
+            name = metric_label(metric)
+            if len(known) > 1:
+                name = f"best {name}: {results[best].variant}"
             difference = cells[best].difference
             if difference is not None:
                 name += f", {points(difference)} to {results[0].variant}"
@@ -194,6 +196,8 @@ class Section:
                 variants_table(one.runs, self.places),
                 "<h2>Runs</h2>",
                 runs_table(one.runs, self.places),
+                "<details><summary>Settings that all runs share</summary>\n"
+                f"{shared_settings(one.runs)}</details>",
                 f"<details><summary>Commands</summary>\n{commands(one.runs)}</details>",
                 _domain_table(one.summary.get("domains") or {}),
             ]
@@ -244,6 +248,5 @@ def _domain_table(domains: Mapping[str, Mapping[str, int]]) -> str:
         for name, counts in domains.items()
     ]
     return (
-        f"<details><summary>Counts of the {len(domains)} domains</summary>\n"
-        f"{table(['domain', *keys], rows)}</details>"
+        f"<details><summary>Counts by domain</summary>\n{table(['domain', *keys], rows)}</details>"
     )

@@ -107,7 +107,7 @@ def test_chunks_change_nothing(
     """The path for hundreds of domains, taken here with a handful."""
     example = Example(5, **options)
     whole, gradients = example.run(), example.gradients()
-    floats = 5 * example.states_per_domain * HEADS * DQK * tokens_a_chunk
+    floats = 5 * example.states_per_domain * HEADS * (DQK + DV) * tokens_a_chunk
     monkeypatch.setattr(ddsr, "_CHUNK_FLOATS", floats)
     calls: list[int] = []
     attend = example.module._attend

@@ -75,37 +75,38 @@ def is_table_of_events(name: str) -> bool:
     return name.endswith(("_item_emb.weight", "_pos_emb.weight", "_pos_w", "_ts_w", "_age_w"))
 
 
-def read_pairs(history: History, switches: dict[str, Any]) -> set[tuple[int, int]]:
-    """(query, key) positions that some head of some layer reads."""
+def read_pairs(history: History, switches: dict[str, Any], layer: int) -> set[tuple[int, int]]:
+    """(query, key) positions that some head of a layer reads."""
     domains = [*map(domain_of, history.items), history.request_domain]
     target_heads = switches.get("target_view_heads", 0)
     own = target_heads < 4
-    full = own and (not switches.get("domain_mask") or "full_attention_layers" in switches)
+    masked = switches.get("domain_mask") and layer not in switches.get("full_attention_layers", ())
     return {
         (i, j)
         for i in range(len(history.items))
         for j in range(i + 1)
-        if full
-        or (own and domains[j] == domains[i])
+        if (own and (not masked or domains[j] == domains[i]))
         or (target_heads and domains[j] == domains[i + 1])
     }
 
 
 @every_switch
 def test_only_touched_rows_have_one(switches: dict[str, Any]) -> None:
-    gradients = after_one_step(**switches)
-    pairs = [(h, i, j) for h in HISTORIES for i, j in read_pairs(h, switches)]
-    touched = {
-        "_item_emb.weight": {item for h in HISTORIES for item in h.items},
-        "_pos_emb.weight": set(range(20)),
-        "_pos_w": {NORM_LENGTH - 1 + j - i for _, i, j in pairs},
-        "_ts_w": {time_row(h, i, j) for h, i, j in pairs},
+    touched: dict[str, set[int]] = {
+        "_embedding_module._item_emb.weight": {item for h in HISTORIES for item in h.items},
+        "_input_features_preproc._pos_emb.weight": set(range(20)),
     }
-    for name, gradient in gradients.items():
-        for ending, rows in touched.items():
-            if name.endswith(ending):
-                found = gradient.view(len(gradient), -1).any(1).nonzero().flatten().tolist()
-                assert set(found) == rows, name
+    if switches.get("enable_relative_attention_bias", True):
+        for layer in (0, 1):
+            pairs = [(h, i, j) for h in HISTORIES for i, j in read_pairs(h, switches, layer)]
+            bias = f"_hstu._attention_layers.{layer}._rel_attn_bias."
+            touched[bias + "_pos_w"] = {NORM_LENGTH - 1 + j - i for _, i, j in pairs}
+            touched[bias + "_ts_w"] = {time_row(h, i, j) for h, i, j in pairs}
+    gradients = after_one_step(**switches)
+    for name, rows in touched.items():
+        gradient = gradients[name]
+        found = gradient.view(len(gradient), -1).any(1).nonzero().flatten().tolist()
+        assert set(found) == rows, name
 
 
 def time_row(history: History, query: int, key: int) -> int:

@@ -39,9 +39,12 @@ from hstu_xd.modules.settings import EncoderSettings
         ({"combine": "gate"}, "combine is 'gate'; one of before_gate, after_gate"),
         (
             {"full_attention_layers": (0, 2)},
-            "full_attention_layers names layer 2; layers are 0..1",
+            "full_attention_layers names layer 2; the last layer is 1",
         ),
-        ({"full_attention_layers": (-1,)}, "full_attention_layers names layer -1; layers are 0..1"),
+        (
+            {"full_attention_layers": (-1,)},
+            "full_attention_layers names layer -1; the last layer is 1",
+        ),
         (
             {"combine": "after_gate", "concat_ua": True},
             "combine='after_gate' needs concat_ua=False: the widths differ",

@@ -1,0 +1,30 @@
+"""Distributions of a store against a slow, obvious count."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.report.data_stats import measure
+
+
+def test_against_a_loop_over_users(workshop):
+    store = InteractionStore.open(workshop.store())
+    names = store.domain_names
+    domain_of = store.catalog.item_domains.tolist()
+    transitions = np.zeros((3, 3), int)
+    deltas = []
+    for user in range(store.num_users):
+        domains = [domain_of[item] for item in store.history(user)[0].tolist()]
+        shares = [domains.count(d) / len(domains) for d in range(3)]
+        deltas.append(sum(share * share for share in shares))
+        for a, b in pairwise(domains):
+            transitions[a, b] += 1
+    stats = measure(store)
+    assert stats.domain_names == names
+    np.testing.assert_array_equal(stats.transitions, transitions)
+    np.testing.assert_allclose(stats.deltas, deltas)
+    assert stats.mean_delta == pytest.approx(store.manifest["delta"])
+    assert stats.switch_share == pytest.approx(store.manifest["switch_share"])
+    assert stats.lengths.sum() == stats.events.sum() == store.num_interactions
