@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.model import CrossDomainHSTU
@@ -15,12 +14,13 @@ def sample_negatives(
 
     Args:
         catalog: item -> domain table.
-        num_negatives: sample size; a domain (or catalogue) of no more items is taken whole.
+        num_negatives: draws, of which distinct ones are kept; a domain (or catalogue) of no more
+            items is taken whole.
         generator: seeded per step, so that every process of a job draws the same.
         scope: "domain" (a sample of each domain's items) or "catalogue" (one of all items).
 
     Returns:
-        Item ids (R_d,) int64 per domain, or one tensor under "catalogue".
+        Distinct item ids (R_d,) int64, ascending, per domain, or one tensor under "catalogue".
     """
     pools = (
         [catalog.domain_items]
@@ -28,13 +28,17 @@ def sample_negatives(
         else [catalog.items_of(d) for d in range(catalog.num_domains)]
     )
     return [
-        pool
+        pool.sort().values
         if pool.numel() <= num_negatives
-        else pool[
-            torch.randint(pool.numel(), (num_negatives,), generator=generator).to(pool.device)
-        ]
+        else _draw(pool, num_negatives, generator)
         for pool in pools
     ]
+
+
+def _draw(pool: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A uniform sample of distinct items, ascending; a few fewer than asked where draws repeat."""
+    drawn = torch.randint(pool.numel(), (size,), generator=generator)
+    return pool[drawn.to(pool.device)].unique()
 
 
 def sampled_softmax_loss(
@@ -73,10 +77,21 @@ def sampled_softmax_loss(
     for ids, vectors, tokens in zip(negatives, pools, members):
         if tokens.numel() == 0:
             continue
-        queries, targets = user_vectors[tokens], target_ids[tokens]
-        positive = (queries * positives[tokens]).sum(1, keepdim=True)
-        negative = (queries @ vectors.T).masked_fill(targets.unsqueeze(1) == ids, float("-inf"))
-        logits = torch.cat([positive, negative], dim=1) / temperature
-        first = torch.zeros_like(targets)
-        total = total + cross_entropy(logits, first, reduction="sum")
+        total = total + _softmax_loss(
+            user_vectors[tokens] / temperature, positives[tokens], vectors, target_ids[tokens], ids
+        )
     return total
+
+
+def _softmax_loss(
+    queries: Tensor, positives: Tensor, negatives: Tensor, target_ids: Tensor, ids: Tensor
+) -> Tensor:
+    """Sum over (T, K) queries against their (T, K) positives and (R, K) shared negatives."""
+    positive = (queries * positives).sum(1)
+    logits = queries @ negatives.T
+    # Negatives are distinct and ascending, so a positive stands among them once or not at all.
+    column = torch.searchsorted(ids, target_ids).clamp(max=ids.numel() - 1)
+    row = torch.nonzero(ids[column] == target_ids).squeeze(1)
+    # Finite, or a domain of one item would have no softmax to differentiate.
+    logits[row, column[row]] = torch.finfo(logits.dtype).min / 2
+    return (torch.logaddexp(logits.logsumexp(1), positive) - positive).sum()

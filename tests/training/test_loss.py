@@ -56,3 +56,17 @@ def test_same_seed_draws_the_same(model: CrossDomainHSTU) -> None:
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_domain_of_one_item_has_no_loss_and_finite_gradients() -> None:
+    torch.manual_seed(0)
+    catalog = DomainCatalog(torch.tensor([0, 0, 1, 1, 1]), ["lonely", "rest"])
+    settings = EncoderSettings(num_domains=2, norm_length=9)
+    model = CrossDomainHSTU(catalog, settings)
+    negatives = sample_negatives(catalog, 10, torch.Generator(), scope="domain")
+    users = torch.nn.functional.normalize(torch.randn(2, 64), dim=1).requires_grad_()
+    loss = sampled_softmax_loss(model, users, torch.tensor([1, 1]), negatives, temperature=0.05)
+    loss.backward()
+    assert loss.item() == 0
+    assert users.grad is not None
+    assert bool(torch.isfinite(users.grad).all())
