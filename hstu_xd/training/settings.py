@@ -1,6 +1,7 @@
 """Settings of a training run, read from gin files and bindings and checked before any work."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -10,6 +11,8 @@ from typing import Any, get_type_hints
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import METRICS
 from hstu_xd.modules.settings import EncoderSettings
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +148,34 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     for name, values in blocks.items():
         _check_types(name, values)
     settings = RunSettings(blocks["xd_encoder"], TrainSettings(**blocks["xd_train"]))
-    settings.encoder_settings(num_domains=1)  # range checks now, not after the data are read
+    _warn_inert(settings.encoder_settings(num_domains=1))  # range checks, before any data are read
     return settings
+
+
+# Settings that act only while a switch is on.
+_NEEDS_SWITCH = {
+    "ddsr": (
+        "state_from",
+        "combine",
+        "query_target_domain",
+        "states_per_domain",
+        "state_age_bias",
+    ),
+    "domain_mask": ("full_attention_layers",),
+}
+
+
+def _warn_inert(encoder: EncoderSettings) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(EncoderSettings)}
+    for switch, names in _NEEDS_SWITCH.items():
+        for name in names:
+            if not getattr(encoder, switch) and getattr(encoder, name) != defaults[name]:
+                _logger.warning(
+                    "xd_encoder.%s = %r does nothing while xd_encoder.%s is False",
+                    name,
+                    getattr(encoder, name),
+                    switch,
+                )
 
 
 def _gin() -> Any:

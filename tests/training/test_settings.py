@@ -61,3 +61,12 @@ def test_used_macro_is_read(tmp_path: Path) -> None:
     assert load_settings([], ["depth = 3", "xd_encoder.num_blocks = %depth"]).encoder == {
         "num_blocks": 3
     }
+
+
+def test_setting_without_its_switch_is_said_to_do_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    load_settings([], ["xd_encoder.states_per_domain = 3", "xd_encoder.ddsr = True"])
+    assert not caplog.records
+    load_settings([], ["xd_encoder.states_per_domain = 3"])
+    assert "states_per_domain = 3 does nothing while xd_encoder.ddsr is False" in caplog.text
