@@ -32,7 +32,7 @@ class EncoderSettings:
             attention's "output".
         combine: add DDSR's answer "before_gate" or "after_gate".
         query_target_domain: DDSR's query knows the target domain.
-        states_per_domain: latest states that DDSR keeps per domain.
+        states_per_domain: latest states that DDSR keeps per domain; the paper keeps one.
         state_age_bias: DDSR's scores know how old a state is.
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
 
@@ -47,7 +47,7 @@ class EncoderSettings:
     num_heads: int = 4
     dqk: int = 16
     dv: int = 16
-    linear_dropout_rate: float = 0.2
+    linear_dropout_rate: float = 0.3
     linear_activation: str = "silu"
     concat_ua: bool = False
     enable_relative_attention_bias: bool = True
@@ -60,7 +60,7 @@ class EncoderSettings:
     state_from: str = "input"
     combine: str = "before_gate"
     query_target_domain: bool = True
-    states_per_domain: int = 1
+    states_per_domain: int = 4
     state_age_bias: bool = True
     impl: str = "auto"
 

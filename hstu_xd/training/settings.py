@@ -44,17 +44,17 @@ class TrainSettings:
     max_sequence_length: int = 100
     gr_output_length: int = 10
     item_embedding_dim: int = 64
-    local_batch_size: int = 128
+    local_batch_size: int = 64
     eval_batch_size: int = 256
-    dropout_rate: float = 0.2
-    num_negatives: int = 512
+    dropout_rate: float = 0.3
+    num_negatives: int = 2048
     negatives: str = "domain"
     temperature: float = 0.05
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 1e-3
     num_warmup_steps: int = 100
     num_epochs: int = 30
-    early_stop_patience: int = 3
+    early_stop_patience: int = 2
     select_metric: str = "ndcg@100"
     checkpoint_every: int = 1000
     main_module_bf16: bool = False
@@ -135,6 +135,8 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
             raise InputError(f"--gin_config_file {file}: no such file")
     gin = _gin()
     gin.clear_config()
+    for file in files:  # so that a file can include its neighbours, wherever the command runs
+        gin.add_config_file_search_path(str(file.parent.resolve()))
     try:
         gin.parse_config_files_and_bindings([str(f) for f in files], list(bindings))
         _refuse_unread(gin.config_str())
