@@ -138,16 +138,25 @@ class DomainCatalog(nn.Module):
             InputError: no such file, or columns ``item`` and ``domain`` are missing.
         """
         import numpy as np
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         file = path / CATALOG_FILE if path.is_dir() else path
         if not file.is_file():
             raise InputError(f"{file}: no catalogue here; write one with hstu-xd prepare")
-        table = pq.read_table(file)
+        try:
+            table = pq.read_table(file)
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{file}: not a Parquet file; write it with hstu-xd prepare"
+            ) from error
         if not {"item", "domain"} <= set(table.column_names):
             raise InputError(
                 f"{file}: a catalogue has columns item and domain, found {table.column_names}"
             )
+        if table.column("domain").null_count:
+            row = table.column("domain").is_null().to_pylist().index(True)
+            raise InputError(f"{file}: row {row} has no domain; give every item one")
         stored = (table.schema.metadata or {}).get(b"domain_names")
         column = table.column("domain").cast("string").combine_chunks()
         present = sorted(set(column.unique().to_pylist()))

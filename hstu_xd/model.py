@@ -121,7 +121,7 @@ class CrossDomainHSTU(nn.Module):
             InputError: shapes that do not fit, an empty history, ids out of range, or padding
                 before items.
         """
-        self._check_request(item_ids, timestamps, target_domains)
+        self._check_request(item_ids, timestamps, target_domains, request_timestamps)
         lengths = (item_ids != 0).sum(1)
         last = (lengths - 1).clamp(min=0).unsqueeze(1)
         if request_timestamps is None:
@@ -132,17 +132,31 @@ class CrossDomainHSTU(nn.Module):
         batch = JaggedBatch.from_padded(item_ids, timestamps, request_timestamps, next_domains)
         return self(batch)[batch.offsets[1:] - 1]
 
-    def _check_request(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> None:
-        users = item_ids.shape[0]
+    def _check_request(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        target_domains: Tensor,
+        request_timestamps: Tensor | None,
+    ) -> None:
         if item_ids.ndim != 2 or timestamps.shape != item_ids.shape:
             raise InputError(
                 f"item_ids {tuple(item_ids.shape)} and timestamps {tuple(timestamps.shape)} must "
                 "both be (B, N)"
             )
-        if target_domains.shape != (users,):
-            raise InputError(
-                f"target_domains has shape {tuple(target_domains.shape)}; ({users},) is needed"
-            )
+        users, columns = item_ids.shape
+        given = {"item_ids": item_ids, "timestamps": timestamps, "target_domains": target_domains}
+        if request_timestamps is not None:
+            given["request_timestamps"] = request_timestamps
+        for name, tensor in given.items():
+            if name in ("target_domains", "request_timestamps") and tensor.shape != (users,):
+                raise InputError(
+                    f"{name} has shape {tuple(tensor.shape)}; ({users},) is needed, one a user"
+                )
+            if tensor.dtype != torch.int64:
+                raise InputError(f"{name} is {tensor.dtype}; torch.int64 is needed: {name}.long()")
+        if users and not columns:
+            raise InputError("item_ids has no columns; at least one event a user is needed")
         if item_ids.shape[1] > self.settings.norm_length:
             raise InputError(
                 f"histories of {item_ids.shape[1]} events exceed the model's window of "

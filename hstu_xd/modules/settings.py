@@ -47,7 +47,7 @@ class EncoderSettings:
     num_heads: int = 4
     dqk: int = 16
     dv: int = 16
-    linear_dropout_rate: float = 0.3
+    linear_dropout_rate: float = 0.4
     linear_activation: str = "silu"
     concat_ua: bool = False
     enable_relative_attention_bias: bool = True

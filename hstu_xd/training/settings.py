@@ -46,7 +46,7 @@ class TrainSettings:
     item_embedding_dim: int = 64
     local_batch_size: int = 64
     eval_batch_size: int = 256
-    dropout_rate: float = 0.3
+    dropout_rate: float = 0.4
     num_negatives: int = 2048
     negatives: str = "domain"
     temperature: float = 0.05
