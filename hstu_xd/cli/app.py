@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "report",
     "ablate": "ablate",
     "demo": "demo",
+    "bench": "bench",
 }
 
 

@@ -15,13 +15,13 @@ class DomainCounts(NamedTuple):
     Attributes:
         users: the block's users.
         rows: the block's events.
-        cell: (events of the block,) int64, place of each event in ``counts`` flattened.
+        cell: (events of the block,) int32, place of each event in ``counts`` flattened.
         counts: (users of the block, D) int64.
     """
 
     users: slice
     rows: slice
-    cell: NDArray[np.int64]
+    cell: NDArray[np.int32]
     counts: NDArray[np.int64]
 
 
@@ -46,7 +46,8 @@ def domain_counts(
         rows = slice(int(offsets[users.start]), int(offsets[users.stop]))
         size = users.stop - users.start
         lengths = np.diff(offsets[users.start : users.stop + 1])
-        cell = np.repeat(np.arange(size) * num_domains, lengths) + item_domain[item[rows]]
+        cell = np.repeat(np.arange(size, dtype=np.int32) * np.int32(num_domains), lengths)
+        cell += item_domain.take(item[rows], mode="clip")
         counts = np.bincount(cell, minlength=size * num_domains).reshape(size, num_domains)
         yield DomainCounts(users, rows, cell, counts)
 

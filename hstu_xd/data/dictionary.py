@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import polars as pl
+    import pyarrow as pa
 
 CHUNK = 1 << 16
 ABSENT = np.int32(-1)
@@ -52,19 +53,20 @@ class HashIndex:
     def _find_chunk(self, hashes: NDArray[np.uint64], found: NDArray[np.int32]) -> None:
         rows: NDArray[np.int64] | None = None
         for factor, shift, table in self.levels:
-            # An empty slot (-1) reads the last hash; that one is never looked for in this level,
-            # because it was found in an earlier one or its own slot here is taken.
-            place = table[(hashes * factor) >> shift]
-            right = self.hashes[place] == hashes
+            slot = ((hashes * factor) >> shift).view(np.int64)
+            # An empty slot (-1, clipped to 0) reads the first hash, which is never looked for in
+            # this level: it was found in an earlier one, or its own slot here is taken.
+            place = table.take(slot, mode="clip")
+            right = self.hashes.take(place, mode="clip") == hashes
             if rows is None:
                 np.copyto(found, place, where=right)
                 rows = np.flatnonzero(~right)
+                hashes = hashes[rows]
             else:
                 found[rows[right]] = place[right]
-                rows = rows[~right]
+                rows, hashes = rows[~right], hashes[~right]
             if not rows.size:
                 return
-            hashes = hashes[~right]
 
 
 class TokenDictionary:
@@ -75,7 +77,7 @@ class TokenDictionary:
     """
 
     def __init__(self) -> None:
-        self._parts: list[pl.DataFrame] = []
+        self._parts: list[pa.Table] = []
         self._size = 0
         self._old = HashIndex(np.empty(0, np.uint64))
         self._new = HashIndex(np.empty(0, np.uint64))
@@ -104,8 +106,9 @@ class TokenDictionary:
     def tokens(self) -> "pl.DataFrame":
         """The token columns, row r for code r."""
         import polars as pl
+        import pyarrow as pa
 
-        return pl.concat(self._parts)
+        return pl.DataFrame(pa.concat_tables(self._parts))
 
     def _find(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
         codes = self._old.find(hashes)
@@ -117,7 +120,8 @@ class TokenDictionary:
 
     def _learn(self, hashes: NDArray[np.uint64], tokens: "pl.DataFrame") -> None:
         fresh, first = np.unique(hashes, return_index=True)
-        self._parts.append(tokens[first])
+        # As plain Arrow strings: polars' string views would keep the whole batch's text alive.
+        self._parts.append(tokens[first].to_arrow())
         self._size += len(fresh)
         # Two indexes: rebuilding one large index for every few new tokens would be quadratic.
         recent = np.concatenate([self._new.hashes, fresh])

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from hstu_xd.data.encode import Events
 from hstu_xd.data.hashing import hash_pairs, hash_tokens
+from hstu_xd.data.sorting import sort_events
 
 KEY_BITS = 64
 
@@ -36,23 +37,7 @@ def in_time_order(events: Events) -> Histories:
     Args:
         events: all events; its per-event arrays are released.
     """
-    user, item, time = events.release()
-    first, last = int(time.min()), int(time.max())
-    time_bits = np.uint64((last - first).bit_length())
-    if len(events.users).bit_length() + int(time_bits) > KEY_BITS:
-        order = np.lexsort((time, user))
-        user, item, time = user[order], item[order], time[order]
-    else:
-        # One integer key that holds user and time sorts several times faster than two columns.
-        key = user.astype(np.uint64) << time_bits
-        key |= (time - first).astype(np.uint64)
-        del user, time
-        key, item = _sort(key, item)
-        user = (key >> time_bits).astype(np.int32)
-        key &= np.uint64((1 << int(time_bits)) - 1)
-        time = key.view(np.int64)
-        time += first
-    histories = Histories(user, item, time)
+    histories = Histories(*sort_events(events))
     _break_ties(histories, events)
     return histories
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hstu_xd.catalog import DomainCatalog
 
 NEIGHBOURS = 1000
+REQUIRED = ("users", "items", "interactions", "domains", "sizes", "hashes")
 
 
 class InteractionStore:
@@ -180,6 +181,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{file}: store of format version {found!r}; this hstu-xd reads "
             f"{layout.FORMAT_VERSION}; prepare the log again with --force"
         )
+    missing = [name for name in REQUIRED if name not in manifest]
+    missing += [name for name in layout.DATA_FILES if name not in manifest.get("sizes", {})]
+    if missing:
+        raise InputError(f"{file}: damaged, it lacks {missing[0]!r}; prepare the log again")
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 ROW_GROUP = 1 << 18
+BLOCK = 1 << 20
 
 
 @dataclass
@@ -63,25 +65,39 @@ def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]
     log.items.rechunk().write_parquet(folder / layout.CATALOG, row_group_size=ROW_GROUP)
     users = log.users.alias("user").to_frame().rechunk()
     users.write_parquet(folder / layout.USERS, row_group_size=ROW_GROUP)
-    np.save(folder / layout.OFFSETS, log.offsets.astype("<i8", copy=False))
-    np.save(folder / layout.ITEM_IDS, (log.item + np.int32(1)).astype("<i4", copy=False))
-    np.save(folder / layout.TIMESTAMPS, log.time.astype("<i8", copy=False))
+    arrays = {
+        layout.OFFSETS: log.offsets.astype("<i8", copy=False),
+        layout.ITEM_IDS: (log.item + np.int32(1)).astype("<i4", copy=False),
+        layout.TIMESTAMPS: log.time.astype("<i8", copy=False),
+    }
     files = [folder / name for name in layout.DATA_FILES]
-    with ThreadPoolExecutor(2) as pool:
-        hashes = list(pool.map(_sha256, files))
+    with ThreadPoolExecutor(1) as pool:
+        hashes = pool.submit(_save_and_hash, arrays, files)
+        description = describe(log.offsets, log.item, item_domain, names)
+        digests = hashes.result()
     manifest = {
         "format_version": layout.FORMAT_VERSION,
         "version": __version__,
-        **describe(log.offsets, log.item, item_domain, names),
+        **description,
         **facts,
         "sizes": {file.name: file.stat().st_size for file in files},
-        "hashes": {file.name: digest for file, digest in zip(files, hashes)},
+        "hashes": {file.name: digest for file, digest in zip(files, digests)},
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (folder / layout.MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
 
 
+def _save_and_hash(arrays: dict[str, NDArray], files: Sequence[Path]) -> list[str]:
+    """Write the arrays into the folder of ``files``; return the hash of every file."""
+    for name, array in arrays.items():
+        np.save(files[0].with_name(name), array)
+    return [_sha256(file) for file in files]
+
+
 def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

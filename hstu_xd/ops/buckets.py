@@ -5,6 +5,7 @@ per bucket (the launches of its kernels).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from hstu_xd.grouping import DomainGrouping
 
 # Launching one more bucket costs about as much as this many query-key pairs (measured on CPU).
-_PAIRS_PER_BUCKET = 20_000
+_PAIRS_PER_BUCKET = 10_000
 # More distinct lengths than this are first rounded up, which bounds the planning time.
 _MAX_DISTINCT = 96
 # Position of a padding key: later than any query.
@@ -67,15 +68,13 @@ def build_buckets(grouping: "DomainGrouping") -> Buckets:
     order = live[np.argsort(sizes[live], kind="stable")]
     cuts = _cut(sizes[order])
     buckets = []
-    for start, end in zip(cuts[:-1], cuts[1:]):
+    for start, end in pairwise(cuts):
         groups = order[start:end]
         index = torch.from_numpy(groups).to(grouping.offsets.device)
         key_tokens, key_positions = _pad(keys, index, int(key_lengths[groups].max()))
         query_tokens, query_positions = key_tokens, key_positions
         if not aligned:
-            query_tokens, query_positions = _pad(
-                grouping, index, int(query_lengths[groups].max())
-            )
+            query_tokens, query_positions = _pad(grouping, index, int(query_lengths[groups].max()))
         buckets.append(
             Bucket(
                 query_tokens,

@@ -28,7 +28,7 @@ def eager_domain_attention(
     norm_length: int,
     bias: RelativeBias | None = None,
 ) -> Tensor:
-    """See :func:`hstu_xd.ops.domain_attention`; (L, H, dqk), (L, H, dqk), (L, H, dv) -> (L, H, dv)."""
+    """See :func:`hstu_xd.ops.domain_attention`; q, k (L, H, dqk), v (L, H, dv) -> (L, H, dv)."""
     position_weights = None if bias is None else bias.position_weights
     time_weights = None if bias is None else bias.time_weights
     out: Tensor = _GroupedAttention.apply(
@@ -50,55 +50,57 @@ class _GroupedAttention(torch.autograd.Function):
         norm_length: int,
         bias: RelativeBias | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, position_weights, time_weights)
         buckets = grouping.buckets
         assert isinstance(buckets, Buckets)
         if not buckets:
             ctx.plan = None
+            ctx.save_for_backward(q, k, v, position_weights, time_weights)
             return torch.zeros_like(v)
         plan = walk(buckets, grouping.num_tokens, q.shape[1])
         pairs = PairBias.of(grouping, bias)
-        ctx.plan = plan, pairs, norm_length
         flat_q, flat_k, flat_v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
-        out = plan.queries.zeros(v, v.dtype)
         table = pairs.table(q)
+        ctx.plan = plan, pairs, norm_length
+        ctx.save_for_backward(flat_q, flat_k, flat_v, table)
+        out = plan.queries.zeros(v, v.dtype)
         for tile in plan.tiles:
-            scores = _scores(tile, flat_q, flat_k, pairs, table)
+            scores = _scores(tile, tile.queries(flat_q), tile.keys(flat_k), pairs, table)
             torch.bmm(silu(scores, inplace=True), tile.keys(flat_v), out=tile.queries(out))
-        return plan.queries.scatter(out, v).div_(norm_length)
+        return plan.queries.scatter(out).div_(norm_length)
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore [bad-override]  # the decorator makes ctx positional only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *tables = ctx.saved_tensors
         if ctx.plan is None:
-            zeros = (None if x is None else torch.zeros_like(x) for x in (q, k, v, *tables))
+            zeros = (None if x is None else torch.zeros_like(x) for x in ctx.saved_tensors)
             return (*zeros, None, None, None)
         plan, pairs, norm_length = ctx.plan
-        flat_q, flat_k, flat_v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
+        flat_q, flat_k, flat_v, table = ctx.saved_tensors
         flat_grad = plan.queries.gather(grad_outputs[0]).div_(norm_length)
         # Gradients of keys and values are sums over tiles.
-        sum_type = torch.promote_types(q.dtype, torch.float32)
-        dq = plan.queries.zeros(q, q.dtype)
-        dk, dv = (plan.keys.zeros(x, sum_type) for x in (k, v))
-        table, gradient = pairs.table(q), pairs.empty_gradient()
+        sum_type = torch.promote_types(flat_q.dtype, torch.float32)
+        dq = plan.queries.zeros(flat_q, flat_q.dtype)
+        dk, dv = (plan.keys.zeros(x, sum_type) for x in (flat_k, flat_v))
+        gradient = pairs.empty_gradient()
         for tile in plan.tiles:
-            row_q, row_grad = tile.queries(flat_q), tile.queries(flat_grad)
-            scores = _scores(tile, flat_q, flat_k, pairs, table)
+            queries, keys, values = tile.queries(flat_q), tile.keys(flat_k), tile.keys(flat_v)
+            grad_out = tile.queries(flat_grad)
+            scores = _scores(tile, queries, keys, pairs, table)
             gate = torch.sigmoid(scores)
             weights = scores.mul_(gate)
-            _add_product(tile.keys(dv), weights.transpose(1, 2), row_grad, tile.opens)
+            _add_product(tile.keys(dv), weights.transpose(1, 2), grad_out, tile.opens)
             # d SiLU(s) / ds = gate + s gate (1 - gate), built in place.
             slope = weights.addcmul_(weights, gate, value=-1).add_(gate)
-            grad_scores = torch.bmm(row_grad, tile.keys(flat_v).transpose(1, 2), out=gate).mul_(slope)
-            torch.bmm(grad_scores, tile.keys(flat_k), out=tile.queries(dq))
-            _add_product(tile.keys(dk), grad_scores.transpose(1, 2), row_q, tile.opens)
+            grad_scores = torch.bmm(grad_out, values.transpose(1, 2), out=gate).mul_(slope)
+            torch.bmm(grad_scores, keys, out=tile.queries(dq))
+            _add_product(tile.keys(dk), grad_scores.transpose(1, 2), queries, tile.opens)
             if gradient is not None:
                 pairs.add_gradient(gradient, tile, grad_scores)
         return (
-            plan.queries.scatter(dq, q),
-            plan.keys.scatter(dk, k),
-            plan.keys.scatter(dv, v),
+            plan.queries.scatter(dq),
+            plan.keys.scatter(dk).to(flat_k.dtype),
+            plan.keys.scatter(dv).to(flat_v.dtype),
             *pairs.split_gradient(gradient),
             None,
             None,
@@ -106,12 +108,12 @@ class _GroupedAttention(torch.autograd.Function):
         )
 
 
-def _scores(tile: Tile, flat_q: Tensor, flat_k: Tensor, pairs: PairBias, table: Tensor) -> Tensor:
+def _scores(tile: Tile, queries: Tensor, keys: Tensor, pairs: PairBias, table: Tensor) -> Tensor:
     """Scores of a tile with bias, (H * G, m, n), in memory of their own."""
-    queries, shared = tile.queries(flat_q), pairs.look_up(table, tile)
-    heads = queries.shape[0] // shared.shape[0]
-    scores = shared.expand(heads, *shared.shape).contiguous().view(-1, *shared.shape[1:])
-    return scores.baddbmm_(queries, tile.keys(flat_k).transpose(1, 2))
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    shared = pairs.look_up(table, tile)  # (G, m, n), for all heads
+    scores.view(-1, *shared.shape).add_(shared)
+    return scores
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, opens: bool) -> None:

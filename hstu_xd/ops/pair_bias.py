@@ -23,6 +23,7 @@ class _Indices(NamedTuple):
 
     first: int  # row of the position table that column 1 holds
     columns: int
+    positions: Tensor  # (L,) int32
     of_tile: dict[Tile, Tensor]
     named_by_id: tuple[Tensor, ...]  # kept alive with the key that names them
 
@@ -52,7 +53,8 @@ class PairBias:
         key = ("indices", *map(id, coordinates), *sizes)
         if key not in buckets.memo:
             first, columns = (0, 2) if bias is None else _position_rows(grouping, bias)
-            buckets.memo[key] = _Indices(first, columns, {}, coordinates)
+            positions = (grouping if bias is None else bias).positions.int()
+            buckets.memo[key] = _Indices(first, columns, positions, {}, coordinates)
         return cls(bias, buckets.memo[key])
 
     def table(self, like: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ class PairBias:
 
     def look_up(self, table: Tensor, tile: Tile) -> Tensor:
         """Bias of a tile, (G, m, n)."""
-        return table.index_select(0, self._index(tile).view(-1)).view(tile.shape)
+        return table.index_select(0, self._index(tile)).view(tile.shape)
 
     def empty_gradient(self) -> Tensor | None:
         """(num_buckets * columns,) zeros in float64: thousands of pairs meet in one entry."""
@@ -79,7 +81,7 @@ class PairBias:
 
     def add_gradient(self, gradient: Tensor, tile: Tile, grad_scores: Tensor) -> None:
         """Add a tile's (H * G, m, n) score gradients."""
-        index = self._index(tile).view(-1).long()
+        index = self._index(tile).long()
         sum_type = torch.promote_types(grad_scores.dtype, torch.float32)
         shared = grad_scores.view(-1, index.numel()).sum(0, dtype=sum_type)
         gradient.scatter_add_(0, index, shared.double())
@@ -96,19 +98,20 @@ class PairBias:
         return grad_position, seen.sum(1).to(time.dtype)
 
     def _index(self, tile: Tile) -> Tensor:
+        """(G * m * n,) int32, row of the joint table for every pair."""
         known = self.indices.of_tile
         if tile in known:
             return known[tile]
+        visible = tile.visible()
         if self.bias is None:
-            index = tile.visible().int()
+            index = visible.int().view(-1)
         else:
-            bias, (first, columns, *_) = self.bias, self.indices
-            spare = bias.positions.numel() - 1
+            bias, (first, columns, positions, *_) = self.bias, self.indices
+            spare = positions.numel() - 1
             queries, keys = tile.query_tokens.clamp(max=spare), tile.key_tokens.clamp(max=spare)
-            column = bias.position_index(bias.positions[queries], bias.positions[keys])
-            column = (column - (first - 1)) * tile.visible()
+            column = bias.position_index(positions[queries], positions[keys] - (first - 1))
             row = bias.time_index(bias.next_timestamps[queries], bias.timestamps[keys])
-            index = column.add_(row, alpha=columns).int()
+            index = column.mul_(visible).add_(row.int(), alpha=columns).view(-1)
         if tile.remembered:
             known[tile] = index
         return index

@@ -15,7 +15,7 @@ from hstu_xd.ops.buckets import Bucket, Buckets
 # Rows of a query block: half a block of every row's keys is wasted on the causal diagonal.
 _BLOCK_ROWS = 32
 # Scores of one tile, so that the few tiles alive at once stay in the processor's cache.
-_TILE_SCORES = 100_000
+_TILE_SCORES = 200_000
 # Pairs of a walk whose bias indices may be remembered, 4 bytes each: 128 MiB a batch and view.
 _REMEMBERED_PAIRS = 2**25
 
@@ -29,8 +29,8 @@ class Tile:
         key_tokens: (G, n) int64, likewise.
         query_positions: (G, m) int64, -1 at padding.
         key_positions: (G, n) int64, later than any query at padding.
-        query_rows: the tile's rows in the flat queries, H * G * m of them, heads first.
-        key_rows: the rows of all keys of these groups in the flat keys, H * G * width of them.
+        query_rows: first and stop of the tile in the flat queries, H * G * m rows, heads first.
+        key_rows: likewise of these groups' keys, all H * G * width of them.
         width: keys a group has in the flat keys, at least n.
         opens: the first tile to touch its keys, and it touches all of them.
         remembered: what is computed of its pairs may be kept for other layers.
@@ -40,8 +40,8 @@ class Tile:
     key_tokens: Tensor
     query_positions: Tensor
     key_positions: Tensor
-    query_rows: slice
-    key_rows: slice
+    query_rows: tuple[int, int]
+    key_rows: tuple[int, int]
     width: int
     opens: bool
     remembered: bool
@@ -53,16 +53,20 @@ class Tile:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Groups G, query rows m, keys n."""
-        return *self.query_tokens.shape, self.key_tokens.shape[1]
+        groups, rows = self.query_tokens.shape
+        return groups, rows, self.key_tokens.shape[1]
 
     def queries(self, flat: Tensor) -> Tensor:
-        """(S, d) flat queries -> (H * G, m, d), a view."""
-        return flat[self.query_rows].view(-1, self.query_tokens.shape[1], flat.shape[1])
+        """(S, d) flat queries, contiguous -> (H * G, m, d), a view."""
+        m, d = self.query_tokens.shape[1], flat.shape[1]
+        first, stop = self.query_rows
+        return flat.as_strided(((stop - first) // m, m, d), (m * d, d, 1), first * d)
 
     def keys(self, flat: Tensor) -> Tensor:
-        """(S, d) flat keys -> (H * G, n, d), a view."""
-        rows = flat[self.key_rows].view(-1, self.width, flat.shape[1])
-        return rows[:, : self.key_tokens.shape[1]]
+        """(S, d) flat keys, contiguous -> (H * G, n, d), a view."""
+        n, width, d = self.key_tokens.shape[1], self.width, flat.shape[1]
+        first, stop = self.key_rows
+        return flat.as_strided(((stop - first) // width, n, d), (width * d, d, 1), first * d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +80,7 @@ class Side:
 
     rows: Tensor
     slots: Tensor
+    heads: int
 
     @classmethod
     def of(cls, tokens: list[Tensor], num_tokens: int, heads: int) -> "Side":
@@ -85,19 +90,19 @@ class Side:
         slots = rows.new_full(((num_tokens + 1) * heads,), rows.numel())
         slots[rows] = torch.arange(rows.numel(), device=rows.device)
         spare = num_tokens * heads
-        return cls(rows.clamp(max=spare - 1), slots[:spare])
+        return cls(rows.clamp(max=spare - 1), slots[:spare], heads)
 
     def gather(self, x: Tensor) -> Tensor:
         """(L, H, d) -> (S, d)."""
         return x.reshape(-1, x.shape[2]).index_select(0, self.rows)
 
     def zeros(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(S + 1, d) zeros to fill in the flat order; the last row stays zero."""
-        return x.new_zeros(self.rows.numel() + 1, x.shape[2], dtype=dtype)
+        """(S + 1, d) zeros to fill in the flat order, d as of ``x``; the last row stays zero."""
+        return x.new_zeros(self.rows.numel() + 1, x.shape[-1], dtype=dtype)
 
-    def scatter(self, flat: Tensor, like: Tensor) -> Tensor:
+    def scatter(self, flat: Tensor) -> Tensor:
         """(S + 1, d) -> (L, H, d)."""
-        return flat.index_select(0, self.slots).view(like.shape).to(like.dtype)
+        return flat.index_select(0, self.slots).view(-1, self.heads, flat.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +122,8 @@ def walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk:
         tiles: list[Tile] = []
         query_start = key_start = pairs = 0
         for chunk in chunks:
-            chunk_keys = slice(key_start, key_start + heads * chunk.key_tokens.numel())
-            key_start = chunk_keys.stop
+            chunk_keys = key_start, key_start + heads * chunk.key_tokens.numel()
+            key_start = chunk_keys[1]
             for rows, columns in _blocks(chunk):
                 stop = query_start + heads * chunk.query_tokens[:, rows].numel()
                 pairs += chunk.query_tokens[:, rows].numel() * columns
@@ -128,7 +133,7 @@ def walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk:
                         chunk.key_tokens[:, :columns],
                         chunk.query_positions[:, rows],
                         chunk.key_positions[:, :columns],
-                        slice(query_start, stop),
+                        (query_start, stop),
                         chunk_keys,
                         chunk.key_tokens.shape[1],
                         rows.stop == chunk.query_tokens.shape[1]

@@ -116,6 +116,13 @@ def test_damaged_manifest(folder: Path) -> None:
         InteractionStore.open(folder)
 
 
+@pytest.mark.parametrize("name", ["users", "domains", "sizes"])
+def test_manifest_that_lacks_a_key(name: str, folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: manifest.pop(name))
+    with pytest.raises(InputError, match=rf"damaged, it lacks '{name}'; prepare the log again"):
+        InteractionStore.open(folder)
+
+
 def test_no_store(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match=r"no prepared store here .*hstu-xd prepare"):

@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_files import write_log
@@ -101,6 +102,23 @@ def test_many_ties_in_a_long_history() -> None:
     rows = [("u", f"i{n}", f"d{n % 7}", n % 3) for n in range(5000)]
     expected = sorted(rows, key=lambda r: (r[3], pair_hash(r[0], r[1])))
     assert histories(rows)["u"] == [(item, time) for _, item, _, time in expected]
+
+
+def test_hashes_that_share_their_leading_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the run's number only leading bits fit in the sort key; the rest must still count."""
+
+    def low_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return hash_pairs(left, right) >> np.uint64(58)
+
+    monkeypatch.setattr("hstu_xd.data.order.hash_pairs", low_bits)
+    rows = [(f"u{n % 3}", f"i{n}", "d", n % 5) for n in range(400)]
+    found = histories(rows)
+    assert sum(len(items) for items in found.values()) == len(rows)
+    for user, items in found.items():
+        keys = [(time, pair_hash(user, item) >> 58, item) for item, time in items]
+        assert [key[:2] for key in keys] == sorted(key[:2] for key in keys)
+        # Equal hashes fall back on the order of the catalogue.
+        assert keys == sorted(keys)
 
 
 def test_ties_tell_nothing_about_the_next_domain() -> None:

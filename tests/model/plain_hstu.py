@@ -34,7 +34,10 @@ class PlainLayer(nn.Module):
         self._rel_attn_bias = PlainBias(length)
         self._o = nn.Linear(heads * dv, width)
 
-    def forward(self, x: Tensor, times: Tensor, next_times: Tensor, present: Tensor) -> Tensor:
+    def gate_and_read(
+        self, x: Tensor, times: Tensor, next_times: Tensor, visible: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, K), (B, N) twice, (B, 1 or H, N, N) bool -> gate U and LN(Y), (B, N, H dv)."""
         batch, length, width = x.shape
         wide, narrow = self.heads * self.dv, self.heads * self.dqk
         projected = functional.silu(functional.layer_norm(x, [width], eps=1e-6) @ self._uvqk)
@@ -45,9 +48,13 @@ class PlainLayer(nn.Module):
         scores = torch.einsum("bihd,bjhd->bhij", q, k)
         scores = scores + self._rel_attn_bias(times, next_times)[:, None]
         causal = torch.ones(length, length, dtype=torch.bool).tril()
-        weights = functional.silu(scores) / length * (causal & present[:, None, None, :])
+        weights = functional.silu(scores) / length * (causal & visible)
         read = torch.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, length, wide)
-        return self._o(u * functional.layer_norm(read, [wide], eps=1e-6)) + x
+        return u, functional.layer_norm(read, [wide], eps=1e-6)
+
+    def forward(self, x: Tensor, times: Tensor, next_times: Tensor, present: Tensor) -> Tensor:
+        u, read = self.gate_and_read(x, times, next_times, present[:, None, None, :])
+        return self._o(u * read) + x
 
 
 class PlainHSTU(nn.Module):

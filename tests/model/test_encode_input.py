@@ -80,6 +80,30 @@ def test_messages(changes: dict[str, Tensor], message: str) -> None:
         tiny_model().encode(**request_with(**changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"request_timestamps": torch.tensor([9])},
+        {"request_timestamps": torch.tensor([[9], [7]])},
+        {"target_domains": torch.tensor([1, 0], dtype=torch.int32)},
+        {"item_ids": torch.tensor([[1.0, 3, 2], [4, 0, 0]])},
+        {"timestamps": torch.tensor([[5.0, 6, 9], [7, 0, 0]])},
+        {
+            "item_ids": torch.zeros(2, 0, dtype=torch.int64),
+            "timestamps": torch.zeros(2, 0, dtype=torch.int64),
+        },
+    ],
+    ids=["one_time", "column_of_times", "int32", "float_ids", "float_times", "no_columns"],
+)
+def test_other_shapes_and_types_are_refused_or_work(changes: dict[str, Tensor]) -> None:
+    """Never an error from deep inside torch."""
+    try:
+        vectors = tiny_model().encode(**request_with(**changes))
+    except InputError:
+        return
+    assert vectors.isfinite().all()
+
+
 def test_left_padding_is_named() -> None:
     """An empty first column is either an empty or a left-padded history; both are refused."""
     with pytest.raises(InputError, match="item_ids row 1"):

@@ -1,5 +1,6 @@
 """TAPE against its formula, and as the identity it starts as."""
 
+import pytest
 import torch
 from tiny_models import draw_histories, hidden_states, tiny_model, to_batch
 
@@ -45,9 +46,10 @@ def test_the_direction_of_a_switch_matters() -> None:
     assert not torch.allclose(there, back)
 
 
-def test_the_model_adds_it_before_the_first_layer() -> None:
-    """The input of the first layer is sqrt(K) e + p + r, and nothing else."""
-    model = tiny_model(tape=True)
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "target_domain_embedding"])
+def test_the_model_adds_it_before_the_first_layer(beside: bool) -> None:
+    """The input of the first layer is sqrt(K) e + p + r, and what the control adds, no more."""
+    model = tiny_model(tape=True, target_domain_embedding=beside)
     batch = to_batch(draw_histories([9, 4]))
     inputs: list[torch.Tensor] = []
     hook = model.get_submodule("_hstu").register_forward_pre_hook(
@@ -57,9 +59,12 @@ def test_the_model_adds_it_before_the_first_layer() -> None:
     hook.remove()
     items = model.get_parameter("_embedding_module._item_emb.weight")[batch.item_ids]
     positions = torch.cat([torch.arange(9), torch.arange(4)])
-    base = items * 4 + model.get_parameter("_input_features_preproc._pos_emb.weight")[positions]
+    expected = items * 4 + model.get_parameter("_input_features_preproc._pos_emb.weight")[positions]
     signal = model.get_submodule("_tape")(
         model.catalog.domain_of(batch.item_ids), batch.target_domains
     )
     assert signal.abs().max() > 0
-    torch.testing.assert_close(inputs[0], base + signal)
+    expected = expected + signal
+    if beside:
+        expected = expected + model.get_parameter("_target_domain_emb.weight")[batch.target_domains]
+    torch.testing.assert_close(inputs[0], expected)

@@ -97,6 +97,24 @@ def test_a_grouping_serves_other_coordinates(impl: str) -> None:
 
 
 @every_impl
+@both_views
+def test_a_grouping_serves_any_number_of_heads(impl: str, target_view: bool) -> None:
+    case = draw(replace(SPEC, heads=3, target_view=target_view))
+    leaves = case.tensors(torch.float32)
+    grouping, bias = case.grouping(), case.relative_bias(leaves)
+    whole = run(case, leaves, impl)
+    for heads in (slice(0, 3), slice(0, 1), slice(1, 3)):
+        part = domain_attention(
+            *(leaves[name][:, heads] for name in ("q", "k", "v")),
+            grouping,
+            norm_length=case.norm_length,
+            bias=bias,
+            impl=impl,
+        )
+        torch.testing.assert_close(part, whole[:, heads], rtol=1e-5, atol=1e-6)
+
+
+@every_impl
 def test_strides_do_not_matter(impl: str) -> None:
     """A model hands in slices of one projection, head slices of those, and expanded gradients."""
     case = draw(SPEC)

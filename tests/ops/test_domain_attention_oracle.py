@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 from attention_cases import Spec, draw, errors_against_oracle, whole_tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hstu_xd.ops import available_impls, domain_attention
+from hstu_xd.ops import available_impls, domain_attention, tiles
 
 EDGE_LENGTHS = [
     (0, 1, 2, 7, 15, 16, 17),
@@ -49,6 +51,45 @@ def test_float64_is_exact(spec: Spec, impl: str) -> None:
     attention = partial(domain_attention, impl=impl)
     errors_against_oracle(attention, draw(spec), torch.float64).check(
         forward=1e-12, gradients=1e-12
+    )
+
+
+def test_more_lengths_than_the_planner_tells_apart() -> None:
+    """Groups of 100 lengths, which are rounded up to fewer before they are cut into buckets."""
+    spec = Spec(tuple(range(100)), num_domains=1, heads=1, biased=False)
+    errors_against_oracle(domain_attention, draw(spec), torch.float32).check()
+
+
+@pytest.mark.parametrize("name", ["_BLOCK_ROWS", "_TILE_SCORES", "_REMEMBERED_PAIRS"])
+@pytest.mark.parametrize("size", [1, 7, 300])
+@pytest.mark.parametrize("target_view", [False, True], ids=["own", "target"])
+def test_tile_sizes_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, name: str, size: int, target_view: bool
+) -> None:
+    """Small tiles put a border between any two rows, groups and remembered pairs."""
+    monkeypatch.setattr(tiles, name, size)
+    case = draw(Spec((0, 1, 2, 7, 17, 65), num_domains=3, target_view=target_view))
+    errors_against_oracle(domain_attention, case, torch.float64).check(
+        forward=1e-12, gradients=1e-12
+    )
+
+
+@given(
+    st.builds(
+        Spec,
+        st.lists(st.integers(0, 20), max_size=6).map(tuple),
+        st.sampled_from([1, 2, 3, 7]),
+        heads=st.integers(1, 3),
+        dqk=st.integers(1, 4),
+        dv=st.integers(1, 4),
+        target_view=st.booleans(),
+        biased=st.booleans(),
+    )
+)
+@settings(max_examples=60)
+def test_any_structure_is_exact_in_float64(spec: Spec) -> None:
+    errors_against_oracle(domain_attention, draw(spec), torch.float64).check(
+        forward=1e-11, gradients=1e-11
     )
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks with a correctness gate: a provider that computes something else gets no time."""

@@ -1,0 +1,112 @@
+"""What is measured: the sizes of one benchmark row and the batch drawn for them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hstu_xd.errors import InputError
+
+# A session lasts some hours, the pause to the next some days: time buckets of both sizes occur.
+_MEAN_PAUSE_SECONDS = 40_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one row; all users have ``seq_len`` events, domains interleave at random.
+
+    Attributes:
+        what: "encoder" (a stack of layers) or "attention" (the op alone).
+        seq_len: events of a user ``N``.
+        num_domains: domains ``D``; the domain mask is on where there are several.
+        skew: 0 = balanced, else the share of domain 0; the others divide the rest evenly.
+        batch_size: users ``B``.
+        heads: heads ``H``.
+        dqk: width of queries and keys a head.
+        dv: width of values a head.
+        width: model width ``K`` (encoder).
+        layers: layers of the stack (encoder).
+        device: "cpu" or "cuda".
+
+    Raises:
+        InputError: a size below 1, a skew outside 0..1, or a device that is not here.
+    """
+
+    what: str
+    seq_len: int
+    num_domains: int
+    skew: float = 0.0
+    batch_size: int = 8
+    heads: int = 4
+    dqk: int = 16
+    dv: int = 16
+    width: int = 64
+    layers: int = 2
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "seq_len", "num_domains", "batch_size", "heads", "dqk", "dv", "width", "layers",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if not 0 <= self.skew <= 1:
+            raise InputError(f"skew is {self.skew}; 0 (balanced) or the share of domain 0, up to 1")
+        if self.device != "cpu" and (self.device != "cuda" or not torch.cuda.is_available()):
+            raise InputError(f"device is {self.device!r}; cpu, or cuda where PyTorch finds a GPU")
+
+    @property
+    def small(self) -> "Case":
+        """The same shape of problem, small enough for the float64 reference."""
+        return replace(self, seq_len=min(self.seq_len, 70), batch_size=min(self.batch_size, 3))
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The numbers of a case, always the same for the same case.
+
+    Attributes:
+        case: the sizes.
+        offsets: (B + 1,) int64.
+        domains: (L,) int64.
+        timestamps: (L,) int64, rising for each user.
+        next_timestamps: (L,) int64; a user's last event is followed by a request at its own time.
+    """
+
+    case: Case
+    offsets: Tensor
+    domains: Tensor
+    timestamps: Tensor
+    next_timestamps: Tensor
+
+    @classmethod
+    def of(cls, case: Case) -> "Draw":
+        """Draw the batch of a case."""
+        generator = torch.Generator().manual_seed(case.seq_len + case.num_domains)
+        shape = case.batch_size, case.seq_len
+        share = torch.full((case.num_domains,), 1.0)
+        if case.skew and case.num_domains > 1:
+            share[0] = case.skew
+            share[1:] = (1 - case.skew) / (case.num_domains - 1)
+        domains = torch.multinomial(
+            share, case.batch_size * case.seq_len, replacement=True, generator=generator
+        )
+        pauses = torch.empty(shape).exponential_(1 / _MEAN_PAUSE_SECONDS, generator=generator)
+        times = pauses.long().cumsum(1)
+        next_times = torch.cat([times[:, 1:], times[:, -1:]], dim=1)
+        lengths = torch.full((case.batch_size,), case.seq_len)
+        offsets = pad(lengths.cumsum(0), (1, 0))
+        tensors = offsets, domains, times.flatten(), next_times.flatten()
+        return cls(case, *(x.to(case.device) for x in tensors))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens ``L`` of the batch."""
+        return self.domains.numel()
+
+    def normal(self, *shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+        """Unit-normal float32 numbers, as ``dtype``."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.empty(shape).normal_(generator=generator)
+        return drawn.to(self.case.device, dtype)

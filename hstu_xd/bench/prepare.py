@@ -1,0 +1,174 @@
+"""Measures ``prepare`` on a generated CSV against a plain-Python reader of the same file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hstu_xd.errors import HstuXdError
+
+THREADS = "2"
+DOMAINS = 5
+EVENTS_PER_USER = 50
+EVENTS_PER_ITEM = 40
+SAMPLE = 20
+CHUNK = 1 << 21
+FIRST_SECOND = 1_500_000_000
+SPAN = 1 << 26
+
+# Each provider runs in a process of its own, so that its peak memory is its own.
+MEASURE = """
+import json, sys, time
+start = time.perf_counter()
+from hstu_xd.bench.prepare import PROVIDERS, peak_bytes
+counts = PROVIDERS[sys.argv[1]](sys.argv[2], sys.argv[3])
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), "counts": counts}))
+"""
+COUNTS = ("users", "items", "interactions", "delta")
+
+
+def run(rows: int, out: Path) -> list[dict[str, Any]]:
+    """Time ``prepare`` on ``rows`` events, and against a ``csv`` + ``dict`` reader on a twentieth.
+
+    Seconds are wall clock from the start of the process's imports to the finished store, on two
+    threads. ``correct`` says that both found the same users, items, events and delta in the
+    sample.
+
+    Args:
+        rows: number of events of the large file.
+        out: folder for the generated files and stores; they stay there.
+
+    Returns:
+        Rows {provider, rows, seconds, events_per_second, peak_bytes, correct}.
+
+    Raises:
+        HstuXdError: a provider failed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    large, sample = out / f"{rows}.csv", out / f"{rows // SAMPLE}.csv"
+    for file, count in ((large, rows), (sample, rows // SAMPLE)):
+        if not file.exists():
+            write_csv(file, count)
+    results = [
+        ("hstu-xd prepare", rows, _measure("hstu-xd prepare", large, out)),
+        ("hstu-xd prepare", rows // SAMPLE, _measure("hstu-xd prepare", sample, out)),
+        ("csv + dict", rows // SAMPLE, _measure("csv + dict", sample, out)),
+    ]
+    correct = results[1][2]["counts"] == results[2][2]["counts"]
+    return [
+        {
+            "provider": provider,
+            "rows": count,
+            "seconds": round(result["seconds"], 3),
+            "events_per_second": round(count / result["seconds"]),
+            "peak_bytes": result["peak_bytes"],
+            "correct": correct,
+        }
+        for provider, count, result in results
+    ]
+
+
+def write_csv(file: Path, rows: int, *, seed: int = 0) -> None:
+    """Write a log of ``rows`` events in random order: the worst case for a reader's caches."""
+    import polars as pl
+
+    rng = np.random.default_rng(seed)
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as stream:
+        for start in range(0, rows, CHUNK):
+            count = min(CHUNK, rows - start)
+            item = rng.integers(0, max(1, rows // EVENTS_PER_ITEM), count)
+            numbers = pl.DataFrame(
+                {
+                    "user": rng.integers(0, max(1, rows // EVENTS_PER_USER), count),
+                    "item": item,
+                    "domain": item % DOMAINS,
+                    "timestamp": FIRST_SECOND + rng.integers(0, SPAN, count),
+                }
+            )
+            texts = numbers.select(
+                user=pl.format("u{}", "user"),
+                item=pl.format("i{}", "item"),
+                domain=pl.format("domain_{}", "domain"),
+                timestamp="timestamp",
+            )
+            texts.write_csv(stream, include_header=start == 0)
+    partial.rename(file)
+
+
+def prepare_file(file: str, out: str) -> dict[str, Any]:
+    """Prepare the file with this package; return what it counted."""
+    from hstu_xd.data.prepare import prepare_logs
+
+    manifest = prepare_logs([file], Path(out), force=True)
+    return {name: manifest[name] for name in COUNTS}
+
+
+def read_with_dicts(file: str, out: str) -> dict[str, Any]:
+    """The straightforward way: ``csv`` rows into a dict of lists, sorted user by user, saved."""
+    import csv
+
+    from hstu_xd.data.statistics import DIGITS
+
+    items: dict[str, int] = {}
+    domains: dict[str, int] = {}
+    histories: dict[str, list[tuple[int, int, int]]] = {}
+    with Path(file).open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            item = items.setdefault(row["item"], len(items) + 1)
+            domain = domains.setdefault(row["domain"], len(domains))
+            event = (int(row["timestamp"]), item, domain)
+            histories.setdefault(row["user"], []).append(event)
+    delta, events = 0.0, 0
+    columns: tuple[list[int], list[int], list[int]] = ([0], [], [])
+    for user in sorted(histories):
+        history = sorted(histories[user])
+        visits = [0] * len(domains)
+        for time, item, domain in history:
+            visits[domain] += 1
+            columns[1].append(item)
+            columns[2].append(time)
+        events += len(history)
+        columns[0].append(events)
+        delta += sum(n * n for n in visits) / len(history) ** 2
+    np.savez(Path(f"{out}.npz"), *(np.array(column) for column in columns))
+    delta = round(delta / len(histories), DIGITS)
+    return dict(zip(COUNTS, (len(histories), len(items), events, delta)))
+
+
+PROVIDERS = {"hstu-xd prepare": prepare_file, "csv + dict": read_with_dicts}
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    Linux's VmHWM starts anew with each program, where getrusage would count the parent's memory.
+    """
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _measure(provider: str, file: Path, out: Path) -> dict[str, Any]:
+    store = out / f"{file.stem}.store"
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, provider, str(file), str(store)],
+        env={**os.environ, "POLARS_MAX_THREADS": THREADS},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise HstuXdError(f"{provider} failed on {file}: {last}")
+    return json.loads(done.stdout)
