@@ -70,7 +70,17 @@ class CrossDomainHSTU(nn.Module):
 
         Returns:
             (L, K) float, unit vectors: what each token says of its next event.
+
+        Raises:
+            InputError: a history longer than that (checked on CPU, where it costs no wait).
         """
+        if batch.offsets.device.type == "cpu" and batch.offsets.numel() > 1:
+            longest = int(batch.offsets.diff().max())
+            if longest > self.settings.norm_length:
+                raise InputError(
+                    f"a history of {longest} events exceeds the model's window of "
+                    f"{self.settings.norm_length}; pass the latest {self.settings.norm_length}"
+                )
         plan = self.plan(batch)
         extra = None
         if self._tape is not None:
@@ -170,8 +180,9 @@ class CrossDomainHSTU(nn.Module):
                 raise InputError(
                     f"{name} holds ids {int(ids.min())}..{int(ids.max())}; 0..{bound - 1} are known"
                 )
-        if users and not bool((item_ids[:, :1] != 0).all()):
-            row = int((item_ids[:, 0] == 0).nonzero()[0])
+        empty = (item_ids == 0).all(1)
+        if bool(empty.any()):
+            row = int(empty.nonzero()[0])
             raise InputError(f"item_ids row {row} is empty; at least one event is needed")
 
     def load_hstu(self, state: dict[str, Tensor]) -> list[str]:

@@ -29,7 +29,7 @@ def _no_subprocess(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_bench(capsys: pytest.CaptureFixture[str], what: str, **options: object) -> list[dict]:
     """Rows that the command prints, as the first thing a user would do with them."""
     bench(what, as_json=True, threads=1, repeats=2, **(TINY | options))
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("what", ["encoder", "attention"])

@@ -1,4 +1,4 @@
-"""The README is the first test: every block of it runs, top to bottom, as a reader would paste it."""
+"""The README is the first test: every block runs, top to bottom, as a reader would paste it."""
 
 import os
 import re

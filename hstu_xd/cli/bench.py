@@ -15,7 +15,7 @@ BENCHMARKS = ("encoder", "attention", "prepare", "sampler")
 
 def bench(
     what: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a row.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as one JSON array.")] = False,
     seq_len: Annotated[
         list[int] | None, typer.Option(help="Events of a user; repeat for several. [default: 1000]")
     ] = None,
@@ -92,20 +92,15 @@ def _prepare(rows: int, out: Path | None) -> list[dict[str, Any]]:
 
 
 def _show(results: Iterable[dict[str, Any]], as_json: bool) -> None:
-    """Print the rows; JSON as soon as each is there.
+    """Print the rows.
 
     Raises:
         HstuXdError: a provider disagrees with the reference.
     """
     from hstu_xd.bench.table import render
 
-    rows = []
-    for row in results:
-        rows.append(row)
-        if as_json:
-            typer.echo(json.dumps(row))
-    if not as_json:
-        typer.echo(render(rows))
+    rows = list(results)
+    typer.echo(json.dumps(rows) if as_json else render(rows))
     wrong = sorted({row["provider"] for row in rows if row["correct"] is False})
     if wrong:
         raise HstuXdError(f"{', '.join(wrong)} disagrees with the reference and was not timed")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from log_files import write_log
 
+from hstu_xd.data import InteractionStore
 from hstu_xd.data.filters import Filters, apply_filters
 from hstu_xd.data.order import Histories
 from hstu_xd.data.prepare import prepare_logs
@@ -79,6 +80,25 @@ def test_filters_in_the_manifest(tmp_path: Path) -> None:
     assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["users"], manifest["items"], manifest["interactions"]) == (2, 4, 8)
     assert list(manifest["domains"]) == ["books"]
+
+
+def test_what_is_left_is_stored_as_if_it_were_all(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    rows = [
+        (f"u{user}", f"i{item}", f"d{item % 3}", time)
+        for user, item, time in zip(
+            draw.zipf(1.5, 400) % 30, draw.zipf(1.4, 400) % 40, range(400), strict=True
+        )
+    ]
+    everything = write_log(tmp_path / "all.csv", rows)
+    manifest = prepare_logs([str(everything)], tmp_path / "filtered", filters=Filters(3, 3, 6))
+    store = InteractionStore.open(tmp_path / "filtered")
+    kept = set(store.timestamps.tolist())
+    assert 0 < len(kept) < len(rows)
+    part = write_log(tmp_path / "part.csv", [row for row in rows if row[3] in kept])
+    expected = prepare_logs([str(part)], tmp_path / "expected")
+    assert manifest["hashes"] == expected["hashes"]
+    assert manifest["domains"] == expected["domains"]
 
 
 def test_total_counts_all_domains(tmp_path: Path) -> None:

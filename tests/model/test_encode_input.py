@@ -63,6 +63,10 @@ def test_the_request_is_made_at_the_last_event_unless_told() -> None:
             "item_ids row 1 is empty; at least one event is needed",
         ),
         (
+            {"item_ids": torch.tensor([[1, 3, 2], [0, 0, 4]])},
+            "item_ids row 1 holds padding (0) before its last item",
+        ),
+        (
             {"item_ids": torch.tensor([[1, 0, 2], [4, 0, 0]])},
             "item_ids row 0 holds padding (0) before its last item; move the items to the left",
         ),
