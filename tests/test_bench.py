@@ -84,7 +84,7 @@ def test_a_wrong_provider_gets_no_time(
     monkeypatch.setattr(providers, "build", build)
     with pytest.raises(HstuXdError, match="eager disagrees with the reference"):
         run_bench(capsys, "encoder", seq_len=[12], num_domains=[2])
-    eager, reference, _ = map(json.loads, capsys.readouterr().out.splitlines())
+    eager, reference, _ = json.loads(capsys.readouterr().out)
     assert eager["correct"] is False
     assert eager["error_of_budget"] > 1
     assert eager["ms_median"] is eager["ms_p20"] is eager["ms_p80"] is None

@@ -28,6 +28,7 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
     "no header": ("a,b,books,100\na,c,books,101\n", ["{log}:1", "a, b, books, 100", "--user-col"]),
     "word as timestamp": (HEADER + GOOD + "a,c,books,noon\n", ["{log}:3", "'noon'", "seconds"]),
     "negative timestamp": (HEADER + GOOD + "a,c,books,-7\n", ["{log}:3", "negative", "'-7'"]),
+    "negative fraction": (HEADER + GOOD + "a,c,books,-0.5\n", ["{log}:3", "negative", "'-0.5'"]),
     "NaN timestamp": (HEADER + GOOD + "a,c,books,NaN\n", ["{log}:3", "'NaN'", "seconds"]),
     "infinite timestamp": (HEADER + GOOD + "a,c,books,inf\n", ["{log}:3", "'inf'", "seconds"]),
     "huge timestamp": (HEADER + GOOD + "a,c,books,1e30\n", ["{log}:3", "'1e30'", "seconds"]),
