@@ -16,6 +16,10 @@ from hstu_xd.data.sources.columns import ColumnOptions
 from hstu_xd.data.store import is_store
 from hstu_xd.data.times import LARGEST_PLAUSIBLE_SECONDS
 from hstu_xd.data.writer import Log, domains_of, write_store
+from hstu_xd.errors import InputError
+
+# Metrics carry the domain's name in brackets, beside these groups of targets.
+_METRIC_GROUPS = ("switch", "stay")
 
 
 def prepare_logs(
@@ -58,10 +62,20 @@ def prepare_logs(
 
 
 def build_log(events: Events, filters: Filters) -> tuple[Log, dict[str, Any]]:
-    """Order and filter the events; return the log and what the manifest says about it."""
+    """Order and filter the events; return the log and what the manifest says about it.
+
+    Raises:
+        InputError: a domain called like a group of targets, or filters that leave nothing.
+    """
     read = len(events.user)
     histories = in_time_order(events)
     names, item_domain = domains_of(events.items)
+    taken = [name for name in names if name in _METRIC_GROUPS]
+    if taken:
+        raise InputError(
+            f"domain {taken[0]!r} is also the name of a group of targets in every table of metrics "
+            f"(hr@100[{taken[0]}]); call the domain otherwise"
+        )
     num_users = len(events.users)
     histories, rounds = apply_filters(histories, filters, item_domain, num_users, len(names))
     log = _compact(events, histories)

@@ -48,6 +48,10 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
     "open quote": (HEADER + GOOD + '"a,c,books,2\na,d,books,3\n', ["{log}:3", "quote the field"]),
     "empty file": ("", ["{log}", "empty", "at least one event"]),
     "header only": (HEADER, ["{log}", "no events", "only a header"]),
+    "domain named like a group": (
+        HEADER + GOOD + "a,c,switch,2\n",
+        ["domain 'switch'", "hr@100[switch]", "call the domain otherwise"],
+    ),
     "item in two domains": (
         HEADER + GOOD + "a,c,films,2\nz,b,films,3\n",
         ["{log}:4", "'b'", "'films'", "'books' at {log}:2", "give it one domain"],
