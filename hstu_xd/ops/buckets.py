@@ -11,39 +11,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from hstu_xd.grouping import DomainGrouping
 
+# Positions that stand for padding: a query before all keys, a key after all queries.
+PADDING_QUERY, PADDING_KEY = -(2**29), 2**29
 # Launching one more bucket costs about as much as this many query-key pairs (measured on CPU).
 _PAIRS_PER_BUCKET = 10_000
 # More distinct lengths than this are first rounded up, which bounds the planning time.
 _MAX_DISTINCT = 96
-# Position of a padding key: later than any query.
-_NEVER = 2**62
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Groups padded to one size, shortest first. Padding slots point at token ``L``.
+    """Groups padded to one size, shortest first. Padding slots hold token ``L``.
 
     Attributes:
         query_tokens: (G, m) int64, batch tokens of the queries.
         key_tokens: (G, n) int64, batch tokens of the keys.
-        query_positions: (G, m) int64, original positions, rising; -1 at padding, before any key.
-        key_positions: (G, n) int64, likewise; at padding later than any query.
         query_lengths: (G,) lengths without padding, in memory of the host.
         key_lengths: (G,) likewise.
-        aligned: queries and keys are the same tokens, so that row ``i`` sees columns ``0..i``.
+        seen_keys: (G, m) number of leading keys that each query may see, on the host; None where
+            queries and keys are the same tokens, so that row ``i`` sees columns ``0..i``.
     """
 
     query_tokens: Tensor
     key_tokens: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
     query_lengths: np.ndarray
     key_lengths: np.ndarray
-    aligned: bool
+    seen_keys: np.ndarray | None
 
 
 class Buckets(list[Bucket]):
@@ -61,42 +59,43 @@ class Buckets(list[Bucket]):
 def build_buckets(grouping: "DomainGrouping") -> Buckets:
     """Cut the non-empty groups into buckets of similar length, longest last."""
     keys = grouping.keys
-    aligned = keys is grouping
     query_lengths, key_lengths = (x.lengths.numpy(force=True) for x in (grouping, keys))
     sizes = np.maximum(query_lengths, key_lengths)
     live = np.flatnonzero((query_lengths > 0) & (key_lengths > 0))
     order = live[np.argsort(sizes[live], kind="stable")]
-    cuts = _cut(sizes[order])
     buckets = []
-    for start, end in pairwise(cuts):
+    for start, end in pairwise(_cut(sizes[order])):
         groups = order[start:end]
         index = torch.from_numpy(groups).to(grouping.offsets.device)
-        key_tokens, key_positions = _pad(keys, index, int(key_lengths[groups].max()))
-        query_tokens, query_positions = key_tokens, key_positions
-        if not aligned:
-            query_tokens, query_positions = _pad(grouping, index, int(query_lengths[groups].max()))
+        key_tokens = _pad(keys, index, int(key_lengths[groups].max()))
+        query_tokens, seen_keys = key_tokens, None
+        if keys is not grouping:
+            query_tokens = _pad(grouping, index, int(query_lengths[groups].max()))
+            seen_keys = _seen_keys(grouping, query_tokens, key_tokens)
         buckets.append(
-            Bucket(
-                query_tokens,
-                key_tokens,
-                query_positions.masked_fill(query_tokens == grouping.num_tokens, -1),
-                key_positions,
-                query_lengths[groups],
-                key_lengths[groups],
-                aligned,
-            )
+            Bucket(query_tokens, key_tokens, query_lengths[groups], key_lengths[groups], seen_keys)
         )
     return Buckets(buckets)
 
 
-def _pad(grouping: "DomainGrouping", groups: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _pad(grouping: "DomainGrouping", groups: Tensor, width: int) -> Tensor:
     lengths = grouping.lengths[groups].unsqueeze(1)
     column = torch.arange(width, device=lengths.device)
     padding = column >= lengths
     slot = (grouping.offsets[groups].unsqueeze(1) + column).masked_fill_(padding, 0)
-    tokens = grouping.permutation[slot]
-    positions = grouping.positions[tokens].masked_fill_(padding, _NEVER)
-    return tokens.masked_fill_(padding, grouping.num_tokens), positions
+    return grouping.permutation[slot].masked_fill_(padding, grouping.num_tokens)
+
+
+def _seen_keys(grouping: "DomainGrouping", queries: Tensor, keys: Tensor) -> np.ndarray:
+    """(G, m) keys at or before each query; 0 at padding."""
+    query_positions = at_tokens(grouping.positions, queries, PADDING_QUERY)
+    key_positions = at_tokens(grouping.keys.positions, keys, PADDING_KEY)
+    return torch.searchsorted(key_positions, query_positions, right=True).numpy(force=True)
+
+
+def at_tokens(values: Tensor, tokens: Tensor, padding: int) -> Tensor:
+    """Values (L,) of ``tokens``, and ``padding`` at token ``L``."""
+    return pad(values, (0, 1), value=padding)[tokens]
 
 
 def _cut(sizes: np.ndarray) -> list[int]:

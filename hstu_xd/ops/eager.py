@@ -16,7 +16,7 @@ from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops.buckets import Buckets
 from hstu_xd.ops.pair_bias import PairBias
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.tiles import Tile, walk
+from hstu_xd.ops.tiles import walk
 
 
 def eager_domain_attention(
@@ -52,20 +52,23 @@ class _GroupedAttention(torch.autograd.Function):
     ) -> Tensor:
         buckets = grouping.buckets
         assert isinstance(buckets, Buckets)
-        if not buckets:
+        heads = q.shape[1]
+        plan = walk(buckets, grouping.num_tokens, heads)
+        if plan is None:
             ctx.plan = None
             ctx.save_for_backward(q, k, v, position_weights, time_weights)
             return torch.zeros_like(v)
-        plan = walk(buckets, grouping.num_tokens, q.shape[1])
-        pairs = PairBias.of(grouping, bias)
+        pairs = PairBias.of(grouping, plan, bias)
         flat_q, flat_k, flat_v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
         table = pairs.table(q)
         ctx.plan = plan, pairs, norm_length
         ctx.save_for_backward(flat_q, flat_k, flat_v, table)
         out = plan.queries.zeros(v, v.dtype)
         for tile in plan.tiles:
-            scores = _scores(tile, tile.queries(flat_q), tile.keys(flat_k), pairs, table)
-            torch.bmm(silu(scores, inplace=True), tile.keys(flat_v), out=tile.queries(out))
+            queries, out_rows = tile.queries(flat_q, heads), tile.queries(out, heads)
+            keys, values = tile.keys(flat_k, heads), tile.keys(flat_v, heads)
+            scores = _scores(queries, keys, pairs.look_up(table, tile))
+            torch.bmm(silu(scores, inplace=True), values, out=out_rows)
         return plan.queries.scatter(out).div_(norm_length)
 
     @staticmethod
@@ -84,17 +87,18 @@ class _GroupedAttention(torch.autograd.Function):
         dk, dv = (plan.keys.zeros(x, sum_type) for x in (flat_k, flat_v))
         gradient = pairs.empty_gradient()
         for tile in plan.tiles:
-            queries, keys, values = tile.queries(flat_q), tile.keys(flat_k), tile.keys(flat_v)
-            grad_out = tile.queries(flat_grad)
-            scores = _scores(tile, queries, keys, pairs, table)
+            queries, grad_out = (tile.queries(x, plan.heads) for x in (flat_q, flat_grad))
+            keys, values = (tile.keys(x, plan.heads) for x in (flat_k, flat_v))
+            dk_rows, dv_rows = (tile.keys(x, plan.heads) for x in (dk, dv))
+            scores = _scores(queries, keys, pairs.look_up(table, tile))
             gate = torch.sigmoid(scores)
             weights = scores.mul_(gate)
-            _add_product(tile.keys(dv), weights.transpose(1, 2), grad_out, tile.opens)
+            _add_product(dv_rows, weights.transpose(1, 2), grad_out, tile.opens)
             # d SiLU(s) / ds = gate + s gate (1 - gate), built in place.
             slope = weights.addcmul_(weights, gate, value=-1).add_(gate)
             grad_scores = torch.bmm(grad_out, values.transpose(1, 2), out=gate).mul_(slope)
-            torch.bmm(grad_scores, keys, out=tile.queries(dq))
-            _add_product(tile.keys(dk), grad_scores.transpose(1, 2), queries, tile.opens)
+            torch.bmm(grad_scores, keys, out=tile.queries(dq, plan.heads))
+            _add_product(dk_rows, grad_scores.transpose(1, 2), queries, tile.opens)
             if gradient is not None:
                 pairs.add_gradient(gradient, tile, grad_scores)
         return (
@@ -108,11 +112,10 @@ class _GroupedAttention(torch.autograd.Function):
         )
 
 
-def _scores(tile: Tile, queries: Tensor, keys: Tensor, pairs: PairBias, table: Tensor) -> Tensor:
-    """Scores of a tile with bias, (H * G, m, n), in memory of their own."""
+def _scores(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """Scores of a tile with bias: (H * G, m, d), (H * G, n, d), (G, m, n) -> (H * G, m, n)."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
-    shared = pairs.look_up(table, tile)  # (G, m, n), for all heads
-    scores.view(-1, *shared.shape).add_(shared)
+    scores.view(-1, *bias.shape).add_(bias)  # all heads share it
     return scores
 
 

@@ -1,83 +1,93 @@
 """Bias and visibility of every pair of a tile as one look-up in one table.
 
-Row ``b`` of the table belongs to time bucket ``b``. Column 0 is hugely negative, for pairs that are
-not to be seen; the others hold an entry of the position table plus the bucket's. A pair's index
-into the table depends on tokens and times alone, so all layers of a model share it.
+Row ``b`` of the table belongs to time bucket ``b``, a column to a row of the position table. The
+last column is hugely negative, for pairs that are not to be seen: later keys and padding. A pair's
+index into the table depends on tokens and times alone, so all layers of a model share it.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.grouping import DomainGrouping
-from hstu_xd.ops.buckets import Buckets
+from hstu_xd.ops.buckets import PADDING_KEY, PADDING_QUERY, Buckets, at_tokens
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.tiles import Tile
+from hstu_xd.ops.tiles import Tile, Walk
 
 
-class _Indices(NamedTuple):
-    """What all layers share: columns of the table and the pairs' indices into it."""
+@dataclass(frozen=True, eq=False)
+class _Coordinates:
+    """Positions and times in the order of a walk, and what the pairs of a batch need of a table.
 
-    first: int  # row of the position table that column 1 holds
+    Attributes:
+        positions: of queries and of keys, (S,) int32 each, with the bias's padding positions.
+        times: next times of queries and times of keys, (S,) int64 each; none without bias.
+        order: positions that decide causality, where those of the bias do not; else empty.
+        first: row of the position table in column 0.
+        columns: columns of the joint table, the unseen one included.
+        indices: what was computed for each tile so far.
+        named_by_id: tensors that the key in a memo names, to keep them alive.
+    """
+
+    positions: tuple[Tensor, Tensor]
+    times: tuple[Tensor, ...]
+    order: tuple[Tensor, ...]
+    first: int
     columns: int
-    positions: Tensor  # (L,) int32
-    of_tile: dict[Tile, Tensor]
-    named_by_id: tuple[Tensor, ...]  # kept alive with the key that names them
+    named_by_id: tuple[Tensor, ...]
+    indices: dict[Tile, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class PairBias:
-    """The tables of one layer, tied to the pairs of a batch.
+    """The tables of one layer, tied to the pairs of a walk.
 
     Attributes:
         bias: tables and coordinates, or None: then a pair is seen or not, and that is all.
-        indices: shared by all layers whose coordinates are the same tensors.
+        coordinates: shared by all layers whose bias has the same coordinates.
     """
 
     bias: RelativeBias | None
-    indices: _Indices
+    coordinates: _Coordinates
 
     @classmethod
-    def of(cls, grouping: DomainGrouping, bias: RelativeBias | None) -> "PairBias":
-        """For the pairs of ``grouping``, with what other layers computed of them."""
+    def of(cls, grouping: DomainGrouping, walk: Walk, bias: RelativeBias | None) -> "PairBias":
+        """For the pairs of ``walk``, with what other layers computed of them."""
         buckets = grouping.buckets
         assert isinstance(buckets, Buckets)
-        coordinates: tuple[Tensor, ...] = ()
+        named: tuple[Tensor, ...] = ()
         sizes: tuple[int, ...] = ()
         if bias is not None:
-            coordinates = bias.positions, bias.timestamps, bias.next_timestamps
+            named = bias.positions, bias.timestamps, bias.next_timestamps
             sizes = bias.max_length, bias.time_weights.numel()
-        key = ("indices", *map(id, coordinates), *sizes)
+        key = ("coordinates", walk.heads, *map(id, named), *sizes)
         if key not in buckets.memo:
-            first, columns = (0, 2) if bias is None else _position_rows(grouping, bias)
-            positions = (grouping if bias is None else bias).positions.int()
-            buckets.memo[key] = _Indices(first, columns, positions, {}, coordinates)
+            buckets.memo[key] = _coordinates(grouping, walk, bias, named)
         return cls(bias, buckets.memo[key])
 
     def table(self, like: Tensor) -> Tensor:
         """(num_buckets * columns,) the joint table, in dtype and on device of ``like``."""
         lowest = torch.finfo(like.dtype).min / 2
         if self.bias is None:
-            return like.new_tensor([lowest, 0.0])
-        first, columns, *_ = self.indices
-        position = self.bias.position_weights[first : first + columns - 1]
-        time = self.bias.time_weights.unsqueeze(1)
-        unseen = time.new_full(time.shape, lowest)
-        return torch.cat([unseen, time + position], dim=1).to(like.dtype).view(-1)
+            return like.new_tensor([0.0, lowest])
+        position, time = self._used_positions(self.bias.position_weights), self.bias.time_weights
+        seen = time.unsqueeze(1) + position
+        unseen = seen.new_full((time.numel(), 1), lowest)
+        return torch.cat([seen, unseen], dim=1).to(like.dtype).view(-1)
 
     def look_up(self, table: Tensor, tile: Tile) -> Tensor:
         """Bias of a tile, (G, m, n)."""
-        return table.index_select(0, self._index(tile)).view(tile.shape)
+        found = table.index_select(0, self._index(tile))
+        return found.view(tile.groups, tile.rows, tile.columns)
 
     def empty_gradient(self) -> Tensor | None:
         """(num_buckets * columns,) zeros in float64: thousands of pairs meet in one entry."""
         if self.bias is None:
             return None
         time = self.bias.time_weights
-        return time.new_zeros(time.numel() * self.indices.columns, dtype=torch.float64)
+        return time.new_zeros(time.numel() * self.coordinates.columns, dtype=torch.float64)
 
     def add_gradient(self, gradient: Tensor, tile: Tile, grad_scores: Tensor) -> None:
         """Add a tile's (H * G, m, n) score gradients."""
@@ -90,35 +100,60 @@ class PairBias:
         """Gradients of the position table and of the time table, in their own types."""
         if self.bias is None or gradient is None:
             return None, None
-        first, columns, *_ = self.indices
         position, time = self.bias.position_weights, self.bias.time_weights
-        seen = gradient.view(time.numel(), columns)[:, 1:]
+        seen = gradient.view(time.numel(), -1)[:, :-1]
         grad_position = torch.zeros_like(position)
-        grad_position[first : first + columns - 1] = seen.sum(0)
+        self._used_positions(grad_position).copy_(seen.sum(0))
         return grad_position, seen.sum(1).to(time.dtype)
 
+    def _used_positions(self, position_table: Tensor) -> Tensor:
+        first = self.coordinates.first
+        return position_table[first : first + self.coordinates.columns - 1]
+
     def _index(self, tile: Tile) -> Tensor:
-        """(G * m * n,) int32, row of the joint table for every pair."""
-        known = self.indices.of_tile
+        """(G * m * n,) int32, place in the joint table of every pair."""
+        known = self.coordinates.indices
         if tile in known:
             return known[tile]
-        visible = tile.visible()
+        at, unseen = self.coordinates, self.coordinates.columns - 1
+        queries, keys = _of_tile(tile, *at.positions)
         if self.bias is None:
-            index = visible.int().view(-1)
+            index = (keys.unsqueeze(1) - queries.unsqueeze(2)).clamp_(0, unseen)
         else:
-            bias, (first, columns, positions, *_) = self.bias, self.indices
-            spare = positions.numel() - 1
-            queries, keys = tile.query_tokens.clamp(max=spare), tile.key_tokens.clamp(max=spare)
-            column = bias.position_index(positions[queries], positions[keys] - (first - 1))
-            row = bias.time_index(bias.next_timestamps[queries], bias.timestamps[keys])
-            index = column.mul_(visible).add_(row.int(), alpha=columns).view(-1)
+            index = self.bias.position_index(queries, keys - at.first)
+            if at.order:
+                queries, keys = _of_tile(tile, *at.order)
+                index.masked_fill_(keys.unsqueeze(1) > queries.unsqueeze(2), unseen)
+            row = self.bias.time_index(*_of_tile(tile, *at.times)).int()
+            index = index.clamp_(0, unseen).add_(row, alpha=at.columns)
+        index = index.view(-1)
         if tile.remembered:
             known[tile] = index
         return index
 
 
-def _position_rows(grouping: DomainGrouping, bias: RelativeBias) -> tuple[int, int]:
-    """The part of the position table that pairs of this batch use: first row, columns needed."""
+def _of_tile(tile: Tile, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What a tile's queries (G, m) and keys (G, n) have, out of all (S,) of each."""
+    m, n, width = tile.rows, tile.columns, tile.width
+    return (
+        queries.as_strided((tile.groups, m), (m, 1), tile.first_query),
+        keys.as_strided((tile.groups, n), (width, 1), tile.first_key),
+    )
+
+
+def _coordinates(
+    grouping: DomainGrouping, walk: Walk, bias: RelativeBias | None, named: tuple[Tensor, ...]
+) -> _Coordinates:
+    def of_walk(queries: Tensor, keys: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return (
+            at_tokens(queries, walk.queries.tokens, padding[0]),
+            at_tokens(keys, walk.keys.tokens, padding[1]),
+        )
+
+    padding = PADDING_QUERY, PADDING_KEY
+    order = of_walk(grouping.positions.int(), grouping.keys.positions.int(), padding)
+    if bias is None:
+        return _Coordinates(order, (), (), first=0, columns=2, named_by_id=named)
     positions = bias.positions
     span = int(positions.max() - positions.min())
     if span >= bias.max_length:
@@ -126,6 +161,13 @@ def _position_rows(grouping: DomainGrouping, bias: RelativeBias) -> tuple[int, i
             f"bias.positions span {span + 1} positions; bias.position_weights covers "
             f"{bias.max_length}: make the table longer or cut the histories"
         )
-    rising = (positions.diff() >= 0) | (grouping.positions[1:] == 0)
-    ahead = 0 if bool(rising.all()) else span
-    return bias.max_length - 1 - span, 1 + span + 1 + ahead
+    # Where the bias has the positions that decide causality, its own index shows a later key.
+    alike = all(torch.equal(positions, x.positions) for x in (grouping, grouping.keys))
+    return _Coordinates(
+        order if alike else of_walk(positions.int(), positions.int(), padding),
+        of_walk(bias.next_timestamps, bias.timestamps, (0, 0)),
+        () if alike else order,
+        first=bias.max_length - 1 - span,
+        columns=1 + span + (0 if alike else span) + 1,
+        named_by_id=named,
+    )

@@ -7,101 +7,107 @@ every tile is a contiguous view of it, and results leave by one gather through t
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hstu_xd.ops.buckets import Bucket, Buckets
 
 # Rows of a query block: half a block of every row's keys is wasted on the causal diagonal.
-_BLOCK_ROWS = 32
-# Scores of one tile, so that the few tiles alive at once stay in the processor's cache.
-_TILE_SCORES = 200_000
+_BLOCK_ROWS = 48
+# Scores of one tile: the work that one round of operator calls is spent on. Larger tiles fall out
+# of the processor's caches.
+_TILE_SCORES = 400_000
 # Pairs of a walk whose bias indices may be remembered, 4 bytes each: 128 MiB a batch and view.
 _REMEMBERED_PAIRS = 2**25
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """A block of query rows of G groups and all heads, against their leading ``n`` keys.
+    """A block of query rows of some groups and all heads, against their leading keys.
 
     Attributes:
-        query_tokens: (G, m) int64, batch tokens; token ``L`` is padding.
-        key_tokens: (G, n) int64, likewise.
-        query_positions: (G, m) int64, -1 at padding.
-        key_positions: (G, n) int64, later than any query at padding.
-        query_rows: first and stop of the tile in the flat queries, H * G * m rows, heads first.
-        key_rows: likewise of these groups' keys, all H * G * width of them.
-        width: keys a group has in the flat keys, at least n.
+        groups: groups G.
+        rows: query rows m of each.
+        columns: leading keys n that the rows may see.
+        width: keys that each group has in the walk, at least n.
+        first_query: place of the tile's G * m queries in the walk.
+        first_key: place of the groups' G * width keys in the walk.
         opens: the first tile to touch its keys, and it touches all of them.
         remembered: what is computed of its pairs may be kept for other layers.
     """
 
-    query_tokens: Tensor
-    key_tokens: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
-    query_rows: tuple[int, int]
-    key_rows: tuple[int, int]
+    groups: int
+    rows: int
+    columns: int
     width: int
+    first_query: int
+    first_key: int
     opens: bool
     remembered: bool
 
-    def visible(self) -> Tensor:
-        """(G, m, n) bool: neither later than the query nor padding on either side."""
-        return self.key_positions.unsqueeze(1) <= self.query_positions.unsqueeze(2)
+    def queries(self, flat: Tensor, heads: int) -> Tensor:
+        """(S * H, d) flat queries, contiguous -> (H * G, m, d), a view."""
+        shape = heads * self.groups, self.rows, flat.shape[1]
+        return _view(flat, shape, self.rows, heads * self.first_query)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Groups G, query rows m, keys n."""
-        groups, rows = self.query_tokens.shape
-        return groups, rows, self.key_tokens.shape[1]
+    def keys(self, flat: Tensor, heads: int) -> Tensor:
+        """(S * H, d) flat keys, contiguous -> (H * G, n, d), a view."""
+        shape = heads * self.groups, self.columns, flat.shape[1]
+        return _view(flat, shape, self.width, heads * self.first_key)
 
-    def queries(self, flat: Tensor) -> Tensor:
-        """(S, d) flat queries, contiguous -> (H * G, m, d), a view."""
-        m, d = self.query_tokens.shape[1], flat.shape[1]
-        first, stop = self.query_rows
-        return flat.as_strided(((stop - first) // m, m, d), (m * d, d, 1), first * d)
 
-    def keys(self, flat: Tensor) -> Tensor:
-        """(S, d) flat keys, contiguous -> (H * G, n, d), a view."""
-        n, width, d = self.key_tokens.shape[1], self.width, flat.shape[1]
-        first, stop = self.key_rows
-        return flat.as_strided(((stop - first) // width, n, d), (width * d, d, 1), first * d)
+def _view(flat: Tensor, shape: tuple[int, int, int], height: int, first: int) -> Tensor:
+    """Blocks of ``height`` rows from row ``first`` on, cut to ``shape``, in one operation."""
+    width = shape[2]
+    return flat.as_strided(shape, (height * width, width, 1), first * width)
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """Where the rows of queries, or of keys, go in the flat order of the walk, and come from.
+    """The queries, or the keys, of a walk.
 
     Attributes:
-        rows: (S,) int64, flat order -> row of the (L * H, d) view; any row at padding.
-        slots: (L * H,) int64, the inverse; S for rows that no tile holds.
+        tokens: (S,) int64, batch tokens in the order of the walk; token ``L`` is padding.
+        rows: (S * H,) int64, flat order (stretch by stretch, heads first) -> row of the (L * H, d)
+            view; any row at padding.
+        slots: (L * H,) int64, the inverse; S * H for rows that the walk never meets.
+        heads: heads H.
     """
 
+    tokens: Tensor
     rows: Tensor
     slots: Tensor
     heads: int
 
     @classmethod
-    def of(cls, tokens: list[Tensor], num_tokens: int, heads: int) -> "Side":
-        """From the tokens (G, m) of each stretch of the flat order."""
-        head = torch.arange(heads, device=tokens[0].device).view(-1, 1)
-        rows = torch.cat([(x.reshape(1, -1) * heads + head).view(-1) for x in tokens])
-        slots = rows.new_full(((num_tokens + 1) * heads,), rows.numel())
-        slots[rows] = torch.arange(rows.numel(), device=rows.device)
+    def of(cls, stretches: list[Tensor], num_tokens: int, heads: int) -> "Side":
+        """From the tokens of each stretch (the queries of a tile, the keys of its groups)."""
+        tokens = torch.cat([stretch.reshape(-1) for stretch in stretches])
+        sizes = np.array([stretch.numel() for stretch in stretches])
+        starts = np.cumsum(sizes) - sizes
+        # Head h of place p in a stretch of z places from s on: slot s H + h z + p - s.
+        place = np.arange(sizes.sum()) + np.repeat(starts * (heads - 1), sizes)
+        slot = place + np.arange(heads)[:, None] * np.repeat(sizes, sizes)
+        slot = torch.from_numpy(slot).to(tokens.device)
+        row = tokens * heads + torch.arange(heads, device=tokens.device).unsqueeze(1)
         spare = num_tokens * heads
-        return cls(rows.clamp(max=spare - 1), slots[:spare], heads)
+        slots = torch.full((spare + heads,), row.numel(), device=tokens.device)
+        slots[row] = slot
+        rows = torch.empty(row.numel(), dtype=torch.int64, device=tokens.device)
+        rows[slot] = row.clamp_(max=spare - 1)
+        return cls(tokens, rows, slots[:spare], heads)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(L, H, d) -> (S, d)."""
+        """(L, H, d) -> (S * H, d)."""
         return x.reshape(-1, x.shape[2]).index_select(0, self.rows)
 
-    def zeros(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(S + 1, d) zeros to fill in the flat order, d as of ``x``; the last row stays zero."""
-        return x.new_zeros(self.rows.numel() + 1, x.shape[-1], dtype=dtype)
+    def zeros(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """(S * H + 1, d) zeros, to be filled in the flat order; the last row stays zero."""
+        return like.new_zeros(self.rows.numel() + 1, like.shape[-1], dtype=dtype)
 
     def scatter(self, flat: Tensor) -> Tensor:
-        """(S + 1, d) -> (L, H, d)."""
+        """(S * H + 1, d) -> (L, H, d)."""
         return flat.index_select(0, self.slots).view(-1, self.heads, flat.shape[1])
 
 
@@ -112,71 +118,77 @@ class Walk:
     tiles: list[Tile]
     queries: Side
     keys: Side
+    heads: int
 
 
-def walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk:
-    """The walk over non-empty ``buckets``, built once a batch."""
+def walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk | None:
+    """The walk over ``buckets``, built once a batch; None where no query sees any key."""
     key = ("walk", num_tokens, heads)
     if key not in buckets.memo:
-        chunks = [chunk for bucket in buckets for chunk in _chunks(bucket, heads)]
-        tiles: list[Tile] = []
-        query_start = key_start = pairs = 0
-        for chunk in chunks:
-            chunk_keys = key_start, key_start + heads * chunk.key_tokens.numel()
-            key_start = chunk_keys[1]
-            for rows, columns in _blocks(chunk):
-                stop = query_start + heads * chunk.query_tokens[:, rows].numel()
-                pairs += chunk.query_tokens[:, rows].numel() * columns
-                tiles.append(
-                    Tile(
-                        chunk.query_tokens[:, rows],
-                        chunk.key_tokens[:, :columns],
-                        chunk.query_positions[:, rows],
-                        chunk.key_positions[:, :columns],
-                        (query_start, stop),
-                        chunk_keys,
-                        chunk.key_tokens.shape[1],
-                        rows.stop == chunk.query_tokens.shape[1]
-                        and columns == chunk.key_tokens.shape[1],
-                        pairs <= _REMEMBERED_PAIRS,
-                    )
-                )
-                query_start = stop
-        buckets.memo[key] = Walk(
-            tiles,
-            Side.of([tile.query_tokens for tile in tiles], num_tokens, heads),
-            Side.of([chunk.key_tokens for chunk in chunks], num_tokens, heads),
-        )
+        buckets.memo[key] = _walk(buckets, num_tokens, heads)
     return buckets.memo[key]
+
+
+def _walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk | None:
+    tiles: list[Tile] = []
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    first_query = first_key = pairs = 0
+    for chunk in (chunk for bucket in buckets for chunk in _chunks(bucket, heads)):
+        groups, width = chunk.key_tokens.shape
+        for block, columns in _blocks(chunk):
+            rows = block.stop - block.start
+            pairs += groups * rows * columns
+            tiles.append(
+                Tile(
+                    groups,
+                    rows,
+                    columns,
+                    width,
+                    first_query,
+                    first_key,
+                    opens=columns == width and block.stop == chunk.query_tokens.shape[1],
+                    remembered=pairs <= _REMEMBERED_PAIRS,
+                )
+            )
+            queries.append(chunk.query_tokens[:, block])
+            first_query += groups * rows
+        keys.append(chunk.key_tokens)
+        first_key += groups * width
+    if not tiles:
+        return None
+    return Walk(tiles, Side.of(queries, num_tokens, heads), Side.of(keys, num_tokens, heads), heads)
 
 
 def _chunks(bucket: Bucket, heads: int) -> Iterator[Bucket]:
     """Runs of a bucket's groups, few enough for their tiles to stay small, each padded anew."""
     num_groups, num_rows = bucket.query_tokens.shape
-    tile = heads * min(num_rows, _BLOCK_ROWS) * bucket.key_tokens.shape[1]
+    tile = heads * _block_height(num_rows) * bucket.key_tokens.shape[1]
     step = max(1, _TILE_SCORES // tile)
     for first in range(0, num_groups, step):
         groups = slice(first, first + step)
-        m, n = bucket.query_lengths[groups].max(), bucket.key_lengths[groups].max()
+        query_lengths, key_lengths = bucket.query_lengths[groups], bucket.key_lengths[groups]
         yield Bucket(
-            bucket.query_tokens[groups, :m],
-            bucket.key_tokens[groups, :n],
-            bucket.query_positions[groups, :m],
-            bucket.key_positions[groups, :n],
-            bucket.query_lengths[groups],
-            bucket.key_lengths[groups],
-            bucket.aligned,
+            bucket.query_tokens[groups, : query_lengths.max()],
+            bucket.key_tokens[groups, : key_lengths.max()],
+            query_lengths,
+            key_lengths,
+            None if bucket.seen_keys is None else bucket.seen_keys[groups],
         )
 
 
 def _blocks(chunk: Bucket) -> Iterator[tuple[slice, int]]:
     """Blocks of query rows, last first, with the number of leading keys that they may see."""
     num_rows = chunk.query_tokens.shape[1]
-    for start in reversed(range(0, num_rows, _BLOCK_ROWS)):
-        rows = slice(start, min(start + _BLOCK_ROWS, num_rows))
-        columns = rows.stop
-        if not chunk.aligned:
-            last = chunk.query_positions[:, rows].amax(1, keepdim=True)
-            columns = int((chunk.key_positions <= last).sum(1).max())
+    height = _block_height(num_rows)
+    for start in reversed(range(0, num_rows, height)):
+        rows = slice(start, min(start + height, num_rows))
+        columns = rows.stop if chunk.seen_keys is None else int(chunk.seen_keys[:, rows].max())
         if columns:
             yield rows, columns
+
+
+def _block_height(num_rows: int) -> int:
+    """Rows of the blocks that ``num_rows`` are cut into: equal ones, no narrow rest."""
+    blocks = -(-num_rows // _BLOCK_ROWS)
+    return -(-num_rows // blocks)
