@@ -107,6 +107,6 @@ def _show(results: Iterable[dict[str, Any]], as_json: bool) -> None:
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.3)
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"no {kind} {name!r}{hint} There are {', '.join(known)}"

@@ -8,10 +8,13 @@ import typer
 
 def train(
     data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
-    gin_config_file: Annotated[
-        list[Path], typer.Option("--gin_config_file", help="Settings; repeat to layer files.")
-    ],
     out: Annotated[Path, typer.Option("--out", help="Run folder to write.")],
+    gin_config_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--gin_config_file", help="Settings; repeat to layer files; default: plain HSTU."
+        ),
+    ] = None,
     gin_bindings: Annotated[
         list[str] | None,
         typer.Option("--gin_bindings", help='One setting, "xd_encoder.ddsr = True".'),
@@ -23,7 +26,7 @@ def train(
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.settings import load_settings
 
-    settings = load_settings(gin_config_file, gin_bindings or [])
+    settings = load_settings(gin_config_file or [], gin_bindings or [])
     summary = run_training(data, settings, out, name=name, resume=resume)
     test = summary["test"]
     typer.echo(
