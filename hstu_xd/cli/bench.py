@@ -15,7 +15,9 @@ BENCHMARKS = ("encoder", "attention", "prepare", "sampler")
 
 def bench(
     what: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as one JSON array.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the rows as one JSON array.")
+    ] = False,
     seq_len: Annotated[
         list[int] | None, typer.Option(help="Events of a user; repeat for several. [default: 1000]")
     ] = None,
