@@ -1,5 +1,6 @@
 """``bench encoder`` and ``bench attention``: gate, interleaved timing, memory, one row each."""
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -101,6 +102,7 @@ def _empty_row(name: str, case: Case, threads: int, repeats: int) -> Row:
         "width": case.width,
         "layers": case.layers,
         "threads": threads,
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "repeats": repeats,
         "inside_domains": case.num_domains > 1 and providers.knows_domains(name),
         "peak_bytes_method": memory.method(case.device),

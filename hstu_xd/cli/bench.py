@@ -1,6 +1,7 @@
 """``hstu-xd bench``: timings behind a correctness gate, as a table or as JSON rows."""
 
 import json
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -64,6 +65,9 @@ def bench(
         history = (seq_len or [200])[0]
         results = run(data, history=history, batch_size=batch_size or 128, repeats=repeats or 50)
     else:
+        # Waiting threads sleep. Spinning ones stall every small operation for a scheduler's tick
+        # wherever another process holds a core. OpenMP reads this when PyTorch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from hstu_xd.bench.cases import Case
         from hstu_xd.bench.passes import measure
         from hstu_xd.bench.providers import PROVIDERS
