@@ -1,0 +1,1 @@
+"""Plug-ins into other codebases; importing one changes that codebase's names."""
