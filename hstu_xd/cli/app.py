@@ -20,6 +20,8 @@ COMMANDS = {
     "ablate": "ablate",
     "demo": "demo",
     "bench": "bench",
+    "init": "init",
+    "patch": "patch",
 }
 
 
