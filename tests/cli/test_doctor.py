@@ -1,0 +1,183 @@
+"""``hstu-xd doctor``: whatever breaks, and however, is a line of the report with its cause."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu_xd import doctor
+from hstu_xd.cli.app import run
+from hstu_xd.grouping import DomainGrouping
+from hstu_xd.ops import domain_attention
+from hstu_xd.probes import QUESTIONS, ask
+
+BREAKAGES = {
+    "raise ImportError('no such symbol')": "ImportError: no such symbol",
+    "raise OSError('libx.so: cannot open\\nmore')": "OSError: libx.so: cannot open",
+    "raise RuntimeError": "RuntimeError",
+    "raise SystemExit(3)": "SystemExit: 3",
+    "raise KeyboardInterrupt": "KeyboardInterrupt",
+    "import os; os.abort()": "its process died of SIGABRT",
+    "import os; os.write(2, b'bad cpu\\n'); os._exit(4)": (
+        "its process ended with exit code 4 (bad cpu)"
+    ),
+    "import os; os._exit(0)": "its process ended with exit code 0",
+    "import atexit, os; atexit.register(os.abort)": "answers, then its process died of SIGABRT",
+    "print('noise', end='')": "",
+}
+
+
+def fake(folder: Path, name: str, source: str) -> list[str]:
+    """A path on which the library ``name`` is this source."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(source)
+    return [str(folder), *sys.path]
+
+
+@pytest.mark.parametrize(("source", "error"), BREAKAGES.items(), ids=list(BREAKAGES))
+def test_every_way_to_break_is_reported(tmp_path: Path, source: str, error: str) -> None:
+    path = fake(tmp_path, "brittle", source)
+    assert ask("library", "brittle", timeout_s=60, path=path)["error"] == error
+
+
+def test_a_hang_is_reported(tmp_path: Path) -> None:
+    path = fake(tmp_path, "brittle", "import time; time.sleep(600)")
+    found = ask("library", "brittle", timeout_s=1.5, path=path)
+    assert found == {"error": "no answer within 1.5 s"}
+
+
+def test_an_empty_folder_is_no_library(tmp_path: Path) -> None:
+    (tmp_path / "brittle").mkdir()
+    found = ask("library", "brittle", timeout_s=60, path=[*sys.path, str(tmp_path)])
+    assert found["error"] == f"ImportError: only a folder of that name, {tmp_path / 'brittle'}"
+
+
+def answers(**changes: dict[str, Any]) -> Any:
+    """A stand-in for ``ask``: a healthy machine without GPU and upstream, but for ``changes``."""
+    healthy = {
+        "torch": {"version": "2.12.1+cpu", "cuda": None, "devices": []},
+        "attention": {"available": ["reference", "eager"], "auto": "eager", "kernels": False},
+        "upstream": {"importable": False, "error": "no module named generative_recommenders"},
+        "plugin": {"rebinds": ["generative_recommenders.a.get_reco_dataset"]},
+        "REC": {"error": "ModuleNotFoundError: No module named 'REC'"},
+    }
+
+    def answer(question: str, *arguments: str, timeout_s: float, path: list[str]) -> dict[str, Any]:
+        name = arguments[0] if arguments else question
+        return {"error": ""} | (healthy | changes).get(name, {})
+
+    return answer
+
+
+def report(monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> tuple[dict, list[str]]:
+    monkeypatch.setattr(doctor, "ask", answers(**changes))
+    found = doctor.examine()
+    return found, doctor.render(found).splitlines()
+
+
+def line(lines: list[str], name: str) -> str:
+    return next(text.removeprefix(name).strip() for text in lines if text.startswith(name))
+
+
+def test_the_fbgemm_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"error": "OSError: undefined symbol"}
+    found, lines = report(monkeypatch, fbgemm_gpu=broken)
+    assert (found["fbgemm_gpu"]["loads"], found["fbgemm_gpu"]["fits"]) == (False, "1.7")
+    text = "does not load: OSError: undefined symbol; this torch needs fbgemm-gpu-cpu==1.7.*"
+    assert line(lines, "fbgemm_gpu").endswith(text)
+    assert found["verdict"]["stand_alone"]["ready"]
+    blocks = found["verdict"]["generative_recommenders"]["blocks"]
+    assert blocks[0] == "fbgemm_gpu: OSError: undefined symbol"
+    cuda = {"version": "2.10.0", "cuda": "12.8", "devices": ["GPU X"]}
+    _, lines = report(monkeypatch, fbgemm_gpu=broken, torch=cuda)
+    assert line(lines, "fbgemm_gpu").endswith("this torch needs fbgemm-gpu==1.5.*")
+    assert line(lines, "torch") == "2.10.0, built for CUDA 12.8; GPU X"
+    _, lines = report(monkeypatch, fbgemm_gpu=broken, torch={"version": "2.99.0"})
+    assert "known to fit: 1.5 for torch 2.10" in line(lines, "fbgemm_gpu")
+
+
+def test_a_broken_torch_blocks_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = {"error": "OSError: libc10.so"}
+    found, lines = report(monkeypatch, torch=gone, attention=gone, fbgemm_gpu=gone)
+    assert line(lines, "torch") == "does not load: OSError: libc10.so"
+    assert line(lines, "attention") == "none: OSError: libc10.so"
+    assert line(lines, "verdict, stand-alone") == "not ready: torch: OSError: libc10.so"
+    assert not found["verdict"]["generative_recommenders"]["ready"]
+
+
+@pytest.mark.parametrize(
+    ("torch_says", "kernels", "triton", "why"),
+    [
+        ({}, False, "", "this version of hstu-xd has no Triton kernel"),
+        ({}, True, "", "the Triton kernel needs a GPU, and PyTorch sees none"),
+        ({"devices": ["X"]}, True, "OSError: ptx", "triton does not load: OSError: ptx"),
+    ],
+)
+def test_why_not_a_faster_attention(
+    monkeypatch: pytest.MonkeyPatch, torch_says: dict, kernels: bool, triton: str, why: str
+) -> None:
+    attention = {"available": ["reference", "eager"], "auto": "eager", "kernels": kernels}
+    changes = {"torch": torch_says, "triton": {"error": triton}, "attention": attention}
+    found, lines = report(monkeypatch, **changes)
+    assert found["attention"]["why_not_faster"] == why
+    assert line(lines, "attention") == f'"auto" is eager (of reference, eager); {why}'
+
+
+def test_upstream_and_its_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    upstream = {"importable": True, "path": str(tmp_path / "generative_recommenders")}
+    upstream |= {"verified": True, "commit": "db1bf8f" + 33 * "0", "problems": []}
+    found, lines = report(monkeypatch, upstream=upstream)
+    assert line(lines, "generative_recommenders").endswith("commit db1bf8f, verified")
+    assert line(lines, "  plug-in") == "works; rebinds get_reco_dataset"
+    assert line(lines, "  source patches").startswith("refused: not a codebase with patches")
+    assert line(lines, "verdict, upstream") == "ready (no GPU: use hstu-xd upstream-train)"
+    upstream |= {"verified": False, "commit": "", "problems": ["train.setup: not there"]}
+    plugin = {"error": "HstuXdError: differs from the verified commits"}
+    found, lines = report(monkeypatch, upstream=upstream, plugin=plugin)
+    assert line(lines, "generative_recommenders").endswith("commit unknown, not verified")
+    assert line(lines, "  problem") == "train.setup: not there"
+    assert found["verdict"]["generative_recommenders"]["blocks"] == [f"plug-in: {plugin['error']}"]
+
+
+def test_command_prints_one_object(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is really asked here but upstream, whose import would take as long again."""
+    without = [p for p in sys.path if not (Path(p) / "generative_recommenders").is_dir()]
+    monkeypatch.setattr(sys, "path", without)
+    assert run(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {
+        "hstu_xd",
+        "python",
+        "torch",
+        "libraries",
+        "fbgemm_gpu",
+        "attention",
+        "generative_recommenders",
+        "rec",
+        "verdict",
+    }
+    assert found["torch"]["version"] == torch.__version__
+    assert found["verdict"]["stand_alone"] == {"ready": True, "blocks": []}
+    assert found["attention"]["auto"] in found["attention"]["available"]
+
+
+def test_what_auto_is_said_to_be_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import import_module
+
+    module = import_module("hstu_xd.ops.domain_attention")
+    ran = []
+
+    def spy(name: str, impl: Any) -> Any:
+        return lambda *a, **b: (ran.append(name), impl(*a, **b))[1]
+
+    spies = {name: spy(name, impl) for name, impl in module._IMPLS.items()}
+    monkeypatch.setattr(module, "_IMPLS", spies)
+    x = torch.ones(3, 1, 4)
+    grouping = DomainGrouping.from_jagged(torch.tensor([0, 1, 0]), torch.tensor([0, 3]), 2)
+    domain_attention(x, x, x, grouping, norm_length=3)
+    assert ran == [QUESTIONS["attention"]()["auto"]]
