@@ -9,7 +9,7 @@ import typer
 from hstu_xd import __version__
 from hstu_xd.errors import HstuXdError
 
-# Command -> module of hstu_xd.cli that defines a function of the module's name.
+# Command -> module of hstu_xd.cli that defines a function of the same name.
 COMMANDS = {
     "prepare": "prepare",
     "synth": "synth",
@@ -22,7 +22,6 @@ COMMANDS = {
     "bench": "bench",
     "init": "init",
     "patch": "patch",
-    "upstream-train": "upstream_train",
     "doctor": "doctor",
 }
 
@@ -45,7 +44,7 @@ def build_app() -> typer.Typer:
             raise typer.Exit
 
     for name, module in COMMANDS.items():
-        app.command(name)(getattr(import_module(f"hstu_xd.cli.{module}"), module))
+        app.command(name)(getattr(import_module(f"hstu_xd.cli.{module}"), name))
     return app
 
 
