@@ -15,17 +15,21 @@ CATALOG_FILE = "catalog.parquet"
 class DomainCatalog(nn.Module):
     """The item -> domain table with domain names and the items of each domain.
 
-    Item ids are ``1..num_items``; id 0 is padding and has domain -1. The ids of a domain need not
-    be contiguous: ``domain_items[domain_offsets[d]:domain_offsets[d + 1]]`` are the items of ``d``.
+    Item ids are ``1..num_items``; id 0 is padding and has domain -1, as have ids that no item
+    bears (MovieLens numbers 3,883 films up to 3,952). The ids of a domain need not be contiguous:
+    ``domain_items[domain_offsets[d]:domain_offsets[d + 1]]`` are the items of ``d``, so that
+    ``domain_items`` lists the items there are.
 
     Args:
-        item_domains: (num_items + 1,) int64, the domain id of every item; entry 0 is ignored.
+        item_domains: (num_items + 1,) int64, the domain id of every item, -1 where no item bears
+            the id; entry 0 is ignored.
         domain_names: one name per domain id; a name may have no items.
-        item_tokens: the raw ids of items ``1..num_items`` as they stand in the log, if known.
+        item_tokens: the raw ids of items ``1..num_items`` as they stand in the log, if known;
+            anything where no item bears the id.
 
     Raises:
-        InputError: a domain id outside ``0..num_domains - 1``, repeated domain names, or a number
-            of tokens that is not the number of items.
+        InputError: a domain id outside ``-1..num_domains - 1``, no item at all, repeated domain
+            names, or a number of tokens that is not the number of ids.
 
     Example:
         >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1]), ["books", "films"])
@@ -53,11 +57,13 @@ class DomainCatalog(nn.Module):
         domains[0] = -1
         num_domains = len(domain_names)
         low, high = int(domains[1:].min()), int(domains[1:].max())
-        if low < 0 or high >= num_domains:
+        if low < -1 or high >= num_domains:
             raise InputError(
                 f"item_domains holds ids {low}..{high}, but {num_domains} domain names allow "
-                f"0..{num_domains - 1}; name every domain"
+                f"0..{num_domains - 1}, and -1 for an id that no item bears; name every domain"
             )
+        if high < 0:
+            raise InputError("item_domains gives no item a domain; at least one is needed")
         if len(set(domain_names)) != num_domains:
             raise InputError(f"domain_names repeats a name: {list(domain_names)}")
         if item_tokens is not None and len(item_tokens) != domains.numel() - 1:
@@ -66,18 +72,18 @@ class DomainCatalog(nn.Module):
             )
         self.domain_names = tuple(domain_names)
         self.item_tokens = item_tokens
-        counts = torch.bincount(domains[1:], minlength=num_domains)
+        # Shifted by one, the ids that no item bears come first, where they are cut off.
+        unborne, *counts = torch.bincount(domains[1:] + 1, minlength=num_domains + 1).tolist()
+        self._has_holes = unborne > 0
+        items = torch.argsort(domains[1:], stable=True)[unborne:] + 1
+        offsets = torch.tensor([0, *counts], device=domains.device).cumsum(0)
         self.register_buffer("item_domains", domains, persistent=False)
-        self.register_buffer(
-            "domain_items", torch.argsort(domains[1:], stable=True) + 1, persistent=False
-        )
-        self.register_buffer(
-            "domain_offsets", nn.functional.pad(counts.cumsum(0), (1, 0)), persistent=False
-        )
+        self.register_buffer("domain_items", items, persistent=False)
+        self.register_buffer("domain_offsets", offsets, persistent=False)
 
     @property
     def num_items(self) -> int:
-        """Number of items, the padding item not counted."""
+        """Largest item id: the number of items, ids that no item bears counted, padding not."""
         return self.item_domains.numel() - 1
 
     @property
@@ -86,8 +92,21 @@ class DomainCatalog(nn.Module):
         return len(self.domain_names)
 
     def domain_of(self, item_ids: Tensor) -> Tensor:
-        """Domain of each item: int64 of the shape of ``item_ids``, -1 where the id is 0."""
-        return self.item_domains[item_ids]
+        """Domain of each item: int64 of the shape of ``item_ids``, -1 where the id is 0.
+
+        Raises:
+            InputError: an id that no item bears (checked on CPU only, where it costs no
+                synchronisation; elsewhere its domain is -1).
+        """
+        domains = self.item_domains[item_ids]
+        if self._has_holes and item_ids.device.type == "cpu":
+            unknown = item_ids[(domains < 0) & (item_ids != 0)]
+            if unknown.numel():
+                raise InputError(
+                    f"item_ids holds {int(unknown[0])}, an id the catalogue gives no domain; add "
+                    "the item to the catalogue, or remove its events"
+                )
+        return domains
 
     def items_of(self, domain: int) -> Tensor:
         """Ids of a domain's items in ascending order: (n_d,) int64."""
@@ -111,16 +130,21 @@ class DomainCatalog(nn.Module):
         raise InputError(f"unknown domain {name!r}; known: {', '.join(self.domain_names)}{hint}")
 
     def save(self, path: Path) -> None:
-        """Write the catalogue as Parquet: row ``r`` is item ``r + 1`` with its token and domain."""
+        """Write the catalogue as Parquet: row ``r`` is item ``r + 1`` with its token and domain.
+
+        Both are null where no item bears the id.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        domains = self.item_domains[1:].numpy(force=True)
+        holes = domains < 0
         tokens = [self.token(item_id) for item_id in range(1, self.num_items + 1)]
         names = pa.array(self.domain_names, pa.string())
-        indices = pa.array(self.item_domains[1:].numpy(force=True), pa.int32())
+        indices = pa.array(domains, pa.int32(), mask=holes)
         table = pa.table(
             {
-                "item": pa.array(tokens, pa.string()),
+                "item": pa.array(tokens, pa.string(), mask=holes),
                 "domain": pa.DictionaryArray.from_arrays(indices, names),
             },
             metadata={"domain_names": "\x1f".join(self.domain_names)},
@@ -135,7 +159,8 @@ class DomainCatalog(nn.Module):
             path: the Parquet file, or a folder that holds ``catalog.parquet``.
 
         Raises:
-            InputError: no such file, or columns ``item`` and ``domain`` are missing.
+            InputError: no such file, columns ``item`` and ``domain`` are missing, or an item
+                without a domain.
         """
         import numpy as np
         import pyarrow as pa
@@ -154,19 +179,22 @@ class DomainCatalog(nn.Module):
             raise InputError(
                 f"{file}: a catalogue has columns item and domain, found {table.column_names}"
             )
+        items = table.column("item").to_pylist()
         if table.column("domain").null_count:
-            row = table.column("domain").is_null().to_pylist().index(True)
-            raise InputError(f"{file}: row {row} has no domain; give every item one")
+            no_domain = table.column("domain").is_null().to_pylist()
+            for row, (item, missing) in enumerate(zip(items, no_domain)):
+                if missing and item is not None:
+                    raise InputError(f"{file}: row {row} has no domain; give every item one")
         stored = (table.schema.metadata or {}).get(b"domain_names")
         column = table.column("domain").cast("string").combine_chunks()
-        present = sorted(set(column.unique().to_pylist()))
-        names = stored.decode().split("\x1f") if stored else present
         encoded = column.dictionary_encode()
+        present = encoded.dictionary.to_pylist()
+        names = stored.decode().split("\x1f") if stored else sorted(present)
         order = {name: i for i, name in enumerate(names)}
-        lookup = np.array([order[name] for name in encoded.dictionary.to_pylist()], np.int64)
-        domains = lookup[encoded.indices.to_numpy()]
+        lookup = np.array([*(order[name] for name in present), -1], np.int64)
+        domains = lookup[encoded.indices.fill_null(len(present)).to_numpy()]
         item_domains = torch.from_numpy(np.concatenate([[-1], domains]))
-        return cls(item_domains, names, table.column("item").to_pylist())
+        return cls(item_domains, names, ["" if item is None else item for item in items])
 
     def extra_repr(self) -> str:
         """Sizes, as shown by ``print(catalog)``."""

@@ -28,6 +28,14 @@ def prepare(
     min_user_total: Annotated[
         int, typer.Option(help="Least events of a user over all domains (k-core).")
     ] = 0,
+    write_upstream: Annotated[
+        bool,
+        typer.Option(
+            "--write-upstream",
+            help="Also write sasrec_format.csv and item_domains.csv, which generative-recommenders "
+            "reads.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
 ) -> None:
     """Read interaction logs and write a prepared store: histories, catalogue, manifest."""
@@ -42,6 +50,7 @@ def prepare(
         file_format=format,
         columns=ColumnOptions(user=user_col, item=item_col, domain=domain_col, time=time_col),
         filters=Filters(min_user=min_user, min_item=min_item, min_user_total=min_user_total),
+        write_upstream=write_upstream,
         force=force,
     )
     print_summary(out, manifest)

@@ -15,6 +15,7 @@ from hstu_xd.data.sources import open_sources
 from hstu_xd.data.sources.columns import ColumnOptions
 from hstu_xd.data.store import is_store
 from hstu_xd.data.times import LARGEST_PLAUSIBLE_SECONDS
+from hstu_xd.data.upstream_csv import MIN_EVENTS, SEQUENCES, write_upstream_csv
 from hstu_xd.data.writer import Log, domains_of, write_store
 from hstu_xd.errors import InputError
 
@@ -29,6 +30,7 @@ def prepare_logs(
     file_format: str = "auto",
     columns: ColumnOptions | None = None,
     filters: Filters | None = None,
+    write_upstream: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Read interaction logs and write one prepared store.
@@ -42,6 +44,8 @@ def prepare_logs(
         file_format: ``auto`` or one of :data:`hstu_xd.data.sources.FORMATS`.
         columns: names of the columns where they are unusual.
         filters: least numbers of events; nothing is dropped by default.
+        write_upstream: also write the CSV files of
+            :func:`hstu_xd.data.upstream_csv.write_upstream_csv`.
         force: replace an existing prepared store.
 
     Returns:
@@ -58,6 +62,15 @@ def prepare_logs(
     events = read_events(sources)
     log, facts = build_log(events, filters)
     with replaced_folder(out) as partial:
+        if write_upstream:
+            written = write_upstream_csv(partial, log)
+            # Beside the hashes of the store proper, which runs compare: the data are the same.
+            facts["upstream_csv"] = written
+            if written["left_out"]:
+                facts["warnings"].append(
+                    f"{SEQUENCES} leaves out {written['left_out']} of {len(log.users)} users: "
+                    f"upstream cannot train on fewer than {MIN_EVENTS} events"
+                )
         return write_store(partial, log, facts)
 
 
@@ -70,12 +83,7 @@ def build_log(events: Events, filters: Filters) -> tuple[Log, dict[str, Any]]:
     read = len(events.user)
     histories = in_time_order(events)
     names, item_domain = domains_of(events.items)
-    taken = [name for name in names if name in _METRIC_GROUPS]
-    if taken:
-        raise InputError(
-            f"domain {taken[0]!r} is also the name of a group of targets in every table of metrics "
-            f"(hr@100[{taken[0]}]); call the domain otherwise"
-        )
+    check_domain_names(names)
     num_users = len(events.users)
     histories, rounds = apply_filters(histories, filters, item_domain, num_users, len(names))
     log = _compact(events, histories)
@@ -94,6 +102,20 @@ def build_log(events: Events, filters: Filters) -> tuple[Log, dict[str, Any]]:
         "warnings": _warnings(log),
     }
     return log, facts
+
+
+def check_domain_names(names: Sequence[str]) -> None:
+    """Refuse names that tables of metrics could not tell from their own.
+
+    Raises:
+        InputError: a domain called like a group of targets.
+    """
+    taken = [name for name in names if name in _METRIC_GROUPS]
+    if taken:
+        raise InputError(
+            f"domain {taken[0]!r} is also the name of a group of targets in every table of metrics "
+            f"(hr@100[{taken[0]}]); call the domain otherwise"
+        )
 
 
 def _warnings(log: Log) -> list[str]:

@@ -48,6 +48,31 @@ def test_ids_need_not_be_contiguous() -> None:
     assert "num_items=4, num_domains=3" in str(catalog)
 
 
+def test_ids_that_no_item_bears() -> None:
+    catalog = DomainCatalog(torch.tensor([0, 2, -1, 0, -1, 2, -1]), NAMES)
+    assert [catalog.items_of(d).tolist() for d in range(3)] == [[3], [], [1, 5]]
+    assert catalog.domain_items.tolist() == [3, 1, 5]
+    assert catalog.domain_offsets.tolist() == [0, 1, 1, 3]
+    assert (catalog.num_items, catalog.num_domains) == (6, 3)
+    assert catalog.domain_of(torch.tensor([5, 0, 3])).tolist() == [2, -1, 0]
+    with pytest.raises(InputError, match="item_ids holds 4, an id the catalogue gives no domain"):
+        catalog.domain_of(torch.tensor([[1, 0], [4, 2]]))
+    assert catalog.to("meta").domain_of(torch.ones(2, 3, device="meta").long()).shape == (2, 3)
+
+
+def test_round_trip_with_ids_that_no_item_bears(tmp_path: Path) -> None:
+    catalog = DomainCatalog(torch.tensor([0, 2, -1, 0, -1]), NAMES, ["x", "", "z", ""])
+    catalog.save(tmp_path / CATALOG_FILE)
+    table = pq.read_table(tmp_path / CATALOG_FILE).to_pydict()
+    assert table["item"] == ["x", None, "z", None]
+    assert table["domain"] == ["games", None, "books", None]
+    loaded = DomainCatalog.load(tmp_path)
+    assert domains_of(loaded) == domains_of(catalog)
+    assert loaded.item_tokens == catalog.item_tokens
+    assert loaded.domain_names == catalog.domain_names
+    assert torch.equal(loaded.domain_items, catalog.domain_items)
+
+
 def test_the_given_table_is_not_changed() -> None:
     table = torch.tensor([0, 1, 0])
     DomainCatalog(table, NAMES)
@@ -75,7 +100,8 @@ def test_names() -> None:
         ([0], NAMES, None, "item_domains has shape (1,); a vector of num_items + 1 domain ids"),
         ([[0, 1], [0, 1]], NAMES, None, "item_domains has shape (2, 2); a vector"),
         ([0, 3], NAMES, None, "item_domains holds ids 3..3, but 3 domain names allow 0..2"),
-        ([0, -1, 1], NAMES, None, "item_domains holds ids -1..1, but 3 domain names allow 0..2"),
+        ([0, -2, 1], NAMES, None, "item_domains holds ids -2..1, but 3 domain names allow 0..2"),
+        ([0, -1, -1], NAMES, None, "item_domains gives no item a domain; at least one is needed"),
         ([0, 1], ["a", "a"], None, "domain_names repeats a name: ['a', 'a']"),
         ([0, 1, 1], NAMES, ["x"], "item_tokens has 1 entries for 2 items"),
     ],
@@ -137,8 +163,9 @@ def test_wrong_columns(tmp_path: Path) -> None:
 
 
 def test_missing_domain_names(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"item": ["x", "y"], "domain": ["a", None]}), tmp_path / CATALOG_FILE)
-    with pytest.raises(InputError):
+    table = pa.table({"item": [None, "x", "y"], "domain": [None, "a", None]})
+    pq.write_table(table, tmp_path / CATALOG_FILE)
+    with pytest.raises(InputError, match="row 2 has no domain; give every item one"):
         DomainCatalog.load(tmp_path)
 
 
