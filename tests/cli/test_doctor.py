@@ -12,6 +12,7 @@ from hstu_xd import doctor
 from hstu_xd.cli.app import run
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import domain_attention
+from hstu_xd.plugins.gr.checkout import MARKERS
 from hstu_xd.probes import QUESTIONS, ask
 
 BREAKAGES = {
@@ -181,3 +182,18 @@ def test_what_auto_is_said_to_be_is_what_runs(monkeypatch: pytest.MonkeyPatch) -
     grouping = DomainGrouping.from_jagged(torch.tensor([0, 1, 0]), torch.tensor([0, 3]), 2)
     domain_attention(x, x, x, grouping, norm_length=3)
     assert ran == [QUESTIONS["attention"]()["auto"]]
+
+
+def test_a_checkout_in_the_current_folder_is_found_as_main_py_finds_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for marker in MARKERS:
+        (tmp_path / marker).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / marker).write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [part for part in sys.path if part])
+    upstream = {"importable": True, "path": str(tmp_path / "generative_recommenders")}
+    found, lines = report(monkeypatch, upstream=upstream)
+    assert found["generative_recommenders"]["through_current_folder"]
+    assert "through the current folder" in line(lines, "generative_recommenders")
+    assert "PYTHONPATH=. hstu-xd upstream-train" in line(lines, "verdict, upstream")
