@@ -12,6 +12,7 @@ from hstu_xd.modules.inputs import ItemEmbedding, PositionalInput
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
 from hstu_xd.modules.tape import TransitionAwarePositionalEmbedding
+from hstu_xd.warm_start import load_hstu
 
 _L2_EPS = 1e-6
 
@@ -197,25 +198,4 @@ class CrossDomainHSTU(nn.Module):
         Raises:
             InputError: sizes differ, a parameter of HSTU is missing, or unknown ones remain.
         """
-        own = self.state_dict()
-        given = {name.removeprefix("module."): value for name, value in state.items()}
-        given = {name: value for name, value in given.items() if name != "_attn_mask"}
-        unknown = sorted(set(given) - set(own))
-        ours = sorted(
-            name for name in set(own) - set(given)
-            if name.startswith(("_tape.", "_target_domain_emb.")) or "._ddsr." in name
-        )  # fmt: skip
-        missing = sorted(set(own) - set(given) - set(ours))
-        if unknown or missing:
-            raise InputError(
-                f"not a checkpoint of this HSTU: unknown {unknown[:3]}, missing {missing[:3]}; "
-                "give the model the checkpoint's num_blocks and bias settings"
-            )
-        for name, value in given.items():
-            if value.shape != own[name].shape:
-                raise InputError(
-                    f"{name} has shape {tuple(value.shape)} in the checkpoint and "
-                    f"{tuple(own[name].shape)} here; give the model the checkpoint's sizes"
-                )
-        self.load_state_dict(given, strict=False)
-        return ours
+        return load_hstu(self, state)

@@ -9,7 +9,7 @@ import typer
 from hstu_xd import __version__
 from hstu_xd.errors import HstuXdError
 
-# Command -> module of hstu_xd.cli that defines a function of the same name.
+# Command -> module of hstu_xd.cli that defines a function of the module's name.
 COMMANDS = {
     "prepare": "prepare",
     "synth": "synth",
@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "bench",
     "init": "init",
     "patch": "patch",
+    "upstream-train": "upstream_train",
     "doctor": "doctor",
 }
 
@@ -44,7 +45,7 @@ def build_app() -> typer.Typer:
             raise typer.Exit
 
     for name, module in COMMANDS.items():
-        app.command(name)(getattr(import_module(f"hstu_xd.cli.{module}"), name))
+        app.command(name)(getattr(import_module(f"hstu_xd.cli.{module}"), module))
     return app
 
 

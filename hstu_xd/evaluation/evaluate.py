@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hstu_xd.data.batches import SequenceData
 from hstu_xd.evaluation.metrics import grouped_metrics
-from hstu_xd.evaluation.ranking import target_ranks
+from hstu_xd.evaluation.ranking import dot_product_scorer, target_ranks
 from hstu_xd.model import CrossDomainHSTU
 
 
@@ -53,7 +53,12 @@ def rank_targets(
         vectors = model(batch)[last]
         ranks.append(
             target_ranks(
-                vectors, targets[last], seen_ids.to(device), seen_offsets.to(device), model
+                vectors,
+                targets[last],
+                seen_ids.to(device),
+                seen_offsets.to(device),
+                model.catalog,
+                dot_product_scorer(model.item_vectors),
             )
         )
         domains.append(batch.target_domains[last])

@@ -1,14 +1,28 @@
 """Rank of each target among all items of its domain, in blocks of bounded memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
-from hstu_xd.model import CrossDomainHSTU
 
 # Scores alive at once (float32: 64 MB), whatever the size of the catalogue.
 BLOCK_SCORES = 16_000_000
+
+# Given the (C,) item ids of a domain, a function from (Q, K) user vectors to (Q, C) scores.
+Scorer = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
+
+def dot_product_scorer(item_vectors: Callable[[Tensor], Tensor]) -> Scorer:
+    """Scores by the dot product with ``item_vectors(item_ids)``: (C,) int64 -> (C, K) float."""
+
+    def score(items: Tensor) -> Callable[[Tensor], Tensor]:
+        vectors = item_vectors(items).T
+        return lambda queries: queries @ vectors
+
+    return score
 
 
 def target_ranks(
@@ -16,7 +30,8 @@ def target_ranks(
     target_ids: Tensor,
     seen_ids: Tensor,
     seen_offsets: Tensor,
-    model: CrossDomainHSTU,
+    catalog: DomainCatalog,
+    scorer: Scorer,
     *,
     block_scores: int = BLOCK_SCORES,
 ) -> Tensor:
@@ -28,9 +43,10 @@ def target_ranks(
     Args:
         user_vectors: (Q, K) float, one query a row.
         target_ids: (Q,) int64.
-        seen_ids: (E,) int64, items each user has met, end to end; repeats allowed.
+        seen_ids: (E,) int64, items each user has met, end to end; repeats and padding allowed.
         seen_offsets: (Q + 1,) int64.
-        model: gives the item vectors and the catalogue.
+        catalog: domain of every item, on the device of the tensors.
+        scorer: scores users against the items of a domain.
         block_scores: scores held at once, at least one query's row.
 
     Returns:
@@ -39,15 +55,14 @@ def target_ranks(
     Raises:
         HstuXdError: a score is not finite.
     """
-    catalog = model.catalog
     ranks = torch.zeros_like(target_ids)
     domains = catalog.domain_of(target_ids)
     for domain in domains.unique().tolist():
         items = catalog.items_of(domain)
-        vectors = model.item_vectors(items)
+        score = scorer(items)
         queries = torch.nonzero(domains == domain).squeeze(1)
         for rows in queries.split(max(1, block_scores // items.numel())):
-            scores = user_vectors[rows] @ vectors.T
+            scores = score(user_vectors[rows])
             if not bool(torch.isfinite(scores).all()):
                 raise HstuXdError(
                     "scores are not finite: the model has diverged; train again with a lower "

@@ -1,5 +1,7 @@
 """The encoder: input embeddings in, one hidden state a token out."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from hstu_xd.modules.hstu_layer import HSTULayer
@@ -20,6 +22,17 @@ class CrossDomainEncoder(nn.Module):
             HSTULayer(settings, full_attention=i in settings.full_attention_layers)
             for i in range(settings.num_blocks)
         )
+
+    def take_parameters(self, layers: Iterable[nn.Module]) -> None:
+        """Hold the parameters of HSTU layers, the very objects, in place of one's own.
+
+        Args:
+            layers: upstream's, of the same sizes and number.
+        """
+        for own, theirs in zip(self._attention_layers, layers):
+            for name, parameter in theirs.named_parameters():
+                path, _, leaf = name.rpartition(".")
+                setattr(own.get_submodule(path), leaf, parameter)
 
     def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
         """(L, K) float -> (L, K) float."""

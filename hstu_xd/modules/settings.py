@@ -98,3 +98,29 @@ class EncoderSettings:
                 "state_from='output' needs num_heads * dv = embedding_dim, got "
                 f"{self.num_heads} * {self.dv} and {self.embedding_dim}"
             )
+
+    @property
+    def is_cross_domain(self) -> bool:
+        """Whether any switch is on; plain HSTU otherwise."""
+        return bool(
+            self.domain_mask
+            or self.tape
+            or self.ddsr
+            or self.target_domain_embedding
+            or self.target_view_heads
+        )
+
+    @property
+    def reads_target_domain(self) -> bool:
+        """Whether the encoder needs to know the domain of the next event."""
+        return bool(
+            self.tape
+            or self.target_domain_embedding
+            or self.target_view_heads
+            or (self.ddsr and self.query_target_domain)
+        )
+
+    @property
+    def reads_time(self) -> bool:
+        """Whether the encoder needs timestamps."""
+        return self.enable_relative_attention_bias or (self.ddsr and self.state_age_bias)

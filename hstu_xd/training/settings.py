@@ -148,7 +148,7 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     finally:
         gin.clear_config()
     for name, values in blocks.items():
-        _check_types(name, values)
+        check_types(name, values)
     settings = RunSettings(blocks["xd_encoder"], TrainSettings(**blocks["xd_train"]))
     _warn_inert(settings.encoder_settings(num_domains=1))  # range checks, before any data are read
     return settings
@@ -189,10 +189,12 @@ def _gin() -> Any:
     return gin
 
 
-def _register() -> None:
-    gin = _gin()
-    for name, settings in _BLOCKS.items():
-        gin.external_configurable(settings, name=name, module="hstu_xd", allowlist=_names(name))
+def _register() -> dict[str, Any]:
+    register = _gin().external_configurable
+    return {
+        name: register(settings, name=name, module="hstu_xd", allowlist=_names(name))
+        for name, settings in _BLOCKS.items()
+    }
 
 
 def _names(block: str) -> list[str]:
@@ -227,7 +229,12 @@ def _refuse_unread(config: str) -> None:
         raise InputError(f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope")
 
 
-def _check_types(block: str, values: dict[str, Any]) -> None:
+def check_types(block: str, values: dict[str, Any]) -> None:
+    """Bring bound values to their declared types in place, lists to tuples and ints to floats.
+
+    Raises:
+        InputError: a value of another type.
+    """
     hints = get_type_hints(_BLOCKS[block])
     for name, value in values.items():
         wanted = getattr(hints[name], "__origin__", hints[name])
@@ -242,4 +249,5 @@ def _check_types(block: str, values: dict[str, Any]) -> None:
             )
 
 
-_register()
+# The settings classes as gin sees them: called, they take what is bound.
+CONFIGURABLES = _register()

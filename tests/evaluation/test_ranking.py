@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.metrics import METRICS, grouped_metrics, ranking_metrics
-from hstu_xd.evaluation.ranking import target_ranks
+from hstu_xd.evaluation.ranking import dot_product_scorer, target_ranks
 
 
-class Scorer:
-    """Stands where the model does: fixed item vectors and a catalogue."""
+class Items:
+    """Fixed item vectors and a catalogue."""
 
     def __init__(self, catalog: DomainCatalog, vectors: torch.Tensor) -> None:
         self.catalog, self._vectors = catalog, vectors
@@ -31,16 +31,16 @@ def make(seed: int, num_items: int, num_domains: int, queries: int):
 
     catalog = DomainCatalog(ints(num_domains, num_items + 1), [f"d{i}" for i in range(num_domains)])
     # Few distinct integer scores, so that ties are everywhere and sums are exact.
-    scorer = Scorer(catalog, ints(3, num_items + 1, 2).float())
+    items = Items(catalog, ints(3, num_items + 1, 2).float())
     targets = 1 + ints(num_items, queries)
     seen = [(1 + ints(num_items, int(n))).tolist() for n in ints(9, queries)]
     users = ints(3, queries, 2).float()
-    return scorer, users, targets, seen
+    return items, users, targets, seen
 
 
-def rank_by_hand(scorer: Scorer, user: torch.Tensor, target: int, seen: list[int]) -> int:
-    domains = scorer.catalog.item_domains.tolist()
-    score = [float(user @ vector) for vector in scorer._vectors]
+def rank_by_hand(items: Items, user: torch.Tensor, target: int, seen: list[int]) -> int:
+    domains = items.catalog.item_domains.tolist()
+    score = [float(user @ vector) for vector in items._vectors]
     candidates = {
         item
         for item in range(1, len(domains))
@@ -59,11 +59,12 @@ def rank_by_hand(scorer: Scorer, user: torch.Tensor, target: int, seen: list[int
 def test_rank_counts_unseen_items_of_the_domain_and_ties_against_the_target(
     seed: int, num_items: int, num_domains: int, queries: int, block: int
 ) -> None:
-    scorer, users, targets, seen = make(seed, num_items, num_domains, queries)
+    items, users, targets, seen = make(seed, num_items, num_domains, queries)
     offsets = torch.tensor([0] + [len(s) for s in seen]).cumsum(0)
     flat = torch.tensor([item for s in seen for item in s], dtype=torch.int64)
-    ranks = target_ranks(users, targets, flat, offsets, scorer, block_scores=block)  # type: ignore[arg-type]
-    expected = [rank_by_hand(scorer, users[i], int(targets[i]), seen[i]) for i in range(queries)]
+    scorer = dot_product_scorer(items.item_vectors)
+    ranks = target_ranks(users, targets, flat, offsets, items.catalog, scorer, block_scores=block)
+    expected = [rank_by_hand(items, users[i], int(targets[i]), seen[i]) for i in range(queries)]
     assert ranks.tolist() == expected
 
 
@@ -95,8 +96,9 @@ def test_groups_are_separate_and_empty_ones_absent() -> None:
 
 
 def test_diverged_model_is_an_error_not_a_rank() -> None:
-    scorer, users, targets, _ = make(0, 10, 2, 3)
+    items, users, targets, _ = make(0, 10, 2, 3)
     users[1] = float("nan")
     none = torch.zeros(4, dtype=torch.int64)
+    scorer = dot_product_scorer(items.item_vectors)
     with pytest.raises(HstuXdError, match=r"not finite.*lower"):
-        target_ranks(users, targets, none[:0], none, scorer)  # type: ignore[arg-type]
+        target_ranks(users, targets, none[:0], none, items.catalog, scorer)

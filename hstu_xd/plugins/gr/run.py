@@ -1,0 +1,132 @@
+"""Upstream's own ``train_fn``: as main.py starts it on GPUs, and with gloo where there is none."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import gin
+from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.plugins.gr.patching import Rebinding, apply
+from hstu_xd.plugins.gr.verified import RESEARCH, inspect_upstream
+
+TRAINER = f"{RESEARCH}.trainer.train"
+PLUGIN = "hstu_xd.plugins.generative_recommenders"
+
+
+def upstream_train(
+    gin_config_file: Path, bindings: Sequence[str] = (), *, processes: int = 1, port: int = 12355
+) -> None:
+    """Run ``train_fn`` with a gin file: one process a GPU, or ``processes`` on CPU.
+
+    Args:
+        gin_config_file: as for upstream's main.py.
+        bindings: further bindings, after the file's.
+        processes: on CPU only; they share one gloo group.
+        port: of the process group.
+
+    Raises:
+        InputError: no such file, or a file that asks for hstu-xd without importing the plug-in.
+        HstuXdError: generative_recommenders or fbgemm_gpu is not importable.
+    """
+    if not gin_config_file.is_file():
+        raise InputError(f"--gin_config_file {gin_config_file}: no such file")
+    _check_importable()
+    gpus = torch.cuda.device_count()
+    world = gpus or processes
+    arguments = (world, port, str(gin_config_file), tuple(bindings), not gpus)
+    if world == 1:
+        _worker(0, *arguments)
+    else:
+        mp.start_processes(_worker, arguments, nprocs=world, start_method="forkserver")
+
+
+def _check_importable() -> None:
+    status = inspect_upstream()
+    if not status.importable:
+        raise HstuXdError(
+            f"generative_recommenders is not importable ({status.error}); run from inside its "
+            "checkout or put the checkout on PYTHONPATH"
+        )
+    try:
+        import fbgemm_gpu  # noqa: F401  (registers the operators that upstream calls)
+    except Exception as error:  # a wheel for another torch fails in many ways
+        raise HstuXdError(
+            f"fbgemm_gpu does not load: {error}; hstu-xd doctor names the version that fits"
+        ) from error
+
+
+def _worker(
+    rank: int, world: int, port: int, gin_config_file: str, bindings: tuple[str, ...], on_cpu: bool
+) -> None:
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, force=True)
+    import fbgemm_gpu  # noqa: F401
+    from generative_recommenders.research.trainer.train import train_fn
+
+    # Included files are named from the checkout's root, "gin/...", wherever the command runs.
+    gin.add_config_file_search_path(str(Path(gin_config_file).resolve().parent.parent))
+    try:
+        gin.parse_config_files_and_bindings([gin_config_file], list(bindings))
+    except ValueError as error:
+        raise InputError(_explain(str(error), gin_config_file)) from error
+    if PLUGIN not in sys.modules and "xd:" in str(gin.get_bindings("train_fn")):
+        raise InputError(_explain("it names an xd: data set", gin_config_file))
+    if not on_cpu:
+        train_fn(rank, world, port)
+        return
+    with apply(CPU_REBINDINGS):
+        train_fn(rank, world, port)
+
+
+def _explain(text: str, file: str) -> str:
+    known = PLUGIN in sys.modules
+    return f"{file}: {text}" + (
+        "" if known else f"; the file's first line must be: import {PLUGIN}"
+    )
+
+
+def _gloo_setup(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    def setup(rank: int, world_size: int, master_port: int) -> None:
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(master_port))
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+
+    return setup
+
+
+def _without_device_ids(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    def ddp(module: torch.nn.Module, device_ids: object = None, **others: Any) -> Any:
+        return upstream(module, **others)
+
+    return ddp
+
+
+def _device_is_cpu(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Upstream names a device by the rank's number, which PyTorch reads as a GPU."""
+
+    def on_cpu(*arguments: Any, device: object, **others: Any) -> Any:
+        return upstream(*arguments, device=torch.device("cpu"), **others)
+
+    return on_cpu
+
+
+def _module_to_cpu(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    def to(self: torch.nn.Module, *arguments: Any, **others: Any) -> Any:
+        return upstream(self, *("cpu" if type(a) is int else a for a in arguments), **others)
+
+    return to
+
+
+# In force while train_fn runs on CPU, on top of the plug-in's own.
+CPU_REBINDINGS = (
+    Rebinding(TRAINER, "setup", _gloo_setup, ("rank", "world_size", "master_port")),
+    Rebinding(TRAINER, "DDP", _without_device_ids, ("module", "device_ids")),
+    Rebinding(TRAINER, "movielens_seq_features_from_row", _device_is_cpu, ("device",)),
+    Rebinding(TRAINER, "get_eval_state", _device_is_cpu, ("device",)),
+    Rebinding("torch.nn", "Module.to", _module_to_cpu),
+)
