@@ -2,13 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
+from hstu_xd.modules.state_tiles import StateTiles
 from hstu_xd.ops.relative_bias import time_bucket
+from hstu_xd.ops.state_attention import state_attention
 
-# Gathered states of one chunk of tokens: bounds memory at hundreds of domains (float count).
+# Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).
 _CHUNK_FLOATS = 16_000_000
 
 
@@ -82,7 +83,7 @@ class DynamicDomainState(nn.Module):
     ) -> None:
         super().__init__()
         self._heads, self._dqk, self._dv = num_heads, dqk, dv
-        self._num_domains, self._states_per_domain = num_domains, states_per_domain
+        self._states_per_domain = states_per_domain
         self._query = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
         self._key = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
         self._value = nn.Linear(embedding_dim, num_heads * dv, bias=False)
@@ -102,65 +103,48 @@ class DynamicDomainState(nn.Module):
             nn.init.normal_(self._target_emb.weight, std=0.02)
 
     def forward(
-        self,
-        hidden: Tensor,
-        states: Tensor,
-        index: Tensor,
-        target_domains: Tensor,
-        age_bucket: Tensor,
+        self, hidden: Tensor, states: Tensor, tiles: StateTiles, target_domains: Tensor
     ) -> Tensor:
         """Query the domain states.
 
         Args:
             hidden: (L, K) float, what the queries are made of.
             states: (L, K) float, the state that each token writes for its domain.
-            index: (L, D, M) int64 of :func:`last_state_index`.
+            tiles: which states each token reads.
             target_domains: (L,) int64, domain of each token's next event.
-            age_bucket: (L, D, M) int64 of :func:`state_age_bucket`.
 
         Returns:
             (L, H * dv) float.
         """
-        length = hidden.shape[0]
+        assert tiles.states_per_domain == self._states_per_domain
         query = self._query(hidden)
         if self._target_emb is not None:
             query = query + self._target_emb(target_domains)
         written = torch.cat([states, self._initial_state.to(states.dtype)])
-        memory = torch.cat([self._key(written), self._value(written)], dim=1)
-        # Row of each (domain, visit): the token that wrote it, or the domain's initial state.
-        initial = length + torch.arange(self._num_domains, device=index.device).view(1, -1, 1)
-        row = torch.where(index < 0, initial, index).flatten(1)
-        # A domain is represented once by its initial state, not once for every missing visit.
-        missing = (index < 0) & (torch.arange(index.shape[2], device=index.device) > 0)
-        missing, age = missing.flatten(1), age_bucket.flatten(1)
-        step = max(1, _CHUNK_FLOATS // max(1, row.shape[1] * memory.shape[1]))
-        if step >= length:
-            return self._attend(query, memory, row, missing, age)
-        chunks = [slice(i, i + step) for i in range(0, length, step)]
-        return torch.cat(
-            [
-                checkpoint(
-                    self._attend, query[c], memory, row[c], missing[c], age[c], use_reentrant=False
-                )
-                for c in chunks
-            ]
-        )
+        key, value = self._key(written), self._value(written)
+        height, num_keys = tiles.tokens.shape[1], tiles.rows.shape[1]
+        queries = (query * self._dqk**-0.5).index_select(0, tiles.tokens.flatten())
+        queries = queries.view(-1, height, queries.shape[1])
+        pairs = tiles.unseen if self._age_w is None else tiles.ages
+        floats = self._heads * num_keys * (2 * (self._dqk + self._dv) + 3 * height)
+        step = max(1, _CHUNK_FLOATS // floats)
+        if step >= len(queries):
+            answers = self._attend(queries, key, value, tiles.rows, pairs)
+        else:
+            answers = torch.cat(
+                [
+                    checkpoint(self._attend, q, key, value, r, p, use_reentrant=False)
+                    for q, r, p in zip(*(x.split(step) for x in (queries, tiles.rows, pairs)))
+                ]
+            )
+        return answers.flatten(0, 1).index_select(0, tiles.slots)
 
     def _attend(
-        self, query: Tensor, memory: Tensor, row: Tensor, missing: Tensor, age: Tensor
+        self, queries: Tensor, key: Tensor, value: Tensor, rows: Tensor, pairs: Tensor
     ) -> Tensor:
-        """(L, H dqk), (W, H (dqk + dv)), then (L, S) row, missing and age -> (L, H dv)."""
-        # A lookup in a table: its backward pass is several times that of advanced indexing.
-        key, value = embedding(row, memory).split(
-            [self._heads * self._dqk, self._heads * self._dv], dim=2
+        return state_attention(
+            queries, key, value, rows, pairs, num_heads=self._heads, bias=self._age_w
         )
-        scores = (query.unsqueeze(1) * key).unflatten(2, (self._heads, self._dqk)).sum(3)
-        scores = scores * self._dqk**-0.5
-        if self._age_w is not None:
-            scores = scores + embedding(age, self._age_w).to(scores.dtype)
-        weights = scores.masked_fill(missing.unsqueeze(2), float("-inf")).softmax(1)
-        value = value.unflatten(2, (self._heads, self._dv))
-        return (weights.unsqueeze(3) * value).sum(1).flatten(1)
 
 
 def state_age_bucket(index: Tensor, timestamps: Tensor, next_timestamps: Tensor) -> Tensor:

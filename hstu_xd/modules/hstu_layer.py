@@ -72,9 +72,7 @@ class HSTULayer(nn.Module):
         after_gate: Tensor | None = None
         if self._ddsr is not None:
             states = normed if s.state_from == "input" else attended
-            answer = self._ddsr(
-                normed, states, plan.state_index, plan.target_domains, plan.state_age
-            )
+            answer = self._ddsr(normed, states, plan.state_tiles, plan.target_domains)
             if s.combine == "before_gate":
                 attended = attended + answer
             else:

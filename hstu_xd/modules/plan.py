@@ -1,4 +1,4 @@
-"""What all layers share about a batch: groupings, coordinates and domain-state lookups."""
+"""What all layers share about a batch: groupings, coordinates and domain-state tiles."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,7 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from hstu_xd.grouping import DomainGrouping
-from hstu_xd.modules.ddsr import last_state_index, state_age_bucket
+from hstu_xd.modules.state_tiles import StateTiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +52,11 @@ class EncoderPlan:
         return self.full_view.positions
 
     @cached_property
-    def state_index(self) -> Tensor:
-        """(L, D, M) int64, see :func:`hstu_xd.modules.ddsr.last_state_index`."""
-        return last_state_index(
-            self.domains, self.offsets, self.num_domains, self.states_per_domain
+    def state_tiles(self) -> StateTiles:
+        """Which domain states every token reads."""
+        return StateTiles.build(
+            self.own_view,
+            self.timestamps,
+            self.next_timestamps,
+            states_per_domain=self.states_per_domain,
         )
-
-    @cached_property
-    def state_age(self) -> Tensor:
-        """(L, D, M) int64, see :func:`hstu_xd.modules.ddsr.state_age_bucket`."""
-        return state_age_bucket(self.state_index, self.timestamps, self.next_timestamps)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu_xd.grouping import DomainGrouping
 from hstu_xd.modules import ddsr
-from hstu_xd.modules.ddsr import DynamicDomainState, last_state_index, state_age_bucket
+from hstu_xd.modules.ddsr import DynamicDomainState
+from hstu_xd.modules.state_tiles import StateTiles
 
 WIDTH, HEADS, DQK, DV = 6, 2, 3, 4
 
@@ -41,18 +43,22 @@ class Example:
             for parameter in self.module.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
-    def run(self) -> Tensor:
-        index = last_state_index(
-            self.domains, self.offsets, self.num_domains, self.states_per_domain
+    def run(self, height: int | None = None) -> Tensor:
+        grouping = DomainGrouping.from_jagged(self.domains, self.offsets, self.num_domains)
+        tiles = StateTiles.build(
+            grouping,
+            self.times,
+            self.next_times,
+            states_per_domain=self.states_per_domain,
+            height=height,
         )
-        age = state_age_bucket(index, self.times, self.next_times)
-        return self.module(self.hidden, self.states, index, self.targets, age)
+        return self.module(self.hidden, self.states, tiles, self.targets)
 
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self, height: int | None = None) -> dict[str, Tensor]:
         leaves = dict(self.module.named_parameters())
         leaves |= {"hidden": self.hidden, "states": self.states}
         weights = torch.arange(20 * HEADS * DV).view(20, -1).double().cos()
-        found = torch.autograd.grad((self.run() * weights).sum(), list(leaves.values()))
+        found = torch.autograd.grad((self.run(height) * weights).sum(), list(leaves.values()))
         return dict(zip(leaves, found))
 
     def read(self, token: int) -> tuple[list[Tensor], list[int]]:
@@ -94,33 +100,35 @@ class Example:
 
 @every_option
 @every_size
-def test_equals_a_loop(num_domains: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("height", [None, 1, 4, 13, 14, 15])
+def test_equals_a_loop(num_domains: int, options: dict[str, Any], height: int | None) -> None:
     example = Example(num_domains, **options)
-    torch.testing.assert_close(example.run(), example.by_loop(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(example.run(height), example.by_loop(), rtol=1e-12, atol=1e-12)
 
 
 @every_option
-@pytest.mark.parametrize("tokens_a_chunk", [1, 3, 19])
+@pytest.mark.parametrize("tiles_a_chunk", [1, 2, 6])
 def test_chunks_change_nothing(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tokens_a_chunk: int
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tiles_a_chunk: int
 ) -> None:
-    """The path for hundreds of domains, taken here with a handful."""
+    """The path for hundreds of domains, taken here with a handful and seven tiles of three."""
     example = Example(5, **options)
-    whole, gradients = example.run(), example.gradients()
-    floats = 5 * example.states_per_domain * HEADS * (DQK + DV) * tokens_a_chunk
+    whole, gradients = example.run(3), example.gradients(3)
+    keys = 5 * example.states_per_domain + 3
+    floats = HEADS * keys * (2 * (DQK + DV) + 3 * 3) * tiles_a_chunk
     monkeypatch.setattr(ddsr, "_CHUNK_FLOATS", floats)
     calls: list[int] = []
     attend = example.module._attend
 
-    def counted(query: Tensor, *rest: Tensor) -> Tensor:
-        calls.append(len(query))
-        return attend(query, *rest)
+    def counted(queries: Tensor, *rest: Tensor) -> Tensor:
+        calls.append(len(queries))
+        return attend(queries, *rest)
 
     monkeypatch.setattr(example.module, "_attend", counted)
-    torch.testing.assert_close(example.run(), whole, rtol=1e-12, atol=1e-12)
-    assert max(calls) == tokens_a_chunk
-    assert sum(calls) == 20
-    for name, gradient in example.gradients().items():
+    torch.testing.assert_close(example.run(3), whole, rtol=1e-12, atol=1e-12)
+    assert max(calls) == tiles_a_chunk
+    assert sum(calls) == 7
+    for name, gradient in example.gradients(3).items():
         torch.testing.assert_close(gradient, gradients[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
@@ -163,9 +171,14 @@ def test_the_future_is_not_seen() -> None:
     assert not torch.equal(after[8:14], before[8:14])
 
 
-def test_no_tokens() -> None:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    module = DynamicDomainState(WIDTH, 3, HEADS, DQK, DV)
-    index = last_state_index(nothing, torch.tensor([0]), 3)
-    empty = torch.zeros(0, WIDTH)
-    assert module(empty, empty, index, nothing, index).shape == (0, HEADS * DV)
+@every_option
+@pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])
+def test_no_tokens(options: dict[str, Any], offsets: list[int]) -> None:
+    example = Example(3, **options)
+    example.domains = example.targets = example.times = example.next_times = example.domains[:0]
+    example.hidden = example.states = torch.zeros(0, WIDTH).double().requires_grad_()
+    example.offsets = torch.tensor(offsets)
+    answer = example.run()
+    assert answer.shape == (0, HEADS * DV)
+    answer.sum().backward()
+    assert not any(p.grad is None or p.grad.any() for p in example.module.parameters())
