@@ -180,8 +180,7 @@ def render(report: dict[str, Any]) -> str:
         lines += [("  source patches", ": ".join(filter(None, patches.values())))]
     lines += [("REC", rec["path"] or _short(rec["error"], "REC"))]
     own, theirs = report["verdict"]["stand_alone"], report["verdict"]["generative_recommenders"]
-    command = f"{'PYTHONPATH=. ' * upstream['through_current_folder']}hstu-xd upstream-train"
-    remark = "" if report["torch"]["devices"] else f" (no GPU: use {command})"
+    remark = "" if report["torch"]["devices"] else " (no GPU: use hstu-xd upstream-train)"
     lines += [
         ("verdict, stand-alone", _verdict_line(own)),
         ("verdict, upstream", _verdict_line(theirs, remark)),

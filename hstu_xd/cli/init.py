@@ -24,5 +24,5 @@ def init(
     typer.echo(
         f"next, in {checkout}, once the file's train_fn.dataset_name names your prepared data:\n"
         f"  python main.py --gin_config_file={first}   # with a GPU\n"
-        f"  PYTHONPATH=. hstu-xd upstream-train --gin_config_file {first}   # on a CPU"
+        f"  hstu-xd upstream-train --gin_config_file {first}   # on a CPU"
     )

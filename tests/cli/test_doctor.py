@@ -196,4 +196,3 @@ def test_a_checkout_in_the_current_folder_is_found_as_main_py_finds_it(
     found, lines = report(monkeypatch, upstream=upstream)
     assert found["generative_recommenders"]["through_current_folder"]
     assert "through the current folder" in line(lines, "generative_recommenders")
-    assert "PYTHONPATH=. hstu-xd upstream-train" in line(lines, "verdict, upstream")

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-WITH_EXAMPLES = ["catalog", "grouping", "model", "ops.domain_attention"]
+WITH_EXAMPLES = ["catalog", "grouping", "model", "modules.state_tiles", "ops.domain_attention"]
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

@@ -9,7 +9,8 @@ from tiny_models import NORM_LENGTH, domain_of, draw_histories, tiny_model, to_b
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from hstu_xd.modules.ddsr import last_state_index, state_age_bucket
+from hstu_xd.grouping import DomainGrouping
+from hstu_xd.modules.state_tiles import StateTiles
 
 # As long as the model's window, so that the plain layer needs no padding.
 HISTORY = draw_histories([NORM_LENGTH])[0]
@@ -90,7 +91,7 @@ def test_what_ddsr_is_given_and_where_its_answer_goes(
     ).double()
     name = "_hstu._attention_layers.1"
     (x, _plan), out = calls_of(model, name)
-    (hidden, states, index, targets, age), answer = calls_of(model, f"{name}._ddsr")
+    (hidden, states, tiles, targets), answer = calls_of(model, f"{name}._ddsr")
 
     normed = layer_norm(x, [16], eps=1e-6)
     u, read = plain_gate_and_read(model, name, x, seen({"domain_mask": True}, 1))
@@ -107,6 +108,11 @@ def test_what_ddsr_is_given_and_where_its_answer_goes(
     torch.testing.assert_close(states, written, rtol=1e-10, atol=1e-10)
     assert answer.abs().max() > 0.01
     assert targets.tolist() == [*DOMAINS[1:].tolist(), HISTORY.request_domain]
-    lookup = last_state_index(DOMAINS, BATCH.offsets, 3, states_per_domain)
-    assert torch.equal(index, lookup)
-    assert torch.equal(age, state_age_bucket(lookup, BATCH.timestamps, BATCH.next_timestamps))
+    built = StateTiles.build(
+        DomainGrouping.from_jagged(DOMAINS, BATCH.offsets, 3),
+        BATCH.timestamps,
+        BATCH.next_timestamps,
+        states_per_domain=states_per_domain,
+    )
+    for part in ("tokens", "rows", "slots", "unseen", "ages"):
+        assert torch.equal(getattr(tiles, part), getattr(built, part)), part

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ PLUGIN = "hstu_xd.plugins.generative_recommenders"
 
 
 def upstream_train(
-    gin_config_file: Path, bindings: Sequence[str] = (), *, processes: int = 1, port: int = 12355
+    gin_config_file: Path, bindings: Sequence[str] = (), *, processes: int = 1, port: int = 0
 ) -> None:
     """Run ``train_fn`` with a gin file: one process a GPU, or ``processes`` on CPU.
 
@@ -29,7 +30,7 @@ def upstream_train(
         gin_config_file: as for upstream's main.py.
         bindings: further bindings, after the file's.
         processes: on CPU only; they share one gloo group.
-        port: of the process group.
+        port: of the process group; 0: any free one.
 
     Raises:
         InputError: no such file, or a file that asks for hstu-xd without importing the plug-in.
@@ -37,14 +38,22 @@ def upstream_train(
     """
     if not gin_config_file.is_file():
         raise InputError(f"--gin_config_file {gin_config_file}: no such file")
+    if "" not in sys.path:  # as for `python main.py` in a checkout
+        sys.path.insert(0, "")
     _check_importable()
     gpus = torch.cuda.device_count()
     world = gpus or processes
-    arguments = (world, port, str(gin_config_file), tuple(bindings), not gpus)
+    arguments = (world, port or _free_port(), str(gin_config_file), tuple(bindings), not gpus)
     if world == 1:
         _worker(0, *arguments)
     else:
         mp.start_processes(_worker, arguments, nprocs=world, start_method="forkserver")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def _check_importable() -> None:

@@ -158,9 +158,17 @@ def _bare(source: str) -> str:
 
 
 def _commit(folder: Path) -> str:
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    """Commit of the git checkout whose root holds the package; of no other repository around it."""
+    lines = _git(folder, "rev-parse", "--show-toplevel", "HEAD")
+    if len(lines) != 2 or Path(lines[0]).resolve() != folder.resolve().parent:
+        return ""
+    return lines[1]
+
+
+def _git(folder: Path, *arguments: str) -> list[str]:
+    command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return []
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
