@@ -23,6 +23,7 @@ COMMANDS = {
     "init": "init",
     "patch": "patch",
     "upstream-train": "upstream_train",
+    "upstream-evaluate": "upstream_evaluate",
     "doctor": "doctor",
 }
 

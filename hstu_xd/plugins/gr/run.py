@@ -36,11 +36,7 @@ def upstream_train(
         InputError: no such file, or a file that asks for hstu-xd without importing the plug-in.
         HstuXdError: generative_recommenders or fbgemm_gpu is not importable.
     """
-    if not gin_config_file.is_file():
-        raise InputError(f"--gin_config_file {gin_config_file}: no such file")
-    if "" not in sys.path:  # as for `python main.py` in a checkout
-        sys.path.insert(0, "")
-    _check_importable()
+    prepare(gin_config_file)
     gpus = torch.cuda.device_count()
     world = gpus or processes
     arguments = (world, port or _free_port(), str(gin_config_file), tuple(bindings), not gpus)
@@ -56,7 +52,17 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _check_importable() -> None:
+def prepare(gin_config_file: Path) -> None:
+    """Check that the file and upstream are there, before anything is started.
+
+    Raises:
+        InputError: no such file.
+        HstuXdError: generative_recommenders or fbgemm_gpu is not importable.
+    """
+    if not gin_config_file.is_file():
+        raise InputError(f"--gin_config_file {gin_config_file}: no such file")
+    if "" not in sys.path:  # as for `python main.py` in a checkout
+        sys.path.insert(0, "")
     status = inspect_upstream()
     if not status.importable:
         raise HstuXdError(
@@ -78,14 +84,7 @@ def _worker(
     import fbgemm_gpu  # noqa: F401
     from generative_recommenders.research.trainer.train import train_fn
 
-    # Included files are named from the checkout's root, "gin/...", wherever the command runs.
-    gin.add_config_file_search_path(str(Path(gin_config_file).resolve().parent.parent))
-    try:
-        gin.parse_config_files_and_bindings([gin_config_file], list(bindings))
-    except ValueError as error:
-        raise InputError(_explain(str(error), gin_config_file)) from error
-    if PLUGIN not in sys.modules and "xd:" in str(gin.get_bindings("train_fn")):
-        raise InputError(_explain("it names an xd: data set", gin_config_file))
+    read_gin(Path(gin_config_file), bindings)
     if not on_cpu:
         train_fn(rank, world, port)
         return
@@ -93,11 +92,27 @@ def _worker(
         train_fn(rank, world, port)
 
 
-def _explain(text: str, file: str) -> str:
-    known = PLUGIN in sys.modules
-    return f"{file}: {text}" + (
-        "" if known else f"; the file's first line must be: import {PLUGIN}"
-    )
+def read_gin(gin_config_file: Path, bindings: Sequence[str]) -> None:
+    """Parse a gin file of upstream's trainer, then bindings.
+
+    Raises:
+        InputError: gin refuses it, or it names an ``xd:`` data set without importing the plug-in.
+    """
+    # Included files are named from the checkout's root, "gin/...", wherever the command runs.
+    for folder in gin_config_file.resolve().parents:
+        if folder.name == "gin":
+            gin.add_config_file_search_path(str(folder.parent))
+    try:
+        gin.parse_config_files_and_bindings([str(gin_config_file)], list(bindings))
+    except ValueError as error:
+        raise InputError(_explain(str(error), gin_config_file)) from error
+    if PLUGIN not in sys.modules and "xd:" in str(gin.get_bindings("train_fn")):
+        raise InputError(_explain("it names an xd: data set", gin_config_file))
+
+
+def _explain(text: str, file: Path) -> str:
+    hint = "" if PLUGIN in sys.modules else f"; the first line of the file must import {PLUGIN}"
+    return f"{file}: {' '.join(text.split())}{hint}"
 
 
 def _gloo_setup(upstream: Callable[..., Any]) -> Callable[..., Any]:
