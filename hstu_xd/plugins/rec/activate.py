@@ -1,0 +1,64 @@
+"""Rebind the names that REC looks up, so that its configuration can ask for hstu-xd."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hstu_xd.plugins.gr.patching import Patch, Rebinding, apply
+from hstu_xd.plugins.rec.evaluation import domain_scoped, with_groups
+from hstu_xd.plugins.rec.factories import with_domains, with_hstu_xd
+
+_logger = logging.getLogger(__name__)
+
+
+def _unrestricted_load(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.load`` as before torch 2.6: REC's checkpoints hold its configuration object."""
+
+    def load_rec(*arguments: Any, weights_only: bool | None = None, **others: Any) -> Any:
+        return load(*arguments, weights_only=bool(weights_only), **others)
+
+    return load_rec
+
+
+# get_model first: REC's other modules import it by name.
+MODELS = tuple(
+    Rebinding(module, "get_model", with_hstu_xd, ("model_name",))
+    for module in ("REC.utils.utils", "REC.utils")
+)
+REBINDINGS = (
+    Rebinding("REC.data.utils", "bulid_dataloader", with_domains, ("config",)),
+    Rebinding("REC.data", "bulid_dataloader", with_domains, ("config",)),
+    Rebinding(
+        "REC.trainer.trainer",
+        "Trainer._full_sort_batch_eval",
+        domain_scoped,
+        ("batched_data",),
+    ),
+    Rebinding("REC.evaluator.evaluator", "Evaluator.evaluate", with_groups, ("dataobject",)),
+    Rebinding("torch", "load", _unrestricted_load),
+)
+
+_patches: list[Patch] = []
+
+
+def activate() -> list[Patch]:
+    """Rebind REC's names; a second call changes nothing.
+
+    Returns:
+        The handles; ``revert()``, last first, puts the identical originals back.
+
+    Raises:
+        HstuXdError: a name is missing, or its object lacks a parameter that is relied on.
+    """
+    if not any(patch.originals for patch in _patches):
+        _patches.clear()
+        _patches.append(apply(MODELS))
+        _patches.append(apply(REBINDINGS))
+        if not torch.cuda.is_available():
+            from hstu_xd.plugins.rec.cpu import rebindings
+
+            _logger.warning("no GPU is visible: REC runs on CPU")
+            _patches.append(apply(rebindings()))
+    return _patches

@@ -1,0 +1,159 @@
+"""Domain-scoped candidates, and REC's own metrics once more for each group of targets."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hstu_xd.plugins.rec.session import SESSION
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Targets:
+    """Groups of the targets evaluated since the last result, one entry a batch.
+
+    Attributes:
+        domains: domain of each target.
+        last_domains: of the event before each; -1 where there is none.
+        seen: targets that the history holds already.
+    """
+
+    domains: list[Tensor] = field(default_factory=list)
+    last_domains: list[Tensor] = field(default_factory=list)
+    seen: int = 0
+
+    def add(self, domains: Tensor, last_domains: Tensor, seen: int) -> None:
+        self.domains.append(domains)
+        self.last_domains.append(last_domains)
+        self.seen += seen
+
+    def take(self) -> tuple[Tensor, Tensor, int]:
+        """Everything since the last call."""
+        none = torch.zeros(0, dtype=torch.int64)
+        taken = torch.cat([none, *self.domains]), torch.cat([none, *self.last_domains]), self.seen
+        self.domains, self.last_domains, self.seen = [], [], 0
+        return taken
+
+
+_TARGETS = _Targets()
+
+
+def domain_scoped(full_sort_batch_eval: Callable[..., Any]) -> Callable[..., Any]:
+    """REC's ``Trainer._full_sort_batch_eval`` among the items of each target's domain.
+
+    REC removes a user's history from the candidates, a target that is in it included. Items of
+    other domains come after all candidates but before those, so that such a target cannot slip
+    into the top of a domain with fewer items than the top has places.
+    """
+
+    @torch.no_grad()
+    def xd_full_sort_batch_eval(self: Any, batched_data: Any) -> Any:
+        if SESSION.catalog is None and not SESSION.extends_model:
+            return full_sort_batch_eval(self, batched_data)
+        histories, times, _, _, targets, *_ = batched_data
+        domains = last = torch.zeros_like(targets)
+        if SESSION.catalog is not None:
+            domains = SESSION.catalog.item_domains[targets]
+            last = SESSION.catalog.item_domains[histories[:, -1]]
+        if SESSION.extends_model:
+            batched_data = list(batched_data)
+            batched_data[1] = with_request(times, domains)
+        scores, positive_u, positive_i = full_sort_batch_eval(self, batched_data)
+        if SESSION.catalog is None:
+            return scores, positive_u, positive_i
+        hidden = torch.isneginf(scores)
+        _TARGETS.add(domains, last, int(hidden[positive_u, positive_i].sum()))
+        assert SESSION.settings is not None
+        if SESSION.settings.candidates == "domain":
+            item_domains = SESSION.catalog_on(scores.device).item_domains
+            other = item_domains != domains.to(scores.device).unsqueeze(1)
+            scores = scores.masked_fill(other & ~hidden, torch.finfo(scores.dtype).min)
+        return scores, positive_u, positive_i
+
+    return xd_full_sort_batch_eval
+
+
+def with_request(times: Tensor, domains: Tensor) -> Tensor:
+    """What :meth:`HSTU_XD.predict` takes as ``time_seq``.
+
+    Args:
+        times: (B, N + 1) int64 of
+            :class:`hstu_xd.plugins.rec.datasets.TimedEvalDataset`.
+        domains: (B,) int64, the requested domains.
+
+    Returns:
+        (B, N + 2) int64: times of the history, time and domain of the request.
+    """
+    return torch.cat([times, domains.unsqueeze(1)], dim=1)
+
+
+def with_groups(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """REC's ``Evaluator.evaluate`` that also gives ``name[domain]``, ``name[switch]``, ``[stay]``.
+
+    It gives sums over this process's targets, and REC's trainer divides all of them by the number
+    of all targets. A group's sums come multiplied by what makes that division by the group's own
+    number. Groups without targets are left out.
+    """
+
+    def xd_evaluate(self: Any, dataobject: Any) -> Any:
+        result = evaluate(self, dataobject)
+        if SESSION.catalog is None:
+            return result
+        domains, last, seen = _TARGETS.take()
+        members = _groups(domains, last)
+        counts = torch.tensor([len(domains), seen, *(int(rows.sum()) for rows in members.values())])
+        if dist.get_world_size() > 1:
+            on_device = counts.to(self.config["device"])
+            dist.all_reduce(on_device)
+            counts = on_device.cpu()
+        total, seen, *sizes = counts.tolist()
+        _log_counts(total, seen, dict(zip(members, sizes)))
+        grouped = OrderedDict(result)
+        for (name, rows), size in zip(members.items(), sizes):
+            if not size:
+                continue
+            part = evaluate(self, _rows_of(dataobject, rows)) if bool(rows.any()) else {}
+            for metric in result:
+                grouped[f"{metric}[{name}]"] = part.get(metric, 0.0) * (total / size)
+        return grouped
+
+    return xd_evaluate
+
+
+def _groups(domains: Tensor, last: Tensor) -> dict[str, Tensor]:
+    """Which targets are in each group: name -> (Q,) bool."""
+    assert SESSION.catalog is not None
+    groups = {name: domains == d for d, name in enumerate(SESSION.catalog.domain_names)}
+    groups["switch"] = (domains != last) & (last >= 0)
+    groups["stay"] = domains == last
+    return groups
+
+
+def _rows_of(dataobject: Any, rows: Tensor) -> Any:
+    """REC's ``DataStruct`` with the entries that have one row a target cut to some of them."""
+    part = type(dataobject)()
+    for name, value in dataobject._data_dict.items():
+        has_rows = isinstance(value, Tensor) and value.shape[:1] == rows.shape
+        part.set(name, value[rows] if has_rows else value)
+    return part
+
+
+def _log_counts(total: int, seen: int, sizes: dict[str, int]) -> None:
+    if dist.get_rank() != 0:
+        return
+    text = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    _logger.info("metrics over %d targets: %s", total, text)
+    if seen:
+        _logger.warning(
+            "%d of %d targets are items the user has met before: REC takes a user's history out of "
+            "the candidates, so that they count as missed",
+            seen,
+            total,
+        )

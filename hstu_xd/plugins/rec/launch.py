@@ -1,0 +1,190 @@
+"""The launcher: checks a command line, makes HSTU_XD known to REC, runs REC's run.py."""
+
+import argparse
+import ast
+import json
+import logging
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.files import _folder
+from hstu_xd.plugins.rec.absent import stand_in_for_absent
+
+_logger = logging.getLogger(__name__)
+
+PROGRAM = "python -m hstu_xd.plugins.rec"
+# Files by which REC's code/ folder is told.
+MARKERS = ("run.py", "REC/data/utils.py", "REC/trainer/trainer.py")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run and return the exit code: 0 done, 1 the work failed, 2 bad input or usage."""
+    try:
+        run(argv)
+    except HstuXdError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return error.exit_code
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run REC's run.py out of the working folder with the arguments it takes.
+
+    Args:
+        argv: ``--config_file FILE...`` and pairs ``--key value``. A file that is not in the
+            working folder is looked up among those of this package: ``xd.yaml``.
+
+    Raises:
+        InputError: a wrong working folder or configuration; nothing was started.
+    """
+    check_folder(Path.cwd())
+    files, extras = parse(argv)
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    if not _configures_logging(Path("run.py")):
+        _show_logs()
+    _stand_alone()
+    stand_in_for_absent()
+    _check_configuration(files, extras)
+    from hstu_xd.plugins.rec.activate import activate
+
+    activate()
+    sys.argv = ["run.py", "--config_file", *files, *extras]
+    runpy.run_path("run.py", run_name="__main__")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is not the code/ of HLLM or PerSRec.
+
+    Raises:
+        InputError: the message names what is missing.
+    """
+    missing = [marker for marker in MARKERS if not (folder / marker).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder}: no {', '.join(missing)} here; run it from the code/ folder of a checkout "
+            "of bytedance/HLLM or facebookresearch/PerSRec"
+        )
+
+
+def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into configuration files, which exist, and pairs for run.py.
+
+    Raises:
+        InputError: no file, one that is not there, or an option without a value.
+    """
+    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config_file", nargs="+", default=[])
+    known, extras = parser.parse_known_args(list(argv))
+    if not known.config_file:
+        raise InputError(
+            "no --config_file; for example --config_file overall/ID.yaml IDNet/hstu.yaml xd.yaml"
+        )
+    for place, key in enumerate(extras):
+        if (place % 2 == 0) != key.startswith("--"):
+            raise InputError(f"{key!r}: options are pairs, --key value")
+        if place % 2 == 0 and "=" in key:
+            raise InputError(f"{key!r}: REC's run.py takes --key value, not --key=value")
+    if len(extras) % 2:
+        raise InputError(f"{extras[-1]}: a value is missing")
+    return [_found(name) for name in known.config_file], extras
+
+
+def _found(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    folder = _folder("yaml")
+    if (folder / name).is_file():
+        return str(folder / name)
+    ours = ", ".join(sorted(file.name for file in folder.glob("*.yaml")))
+    raise InputError(f"--config_file {name}: no such file in {Path.cwd()} (of hstu-xd: {ours})")
+
+
+def _check_configuration(files: list[str], extras: list[str]) -> None:
+    """Everything that can be checked before REC starts, with REC's own reader.
+
+    Raises:
+        InputError: an unknown model or key, a faulty value or item -> domain file.
+    """
+    from hstu_xd.plugins.gr.patching import apply
+    from hstu_xd.plugins.rec.activate import MODELS
+    from hstu_xd.plugins.rec.factories import check_model
+    from hstu_xd.plugins.rec.session import SESSION
+    from hstu_xd.plugins.rec.settings import RecSettings
+
+    with apply(MODELS):
+        config = _imported_config()(config_file_list=files)
+    values = dict(config.final_config_dict)
+    for key, value in zip(extras[::2], extras[1::2]):
+        values[key.removeprefix("--")] = _converted(value)
+    check_model(str(values.get("model")))
+    SESSION.configure(RecSettings.read(values))
+
+
+def _imported_config() -> Any:
+    try:
+        from REC.config import Config
+    except ImportError as error:
+        raise HstuXdError(
+            f"REC does not load: {error}; install what its requirements.txt names"
+        ) from error
+    return Config
+
+
+def _converted(text: str) -> Any:
+    """A value of the command line as run.py converts it."""
+    if "[" in text or "{" in text:
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{text!r} is not JSON: {error}") from error
+        return [_converted(str(x)) for x in value] if isinstance(value, list) else value
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+def _configures_logging(script: Path) -> bool:
+    """Whether REC's run.py calls ``init_logger``; PerSRec's has it commented out."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any(isinstance(call, ast.Name) and call.id == "init_logger" for call in calls)
+
+
+def _show_logs() -> None:
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        stream=sys.stdout,
+        level=logging.INFO if first else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def _stand_alone() -> None:
+    """One process, where no torchrun says otherwise."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ["MASTER_PORT"] = str(port)

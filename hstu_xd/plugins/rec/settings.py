@@ -1,0 +1,197 @@
+"""yaml and command-line keys of the plug-in: ``xd_*`` and ``item_domain_path``, checked once."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, get_type_hints
+
+from hstu_xd.errors import InputError
+from hstu_xd.modules.settings import EncoderSettings
+
+_logger = logging.getLogger(__name__)
+
+MODEL = "HSTU_XD"
+PATH_KEY = "item_domain_path"
+PREFIX = "xd_"
+NEGATIVES = ("auto", "domain", "catalogue")
+CANDIDATES = ("domain", "catalogue")
+SWITCHES = ("domain_mask", "tape", "ddsr", "target_domain_embedding", "target_view_heads")
+# Settings of the encoder that are keys here; its sizes are REC's own (n_layers, n_heads, ...).
+ENCODER_KEYS = (
+    *SWITCHES,
+    "full_attention_layers",
+    "state_from",
+    "combine",
+    "query_target_domain",
+    "states_per_domain",
+    "state_age_bias",
+    "impl",
+)
+_NEEDS_SWITCH = {
+    "ddsr": (
+        "state_from",
+        "combine",
+        "query_target_domain",
+        "states_per_domain",
+        "state_age_bias",
+    ),
+    "domain_mask": ("full_attention_layers",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecSettings:
+    """What the keys of a run ask for.
+
+    Attributes:
+        model: REC's key ``model``.
+        item_domain_path: item -> domain file; empty: no domains are known.
+        encoder: ``xd_<name>`` for the names of :data:`ENCODER_KEYS`, only those that were given.
+        relative_bias: ``xd_relative_bias``; apply the relative attention bias, which REC builds
+            and never applies.
+        negatives: ``xd_negatives``; "domain" (the positive's own), "catalogue" (as REC), or "auto":
+            "domain" where a switch of the encoder is on, so that all off is REC's HSTU.
+        candidates: ``xd_candidates``; whom the target is ranked against, "domain" (its own) or
+            "catalogue" (as REC); for every model.
+
+    Raises:
+        InputError: a value that is not one of those named.
+    """
+
+    model: str
+    item_domain_path: str = ""
+    encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    relative_bias: bool = False
+    negatives: str = "auto"
+    candidates: str = "domain"
+
+    def __post_init__(self) -> None:
+        for name, known in (("negatives", NEGATIVES), ("candidates", CANDIDATES)):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"{PREFIX}{name}: {getattr(self, name)!r}; known: {', '.join(known)}"
+                )
+        if self.is_cross_domain and not self.item_domain_path:
+            on = next(name for name in (*SWITCHES, "negatives") if self._asks(name))
+            raise InputError(
+                f"{PREFIX}{on} needs to know every item's domain; name a file with columns item "
+                f"and domain: --{PATH_KEY} FILE"
+            )
+
+    @property
+    def is_cross_domain(self) -> bool:
+        """HSTU_XD is asked for something that needs domains."""
+        return self.model == MODEL and any(map(self._asks, (*SWITCHES, "negatives")))
+
+    @property
+    def scopes_negatives(self) -> bool:
+        """Negatives come out of the positive's own domain."""
+        if self.negatives == "auto":
+            return any(map(self._asks, SWITCHES))
+        return self.negatives == "domain"
+
+    @property
+    def is_plain(self) -> bool:
+        """HSTU_XD with everything off: REC's own HSTU, its own code included."""
+        return not (
+            any(map(self._asks, SWITCHES))
+            or self.relative_bias
+            or self.scopes_negatives
+            or self.encoder.get("impl", "auto") != "auto"
+        )
+
+    def _asks(self, name: str) -> bool:
+        if name == "negatives":
+            return self.negatives == "domain"
+        return bool(self.encoder.get(name))
+
+    def encoder_settings(self, **sizes: Any) -> EncoderSettings:
+        """The encoder's settings, given the sizes of REC's HSTU.
+
+        Raises:
+            InputError: a value out of range; the message names it.
+        """
+        return EncoderSettings(
+            enable_relative_attention_bias=self.relative_bias, **sizes, **self.encoder
+        )
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "RecSettings":
+        """Take the keys of this package out of REC's configuration.
+
+        Args:
+            config: REC's ``Config.final_config_dict``, the command line's keys included.
+
+        Raises:
+            InputError: an unknown key (the message names the nearest), a value of another type.
+        """
+        _refuse_unknown(config)
+        types = _key_types()
+        given = {
+            key.removeprefix(PREFIX): _typed(key, config[key], types[key])
+            for key in types
+            if config.get(key) is not None
+        }
+        encoder = {name: given.pop(name) for name in ENCODER_KEYS if name in given}
+        path = config.get(PATH_KEY)
+        settings = cls(
+            model=str(config.get("model", "")),
+            item_domain_path="" if path is None else str(path),
+            encoder=encoder,
+            **given,
+        )
+        settings._warn_inert()
+        return settings
+
+    def _warn_inert(self) -> None:
+        if self.model != MODEL:
+            unused = [f"{PREFIX}{name}" for name in self.encoder if self.encoder[name]]
+            unused += [f"{PREFIX}relative_bias"] * self.relative_bias
+            unused += [f"{PREFIX}negatives"] * (self.negatives == "domain")
+            if unused:
+                _logger.warning("%s: no effect on model %s", ", ".join(unused), self.model)
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(EncoderSettings)}
+        for switch, names in _NEEDS_SWITCH.items():
+            for name in names:
+                value = self.encoder.get(name, defaults[name])
+                if not self.encoder.get(switch) and value != defaults[name]:
+                    _logger.warning(
+                        "%s%s: %r does nothing while %s%s is False",
+                        PREFIX,
+                        name,
+                        value,
+                        PREFIX,
+                        switch,
+                    )
+
+
+def _key_types() -> dict[str, type]:
+    """Every key of this package but the path, with its type."""
+    encoder = get_type_hints(EncoderSettings)
+    own = {"relative_bias": bool, "negatives": str, "candidates": str}
+    types = {name: getattr(encoder[name], "__origin__", encoder[name]) for name in ENCODER_KEYS}
+    return {PREFIX + name: type_ for name, type_ in (types | own).items()}
+
+
+def _refuse_unknown(config: Mapping[str, Any]) -> None:
+    known = [*_key_types(), PATH_KEY]
+    for key in config:
+        if key in known:
+            continue
+        forgot_prefix = key in SWITCHES
+        near = get_close_matches(PREFIX + key if forgot_prefix else key, known, n=1, cutoff=0.4)
+        nearly_path = key.startswith("item_domain") or PATH_KEY in near
+        if key.startswith(PREFIX) or forgot_prefix or (nearly_path and "domain" in key):
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise InputError(f"unknown key {key}{hint}")
+
+
+def _typed(key: str, value: Any, wanted: type) -> Any:
+    if wanted is tuple and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not wanted:
+        needed = "list of layer numbers" if wanted is tuple else wanted.__name__
+        raise InputError(f"{key}: {value!r} is a {type(value).__name__}; a {needed} is needed")
+    return value
