@@ -1,5 +1,7 @@
 """Every example runs as its docstring says."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,3 +15,21 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 def test_example_runs(example: Path) -> None:
     done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_from_upstream_hstu(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("generative_recommenders")
+    if spec is None or not (source := Path(str(spec.origin)).parents[1]).joinpath(".git").exists():
+        pytest.skip("no checkout of generative_recommenders is importable: NOT run")
+    checkout = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "-q", source, checkout], check=True)
+    script = Path(__file__).parents[1] / "examples" / "from_upstream_hstu.sh"
+    small = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", script, "1", "200"], cwd=checkout, env=small, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mrr/switch") == 2

@@ -18,8 +18,8 @@ def upstream_train(
         int, typer.Option("--processes", min=1, help="Processes on CPU; a GPU each otherwise.")
     ] = 1,
     master_port: Annotated[
-        int, typer.Option("--master_port", help="Of the process group.")
-    ] = 12355,
+        int, typer.Option("--master_port", help="Of the process group; 0: any free one.")
+    ] = 0,
 ) -> None:
     """Train with generative-recommenders' train_fn, on CPU where there is no GPU."""
     from hstu_xd.plugins.gr.run import upstream_train as run_training
