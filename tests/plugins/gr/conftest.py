@@ -1,11 +1,31 @@
-"""A small synthetic store that the plug-in's tests share."""
+"""A small synthetic store that the plug-in's tests share, and the upstream that they run on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import upstream_choice
 
 from hstu_xd.data.synthetic import synthesize
 from hstu_xd.data.world import SynthOptions
+
+
+# Not pytest_report_header: quiet runs print none, and pytest asks only the outermost conftest.py.
+def pytest_report_collectionfinish() -> str:
+    return upstream_choice.report()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    """Modules of this folder are imported with the stand-in in force; it calls none of others."""
+    with upstream_choice.in_force():
+        return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def upstream_in_force() -> Iterator[None]:
+    with upstream_choice.in_force():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,21 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from upstream_models import require_upstream
+from generative_recommenders.research.modeling.sequential.hstu import HSTU
+from generative_recommenders.research.trainer import train as trainer
 
 import gin
 from hstu_xd.errors import HstuXdError, InputError
-
-require_upstream("which names of upstream's trainer are rebound, and that all are reached")
-
-from generative_recommenders.research.modeling.sequential.hstu import HSTU  # noqa: E402
-from generative_recommenders.research.trainer import train as trainer  # noqa: E402
-
-from hstu_xd.plugins.gr import activate as activation  # noqa: E402
-from hstu_xd.plugins.gr import verified  # noqa: E402
-from hstu_xd.plugins.gr.patching import Rebinding, apply  # noqa: E402
-from hstu_xd.plugins.gr.run import upstream_train  # noqa: E402
-from hstu_xd.plugins.gr.session import SESSION  # noqa: E402
+from hstu_xd.plugins.gr import activate as activation
+from hstu_xd.plugins.gr import verified
+from hstu_xd.plugins.gr.patching import Rebinding, apply
+from hstu_xd.plugins.gr.run import upstream_train
+from hstu_xd.plugins.gr.session import SESSION
 
 
 @pytest.fixture
@@ -185,6 +180,7 @@ def test_missing_folder_is_an_input_error(active: Any) -> None:
 def test_unknown_upstream_names_commits_and_the_override(monkeypatch: Any, caplog: Any) -> None:
     sources = {"trainer.train": {"train_fn": ("0" * 16,)}}
     monkeypatch.setattr(verified, "SOURCES", sources)
+    monkeypatch.delenv("HSTU_XD_ALLOW_UNVERIFIED", raising=False)
     with pytest.raises(HstuXdError, match=r"44b62c6.*train_fn.*HSTU_XD_ALLOW_UNVERIFIED=1"):
         activation.check_version()
     monkeypatch.setenv("HSTU_XD_ALLOW_UNVERIFIED", "1")

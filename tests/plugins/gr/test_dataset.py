@@ -10,7 +10,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from generative_recommenders.research.data.dataset import DatasetV2
 from torch.utils.data import DataLoader, default_collate
+from upstream_choice import real_upstream_only
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.upstream_csv import SEQUENCES, write_upstream_csv
@@ -208,20 +210,13 @@ def test_unknown_split(store: InteractionStore) -> None:
         hold_out(dataset, dataset, split="test")
 
 
-@pytest.fixture
-def upstream() -> Any:
-    return pytest.importorskip(
-        "generative_recommenders.research.data.dataset",
-        reason="generative_recommenders (or its pandas) is not importable: NOT covered in this run "
-        "are equality of samples with upstream's DatasetV2 and its three-way split",
-        exc_type=ImportError,
-    )
+as_upstream = real_upstream_only(
+    "equality of samples with upstream's DatasetV2, and its three-way split"
+)
 
 
-def upstream_dataset(
-    upstream: Any, folder: Path, length: int, ignore_last: int, **more: Any
-) -> Any:
-    return upstream.DatasetV2(
+def upstream_dataset(folder: Path, length: int, ignore_last: int, **more: Any) -> Any:
+    return DatasetV2(
         ratings_file=str(folder / SEQUENCES),
         padding_length=length + 1,
         ignore_last_n=ignore_last,
@@ -230,12 +225,11 @@ def upstream_dataset(
     )
 
 
+@as_upstream
 @pytest.mark.parametrize("ignore_last", [0, 1])
 @pytest.mark.parametrize("length", [1, 7, 200])
-def test_samples_are_upstreams(
-    upstream: Any, store: InteractionStore, length: int, ignore_last: int
-) -> None:
-    theirs = upstream_dataset(upstream, store.path, length, ignore_last)
+def test_samples_are_upstreams(store: InteractionStore, length: int, ignore_last: int) -> None:
+    theirs = upstream_dataset(store.path, length, ignore_last)
     ours = StoreDataset(store, length, ignore_last=ignore_last, min_events=3)
     assert len(ours) == len(theirs) == sum(size >= 3 for size in SIZES)
     everything = range(len(ours))
@@ -249,9 +243,10 @@ def test_samples_are_upstreams(
     assert same(ours_batch, default_collate(ours.__getitems__(everything)))
 
 
-def test_sampling_is_upstreams(upstream: Any, store: InteractionStore) -> None:
+@as_upstream
+def test_sampling_is_upstreams(store: InteractionStore) -> None:
     """Under one seed the same events are kept, one by one and by the batch."""
-    theirs = upstream_dataset(upstream, store.path, 20, 1, sample_ratio=0.6)
+    theirs = upstream_dataset(store.path, 20, 1, sample_ratio=0.6)
     ours = StoreDataset(store, 20, ignore_last=1, sample_ratio=0.6)
     enough = [n for n, user in enumerate(ours.users) if SIZES[user] >= 17]
     torch.manual_seed(11)
@@ -262,11 +257,10 @@ def test_sampling_is_upstreams(upstream: Any, store: InteractionStore) -> None:
     assert same(default_collate(ours.__getitems__(enough)), expected)
 
 
+@as_upstream
 @pytest.mark.parametrize("split", ["upstream", "valid", "test"])
-def test_hold_out(
-    upstream: Any, store: InteractionStore, split: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    given = [upstream_dataset(upstream, store.path, 9, ignore_last) for ignore_last in (1, 0)]
+def test_hold_out(store: InteractionStore, split: str, caplog: pytest.LogCaptureFixture) -> None:
+    given = [upstream_dataset(store.path, 9, ignore_last) for ignore_last in (1, 0)]
     before = [dataset[4] for dataset in given]  # now in the cache
     for theirs, ours in zip(
         hold_out(given[0], given[1], split=split), split_datasets(store, 9, split=split)

@@ -7,29 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from upstream_models import (
-    CATALOG,
-    LENGTHS,
-    NUM_ITEMS,
-    WIDTH,
-    batch,
-    hstu_xd,
-    require_upstream,
-    shake,
-)
+from generative_recommenders.research.data import eval as upstream_eval
+from generative_recommenders.research.indexing.utils import get_top_k_module
+from generative_recommenders.research.modeling.sequential.features import SequentialFeatures
+from upstream_models import CATALOG, LENGTHS, NUM_ITEMS, WIDTH, batch, hstu_xd, shake
 
 import gin
-
-require_upstream("domain-scoped evaluation under upstream's metric names")
-
-from generative_recommenders.research.data import eval as upstream_eval  # noqa: E402
-from generative_recommenders.research.indexing.utils import get_top_k_module  # noqa: E402
-from generative_recommenders.research.modeling.sequential.features import (  # noqa: E402
-    SequentialFeatures,
-)
-
-from hstu_xd.plugins.gr.evaluation import domain_scoped  # noqa: E402
-from hstu_xd.plugins.gr.session import SESSION  # noqa: E402
+from hstu_xd.plugins.gr.evaluation import domain_scoped
+from hstu_xd.plugins.gr.session import SESSION
 
 TARGETS = torch.tensor([[5], [17], [8], [60], [3], [44]])
 RATINGS = torch.tensor([[5], [3], [4], [5], [1], [4]])

@@ -6,15 +6,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from upstream_models import require_upstream
 
 import gin
-
-require_upstream("that upstream's trainer runs our gin files and reads every binding in them")
-
-from hstu_xd.plugins.gr import activate as activation  # noqa: E402
-from hstu_xd.plugins.gr.run import upstream_train  # noqa: E402
-from hstu_xd.plugins.gr.session import SESSION  # noqa: E402
+from hstu_xd.plugins.gr import activate as activation
+from hstu_xd.plugins.gr.run import upstream_train
+from hstu_xd.plugins.gr.session import SESSION
 
 ROOT = Path(__file__).parents[3]
 FILES = [p for p in sorted((ROOT / "gin").rglob("*.gin")) if "standalone" not in p.parts]

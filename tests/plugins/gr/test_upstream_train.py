@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from upstream_models import require_upstream
-
-require_upstream("upstream-train and main.py end to end, two processes, warm start")
 
 ROOT = Path(__file__).parents[3]
 SMALL = (

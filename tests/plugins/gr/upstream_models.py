@@ -2,27 +2,12 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.modules.settings import EncoderSettings
 from hstu_xd.plugins.gr.features import NEXT_DOMAINS, next_domains
-
-
-def require_upstream(covers: str) -> None:
-    """Skip the module, saying what is not covered, where upstream is not importable."""
-    try:
-        import fbgemm_gpu  # noqa: F401  (registers the operators that upstream calls)
-        import generative_recommenders.research.trainer.train  # noqa: F401
-    except (ImportError, OSError) as error:
-        pytest.skip(
-            f"generative_recommenders with fbgemm_gpu is not importable ({error}): NOT covered in "
-            f"this run: {covers}",
-            allow_module_level=True,
-        )
-
 
 NUM_ITEMS, WIDTH, BLOCKS, HEADS, DQK, DV, DOMAINS = 60, 32, 2, 2, 8, 16, 3
 MAX_SEQUENCE, MAX_OUTPUT = 20, 4

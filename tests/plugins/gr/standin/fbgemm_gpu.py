@@ -1,0 +1,1 @@
+"""An empty module: the stand-in beside needs none of fbgemm's operators."""
