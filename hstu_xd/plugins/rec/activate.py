@@ -22,6 +22,18 @@ def _unrestricted_load(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_rec
 
 
+def _with_effect(init_logger: Callable[..., Any]) -> Callable[..., Any]:
+    """HLLM's ``init_logger``, which does nothing once a library has logged to the root."""
+
+    def xd_init_logger(config: Any) -> None:
+        for handler in list(logging.root.handlers):
+            if type(handler) is logging.StreamHandler:
+                logging.root.removeHandler(handler)
+        init_logger(config)
+
+    return xd_init_logger
+
+
 # get_model first: REC's other modules import it by name.
 MODELS = tuple(
     Rebinding(module, "get_model", with_hstu_xd, ("model_name",))
@@ -37,6 +49,7 @@ REBINDINGS = (
         ("batched_data",),
     ),
     Rebinding("REC.evaluator.evaluator", "Evaluator.evaluate", with_groups, ("dataobject",)),
+    Rebinding("REC.utils", "init_logger", _with_effect, ("config",)),
     Rebinding("torch", "load", _unrestricted_load),
 )
 

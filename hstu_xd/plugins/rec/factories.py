@@ -43,14 +43,9 @@ def _timed_datasets() -> tuple[Rebinding, ...]:
 
     assert SESSION.settings is not None
     rebindings = (Rebinding(DATASETS, "SeqEvalDataset", lambda _: TimedEvalDataset),)
-    if reads_time(SESSION.settings):
+    if SESSION.settings.reads_time:
         rebindings += (Rebinding(DATASETS, "SEQTrainDataset", lambda _: TimedTrainDataset),)
     return rebindings
-
-
-def reads_time(settings: RecSettings) -> bool:
-    """Whether HSTU_XD needs the times of a training batch."""
-    return settings.encoder_settings(num_domains=1, norm_length=1).reads_time
 
 
 class _Occurring:

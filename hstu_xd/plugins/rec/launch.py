@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import _folder
 from hstu_xd.plugins.rec.absent import stand_in_for_absent
@@ -34,8 +32,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{PROGRAM}: {error}", file=sys.stderr)
         return error.exit_code
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        _leave_process_group()
     return 0
 
 
@@ -63,6 +60,12 @@ def run(argv: Sequence[str]) -> None:
     activate()
     sys.argv = ["run.py", "--config_file", *files, *extras]
     runpy.run_path("run.py", run_name="__main__")
+
+
+def _leave_process_group() -> None:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def check_folder(folder: Path) -> None:
@@ -122,7 +125,7 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     from hstu_xd.plugins.rec.activate import MODELS
     from hstu_xd.plugins.rec.factories import check_model
     from hstu_xd.plugins.rec.session import SESSION
-    from hstu_xd.plugins.rec.settings import RecSettings
+    from hstu_xd.plugins.rec.settings import MODEL, RecSettings
 
     with apply(MODELS):
         config = _imported_config()(config_file_list=files)
@@ -130,7 +133,10 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     for key, value in zip(extras[::2], extras[1::2]):
         values[key.removeprefix("--")] = _converted(value)
     check_model(str(values.get("model")))
-    SESSION.configure(RecSettings.read(values))
+    settings = RecSettings.read(values)
+    if settings.model == MODEL and not settings.is_plain:
+        settings.encoder_settings(values, num_domains=1)
+    SESSION.configure(settings)
 
 
 def _imported_config() -> Any:
@@ -175,6 +181,8 @@ def _show_logs() -> None:
         level=logging.INFO if first else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    # It tells of every metric's name that its file format spells otherwise.
+    logging.getLogger("tensorboardX").setLevel(logging.WARNING)
 
 
 def _stand_alone() -> None:

@@ -106,15 +106,45 @@ class RecSettings:
             return self.negatives == "domain"
         return bool(self.encoder.get(name))
 
-    def encoder_settings(self, **sizes: Any) -> EncoderSettings:
-        """The encoder's settings, given the sizes of REC's HSTU.
+    @property
+    def reads_time(self) -> bool:
+        """HSTU_XD needs the times of the events."""
+        ages = self.encoder.get("state_age_bias", EncoderSettings.state_age_bias)
+        return self.relative_bias or bool(self.encoder.get("ddsr") and ages)
+
+    def encoder_settings(self, config: Any, num_domains: int) -> EncoderSettings:
+        """The encoder's settings, with the sizes of REC's HSTU.
+
+        Args:
+            config: REC's configuration, or a mapping like it.
+            num_domains: of the catalogue.
 
         Raises:
-            InputError: a value out of range; the message names it.
+            InputError: a value out of range, or an implementation that is not available.
         """
-        return EncoderSettings(
-            enable_relative_attention_bias=self.relative_bias, **sizes, **self.encoder
-        )
+        from hstu_xd.ops import available_impls
+
+        impls = ("auto", *available_impls())
+        impl = self.encoder.get("impl", "auto")
+        if impl not in impls:
+            raise InputError(f"{PREFIX}impl: {impl!r}; available here: {', '.join(impls)}")
+        width, heads = config["hstu_embedding_size"], config["n_heads"]
+        try:
+            return EncoderSettings(
+                num_domains=num_domains,
+                norm_length=config["MAX_ITEM_LIST_LENGTH"],
+                embedding_dim=width,
+                num_blocks=config["n_layers"],
+                num_heads=heads,
+                dqk=width // heads,
+                dv=width // heads,
+                linear_dropout_rate=config["hidden_dropout_prob"],
+                linear_activation=config["hidden_act"] or "silu",
+                enable_relative_attention_bias=self.relative_bias,
+                **self.encoder,
+            )
+        except InputError as error:
+            raise InputError(f"the keys of {MODEL}: {error}") from error
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "RecSettings":
@@ -178,14 +208,12 @@ def _key_types() -> dict[str, type]:
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
     known = [*_key_types(), PATH_KEY]
     for key in config:
-        if key in known:
+        wanted = PREFIX + key if key in SWITCHES else key
+        if key in known or not wanted.startswith((PREFIX, "item_domain")):
             continue
-        forgot_prefix = key in SWITCHES
-        near = get_close_matches(PREFIX + key if forgot_prefix else key, known, n=1, cutoff=0.4)
-        nearly_path = key.startswith("item_domain") or PATH_KEY in near
-        if key.startswith(PREFIX) or forgot_prefix or (nearly_path and "domain" in key):
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-            raise InputError(f"unknown key {key}{hint}")
+        near = get_close_matches(wanted, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise InputError(f"unknown key {key}; {hint}")
 
 
 def _typed(key: str, value: Any, wanted: type) -> Any:

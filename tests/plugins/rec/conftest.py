@@ -1,0 +1,120 @@
+"""The codebases that the tests run in, and a small log for them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu_xd.data.synthetic import synthesize
+from hstu_xd.data.world import SynthOptions
+from hstu_xd.plugins.rec.export import write_interactions
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+STANDIN = HERE / "standin"
+# Folder of a checkout of each codebase. Its requirements must be importable by this Python.
+CHECKOUTS = {"hllm": "HSTU_XD_HLLM", "persrec": "HSTU_XD_PERSREC"}
+NEEDED = ("lightning", "transformers", "pandas", "sklearn", "yaml", "tensorboardX")
+SMALL = """\
+topk: [5, 10, 50]
+valid_metric: NDCG@10
+train_batch_size: 32
+eval_batch_size: 64
+MAX_ITEM_LIST_LENGTH: 10
+item_embedding_size: 32
+hstu_embedding_size: 32
+n_heads: 4
+"""
+
+
+def code_folder(codebase: str) -> Path:
+    """A codebase's code/ folder; skips, saying what is not covered, where there is none."""
+    if codebase == "standin":
+        return STANDIN
+    variable = CHECKOUTS[codebase]
+    folder = Path(os.environ.get(variable, "nowhere")) / "code"
+    if not folder.is_dir():
+        pytest.skip(f"{variable} names no checkout: NOT covered: the plug-in within {codebase}")
+    absent = [name for name in NEEDED if not _is_importable(name)]
+    if absent:
+        pytest.skip(f"{', '.join(absent)} not importable: NOT covered: the plug-in in {codebase}")
+    return folder
+
+
+def _is_importable(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """store/, data/synth.csv and small.yaml."""
+    path = tmp_path_factory.mktemp("rec")
+    options = SynthOptions(users=80, domains=3, items_per_domain=60, mean_length=14)
+    synthesize(path / "store", options)
+    (path / "data").mkdir()
+    write_interactions(path / "store", path / "data" / "synth.csv")
+    (path / "small.yaml").write_text(SMALL, encoding="utf-8")
+    return path
+
+
+def environment() -> dict[str, str]:
+    distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in distributed}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def launch() -> Launch:
+    """The launcher as a command in a working folder."""
+
+    def run(folder: Path, *arguments: Any) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "hstu_xd.plugins.rec", *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+_probed: dict[str, Any] = {}
+
+
+@pytest.fixture
+def probed(request: pytest.FixtureRequest, work: Path) -> dict[str, Any]:
+    """What probe.py found in a codebase; it runs once for each."""
+    codebase = request.param
+    folder = code_folder(codebase)
+    if codebase not in _probed:
+        out = work / f"{codebase}.json"
+        before = _files(folder)
+        done = subprocess.run(
+            [sys.executable, str(HERE / "probe.py"), str(out), str(work)],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        _probed[codebase] = json.loads(out.read_text(encoding="utf-8"))
+        _probed[codebase]["output"] = done.stdout + done.stderr
+        _probed[codebase]["written"] = sorted(_files(folder) - before)
+    return _probed[codebase]
+
+
+def _files(folder: Path) -> set[str]:
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and not {"log_tensorboard", "__pycache__"} & set(path.parts)
+    }

@@ -1,0 +1,3 @@
+from REC.evaluator.evaluator import DataStruct, Evaluator
+
+__all__ = ["DataStruct", "Evaluator"]

@@ -1,0 +1,3 @@
+from REC.trainer.trainer import Trainer
+
+__all__ = ["Trainer"]

@@ -1,0 +1,84 @@
+"""Bad input: one clear line, exit code 2, nothing written."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu_xd.errors import InputError
+from hstu_xd.plugins.rec.launch import parse
+
+STANDIN = Path(__file__).parent / "standin"
+FILES = ("--config_file", "overall/ID.yaml", "IDNet/hstu.yaml", "xd.yaml")
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A copy of the stand-in, to see what a run writes."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    return Path(shutil.copytree(STANDIN, tmp_path / "code", ignore=ignored))
+
+
+def refused(done: Any, code: Path) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("python -m")]
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert len(lines) == 1
+    assert "Traceback" not in done.stderr
+    files = {p.relative_to(code) for p in code.rglob("*") if "__pycache__" not in p.parts}
+    assert files == {
+        p.relative_to(STANDIN) for p in STANDIN.rglob("*") if "__pycache__" not in p.parts
+    }
+    return lines[0]
+
+
+def test_wrong_folder(launch: Any, tmp_path: Path) -> None:
+    done = launch(tmp_path, *FILES)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"python -m hstu_xd.plugins.rec: {tmp_path}: no run.py, REC/data/utils.py, "
+        "REC/trainer/trainer.py here; run it from the code/ folder of a checkout of bytedance/HLLM "
+        "or facebookresearch/PerSRec"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_model(launch: Any, code: Path) -> None:
+    line = refused(launch(code, *FILES, "--model", "HSTUXD"), code)
+    assert "model: 'HSTUXD' is unknown; known: HSTU_XD, HSTU; did you mean HSTU_XD?" in line
+
+
+def test_missing_item(launch: Any, code: Path, work: Path) -> None:
+    lines = (work / "data" / "synth.csv").read_text(encoding="utf-8").splitlines()
+    items = list(dict.fromkeys(line.split(",")[0] for line in lines[1:]))
+    domains = code.parent / "domains.csv"
+    rows = [f"{item},{'ab'[i % 2]}" for i, item in enumerate(items) if i not in (3, 7)]
+    domains.write_text("\n".join(["item,domain", *rows]), encoding="utf-8")
+    line = refused(
+        launch(code, *FILES, "--item_domain_path", domains, "--data_path", work / "data",
+               "--dataset", "synth", "--hstu_embedding_size", 32, "--item_embedding_size", 32),
+        code,
+    )  # fmt: skip
+    assert f"2 of the log's {len(items)} items are missing, first {items[3]!r}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no --config_file"),
+        (["--config_file", "nowhere.yaml"], "--config_file nowhere.yaml: no such file"),
+        (["--config_file", "xd.yaml", "--model"], "--model: a value is missing"),
+        (["--config_file", "xd.yaml", "--model=HSTU"], "not --key=value"),
+        (["--config_file", "xd.yaml", "--seed", "1", "HSTU"], "'HSTU': options are pairs"),
+    ],
+)
+def test_faulty_command_line(arguments: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        parse(arguments)
+
+
+def test_own_yaml_files_are_found_by_name() -> None:
+    files, extras = parse(["--config_file", "xd.yaml", "--model", "HSTU_XD"])
+    assert Path(files[0]).name == "xd.yaml"
+    assert Path(files[0]).is_file()
+    assert extras == ["--model", "HSTU_XD"]

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from hstu_xd.errors import InputError
+from hstu_xd.plugins.rec.item_domains import ItemDomains
+
+TABLE = {"item": ["x7", "10", "z"], "domain": ["films", "books", "films"]}
+
+
+@pytest.mark.parametrize("name", ["items.csv", "items.tsv", "items.parquet"])
+def test_formats(tmp_path: Path, name: str) -> None:
+    table, file = pl.DataFrame(TABLE), tmp_path / name
+    if name.endswith("parquet"):
+        table.write_parquet(file)
+    else:
+        table.write_csv(file, separator="\t" if name.endswith("tsv") else ",")
+    catalog = ItemDomains(file).catalog(["[PAD]", "z", "x7", "10"], None)
+    assert catalog.domain_names == ("books", "films")
+    assert catalog.item_domains.tolist() == [-1, 1, 1, 0]
+
+
+def test_prepared_store(work: Path) -> None:
+    from hstu_xd.catalog import DomainCatalog
+
+    whole = DomainCatalog.load(work / "store")
+    catalog = ItemDomains(work / "store").catalog(["[PAD]", *whole.item_tokens], None)
+    for item in (1, whole.num_items):
+        expected = whole.domain_names[int(whole.item_domains[item])]
+        assert catalog.domain_names[int(catalog.item_domains[item])] == expected
+
+
+def table(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "items.csv"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_missing_items_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    domains = ItemDomains(table(tmp_path, "item,domain\na,x\nb,y\n"))
+    with pytest.raises(InputError, match=r"2 of the log's 4 items are missing, first 'c'"):
+        domains.catalog(["[PAD]", "a", "c", "b", "d"], None)
+
+
+def test_items_without_events_may_lack_a_domain(tmp_path: Path) -> None:
+    domains = ItemDomains(table(tmp_path, "item,domain\na,x\nb,y\n"))
+    catalog = domains.catalog(["[PAD]", "a", "b", "never"], {1, 2})
+    assert catalog.item_domains.tolist() == [-1, 0, 1, -1]
+    assert catalog.domain_items.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("thing,domain\na,x\n", "no column item or item_id"),
+        ("item,kind\na,x\n", "no column domain"),
+        ("item,domain\na,x\na,y\n", "items.csv:3: item 'a' is in domain 'y'"),
+        ("item,domain\na,\n", "items.csv:2: empty domain"),
+        ("item,domain\n", "no lines after the header"),
+        ("item,domain\na,switch\n", "also the name of a group of targets"),
+    ],
+)
+def test_faulty_files(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ItemDomains(table(tmp_path, text))
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file; it must list every item's domain"):
+        ItemDomains(tmp_path / "none.csv")

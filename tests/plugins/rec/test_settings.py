@@ -1,0 +1,118 @@
+import logging
+from typing import Any
+
+import pytest
+
+from hstu_xd.errors import InputError
+from hstu_xd.plugins.rec.launch import _converted
+from hstu_xd.plugins.rec.settings import ENCODER_KEYS, RecSettings
+
+SIZES = {
+    "MAX_ITEM_LIST_LENGTH": 10,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hstu_embedding_size": 32,
+    "hidden_dropout_prob": 0.1,
+    "hidden_act": None,
+}
+
+
+def read(**keys: Any) -> RecSettings:
+    return RecSettings.read({"model": "HSTU_XD", "item_domain_path": "items.csv", **keys})
+
+
+def test_nothing_asked_is_their_hstu() -> None:
+    assert RecSettings.read({"model": "HSTU_XD"}).is_plain
+    assert read().is_plain
+    assert read(xd_domain_mask=False, xd_target_view_heads=0).is_plain
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"xd_tape": True},
+        {"xd_relative_bias": True},
+        {"xd_negatives": "domain"},
+        {"xd_impl": "eager"},
+        {"xd_target_view_heads": 1},
+    ],
+)
+def test_any_request_is_not(keys: dict[str, Any]) -> None:
+    assert not read(**keys).is_plain
+
+
+def test_negatives_follow_the_switches() -> None:
+    assert not read(xd_relative_bias=True).scopes_negatives
+    assert read(xd_ddsr=True).scopes_negatives
+    assert not read(xd_ddsr=True, xd_negatives="catalogue").scopes_negatives
+
+
+def test_time_is_read_for_the_bias_and_the_age_of_states_only() -> None:
+    assert not read(xd_tape=True).reads_time
+    assert read(xd_relative_bias=True).reads_time
+    assert read(xd_ddsr=True).reads_time
+    assert not read(xd_ddsr=True, xd_state_age_bias=False).reads_time
+
+
+def test_sizes_are_theirs() -> None:
+    settings = read(xd_full_attention_layers=[1], xd_domain_mask=True).encoder_settings(SIZES, 3)
+    assert (settings.num_blocks, settings.dqk, settings.norm_length) == (2, 8, 10)
+    assert settings.full_attention_layers == (1,)
+    assert settings.linear_activation == "silu"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"xd_domain_maks": True}, "unknown key xd_domain_maks; did you mean xd_domain_mask?"),
+        ({"tape": True}, "unknown key tape; did you mean xd_tape?"),
+        ({"item_domains_path": "x"}, "did you mean item_domain_path?"),
+        ({"xd_qqqqqqqq": 1}, "unknown key xd_qqqqqqqq; known: xd_domain_mask"),
+        ({"xd_tape": "yes"}, "xd_tape: 'yes' is a str; a bool is needed"),
+        ({"xd_target_view_heads": True}, "is a bool; a int is needed"),
+        ({"xd_negatives": "all"}, "xd_negatives: 'all'; known: auto, domain, catalogue"),
+        ({"xd_candidates": "all"}, "xd_candidates: 'all'; known: domain, catalogue"),
+        ({"xd_tape": True, "item_domain_path": None}, "xd_tape needs to know every item's domain"),
+    ],
+)
+def test_faults_are_named(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(**keys)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"xd_target_view_heads": 9}, "target_view_heads is 9; 0..num_heads=4"),
+        ({"xd_impl": "fast"}, "xd_impl: 'fast'; available here: auto, reference, eager"),
+    ],
+)
+def test_values_out_of_range_are_named(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read(**keys).encoder_settings(SIZES, 3)
+
+
+def test_inert_keys_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        read(xd_states_per_domain=2)
+        RecSettings.read({"model": "HSTU", "xd_tape": True, "item_domain_path": "x"})
+    assert "xd_states_per_domain: 2 does nothing while xd_ddsr is False" in caplog.text
+    assert "xd_tape: no effect on model HSTU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("True", True), ("none", None), ("3", 3), ("0.5", 0.5), ("a/b", "a/b"), ('["1"]', [1])],
+)
+def test_values_of_the_command_line(text: str, value: Any) -> None:
+    assert _converted(text) == value
+
+
+def test_every_key_is_in_the_yaml_file_or_has_a_default() -> None:
+    from hstu_xd.files import _folder
+
+    text = (_folder("yaml") / "xd.yaml").read_text(encoding="utf-8")
+    keys = [line.split(":")[0] for line in text.splitlines() if line.startswith("xd_")]
+    known = {f"xd_{name}" for name in (*ENCODER_KEYS, "relative_bias", "negatives", "candidates")}
+    assert set(keys) <= known
