@@ -8,6 +8,7 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.modules.encoder import CrossDomainEncoder
+from hstu_xd.modules.hstu_layer import Written
 from hstu_xd.modules.inputs import ItemEmbedding, PositionalInput
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
@@ -63,11 +64,12 @@ class CrossDomainHSTU(nn.Module):
             self._target_domain_emb = nn.Embedding(catalog.num_domains, width)
             nn.init.zeros_(self._target_domain_emb.weight)
 
-    def forward(self, batch: JaggedBatch) -> Tensor:
+    def forward(self, batch: JaggedBatch, written: list[Written] | None = None) -> Tensor:
         """Encode every token of a jagged batch.
 
         Args:
             batch: histories; no longer than ``settings.norm_length`` tokens each.
+            written: takes what each layer's tokens leave behind for later ones, if given.
 
         Returns:
             (L, K) float, unit vectors: what each token says of its next event.
@@ -92,7 +94,7 @@ class CrossDomainHSTU(nn.Module):
         x = self._input_features_preproc(
             self._embedding_module(batch.item_ids), plan.positions, extra
         )
-        return normalize(self._hstu(x, plan).float(), dim=1, eps=_L2_EPS)
+        return normalize(self._hstu(x, plan, written=written).float(), dim=1, eps=_L2_EPS)
 
     def plan(self, batch: JaggedBatch) -> EncoderPlan:
         """The plan that all layers share for this batch."""

@@ -117,13 +117,11 @@ class DynamicDomainState(nn.Module):
             (L, H * dv) float.
         """
         assert tiles.states_per_domain == self._states_per_domain
-        query = self._query(hidden)
-        if self._target_emb is not None:
-            query = query + self._target_emb(target_domains)
+        query = self.queries(hidden, target_domains)
         written = torch.cat([states, self._initial_state.to(states.dtype)])
-        key, value = self._key(written), self._value(written)
+        key, value = self.memory(written)
         height, num_keys = tiles.tokens.shape[1], tiles.rows.shape[1]
-        queries = (query * self._dqk**-0.5).index_select(0, tiles.tokens.flatten())
+        queries = query.index_select(0, tiles.tokens.flatten())
         queries = queries.view(-1, height, queries.shape[1])
         pairs = tiles.unseen if self._age_w is None else tiles.ages
         floats = self._heads * num_keys * (2 * (self._dqk + self._dv) + 3 * height)
@@ -138,6 +136,17 @@ class DynamicDomainState(nn.Module):
                 ]
             )
         return answers.flatten(0, 1).index_select(0, tiles.slots)
+
+    def queries(self, hidden: Tensor, target_domains: Tensor) -> Tensor:
+        """Scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
+        query = self._query(hidden)
+        if self._target_emb is not None:
+            query = query + self._target_emb(target_domains)
+        return query * self._dqk**-0.5
+
+    def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""
+        return self._key(states), self._value(states)
 
     def _attend(
         self, queries: Tensor, key: Tensor, value: Tensor, rows: Tensor, pairs: Tensor

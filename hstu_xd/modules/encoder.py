@@ -1,10 +1,11 @@
 """The encoder: input embeddings in, one hidden state a token out."""
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 
-from hstu_xd.modules.hstu_layer import HSTULayer
+from hstu_xd.modules.hstu_layer import HSTULayer, Written
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
 
@@ -23,6 +24,11 @@ class CrossDomainEncoder(nn.Module):
             for i in range(settings.num_blocks)
         )
 
+    @property
+    def layers(self) -> list[HSTULayer]:
+        """The layers, first to last."""
+        return cast(list[HSTULayer], list(self._attention_layers))
+
     def take_parameters(self, layers: Iterable[nn.Module]) -> None:
         """Hold the parameters of HSTU layers, the very objects, in place of one's own.
 
@@ -34,8 +40,8 @@ class CrossDomainEncoder(nn.Module):
                 path, _, leaf = name.rpartition(".")
                 setattr(own.get_submodule(path), leaf, parameter)
 
-    def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
-        """(L, K) float -> (L, K) float."""
+    def forward(self, x: Tensor, plan: EncoderPlan, written: list[Written] | None = None) -> Tensor:
+        """(L, K) float -> (L, K) float; ``written`` takes what each layer's tokens leave behind."""
         for layer in self._attention_layers:
-            x = layer(x, plan)
+            x = layer(x, plan, written=written)
         return x

@@ -1,5 +1,7 @@
 """One HSTU layer whose attention may stay inside domains and whose gate may read domain states."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm, silu
@@ -11,6 +13,14 @@ from hstu_xd.modules.settings import EncoderSettings
 from hstu_xd.ops import domain_attention
 
 _EPS = 1e-6
+
+
+class Written(NamedTuple):
+    """What tokens leave for later ones: (L, H dqk) keys, (L, H dv) values, (L, K) states."""
+
+    keys: Tensor
+    values: Tensor
+    states: Tensor
 
 
 class HSTULayer(nn.Module):
@@ -54,30 +64,71 @@ class HSTULayer(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
-        """(L, K) -> (L, K)."""
+    def forward(self, x: Tensor, plan: EncoderPlan, written: list[Written] | None = None) -> Tensor:
+        """Run the layer over a jagged batch.
+
+        Args:
+            x: (L, K) float.
+            plan: of the batch.
+            written: takes what the tokens leave behind for later ones, if given.
+
+        Returns:
+            (L, K) float.
+        """
         s = self._settings
-        normed = layer_norm(x, [s.embedding_dim], eps=_EPS)
-        projected = normed @ self._uvqk
-        if s.linear_activation == "silu":
-            projected = silu(projected)
-        u, v, q, k = projected.split(self._widths, dim=1)
-        attended = self._attend(
-            q.view(-1, s.num_heads, s.dqk),
-            k.view(-1, s.num_heads, s.dqk),
-            v.view(-1, s.num_heads, s.dv),
-            plan,
+        normed, u, v, q, k = self.project(x)
+        attended = self.normalise(
+            self._attend(
+                q.view(-1, s.num_heads, s.dqk),
+                k.view(-1, s.num_heads, s.dqk),
+                v.view(-1, s.num_heads, s.dv),
+                plan,
+            )
         )
-        attended = layer_norm(attended, attended.shape[1:], eps=_EPS)
-        after_gate: Tensor | None = None
+        states = self.state(normed, attended)
+        answer: Tensor | None = None
         if self._ddsr is not None:
-            states = normed if s.state_from == "input" else attended
             answer = self._ddsr(normed, states, plan.state_tiles, plan.target_domains)
+        if written is not None:
+            written.append(Written(k, v, states))
+        return self.combine(x, u, attended, answer)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., K) -> normed (..., K) and gates u, values v, queries q, keys k (..., H d)."""
+        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
+        projected = normed @ self._uvqk
+        if self._settings.linear_activation == "silu":
+            projected = silu(projected)
+        return normed, *projected.split(self._widths, dim=-1)
+
+    def normalise(self, attended: Tensor) -> Tensor:
+        """Layer norm over what all heads read: (..., H dv) -> (..., H dv)."""
+        return layer_norm(attended, attended.shape[-1:], eps=_EPS)
+
+    def state(self, normed: Tensor, attended: Tensor) -> Tensor:
+        """What a token writes as its domain's state: (..., K)."""
+        return normed if self._settings.state_from == "input" else attended
+
+    def combine(self, x: Tensor, u: Tensor, attended: Tensor, answer: Tensor | None) -> Tensor:
+        """Gate, project and add to the input.
+
+        Args:
+            x: (..., K) float, the layer's input.
+            u: (..., H dv) float, gates.
+            attended: (..., H dv) float, normalised.
+            answer: (..., H dv) float, the domain states' answer, if there is one.
+
+        Returns:
+            (..., K) float.
+        """
+        s = self._settings
+        after_gate: Tensor | None = None
+        if answer is not None:
             if s.combine == "before_gate":
                 attended = attended + answer
             else:
                 after_gate = answer
-        gated = torch.cat([u, attended, u * attended], dim=1) if s.concat_ua else u * attended
+        gated = torch.cat([u, attended, u * attended], dim=-1) if s.concat_ua else u * attended
         if after_gate is not None:
             gated = gated + after_gate
         return self._o(dropout(gated, p=s.linear_dropout_rate, training=self.training)) + x

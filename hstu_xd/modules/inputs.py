@@ -40,8 +40,8 @@ class PositionalInput(nn.Module):
         nn.init.trunc_normal_(self._pos_emb.weight, std=math.sqrt(1 / embedding_dim))
 
     def forward(self, items: Tensor, positions: Tensor, extra: Tensor | None) -> Tensor:
-        """(L, K) item vectors, (L,) int64 positions, (L, K) domain signals or None -> (L, K)."""
-        x = items * math.sqrt(items.shape[1]) + self._pos_emb(positions)
+        """(..., K) item vectors, (...) int64 positions, (..., K) signals or None -> (..., K)."""
+        x = items * math.sqrt(items.shape[-1]) + self._pos_emb(positions)
         if extra is not None:
             x = x + extra
         return dropout(x, p=self._dropout_rate, training=self.training)

@@ -39,4 +39,4 @@ class TransitionAwarePositionalEmbedding(nn.Module):
         """
         source = self._transition(self._domain_emb.weight)  # (D, K)
         transition = self._domain_emb.weight[target_domains] * source[domains] * self._scale
-        return transition * (domains != target_domains).unsqueeze(1)
+        return transition * (domains != target_domains).unsqueeze(-1)
