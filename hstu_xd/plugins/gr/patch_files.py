@@ -14,8 +14,13 @@ from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import patches_folder
 from hstu_xd.plugins.gr.checkout import MARKERS
 
-# Codebase (a folder of patches/) -> files by which a checkout of it is told.
-CODEBASES = {"generative-recommenders": MARKERS}
+# Codebase (a folder of patches/) -> files by which a checkout of it is told; of several the first:
+# PerSRec is a fork of HLLM and has all its files.
+CODEBASES = {
+    "generative-recommenders": MARKERS,
+    "persrec": ("code/run.py", "code/REC/data/comm.py"),
+    "hllm": ("code/run.py", "code/REC/data/utils.py"),
+}
 
 APPLICABLE, APPLIED, REFUSED = "applicable", "applied", "refused"
 

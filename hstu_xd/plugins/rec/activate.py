@@ -1,7 +1,9 @@
 """Rebind the names that REC looks up, so that its configuration can ask for hstu-xd."""
 
+import importlib.util
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from hstu_xd.plugins.gr.patching import Patch, Rebinding, apply
 from hstu_xd.plugins.rec.evaluation import domain_scoped, with_groups
 from hstu_xd.plugins.rec.factories import with_domains, with_hstu_xd
+from hstu_xd.plugins.rec.verified import VERIFIED_COMMITS, unverified_sources
 
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +57,21 @@ REBINDINGS = (
 )
 
 _patches: list[Patch] = []
+
+
+def warn_if_unverified() -> None:
+    """Say so where REC differs from the versions that this was verified with."""
+    spec = importlib.util.find_spec("REC")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    differing = unverified_sources(Path(folders[0])) if folders else []
+    if differing:
+        commits = ", ".join(f"{name} {commit}" for name, commit in VERIFIED_COMMITS.items())
+        _logger.warning(
+            "%s differs from the versions that hstu-xd was verified with (%s): %s",
+            folders[0],
+            commits,
+            "; ".join(differing),
+        )
 
 
 def activate() -> list[Patch]:

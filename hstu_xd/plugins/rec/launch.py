@@ -8,7 +8,7 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(argv)
     except HstuXdError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{PROGRAM}: {error}", file=sys.stderr)
+        _tell(error)
         return error.exit_code
     finally:
         _leave_process_group()
@@ -55,11 +54,32 @@ def run(argv: Sequence[str]) -> None:
     _stand_alone()
     stand_in_for_absent()
     _check_configuration(files, extras)
-    from hstu_xd.plugins.rec.activate import activate
+    from hstu_xd.plugins.rec.activate import activate, warn_if_unverified
 
+    warn_if_unverified()
     activate()
     sys.argv = ["run.py", "--config_file", *files, *extras]
     runpy.run_path("run.py", run_name="__main__")
+
+
+def _tell(error: HstuXdError) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+
+
+def one_line_errors(excepthook: Callable[..., Any]) -> Callable[..., Any]:
+    """An excepthook that tells a user's errors in one line, for a run.py of REC's that is patched.
+
+    Python exits with 1 after it, whatever the error.
+    """
+
+    def told(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if isinstance(error, HstuXdError):
+            _tell(error)
+        else:
+            excepthook(kind, error, traceback)
+
+    return told
 
 
 def _leave_process_group() -> None:
@@ -175,12 +195,11 @@ def _configures_logging(script: Path) -> bool:
 
 
 def _show_logs() -> None:
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        stream=sys.stdout,
-        level=logging.INFO if first else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    """Log to stdout; of the other processes, warnings. REC sets the levels of its loggers itself."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # It tells of every metric's name that its file format spells otherwise.
     logging.getLogger("tensorboardX").setLevel(logging.WARNING)
 

@@ -29,6 +29,7 @@ from hstu_xd.plugins.rec.launch import main  # noqa: E402
 from hstu_xd.plugins.rec.model import HSTU_XD  # noqa: E402
 from hstu_xd.plugins.rec.session import SESSION  # noqa: E402
 from hstu_xd.plugins.rec.settings import RecSettings  # noqa: E402
+from hstu_xd.plugins.rec.verified import unverified_sources  # noqa: E402
 
 OUT, WORK = map(Path, sys.argv[1:])
 FILES = ["overall/ID.yaml", "IDNet/hstu.yaml", str(WORK / "small.yaml")]
@@ -329,5 +330,6 @@ if __name__ == "__main__":
         "semantics": semantics(),
     }
     torch.distributed.destroy_process_group()
+    figures["unverified"] = unverified_sources(Path("REC"))
     figures["end_to_end"] = end_to_end()
     OUT.write_text(json.dumps(figures, indent=1), encoding="utf-8")

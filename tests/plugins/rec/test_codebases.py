@@ -63,3 +63,10 @@ def test_their_results_are_visible(probed: dict[str, Any]) -> None:
 @in_codebases
 def test_the_checkout_is_left_as_it_was(probed: dict[str, Any]) -> None:
     assert probed["written"] == []
+
+
+@in_codebases
+def test_other_versions_are_told(probed: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    is_other = "standin" in request.node.name
+    assert bool(probed["unverified"]) == is_other
+    assert ("differs from the versions" in probed["output"]) == is_other

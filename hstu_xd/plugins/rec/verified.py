@@ -1,0 +1,66 @@
+"""Which sources of REC the plug-in was verified with."""
+
+from pathlib import Path
+
+from hstu_xd.plugins.gr.verified import source_hashes
+
+VERIFIED_COMMITS = {"bytedance/HLLM": "2deed17", "facebookresearch/PerSRec": "7525e6b"}
+
+# File below REC -> object -> hashes of its source's bare text, HLLM's and PerSRec's.
+SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
+    "model/IDNet/hstu.py": {
+        "RelativeBucketedTimeAndPositionBasedBias": ("6a77248e1712fab5",),
+        "_hstu_attention_maybe_from_cache": ("e9614eeb27c45256", "d9b1659eb3c4913c"),
+        "SequentialTransductionUnitJagged": ("ac1d8deb56cfef02", "ad14eb536e8c1162"),
+        "HSTUJagged": ("633ba011880fd0be", "bf3346fe01d03c88"),
+        "HSTU": ("2da448a906b58f23", "574fe20370131ac5"),
+    },
+    "model/basemodel.py": {
+        "all_gather": ("c77cbceebb5a6e58",),
+        "BaseModel": ("53f9acb73f51b08f",),
+    },
+    "data/utils.py": {
+        "bulid_dataloader": ("a0e032c8a4a69080", "2448f26ed6dcbee9"),
+    },
+    "data/dataset/trainset.py": {
+        "SEQTrainDataset": ("308761a481dac56d", "d70598c2c98464f1"),
+    },
+    "data/dataset/evalset.py": {
+        "SeqEvalDataset": ("a4172bd731f408e9", "94c952f1515c77d9"),
+    },
+    "data/dataset/collate_fn.py": {
+        "seq_eval_collate": ("6b16cd2fc580c179", "eac1cc70e80f65bf"),
+    },
+    "evaluator/evaluator.py": {
+        "Evaluator": ("31f5de3791a0ab89",),
+    },
+    "evaluator/collector.py": {
+        "DataStruct": ("51e70e979595bc61",),
+        "Collector": ("de29503dc8c19e52",),
+    },
+    "trainer/trainer.py": {
+        "Trainer": ("395b7697acf7c4a1", "7c0ece58c4ed69b9"),
+    },
+    "utils/utils.py": {
+        "get_model": ("e7ed02c98668ba9b", "03cbbae0fdbfd4c6"),
+    },
+}
+
+
+def unverified_sources(rec: Path) -> list[str]:
+    """Objects below a ``REC`` folder that differ from those of the verified commits.
+
+    Args:
+        rec: the folder.
+
+    Returns:
+        ``file: object`` of each; comments and white space do not count.
+    """
+    found = []
+    for name, objects in SOURCES.items():
+        file = rec / name
+        hashes = source_hashes(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found += [
+            f"{name}: {key}" for key, known in objects.items() if hashes.get(key) not in known
+        ]
+    return found
