@@ -17,7 +17,7 @@ class Case:
     """Sizes of one row; all users have ``seq_len`` events, domains interleave at random.
 
     Attributes:
-        what: "encoder" (a stack of layers) or "attention" (the op alone).
+        what: "encoder" (a stack of layers), "attention" (the op alone) or "train-step".
         seq_len: events of a user ``N``.
         num_domains: domains ``D``; the domain mask is on where there are several.
         skew: 0 = balanced, else the share of domain 0; the others divide the rest evenly.

@@ -15,6 +15,8 @@ _COLUMNS = {
     "ms p20": ("ms_p20", "{:.1f}".format),
     "ms p80": ("ms_p80", "{:.1f}".format),
     "x faster than reference": ("times_faster_than_reference", "{:.2f}".format),
+    "x faster than dense": ("times_faster_than_dense", "{:.2f}".format),
+    "N in the time of dense": ("equal_time_seq_len", "{:,}".format),
     "samples/s": ("samples_per_second", "{:,.0f}".format),
     "seconds": ("seconds", "{:.2f}".format),
     "events/s": ("events_per_second", "{:,}".format),

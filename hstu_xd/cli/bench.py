@@ -11,7 +11,7 @@ import typer
 
 from hstu_xd.errors import HstuXdError, InputError
 
-BENCHMARKS = ("encoder", "attention", "prepare", "sampler")
+BENCHMARKS = ("encoder", "attention", "train-step", "prepare", "sampler")
 
 
 def bench(
@@ -68,21 +68,21 @@ def bench(
         # Waiting threads sleep. Spinning ones stall every small operation for a scheduler's tick
         # wherever another process holds a core. OpenMP reads this when PyTorch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from hstu_xd.bench import passes, providers, train_step
         from hstu_xd.bench.cases import Case
-        from hstu_xd.bench.passes import measure
-        from hstu_xd.bench.providers import PROVIDERS
 
+        known = tuple(train_step.PROVIDERS) if what == "train-step" else providers.PROVIDERS[what]
         for name in provider or ():
-            if name not in PROVIDERS[what]:
-                raise InputError(_unknown("provider", name, PROVIDERS[what]))
+            if name not in known:
+                raise InputError(_unknown("provider", name, known))
         cases = [
             Case(what, n, d, s, batch_size or 8, heads, dqk, dv, width, layers, device)
             for n in seq_len or [1000]
             for d in num_domains or [1, 5, 10]
             for s in skew or [0.0]
         ]
-        names = provider or PROVIDERS[what]
-        results = measure(cases, names, threads=threads, repeats=repeats or 5)
+        measure = train_step.measure if what == "train-step" else passes.measure
+        results = measure(cases, provider or known, threads=threads, repeats=repeats or 5)
     _show(results, as_json)
 
 

@@ -1,0 +1,186 @@
+"""``bench train-step``: a whole training step of each model, and how far each reads in equal time.
+
+The step is the stand-alone trainer's: encoder, domain-scoped sampled softmax, backward pass and
+AdamW. "dense" is full attention as upstream's research code lays it out, "hstu" the same model on
+this package's attention, "mask" and "all" the cross-domain variants of ``hstu-xd ablate``.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu_xd.batch import JaggedBatch
+from hstu_xd.bench.cases import Case, Draw
+from hstu_xd.bench.gate import FORWARD_BUDGET, row_error
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.losses import sample_negatives, sampled_softmax_loss
+from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.modules.settings import EncoderSettings
+
+_ALL = {"domain_mask": True, "tape": True, "ddsr": True}
+# Provider -> switches; half of the heads take the target view under "all".
+PROVIDERS: dict[str, dict[str, Any]] = {
+    "dense": {"impl": "reference"},
+    "hstu": {},
+    "mask": {"domain_mask": True},
+    "all": _ALL,
+}
+_ITEMS = 20_000
+_NEGATIVES = 2048
+
+
+def measure(
+    cases: Sequence[Case], names: Iterable[str], *, threads: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Rows of all cases, one a provider, taking turns in this process.
+
+    ``equal_time_seq_len`` is the longest history that a provider reads in the time that "dense"
+    takes at the row's ``seq_len``: interpolated between measured lengths, on logarithmic axes;
+    absent where it lies outside them.
+
+    Args:
+        cases: what to measure.
+        names: providers.
+        threads: of PyTorch.
+        repeats: timed steps of each provider.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = [row for case in cases for row in _rows(case, list(names), threads, repeats)]
+    finally:
+        torch.set_num_threads(before)
+    for row in rows:
+        row["equal_time_seq_len"] = _equal_time(row, rows)
+    return rows
+
+
+def _rows(case: Case, names: list[str], threads: int, repeats: int) -> list[dict[str, Any]]:
+    errors = {name: _error(name, case.small) for name in names}
+    steps = {name: _Step(name, Draw.of(case)) for name in names if errors[name] <= 1}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step.run()
+            if case.device != "cpu":
+                torch.cuda.synchronize()
+            if turn:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {
+            "provider": name,
+            "seq_len": case.seq_len,
+            "num_domains": case.num_domains,
+            "skew": case.skew,
+            "dtype": "float32",
+            "device": case.device,
+            "ms_median": None,
+            "ms_p20": None,
+            "ms_p80": None,
+            "peak_bytes": None,
+            "correct": name in times,
+            "error_of_budget": errors[name],
+            "what": case.what,
+            "batch_size": case.batch_size,
+            "threads": threads,
+            "repeats": repeats,
+        }
+        if name in times:
+            low, median, high = np.percentile(times[name], [20, 50, 80])
+            row |= {"ms_median": median, "ms_p20": low, "ms_p80": high}
+            if "dense" in times:
+                ratios = np.divide(times["dense"], times[name])
+                row["times_faster_than_dense"] = float(np.median(ratios))
+        rows.append(row)
+    return rows
+
+
+class _Step:
+    """A model, its optimiser and one batch."""
+
+    def __init__(self, name: str, draw: Draw) -> None:
+        self._draw, self._model = draw, _model(name, draw.case)
+        self._batch, self._targets = _batch(draw, self._model.catalog)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), fused=True)
+
+    def run(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        negatives = sample_negatives(self._model.catalog, _NEGATIVES, generator, scope="domain")
+        vectors = self._model(self._batch)
+        loss = sampled_softmax_loss(
+            self._model, vectors, self._targets, negatives, temperature=0.05
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        (loss / len(self._targets)).backward()
+        self._optimizer.step()
+
+
+def _model(name: str, case: Case, **others: Any) -> CrossDomainHSTU:
+    switches = PROVIDERS[name] | others
+    if name == "all":
+        switches["target_view_heads"] = case.heads // 2
+    catalog = DomainCatalog(
+        torch.arange(_ITEMS + 1) % case.num_domains, [str(d) for d in range(case.num_domains)]
+    )
+    settings = EncoderSettings(
+        num_domains=case.num_domains,
+        norm_length=case.seq_len,
+        embedding_dim=case.width,
+        num_blocks=case.layers,
+        num_heads=case.heads,
+        dqk=case.dqk,
+        dv=case.dv,
+        linear_dropout_rate=0.0,
+        **switches,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CrossDomainHSTU(catalog, settings, dropout_rate=0.0).to(case.device)
+
+
+def _batch(draw: Draw, catalog: DomainCatalog) -> tuple[JaggedBatch, Tensor]:
+    """The drawn domains with items of theirs, and the item after each."""
+    case = draw.case
+    generator = torch.Generator().manual_seed(1)
+    place = torch.randint(_ITEMS // case.num_domains - 1, draw.domains.shape, generator=generator)
+    items = 1 + place.to(case.device) * case.num_domains
+    items = items + (draw.domains - catalog.domain_of(items)) % case.num_domains
+    # A user's last event is followed by their first.
+    following = items.view(case.batch_size, -1).roll(-1, 1).flatten()
+    batch = JaggedBatch(
+        item_ids=items,
+        timestamps=draw.timestamps,
+        next_timestamps=draw.next_timestamps,
+        target_domains=catalog.domain_of(following),
+        offsets=draw.offsets,
+    )
+    return batch, following
+
+
+def _error(name: str, case: Case) -> float:
+    """Largest row error of the user vectors against the float64 definition, of the budget."""
+    model = _model(name, case)
+    truth = _model(name, case, impl="reference").double()
+    batch, _ = _batch(Draw.of(case), model.catalog)
+    with torch.no_grad():
+        return row_error(model(batch), truth(batch)) / FORWARD_BUDGET
+
+
+def _equal_time(row: dict[str, Any], rows: list[dict[str, Any]]) -> int | None:
+    def alike(other: dict[str, Any], provider: str) -> bool:
+        keys = ("num_domains", "skew", "batch_size", "device")
+        same = all(other[key] == row[key] for key in keys)
+        return same and other["provider"] == provider and other["ms_median"] is not None
+
+    dense = [r["ms_median"] for r in rows if alike(r, "dense") and r["seq_len"] == row["seq_len"]]
+    curve = sorted((r["ms_median"], r["seq_len"]) for r in rows if alike(r, row["provider"]))
+    if not dense or not curve or not curve[0][0] <= dense[0] <= curve[-1][0]:
+        return None
+    times, lengths = np.log(np.array(curve, float)).T
+    return round(float(np.exp(np.interp(np.log(dense[0]), times, lengths))))
