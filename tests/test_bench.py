@@ -132,7 +132,7 @@ def test_providers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         ({"what": "encodr"}, "no benchmark 'encodr'; did you mean 'encoder'?"),
-        ({"what": "train-step"}, "no benchmark 'train-step'"),
+        ({"what": "train-stop"}, "no benchmark 'train-stop'; did you mean 'train-step'"),
         ({"what": "encoder", "provider": ["refrence"]}, "did you mean 'reference'?"),
         ({"what": "attention", "provider": ["upstream"]}, "There are eager, reference"),
         ({"what": "encoder", "seq_len": [0]}, "seq_len is 0; at least 1"),
