@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gin
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.gr.factories import read_upstream_checkpoint
 from hstu_xd.plugins.gr.patching import Rebinding, apply
 from hstu_xd.plugins.gr.run import CPU_REBINDINGS, TRAINER, prepare, read_gin
+from hstu_xd.plugins.gr.settings import bound_arguments
 
 
 @dataclass
@@ -106,12 +106,8 @@ def _build() -> _Parts:
 def _evaluate(parts: _Parts) -> dict[str, float]:
     from generative_recommenders.research.trainer import train
 
-    bound: dict[str, Any] = {
-        "top_k_method": "MIPSBruteForceTopK",
-        "gr_output_length": 10,
-        "eval_batch_size": 128,
-    }
-    bound |= gin.get_bindings("train_fn")
+    bound = bound_arguments(train.train_fn)
+    dtype = torch.bfloat16 if bound["main_module_bf16"] else None
     model = parts.model.eval()
     state = train.get_eval_state(
         model=model,
@@ -121,6 +117,7 @@ def _evaluate(parts: _Parts) -> dict[str, float]:
             top_k_method=bound["top_k_method"], model=model, item_embeddings=vectors, item_ids=ids
         ),
         device=0,
+        float_dtype=dtype,
     )
     loader = torch.utils.data.DataLoader(
         parts.dataset.eval_dataset, batch_size=bound["eval_batch_size"]
@@ -131,7 +128,13 @@ def _evaluate(parts: _Parts) -> dict[str, float]:
             row, device=0, max_output_length=bound["gr_output_length"] + 1
         )
         found = train.eval_metrics_v2_from_tensors(
-            state, model, features, target_ids=target_ids, target_ratings=target_ratings
+            state,
+            model,
+            features,
+            target_ids=target_ids,
+            target_ratings=target_ratings,
+            user_max_batch_size=bound["eval_user_max_batch_size"],
+            dtype=dtype,
         )
         for name, value in found.items():
             values.setdefault(name, []).append(value)

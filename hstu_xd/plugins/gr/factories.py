@@ -20,7 +20,7 @@ from hstu_xd.plugins.gr.dataset import hold_out, split_datasets
 from hstu_xd.plugins.gr.encoder import HSTU_XD
 from hstu_xd.plugins.gr.item_domains import read_item_domains
 from hstu_xd.plugins.gr.session import SESSION
-from hstu_xd.plugins.gr.settings import UpstreamSettings, encoder_settings, upstream_sizes
+from hstu_xd.plugins.gr.settings import UpstreamSettings, bound_arguments, encoder_settings
 from hstu_xd.warm_start import load_hstu
 
 _logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _hstu_xd(*, embedding_module: Any, max_sequence_len: int, max_output_len: in
     return HSTU_XD(
         catalog=SESSION.new_catalog() if known else DomainCatalog(torch.zeros(num_items), ["all"]),
         settings=settings,
-        attn_dropout_rate=upstream_sizes(hstu_encoder)["attn_dropout_rate"],
+        attn_dropout_rate=bound_arguments(hstu_encoder)["attn_dropout_rate"],
         embedding_module=embedding_module,
         max_sequence_len=max_sequence_len,
         max_output_len=max_output_len,

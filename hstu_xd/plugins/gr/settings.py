@@ -82,7 +82,7 @@ def encoder_settings(
     """
     bound = dict(gin.get_bindings("xd_encoder"))
     shared.check_types("xd_encoder", bound)
-    theirs = upstream_sizes(hstu_encoder)
+    theirs = bound_arguments(hstu_encoder)
     for name, needed in (("normalization", "rel_bias"), ("linear_config", "uvqk")):
         if theirs[name] != needed:
             raise InputError(
@@ -97,8 +97,8 @@ def encoder_settings(
     )
 
 
-def upstream_sizes(hstu_encoder: Callable[..., Any]) -> dict[str, Any]:
-    """Every setting of upstream's ``hstu_encoder`` that has a default, as bound or by default."""
-    parameters = inspect.signature(hstu_encoder).parameters.values()
+def bound_arguments(configurable: Callable[..., Any]) -> dict[str, Any]:
+    """Every argument of a gin configurable that has a default, as bound or by default."""
+    parameters = inspect.signature(configurable).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return defaults | dict(gin.get_bindings("hstu_encoder"))
+    return defaults | dict(gin.get_bindings(inspect.unwrap(configurable).__name__))
