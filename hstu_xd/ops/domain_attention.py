@@ -4,16 +4,25 @@ from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.grouping import DomainGrouping
+from hstu_xd.ops import fused
 from hstu_xd.ops.eager import eager_domain_attention
 from hstu_xd.ops.reference import reference_domain_attention
 from hstu_xd.ops.relative_bias import RelativeBias
 
-_IMPLS = {"reference": reference_domain_attention, "eager": eager_domain_attention}
+_IMPLS = {
+    "reference": reference_domain_attention,
+    "eager": eager_domain_attention,
+    "triton": fused.fused_domain_attention,
+}
 
 
 def available_impls() -> tuple[str, ...]:
-    """Names that ``domain_attention(..., impl=...)`` accepts here, slowest first."""
-    return tuple(_IMPLS)
+    """Names that ``domain_attention(..., impl=...)`` accepts here, slowest first.
+
+    "triton" is among them where triton is installed and there is a CUDA device, or where Triton's
+    interpreter stands in for one.
+    """
+    return tuple(name for name in _IMPLS if name != "triton" or fused.installed())
 
 
 def domain_attention(
@@ -40,7 +49,8 @@ def domain_attention(
         norm_length: the constant ``N`` that upstream divides by: the padded length, never a
             group's own.
         bias: relative position and time bias, or None.
-        impl: "auto" (fastest that runs here) or a name of :func:`available_impls`.
+        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width, else
+            eager) or a name of :func:`available_impls`.
 
     Returns:
         (L, H, dv) float, in batch order; zeros where a query's group holds no key.
@@ -60,9 +70,10 @@ def domain_attention(
     Source: arXiv 2508.20945 (intra-domain attention), arXiv 2402.17152 (SiLU attention).
     """
     _check(q, k, v, grouping, norm_length, bias)
-    name = "eager" if impl == "auto" else impl
-    if name not in _IMPLS:
-        raise InputError(f"impl {impl!r} is not available here; use auto, {', '.join(_IMPLS)}")
+    name = ("triton" if fused.suits(q, v) else "eager") if impl == "auto" else impl
+    if impl != "auto" and name not in available_impls():
+        names = ", ".join(available_impls())
+        raise InputError(f"impl {impl!r} is not available here; use auto, {names}")
     return _IMPLS[name](q, k, v, grouping, norm_length=norm_length, bias=bias)
 
 

@@ -1,19 +1,26 @@
 """Inputs of the attention tests, drawn once, and the check that every implementation must pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from attention_oracle import OracleBias, OracleResult, oracle_attention
 from torch import Tensor
 
 from hstu_xd.grouping import DomainGrouping
-from hstu_xd.ops import RelativeBias
+from hstu_xd.ops import RelativeBias, available_impls, domain_attention
 
 Attention = Callable[..., Tensor]
+
+every_impl = pytest.mark.parametrize("impl", available_impls())
+# The kernels have no float64 and their own shapes (test_triton_kernels.py): where there is no GPU,
+# every program of a kernel is interpreted.
+every_float64_impl = pytest.mark.parametrize("impl", ["reference", "eager"])
 
 # Times are multiples of this, chosen so that no difference falls on the edge of a time bucket,
 # where float32 and float64 logarithms may disagree (test_time_bucket.py proves it).
@@ -45,6 +52,44 @@ class Spec:
         view = "target" if self.target_view else "own"
         bias = "bias" if self.biased else "plain"
         return f"{shown},D={self.num_domains},{self.dqk}/{self.dv},{view},{bias}"
+
+
+def implementation(impl: str) -> Attention:
+    """``domain_attention`` by ``impl``; kernels get their inputs on the GPU, if there is one."""
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grouping: DomainGrouping,
+        *,
+        norm_length: int,
+        bias: RelativeBias | None = None,
+    ) -> Tensor:
+        if impl != "triton" or not torch.cuda.is_available():
+            return domain_attention(
+                q, k, v, grouping, norm_length=norm_length, bias=bias, impl=impl
+            )
+        return domain_attention(
+            *(x.cuda() for x in (q, k, v)),
+            _on_gpu(grouping),
+            norm_length=norm_length,
+            bias=None if bias is None else _on_gpu(bias),
+            impl=impl,
+        ).cpu()
+
+    return attention
+
+
+def _on_gpu(x: Any) -> Any:
+    moved = {}
+    for field in fields(x):
+        value = getattr(x, field.name)
+        if isinstance(value, DomainGrouping):
+            moved[field.name] = _on_gpu(value)
+        elif isinstance(value, Tensor):
+            moved[field.name] = value.cuda()
+    return replace(x, **moved)
 
 
 @dataclass(frozen=True, eq=False)

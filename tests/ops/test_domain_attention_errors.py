@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import every_float64_impl
 
 from hstu_xd.errors import InputError
 from hstu_xd.grouping import DomainGrouping
-from hstu_xd.ops import RelativeBias, available_impls, domain_attention
+from hstu_xd.ops import RelativeBias, domain_attention
 
 GROUPING = DomainGrouping.from_jagged(torch.tensor([0, 1, 0]), torch.tensor([0, 3]), 2)
 
@@ -91,7 +92,7 @@ def test_a_bias_of_another_batch_is_refused() -> None:
         call(bias=bias(4))
 
 
-@pytest.mark.parametrize("impl", available_impls())
+@every_float64_impl
 def test_a_history_longer_than_the_position_table_is_refused(impl: str) -> None:
     short = replace(bias(), position_weights=torch.zeros(3))
     with pytest.raises((InputError, IndexError, RuntimeError)):

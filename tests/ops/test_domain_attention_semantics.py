@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, Spec, draw
+from attention_cases import Case, Spec, draw, every_impl, implementation
 from torch import Tensor
 
 from hstu_xd.grouping import DomainGrouping
-from hstu_xd.ops import RelativeBias, available_impls, domain_attention
+from hstu_xd.ops import RelativeBias
 
-every_impl = pytest.mark.parametrize("impl", available_impls())
 both_views = pytest.mark.parametrize("target_view", [False, True], ids=["own", "target"])
 
 SPEC = Spec((90, 0, 1, 23), num_domains=3)
@@ -23,14 +22,13 @@ def plain_tensors(case: Case) -> dict[str, Tensor]:
 def attend(
     case: Case, tensors: dict[str, Tensor], impl: str, grouping: DomainGrouping | None = None
 ) -> Tensor:
-    return domain_attention(
+    return implementation(impl)(
         tensors["q"],
         tensors["k"],
         tensors["v"],
         grouping or case.grouping(),
         norm_length=case.norm_length,
         bias=case.relative_bias(tensors),
-        impl=impl,
     )
 
 
@@ -144,14 +142,13 @@ def test_times_and_positions_have_no_origin(impl: str) -> None:
         bias.next_timestamps + 10**9,
     )
     outputs = [
-        domain_attention(
+        implementation(impl)(
             tensors["q"],
             tensors["k"],
             tensors["v"],
             case.grouping(),
             norm_length=case.norm_length,
             bias=b,
-            impl=impl,
         )
         for b in (bias, moved)
     ]

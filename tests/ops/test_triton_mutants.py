@@ -1,0 +1,180 @@
+"""Seeded mutants of the kernels' source. The checks of test_triton_kernels.py must reject each."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from kernel_cases import OWN, TARGET, check_against_oracle, check_bucket_edges
+
+from hstu_xd.ops import available_impls, fused
+
+pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
+
+FOLDER = Path(fused.__file__).parent
+
+
+def own_view() -> None:
+    check_against_oracle(OWN)
+
+
+def target_view() -> None:
+    check_against_oracle(TARGET)
+
+
+# Name: file, text, what stands there instead, the check that is to see it.
+Check = Callable[[], None]
+MUTANTS: dict[str, tuple[str, str, str, Check]] = {}
+
+
+def kernel(name: str, text: str, instead: str, check: Check = own_view) -> None:
+    MUTANTS[name] = "triton_kernels", text, instead, check
+
+
+def tiles(name: str, text: str, instead: str, check: Check = own_view) -> None:
+    MUTANTS[name] = "tile_table", text, instead, check
+
+
+# Which pairs are seen.
+kernel("mask_dropped", "key_place[None, :] <= place[:, None]", "there[None, :] & here[:, None]")
+kernel("mask_of_key_gradients_dropped", "place[:, None] <= query_place[None, :]", "there[None, :]")
+kernel(
+    "strictly_causal", "key_place[None, :] <= place[:, None]", "key_place[None, :] < place[:, None]"
+)
+kernel(
+    "one_later_key",
+    "key_place[None, :] <= place[:, None]",
+    "key_place[None, :] <= place[:, None] + 1",
+    target_view,
+)
+kernel(
+    "causal_by_rank_in_group",
+    "place = tl.load(order + token, mask=here, other=ABSENT)",
+    "place = tl.where(here, row, ABSENT)",
+    target_view,
+)
+kernel("first_key_of_a_group_lost", "tl.load(entry + 2)", "tl.load(entry + 2) + 1")
+kernel(
+    "last_step_lost",
+    "range(key_first, key_stop, STEP)",
+    "range(key_first, key_stop - STEP + 1, STEP)",
+)
+kernel(
+    "queries_without_keys_skipped",
+    "key_first, key_stop = _tile(tiles, program // heads)\n    if first >= stop:",
+    "key_first, key_stop = _tile(tiles, program // heads)\n    if key_first >= key_stop:",
+    target_view,
+)
+kernel("last_row_lost", "here = row < stop", "here = row < stop - 1")
+kernel("heads_mixed", "k + head * k_head", "k")
+tiles(
+    "group_offset_off_by_one",
+    "first = grouping.offsets[group] +",
+    "first = 1 + grouping.offsets[group] +",
+)
+tiles(
+    "last_key_not_met",
+    "right=True\n    )\n    return _longest",
+    "right=False\n    )\n    return _longest",
+)
+tiles(
+    "first_query_not_met",
+    "_ranks(grouping), _rank(group, first_position, keys.num_tokens))",
+    "_ranks(grouping), 1 + _rank(group, first_position, keys.num_tokens))",
+)
+tiles(
+    "groups_exchanged",
+    "key_first, key_end = keys.offsets[group]",
+    "key_first, key_end = grouping.offsets[group]",
+    target_view,
+)
+
+# Arithmetic.
+kernel("divided_by_one_more", "total / norm, WIDTH_V", "total / (norm + 1), WIDTH_V")
+kernel(
+    "last_row_zero",
+    "here, total / norm, WIDTH_V",
+    "here, tl.where((row < stop - 1)[:, None], total, 0.0) / norm, WIDTH_V",
+)
+kernel(
+    "left_in_grouped_order",
+    "out + head * out_head, token, out_token, here, total",
+    "out + head * out_head, row, out_token, here, total",
+)
+kernel(
+    "dk_and_dv_exchanged",
+    "there, WIDTH_V, BLOCK_V)\n        total_v = tl.dot(weights.to(grad.dtype), grad, total_v,",
+    "there, WIDTH_V, BLOCK_V)\n        total_v = tl.dot(weights.to(grad.dtype), query, total_v,",
+)
+kernel("slope_forgotten", "return gate * (1.0 + scores * (1.0 - gate))", "return gate")
+
+# Bias.
+kernel("position_row_off_by_one", "(num_positions - 1) // 2", "(num_positions + 1) // 2")
+kernel(
+    "position_in_the_group",
+    "position = tl.load(positions + token, mask=here, other=0).to(tl.int32)",
+    "position = row.to(tl.int32)",
+)
+kernel(
+    "stale_time_of_the_query",
+    "row, stop, query_tokens, query_order, positions, next_times,",
+    "row, stop, query_tokens, query_order, positions, times,",
+)
+kernel("times_in_grouped_order", "tl.load(times + token", "tl.load(times + row")
+kernel("bucket_one_too_low", "tl.load(edges + at_least + 1)", "tl.load(edges + at_least + 2)")
+kernel("bucket_edge_excluded", "(bits >= tl.load", "(bits > tl.load", check_bucket_edges)
+kernel(
+    "gradient_of_the_last_head_lost",
+    "for index in range(heads):",
+    "for index in range(heads - 1):",
+)
+kernel("gradient_of_the_last_bucket_lost", "range(lowest, highest + 1)", "range(lowest, highest)")
+kernel("gradient_of_unseen_pairs", "total = tl.where(seen, total, 0.0)", "total = total + 0.0")
+kernel("gradient_of_some_tiles_lost", "tl.num_programs(0)):", "tl.num_programs(0) + 1):")
+MUTANTS["one_copy_of_the_sums"] = (
+    "triton_launch",
+    "position_sums.sum(0)",
+    "position_sums[0]",
+    own_view,
+)
+MUTANTS["dq_not_divided"] = (
+    "triton_launch",
+    "norm=float(given.norm_length),\n        **_strides(out=grad_out, grad=grad_q)",
+    "norm=1.0,\n        **_strides(out=grad_out, grad=grad_q)",
+    own_view,
+)
+
+
+def load(name: str, folder: Path, text: str, instead: str) -> ModuleType:
+    """A copy of a module with ``instead`` wherever ``text`` stood."""
+    source = (FOLDER / f"{name}.py").read_text()
+    assert text in source
+    file = folder / f"{name}.py"
+    file.write_text(source.replace(text, instead))
+    spec = importlib.util.spec_from_file_location(f"mutant_{name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_checks_reject_the_mutant(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hstu_xd import ops
+    from hstu_xd.ops import triton_launch
+
+    file, text, instead, check = MUTANTS[name]
+    mutant = load(file, tmp_path, text, instead)
+    if file == "triton_kernels":
+        monkeypatch.setattr(triton_launch, "kernels", mutant)
+    elif file == "tile_table":
+        monkeypatch.setattr(fused, "query_tiles", mutant.query_tiles)
+        monkeypatch.setattr(fused, "key_tiles", mutant.key_tiles)
+    else:
+        monkeypatch.setattr(ops, "triton_launch", mutant)
+    with pytest.raises(AssertionError, match="error"):
+        check()

@@ -1,0 +1,168 @@
+"""The kernels as PyTorch sees them: registered, traceable, without a wait for the device."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from attention_cases import Case, Spec, draw
+from torch import Tensor
+
+from hstu_xd.errors import InputError
+from hstu_xd.grouping import DomainGrouping
+from hstu_xd.ops import RelativeBias, available_impls, domain_attention, fused, triton_ops
+
+pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about Triton's interpreter")
+
+SPEC = Spec((9, 0, 3), 2, heads=1)
+
+
+def arguments(case: Case) -> tuple[Any, ...]:
+    """Of the operators, on the CPU."""
+    seen: list[Any] = []
+    leaves = case.tensors(torch.float32)
+    real, triton_ops.domain_attention = triton_ops.domain_attention, lambda *a: seen.extend(a)
+    try:
+        q, k, v = (leaves[x] for x in "qkv")
+        fused.fused_domain_attention(
+            q, k, v, case.grouping(), norm_length=9, bias=case.relative_bias(leaves)
+        )
+    finally:
+        triton_ops.domain_attention = real
+    return tuple(seen)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
+def test_opcheck_of_the_forward(biased: bool) -> None:
+    case = draw(Spec((5, 0, 3), 2, heads=1, dqk=2, dv=3, biased=biased, target_view=biased))
+    torch.library.opcheck(triton_ops.domain_attention, arguments(case))
+
+
+@on_a_cpu
+@pytest.mark.parametrize("name", ["query_gradient", "key_value_gradients", "bias_gradients"])
+def test_opcheck_of_the_gradients(name: str) -> None:
+    case = draw(Spec((5, 0, 3), 2, heads=1, dqk=2, dv=3))
+    given = [x.detach() if isinstance(x, Tensor) else x for x in arguments(case)]
+    torch.library.opcheck(getattr(triton_ops, name), (torch.from_numpy(case.grad_out), *given))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, g: DomainGrouping, bias: RelativeBias) -> Tensor:
+    return domain_attention(q, k, v, g, norm_length=9, bias=bias, impl="triton")
+
+
+@on_a_cpu
+def test_a_compiled_graph_is_whole_and_serves_other_lengths() -> None:
+    torch._dynamo.reset()
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=compilations)
+    for lengths in ((9, 0, 3), (4, 2, 8), (11, 6, 1)):
+        case = draw(Spec(lengths, 2, heads=2, dqk=4, dv=4))
+        leaves = case.tensors(torch.float32)
+        given = *(leaves[x] for x in "qkv"), case.grouping(), case.relative_bias(leaves)
+        found, expected = compiled(*given), attend(*given)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        gradients = (torch.autograd.grad(x.sum(), list(leaves.values())) for x in (found, expected))
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert compilations.frame_count == 1
+
+
+@pytest.mark.parametrize("target_view", [False, True], ids=["own", "target"])
+def test_no_step_asks_for_contents(target_view: bool) -> None:
+    """Tensors of the meta device have none: asking for a number raises, where a GPU would wait."""
+    length = 12
+
+    def integers(size: int = length) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64, device="meta")
+
+    shapes = (length, 2, 8), (length, 2, 8), (length, 2, 5), (23,), (129,)
+    leaves = [torch.zeros(shape, device="meta", requires_grad=True) for shape in shapes]
+    q, k, v, *tables = leaves
+    grouping = DomainGrouping.from_jagged(integers(), integers(4), 3)
+    if target_view:
+        grouping = grouping.target_view(integers())
+    bias = RelativeBias(*tables, grouping.positions, integers(), integers())
+    out = domain_attention(q, k, v, grouping, norm_length=9, bias=bias, impl="triton")
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert [x.shape for x in gradients] == list(shapes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_nothing_waits_on_a_gpu() -> None:
+    case = draw(SPEC)
+    leaves = {name: x.detach().cuda() for name, x in case.tensors(torch.float32).items()}
+    q, k, v, *tables = (x.requires_grad_() for x in leaves.values())
+    domains, offsets, times = (
+        torch.from_numpy(x).cuda() for x in (case.domains, case.offsets, case.bias.times)
+    )
+
+    def step() -> None:
+        grouping = DomainGrouping.from_jagged(domains, offsets, 2)
+        bias = RelativeBias(*tables, grouping.positions, times, times)
+        out = domain_attention(q, k, v, grouping, norm_length=9, bias=bias)
+        torch.autograd.grad(out, (q, k, v, *tables), torch.ones_like(out))
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_importing_the_package_does_not_load_triton() -> None:
+    code = (
+        "import sys, hstu_xd.ops; hstu_xd.ops.available_impls(); sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@on_a_cpu
+def test_auto_does_not_interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "domain_attention", None)
+    case = draw(SPEC)
+    leaves = case.tensors(torch.float32)
+    q, k, v = (leaves[x] for x in "qkv")
+    domain_attention(q, k, v, case.grouping(), norm_length=9, bias=case.relative_bias(leaves))
+
+
+def call(*, dtype: torch.dtype = torch.float32, width: int = 4, rows: int = 7) -> Tensor:
+    grouping = DomainGrouping.single(torch.tensor([0, 3]), 3)
+    x = torch.ones(3, 1, width, dtype=dtype)
+    time = torch.arange(3)
+    bias = RelativeBias(torch.zeros(rows), torch.zeros(9), time, time, time)
+    return fused.fused_domain_attention(x, x, x, grouping, norm_length=3, bias=bias)
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.float64}, "q is torch.float64; impl 'triton' needs float32, float16"),
+        ({"width": 257}, "q has heads of width 257; impl 'triton' takes up to 256"),
+        ({"rows": 3}, "bias.positions span 3 positions; bias.position_weights covers 2"),
+    ],
+)
+def test_messages(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(**changes)
+
+
+def attend_anyway() -> Tensor:
+    grouping = DomainGrouping.single(torch.tensor([0, 3]), 3)
+    x = torch.ones(3, 1, 1)
+    return domain_attention(x, x, x, grouping, norm_length=1, impl="triton")
+
+
+@on_a_cpu
+def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "triton" not in available_impls()
+    with pytest.raises(InputError, match="q is on cpu; impl 'triton' needs a CUDA device, or"):
+        call()
+    with pytest.raises(InputError, match="impl 'triton' is not available here; use auto, ref"):
+        attend_anyway()
