@@ -195,7 +195,7 @@ def _configures_logging(script: Path) -> bool:
 
 
 def _show_logs() -> None:
-    """Log to stdout; of the other processes, warnings. REC sets the levels of its loggers itself."""
+    """Log to stdout; of other processes, warnings. REC sets the levels of its loggers itself."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

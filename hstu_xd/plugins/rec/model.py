@@ -68,8 +68,9 @@ class HSTU_XD(HSTU):
         layers = self._hstu._attention_layers
         stack = CrossDomainEncoder(self._xd_encoder_settings)
         if not self._xd_settings.relative_bias:
-            for layer in layers:  # built by REC, and applied neither there nor here
-                layer.register_module("_rel_attn_bias", None)
+            for layer in layers:
+                if layer._rel_attn_bias is not None:  # built, and applied neither there nor here
+                    layer.register_module("_rel_attn_bias", None)
         stack.take_parameters(layers)
         self._hstu = stack
 

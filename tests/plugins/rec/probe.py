@@ -126,9 +126,13 @@ def parity():
         one, other = models(**keys)
         loss, gradient = losses(one, other, SESSION.settings.reads_time)
         found[name] = {"loss": loss, "gradient": gradient, "scores": scores(one, other)}
-    one, other = models({"item_embedding_size": 24}, encoder={"impl": "eager"})
-    loss, gradient = losses(one, other, False)
-    found["projected_items"] = {"loss": loss, "gradient": gradient, "scores": scores(one, other)}
+    for name, changes in {
+        "projected_items": {"item_embedding_size": 24},
+        "no_bias_built": {"enable_relative_attention_bias": False},
+    }.items():
+        one, other = models(changes, encoder={"impl": "eager"})
+        loss, gradient = losses(one, other, False)
+        found[name] = {"loss": loss, "gradient": gradient, "scores": scores(one, other)}
     return found
 
 

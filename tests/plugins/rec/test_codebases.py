@@ -13,7 +13,9 @@ def test_everything_off_is_their_hstu_to_the_bit(probed: dict[str, Any]) -> None
 
 
 @in_codebases
-@pytest.mark.parametrize("case", ["eager", "reference", "zero_initialised", "projected_items"])
+@pytest.mark.parametrize(
+    "case", ["eager", "reference", "zero_initialised", "projected_items", "no_bias_built"]
+)
 def test_our_layers_compute_their_hstu(probed: dict[str, Any], case: str) -> None:
     found = probed["parity"][case]
     assert found["scores"] <= 1e-6
