@@ -1,4 +1,4 @@
-"""Where the gin files and the patches lie: inside a wheel, or at the root of a source checkout."""
+"""Where the gin files, yaml files and patches lie: inside a wheel, or at the root of a source checkout."""
 
 from pathlib import Path
 
@@ -15,6 +15,11 @@ def gin_folder() -> Path:
 def patches_folder() -> Path:
     """Folder of the patches that come with this package, one subfolder a codebase."""
     return _folder("patches")
+
+
+def yaml_folder() -> Path:
+    """Folder of the yaml files that come with this package."""
+    return _folder("yaml")
 
 
 def _folder(name: str, package: Path = _PACKAGE) -> Path:

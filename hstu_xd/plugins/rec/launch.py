@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.files import _folder
+from hstu_xd.files import yaml_folder
 from hstu_xd.plugins.rec.absent import stand_in_for_absent
 
 _logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _found(name: str) -> str:
     if Path(name).is_file():
         return name
-    folder = _folder("yaml")
+    folder = yaml_folder()
     if (folder / name).is_file():
         return str(folder / name)
     ours = ", ".join(sorted(file.name for file in folder.glob("*.yaml")))
