@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hstu_xd.ops import triton_kernels as kernels
 from hstu_xd.ops.bucket_edges import LAST_BUCKET, bucket_edges
@@ -101,7 +102,8 @@ def bias_gradients(grad_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     assert position_weights is not None
     assert time_weights is not None
     grad_out = _rows(grad_out, given)
-    positions, times = position_weights.numel(), time_weights.numel()
+    positions = position_weights.numel()
+    times = min(time_weights.numel(), LAST_BUCKET + 1)
     tiles = len(given.plan.query_tiles)
     programs = min(tiles, _BIAS_PROGRAMS)
     copies = max(1, min(programs, _MOST_COPIES, _MOST_ENTRIES // positions))
@@ -125,6 +127,7 @@ def bias_gradients(grad_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     )
     by_position = position_sums.sum(0).double() / (scale.double() * given.norm_length)
     by_time = time_sums.sum(0, dtype=torch.float64) / given.norm_length
+    by_time = pad(by_time, (0, time_weights.numel() - times))
     return by_position.to(position_weights.dtype), by_time.to(time_weights.dtype)
 
 

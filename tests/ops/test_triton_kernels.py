@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import Spec, draw, errors_against_oracle, implementation, whole_tensor
@@ -32,6 +33,16 @@ def test_float32_stays_within_budget(spec: Spec) -> None:
 
 def test_every_bucket_edge_is_exact() -> None:
     check_bucket_edges()
+
+
+@pytest.mark.parametrize("num_buckets", [0, 1, 40, 200])
+def test_a_time_table_of_any_size(num_buckets: int) -> None:
+    """Large differences share the last row; rows beyond every difference stay without gradient."""
+    case = draw(replace(OWN, heads=1))
+    table = np.random.default_rng(0).standard_normal(num_buckets + 1, dtype=np.float32)
+    case = replace(case, bias=replace(case.bias, time_weights=table))
+    with poisoned_memory():
+        errors_against_oracle(implementation("triton"), case, torch.float32).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
