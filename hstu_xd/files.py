@@ -1,4 +1,4 @@
-"""Where the gin files, yaml files and patches lie: inside a wheel, or at the root of a source checkout."""
+"""Where gin files, yaml files and patches lie: in a wheel, or at the root of a checkout."""
 
 from pathlib import Path
 

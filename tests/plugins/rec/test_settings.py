@@ -110,9 +110,9 @@ def test_values_of_the_command_line(text: str, value: Any) -> None:
 
 
 def test_every_key_is_in_the_yaml_file_or_has_a_default() -> None:
-    from hstu_xd.files import _folder
+    from hstu_xd.files import yaml_folder
 
-    text = (_folder("yaml") / "xd.yaml").read_text(encoding="utf-8")
+    text = (yaml_folder() / "xd.yaml").read_text(encoding="utf-8")
     keys = [line.split(":")[0] for line in text.splitlines() if line.startswith("xd_")]
     known = {f"xd_{name}" for name in (*ENCODER_KEYS, "relative_bias", "negatives", "candidates")}
     assert set(keys) <= known
