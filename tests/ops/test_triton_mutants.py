@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,11 +17,15 @@ FOLDER = Path(fused.__file__).parent
 
 
 def own_view() -> None:
-    check_against_oracle(OWN)
+    check_against_oracle(replace(OWN, biased=False))
 
 
 def target_view() -> None:
-    check_against_oracle(TARGET)
+    check_against_oracle(replace(TARGET, biased=False))
+
+
+def with_bias() -> None:
+    check_against_oracle(OWN)
 
 
 # Name: file, text, what stands there instead, the check that is to see it.
@@ -29,6 +34,10 @@ MUTANTS: dict[str, tuple[str, str, str, Check]] = {}
 
 
 def kernel(name: str, text: str, instead: str, check: Check = own_view) -> None:
+    MUTANTS[name] = "triton_kernels", text, instead, check
+
+
+def bias(name: str, text: str, instead: str, check: Check = with_bias) -> None:
     MUTANTS[name] = "triton_kernels", text, instead, check
 
 
@@ -110,33 +119,33 @@ kernel(
 kernel("slope_forgotten", "return gate * (1.0 + scores * (1.0 - gate))", "return gate")
 
 # Bias.
-kernel("position_row_off_by_one", "(num_positions - 1) // 2", "(num_positions + 1) // 2")
-kernel(
+bias("position_row_off_by_one", "(num_positions - 1) // 2", "(num_positions + 1) // 2")
+bias(
     "position_in_the_group",
     "position = tl.load(positions + token, mask=here, other=0).to(tl.int32)",
     "position = row.to(tl.int32)",
 )
-kernel(
+bias(
     "stale_time_of_the_query",
     "row, stop, query_tokens, query_order, positions, next_times,",
     "row, stop, query_tokens, query_order, positions, times,",
 )
-kernel("times_in_grouped_order", "tl.load(times + token", "tl.load(times + row")
-kernel("bucket_one_too_low", "tl.load(edges + at_least + 1)", "tl.load(edges + at_least + 2)")
-kernel("bucket_edge_excluded", "(bits >= tl.load", "(bits > tl.load", check_bucket_edges)
-kernel(
+bias("times_in_grouped_order", "tl.load(times + token", "tl.load(times + row")
+bias("bucket_one_too_low", "tl.load(edges + at_least + 1)", "tl.load(edges + at_least + 2)")
+bias("bucket_edge_excluded", "(bits >= tl.load", "(bits > tl.load", check_bucket_edges)
+bias(
     "gradient_of_the_last_head_lost",
     "for index in range(heads):",
     "for index in range(heads - 1):",
 )
-kernel("gradient_of_the_last_bucket_lost", "range(lowest, highest + 1)", "range(lowest, highest)")
-kernel("gradient_of_unseen_pairs", "total = tl.where(seen, total, 0.0)", "total = total + 0.0")
-kernel("gradient_of_some_tiles_lost", "tl.num_programs(0)):", "tl.num_programs(0) + 1):")
+bias("gradient_of_the_last_bucket_lost", "range(lowest, highest + 1)", "range(lowest, highest)")
+bias("gradient_of_unseen_pairs", "total = tl.where(seen, total, 0.0)", "total = total + 0.0")
+bias("gradient_of_some_tiles_lost", "tl.num_programs(0)):", "tl.num_programs(0) + 1):")
 MUTANTS["one_copy_of_the_sums"] = (
     "triton_launch",
     "position_sums.sum(0)",
     "position_sums[0]",
-    own_view,
+    with_bias,
 )
 MUTANTS["dq_not_divided"] = (
     "triton_launch",
