@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -101,6 +102,72 @@ class Step:
             state_counts=torch.stack([state.state_counts for state in states]),
         )
 
+    # What all layers share, computed once.
+
+    @cached_property
+    def key_distance(self) -> Tensor:
+        """(B, S) int64, position of each committed event less the pending one's."""
+        events = torch.arange(self.key_domains.shape[1], device=self.positions.device)
+        return events - self.positions.unsqueeze(1)
+
+    @cached_property
+    def key_age(self) -> Tensor:
+        """(B, V, S) int64, bucket of the time from each committed event to the request."""
+        age = self.request_timestamps.unsqueeze(2) - self.key_timestamps.unsqueeze(1)
+        return time_bucket(age, NUM_TIME_BUCKETS)
+
+    @cached_property
+    def own_age(self) -> Tensor:
+        """(B, V) int64, the same from the pending event."""
+        age = self.request_timestamps - self.timestamps.unsqueeze(1)
+        return time_bucket(age, NUM_TIME_BUCKETS)
+
+    def visible(self, masked: bool, num_heads: int, target_heads: int) -> tuple[Tensor, Tensor]:
+        """Committed events, and itself, that each head reads: (B, V, H, S), (B, V, H) bool."""
+        if masked not in self._masks:
+            self._masks[masked] = self._visible(masked, num_heads, target_heads)
+        return self._masks[masked]
+
+    def _visible(self, masked: bool, num_heads: int, target_heads: int) -> tuple[Tensor, Tensor]:
+        key_domains = self.key_domains.unsqueeze(1)
+        shape = self.target_domains.shape
+        there = (key_domains != -2).expand(*shape, -1)
+        real = (self.domains >= 0).unsqueeze(1).expand(shape)
+        own = there & (key_domains == self.domains.view(-1, 1, 1)) if masked else there
+        heads, own_heads = [own] * (num_heads - target_heads), [real] * num_heads
+        if target_heads:
+            heads += [there & (key_domains == self.target_domains.unsqueeze(2))] * target_heads
+            same = real & (self.domains.unsqueeze(1) == self.target_domains)
+            own_heads[num_heads - target_heads :] = [same] * target_heads
+        return torch.stack(heads, dim=2), torch.stack(own_heads, dim=2)
+
+    @cached_property
+    def _masks(self) -> dict[bool, tuple[Tensor, Tensor]]:
+        return {}
+
+    @cached_property
+    def unseen_states(self) -> Tensor:
+        """(B, 1, D * M + D + 1, 1) bool: committed states, initial ones, the pending token's."""
+        domains, kept = self.state_times.shape[1:]
+        pending = torch.arange(domains, device=self.domains.device) == self.domains.unsqueeze(1)
+        # What a domain still shows of its committed states: one less where the token writes.
+        shown = self.state_counts.clamp(max=kept - pending.long())
+        unseen = torch.arange(kept, device=shown.device) >= shown.unsqueeze(2)
+        written = (self.state_counts > 0) | pending
+        virtual = (self.domains < 0).unsqueeze(1)
+        unseen = torch.cat([unseen.flatten(1), written, virtual], dim=1)
+        return unseen[:, None, :, None]
+
+    @cached_property
+    def state_age(self) -> Tensor:
+        """(B, V, D * M + D + 1) int64, bucket of the time from each state to the request."""
+        users, variants = self.target_domains.shape
+        written = torch.cat([self.state_times.flatten(1), self.timestamps.unsqueeze(1)], dim=1)
+        age = self.request_timestamps.unsqueeze(2) - written.unsqueeze(1)
+        bucket = time_bucket(age, NUM_TIME_BUCKETS)
+        never = bucket.new_full((users, variants, self.state_times.shape[1]), NUM_TIME_BUCKETS)
+        return torch.cat([bucket[..., :-1], never, bucket[..., -1:]], dim=2)
+
 
 @dataclass(frozen=True, eq=False)
 class StepOutput:
@@ -178,35 +245,16 @@ def _attend(layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, step: Step, index
     scores = torch.einsum("bvhd,bshd->bvhs", query, keys)
     own_score = (query * own_key).sum(3)
     if layer._rel_attn_bias is not None:
-        table, times = layer._rel_attn_bias._pos_w, layer._rel_attn_bias._ts_w
-        origin = (table.numel() - 1) // 2
-        place = torch.arange(keys.shape[1], device=q.device) - step.positions.unsqueeze(1)
-        age = step.request_timestamps.unsqueeze(2) - step.key_timestamps.unsqueeze(1)
-        bias = table[origin + place].unsqueeze(1) + times[time_bucket(age, NUM_TIME_BUCKETS)]
-        own_age = step.request_timestamps - step.timestamps.unsqueeze(1)
-        own_bias = table[origin] + times[time_bucket(own_age, NUM_TIME_BUCKETS)]
-        scores, own_score = scores + bias.unsqueeze(2), own_score + own_bias.unsqueeze(2)
-    visible, own_visible = _visible(layer, step)
+        places, times = layer._rel_attn_bias._pos_w, layer._rel_attn_bias._ts_w
+        origin = places.numel() // 2
+        bias = places[origin + step.key_distance].unsqueeze(1) + times[step.key_age]
+        scores = scores + bias.unsqueeze(2)
+        own_score = own_score + (places[origin] + times[step.own_age]).unsqueeze(2)
+    visible, own_visible = step.visible(layer._masked, s.num_heads, s.target_view_heads)
     weights = silu(scores) * visible / s.norm_length
     own_weight = silu(own_score) * own_visible / s.norm_length
     read = torch.einsum("bvhs,bshd->bvhd", weights, values)
     return (read + own_weight.unsqueeze(3) * own_value).flatten(2)
-
-
-def _visible(layer: HSTULayer, step: Step) -> tuple[Tensor, Tensor]:
-    """(B, V, H, S) and (B, V, H) bool: committed events, and itself, that each head reads."""
-    s = layer._settings
-    key_domains = step.key_domains.unsqueeze(1)
-    shape = (*step.target_domains.shape, s.num_heads)
-    there = (key_domains != -2).expand(*shape[:2], -1)
-    real = (step.domains >= 0).unsqueeze(1).expand(shape[:2])
-    own = there & (key_domains == step.domains.view(-1, 1, 1)) if layer._masked else there
-    heads, own_heads = [own] * (s.num_heads - s.target_view_heads), [real] * s.num_heads
-    if s.target_view_heads:
-        heads += [there & (key_domains == step.target_domains.unsqueeze(2))] * s.target_view_heads
-        same = real & (step.domains.unsqueeze(1) == step.target_domains)
-        own_heads[s.num_heads - s.target_view_heads :] = [same] * s.target_view_heads
-    return torch.stack(heads, dim=2), torch.stack(own_heads, dim=2)
 
 
 def _read_states(
@@ -219,13 +267,6 @@ def _read_states(
 ) -> Tensor:
     """(B, V, H dv): DDSR's answer; the pending token is its domain's newest state."""
     users, variants = step.target_domains.shape
-    domains, kept = step.state_times.shape[1:]
-    slot = torch.arange(kept, device=normed.device)
-    # What a domain still shows of its committed states: one less where the pending token writes.
-    pending = torch.arange(domains, device=normed.device) == step.domains.unsqueeze(1)
-    shown = step.state_counts.clamp(max=kept - pending.long())
-    there = slot < shown.unsqueeze(2)
-    never = (step.state_counts == 0) & ~pending
     initial_keys, initial_values = ddsr.memory(ddsr._initial_state)
 
     def rows(committed: Tensor, initial: Tensor, own: Tensor) -> Tensor:
@@ -235,18 +276,11 @@ def _read_states(
 
     keys = rows(step.state_keys, initial_keys, own_keys)
     values = rows(step.state_values, initial_values, own_values)
-    visible = torch.cat([there.flatten(1), never, (step.domains >= 0).unsqueeze(1)], dim=1)
     heads = ddsr._heads
     query = ddsr.queries(normed, step.target_domains).unflatten(2, (heads, -1))
     scores = torch.einsum("bvhd,bvshd->bvsh", query, keys.unflatten(3, (heads, -1)))
     if ddsr._age_w is not None:
-        age = step.request_timestamps.unsqueeze(2) - torch.cat(
-            [step.state_times.flatten(1), step.timestamps.unsqueeze(1)], dim=1
-        ).unsqueeze(1)
-        bucket = time_bucket(age, NUM_TIME_BUCKETS)
-        unwritten = bucket.new_full((users, variants, domains), NUM_TIME_BUCKETS)
-        bucket = torch.cat([bucket[..., :-1], unwritten, bucket[..., -1:]], dim=2)
-        scores = scores + ddsr._age_w[bucket]
-    scores = scores.masked_fill(~visible.view(users, 1, -1, 1), float("-inf"))
+        scores = scores + ddsr._age_w[step.state_age]
+    scores = scores.masked_fill(step.unseen_states, float("-inf"))
     answer = torch.einsum("bvsh,bvshd->bvhd", scores.softmax(2), values.unflatten(3, (heads, -1)))
     return answer.flatten(2)
