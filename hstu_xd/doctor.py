@@ -112,10 +112,8 @@ def _attention(
     why = ""
     if found["error"]:
         why = found["error"]
-    elif "triton" not in available:
-        if not found["kernels"]:
-            why = "this version of hstu-xd has no Triton kernel"
-        elif not torch["devices"]:
+    elif found["auto"] != "triton":
+        if not torch["devices"]:
             why = "the Triton kernel needs a GPU, and PyTorch sees none"
         else:
             why = f"triton does not load: {triton['error']}" if triton["error"] else "unknown"

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 _MARK = "hstu-xd-answer "
@@ -114,11 +113,13 @@ def _fbgemm() -> dict[str, Any]:
 
 
 def _attention() -> dict[str, Any]:
+    import torch
+
     from hstu_xd import ops
 
     names = ops.available_impls()
-    kernels = any(Path(ops.__path__[0]).glob("*triton*"))
-    return {"available": list(names), "auto": names[-1], "kernels": kernels}
+    fused = "triton" in names and torch.cuda.is_available()  # elsewhere it is only interpreted
+    return {"available": list(names), "auto": "triton" if fused else "eager"}
 
 
 def _upstream() -> dict[str, Any]:

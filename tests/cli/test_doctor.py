@@ -60,7 +60,7 @@ def answers(**changes: dict[str, Any]) -> Any:
     """A stand-in for ``ask``: a healthy machine without GPU and upstream, but for ``changes``."""
     healthy = {
         "torch": {"version": "2.12.1+cpu", "cuda": None, "devices": []},
-        "attention": {"available": ["reference", "eager"], "auto": "eager", "kernels": False},
+        "attention": {"available": ["reference", "eager"], "auto": "eager"},
         "upstream": {"importable": False, "error": "no module named generative_recommenders"},
         "plugin": {"rebinds": ["generative_recommenders.a.get_reco_dataset"]},
         "REC": {"error": "ModuleNotFoundError: No module named 'REC'"},
@@ -110,17 +110,16 @@ def test_a_broken_torch_blocks_everything(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("torch_says", "kernels", "triton", "why"),
+    ("torch_says", "triton", "why"),
     [
-        ({}, False, "", "this version of hstu-xd has no Triton kernel"),
-        ({}, True, "", "the Triton kernel needs a GPU, and PyTorch sees none"),
-        ({"devices": ["X"]}, True, "OSError: ptx", "triton does not load: OSError: ptx"),
+        ({}, "", "the Triton kernel needs a GPU, and PyTorch sees none"),
+        ({"devices": ["X"]}, "OSError: ptx", "triton does not load: OSError: ptx"),
     ],
 )
 def test_why_not_a_faster_attention(
-    monkeypatch: pytest.MonkeyPatch, torch_says: dict, kernels: bool, triton: str, why: str
+    monkeypatch: pytest.MonkeyPatch, torch_says: dict, triton: str, why: str
 ) -> None:
-    attention = {"available": ["reference", "eager"], "auto": "eager", "kernels": kernels}
+    attention = {"available": ["reference", "eager"], "auto": "eager"}
     changes = {"torch": torch_says, "triton": {"error": triton}, "attention": attention}
     found, lines = report(monkeypatch, **changes)
     assert found["attention"]["why_not_faster"] == why

@@ -13,14 +13,12 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from hstu_xd.ops import available_impls
-
 LENGTHS = [20, 1, 7, NORM_LENGTH, 2]
 HISTORIES = draw_histories(LENGTHS)
 BATCH = to_batch(HISTORIES)
 PRESENT = torch.arange(NORM_LENGTH) < torch.tensor(LENGTHS)[:, None]
 
-every_impl = pytest.mark.parametrize("impl", available_impls())
+every_impl = pytest.mark.parametrize("impl", ["reference", "eager"])
 
 
 def padded(values: Tensor) -> Tensor:
