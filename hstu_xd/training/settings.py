@@ -221,10 +221,12 @@ def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -
 
 
 def _refuse_unread(config: str) -> None:
-    """Scoped bindings and macros that no setting refers to would be silently inert."""
+    """Macros and bindings, scoped or of somebody else's, that no setting refers to are inert."""
     macros = re.findall(r"^(\w+)\s*=", config, re.MULTILINE)
     unread = [name for name in macros if not re.search(rf"%{name}\b", config)]
     unread += re.findall(r"^([\w.]+/[\w./]+)\s*=", config, re.MULTILINE)
+    bound = re.findall(r"^((?:\w+\.)*(\w+)\.\w+)\s*=", config, re.MULTILINE)
+    unread += [name for name, block in bound if block not in _BLOCKS]
     if unread:
         raise InputError(f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope")
 

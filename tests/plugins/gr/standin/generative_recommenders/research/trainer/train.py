@@ -36,13 +36,15 @@ def setup(rank, world_size, master_port):
 @gin.configurable
 def train_fn(
     rank, world_size, master_port, dataset_name="ml-20m", max_sequence_length=200,
-    local_batch_size=128, eval_batch_size=128, main_module="SASRec", dropout_rate=0.2,
+    local_batch_size=128, eval_batch_size=128, eval_user_max_batch_size=None,
+    main_module="SASRec", main_module_bf16=False, dropout_rate=0.2,
     user_embedding_norm="l2_norm", sampling_strategy="in-batch", loss_module="SampledSoftmaxLoss",
     num_negatives=1, item_l2_norm=False, temperature=0.05, num_epochs=101, learning_rate=1e-3,
     num_warmup_steps=0, weight_decay=1e-3, top_k_method="MIPSBruteForceTopK", eval_interval=100,
     item_embedding_dim=240, interaction_module_type="", gr_output_length=10, l2_norm_eps=1e-6,
 ):  # fmt: skip
     assert (loss_module, user_embedding_norm) == ("SampledSoftmaxLoss", "l2_norm")
+    assert (main_module_bf16, eval_user_max_batch_size) == (False, None)
     setup(rank, world_size, master_port)
     device, room, width = rank, gr_output_length + 1, item_embedding_dim
     data = get_reco_dataset(
