@@ -14,7 +14,7 @@ from typing import Any
 from hstu_xd import __version__
 from hstu_xd.errors import HstuXdError
 from hstu_xd.plugins.gr.checkout import MARKERS
-from hstu_xd.plugins.gr.patch_files import inspect_tree
+from hstu_xd.plugins.patch_files import inspect_tree
 from hstu_xd.probes import ask
 
 # Cold caches make the import of torch and upstream take most of a minute on a small machine.

@@ -20,7 +20,9 @@ def test_example_runs(example: Path) -> None:
 def test_from_upstream_hstu(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("generative_recommenders")
     if spec is None or not (source := Path(str(spec.origin)).parents[1]).joinpath(".git").exists():
-        pytest.skip("no checkout of generative_recommenders is importable: NOT run")
+        pytest.skip(
+            "no checkout of generative_recommenders is importable: NOT covered: the example on it"
+        )
     checkout = tmp_path / "checkout"
     subprocess.run(["git", "clone", "-q", source, checkout], check=True)
     script = Path(__file__).parents[1] / "examples" / "from_upstream_hstu.sh"

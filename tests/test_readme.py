@@ -43,7 +43,7 @@ def upstream_checkout(folder: Path) -> Path:
     """A clone of the importable generative-recommenders, with the reader's log in it."""
     spec = importlib.util.find_spec("generative_recommenders")
     if spec is None or not (source := Path(str(spec.origin)).parents[1]).joinpath(".git").exists():
-        pytest.skip("no checkout of generative_recommenders is importable: its block is NOT run")
+        pytest.skip("no checkout of generative_recommenders is importable: NOT covered: its block")
     checkout = folder / "generative-recommenders"
     subprocess.run(["git", "clone", "-q", source, checkout], check=True)
     (checkout / "my_log.csv").write_text((folder / "my_log.csv").read_text())

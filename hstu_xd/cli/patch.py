@@ -17,7 +17,7 @@ def patch(
     ] = None,
 ) -> None:
     """Check or apply the patches for a git checkout of an upstream codebase."""
-    from hstu_xd.plugins.gr.patch_files import APPLIED, REFUSED, apply_patches, inspect_tree
+    from hstu_xd.plugins.patch_files import APPLIED, REFUSED, apply_patches, inspect_tree
 
     root = check or apply
     if root is None or (check and apply):

@@ -11,7 +11,7 @@ from hstu_xd.cli.app import run
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import patches_folder
 from hstu_xd.plugins.gr.checkout import MARKERS
-from hstu_xd.plugins.gr.patch_files import (
+from hstu_xd.plugins.patch_files import (
     APPLICABLE,
     APPLIED,
     CODEBASES,
@@ -199,12 +199,15 @@ def _lacks(root: Path | None, commit: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
-@pytest.mark.skipif(real_checkout() is None, reason="no git checkout of generative-recommenders")
+@pytest.mark.skipif(
+    real_checkout() is None,
+    reason="no git checkout of generative-recommenders is importable: NOT covered: patches on it",
+)
 @pytest.mark.parametrize("commit", ["44b62c6", "2e81fab", "36a0f07", "db1bf8f"])
 def test_the_real_upstream(commit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "clone"
     if _lacks(real_checkout(), commit):
-        pytest.skip("not in the history of the checkout at hand")
+        pytest.skip(f"the checkout's history lacks {commit}: NOT covered: patches on that version")
     git(tmp_path, "clone", "-qn", str(real_checkout()), str(root))
     git(root, "checkout", "-q", commit, "--", ".")
     git(root, "reset", "-q", "--soft", commit)

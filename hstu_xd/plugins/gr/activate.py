@@ -8,8 +8,8 @@ from hstu_xd.plugins.gr.evaluation import domain_scoped
 from hstu_xd.plugins.gr.factories import with_hstu_xd, with_stores
 from hstu_xd.plugins.gr.features import with_domains
 from hstu_xd.plugins.gr.negatives import in_batch_sampler, local_sampler
-from hstu_xd.plugins.gr.patching import Patch, Rebinding, apply
 from hstu_xd.plugins.gr.verified import RESEARCH, VERIFIED_COMMITS, inspect_upstream
+from hstu_xd.plugins.patching import Patch, Rebinding, apply
 
 _logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.gr.factories import read_upstream_checkpoint
-from hstu_xd.plugins.gr.patching import Rebinding, apply
 from hstu_xd.plugins.gr.run import CPU_REBINDINGS, TRAINER, prepare, read_gin
 from hstu_xd.plugins.gr.settings import bound_arguments
+from hstu_xd.plugins.patching import Rebinding, apply
 
 
 @dataclass
@@ -48,7 +48,9 @@ def upstream_evaluate(
     """
     state = read_upstream_checkpoint(checkpoint)
     prepare(gin_config_file)
-    read_gin(gin_config_file, [*bindings, f"xd_upstream.split = {split!r}"])
+    # The checkpoint replaces whatever the training started from.
+    ours = [f"xd_upstream.split = {split!r}", "xd_upstream.warm_start = ''"]
+    read_gin(gin_config_file, [*bindings, *ours])
     on_cpu = not torch.cuda.device_count()
     with apply(CPU_REBINDINGS if on_cpu else ()):
         parts = _build()

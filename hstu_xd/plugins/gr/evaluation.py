@@ -60,6 +60,7 @@ def domain_scoped(eval_metrics: Callable[..., Any]) -> Callable[..., Any]:
             past_payloads=seq_features.past_payloads,
         )
         catalog = SESSION.catalog_on(target_ids.device)
+        whole = candidates == "catalogue"
         seen = seq_features.past_ids if filter_invalid_ids else target_ids.new_zeros(len(users), 0)
         targets = target_ids.squeeze(1)
         ranks = target_ranks(
@@ -67,8 +68,8 @@ def domain_scoped(eval_metrics: Callable[..., Any]) -> Callable[..., Any]:
             targets,
             seen.flatten(),
             torch.arange(len(users) + 1, device=seen.device) * seen.shape[1],
-            catalog if candidates == "domain" else _one_domain(catalog),
-            similarity_scorer(model, eval_state.candidate_index),
+            SESSION.whole_catalog_on(target_ids.device) if whole else catalog,
+            similarity_scorer(model, eval_state.candidate_index, catalog.num_items),
         )
         metrics = upstream_metrics(ranks)
         if target_ratings is not None:
@@ -98,14 +99,15 @@ def upstream_metrics(ranks: Tensor) -> dict[str, Tensor]:
     return metrics
 
 
-def similarity_scorer(model: Any, index: Any) -> Scorer:
+def similarity_scorer(model: Any, index: Any, num_items: int) -> Scorer:
     """Scores by the model's own similarity (dot product or MoL) with the index's item vectors.
 
     Args:
         model: upstream's encoder with its ``similarity_fn``.
         index: upstream's candidate index: ``ids`` (1, X) int64, ``embeddings`` (1, X, K).
+        num_items: largest item id.
     """
-    place = index.ids.new_zeros(int(index.ids.max()) + 1)
+    place = index.ids.new_zeros(num_items + 1)
     place[index.ids[0]] = torch.arange(index.num_objects, device=place.device)
 
     def score(items: Tensor) -> Callable[[Tensor], Tensor]:
@@ -135,8 +137,3 @@ def _grouped(
         for group, members in groups.items()
         for name in _GROUPED
     }
-
-
-def _one_domain(catalog: DomainCatalog) -> DomainCatalog:
-    everything = DomainCatalog(catalog.item_domains.clamp(max=0).cpu(), ["all"])
-    return everything.to(catalog.item_domains.device)

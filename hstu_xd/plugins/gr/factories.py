@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from generative_recommenders.research.data.reco_dataset import RecoDataset
 from generative_recommenders.research.modeling.sequential.encoder_utils import hstu_encoder
 from torch import Tensor
@@ -30,7 +31,7 @@ _MODULES = ("SASRec", "HSTU", "HSTU_XD")
 
 
 def with_stores(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """``get_reco_dataset`` that also opens ``xd:<prepared folder>`` and knows the domains."""
+    """``get_reco_dataset`` that opens ``xd:<prepared folder>`` too, knows the domains and seeds."""
 
     def xd_get_reco_dataset(
         dataset_name: str,
@@ -39,6 +40,10 @@ def with_stores(upstream: Callable[..., Any]) -> Callable[..., Any]:
         positional_sampling_ratio: float = 1.0,
     ) -> Any:
         settings = UpstreamSettings()
+        # The first thing that every worker calls: model, order of samples and negatives come after.
+        if settings.seed is not None:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            torch.manual_seed(settings.seed + rank)
         if not dataset_name.startswith(STORE_PREFIX):
             opened = upstream(
                 dataset_name=dataset_name,
@@ -136,7 +141,9 @@ def read_upstream_checkpoint(path: Path) -> Mapping[str, Tensor]:
         InputError: no such file, or not one of upstream's.
     """
     if not path.is_file():
-        raise InputError(f"xd_upstream.warm_start = {str(path)!r}: no such file")
+        raise InputError(
+            f"checkpoint {path}: no such file; give one out of upstream's ckpts folder"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint["model_state_dict"]

@@ -7,6 +7,7 @@ import torch
 from generative_recommenders.research.modeling.sequential.autoregressive_losses import (
     InBatchNegativesSampler,
     LocalNegativesSampler,
+    NegativesSampler,
 )
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,13 +20,8 @@ from hstu_xd.plugins.gr.settings import UpstreamSettings
 _DRAWS = 2**62
 
 
-class DomainLocalNegativesSampler(LocalNegativesSampler):
-    """Uniform negatives out of the positive's own domain (``sampling_strategy = "local"``).
-
-    Args:
-        catalog: item -> domain table.
-        Others: as upstream's sampler.
-    """
+class _DomainScoped(NegativesSampler):
+    """Put before one of upstream's samplers: it knows the domains, and says so in its name."""
 
     def __init__(self, *, catalog: DomainCatalog, **upstream: Any) -> None:
         super().__init__(**upstream)
@@ -34,6 +30,15 @@ class DomainLocalNegativesSampler(LocalNegativesSampler):
     def debug_str(self) -> str:
         """Upstream's description, marked as domain-scoped; a part of its paths."""
         return f"{super().debug_str()}-domain"
+
+
+class DomainLocalNegativesSampler(_DomainScoped, LocalNegativesSampler):
+    """Uniform negatives out of the positive's own domain (``sampling_strategy = "local"``).
+
+    Args:
+        catalog: item -> domain table.
+        Others: as upstream's sampler.
+    """
 
     def forward(self, positive_ids: Tensor, num_to_sample: int) -> tuple[Tensor, Tensor]:
         """Sample for each positive.
@@ -52,21 +57,13 @@ class DomainLocalNegativesSampler(LocalNegativesSampler):
         return ids, self.normalize_embeddings(self._item_emb(ids))
 
 
-class DomainInBatchNegativesSampler(InBatchNegativesSampler):
+class DomainInBatchNegativesSampler(_DomainScoped, InBatchNegativesSampler):
     """Negatives of the positive's own domain among the batch's items (``"in-batch"``).
 
     Args:
         catalog: item -> domain table.
         Others: as upstream's sampler.
     """
-
-    def __init__(self, *, catalog: DomainCatalog, **upstream: Any) -> None:
-        super().__init__(**upstream)
-        self._catalog = catalog
-
-    def debug_str(self) -> str:
-        """Upstream's description, marked as domain-scoped; a part of its paths."""
-        return f"{super().debug_str()}-domain"
 
     def process_batch(self, ids: Tensor, presences: Tensor, embeddings: Tensor) -> None:
         """Cache the batch's items as upstream does, then order them by domain."""

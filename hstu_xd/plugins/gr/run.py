@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 
 import gin
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.plugins.gr.patching import Rebinding, apply
 from hstu_xd.plugins.gr.verified import RESEARCH, inspect_upstream
+from hstu_xd.plugins.patching import Rebinding, apply
 
 TRAINER = f"{RESEARCH}.trainer.train"
 PLUGIN = "hstu_xd.plugins.generative_recommenders"

@@ -30,6 +30,8 @@ class UpstreamSettings:
         candidates: whom the target is ranked against in evaluation: its "domain", the whole
             "catalogue", or "upstream" for upstream's own function.
         warm_start: checkpoint of an HSTU to start from; empty: none.
+        seed: of PyTorch's random numbers, so that a run can be repeated; upstream's own
+            ``train_fn.random_seed`` does not reach them. None: another run every time.
 
     Raises:
         InputError: a value that is not one of those named above.
@@ -40,6 +42,7 @@ class UpstreamSettings:
     negatives: str = "domain"
     candidates: str = "domain"
     warm_start: str = ""
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (

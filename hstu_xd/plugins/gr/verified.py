@@ -5,15 +5,12 @@ equals that of a verified commit. Comments and white space do not count, so that
 checkout, or a later commit that leaves these objects alone, stays verified.
 """
 
-import ast
-import hashlib
 import importlib.util
-import io
 import subprocess
-import textwrap
-import tokenize
 from dataclasses import dataclass
 from pathlib import Path
+
+from hstu_xd.plugins.source_hashes import source_hashes
 
 PACKAGE = "generative_recommenders"
 RESEARCH = f"{PACKAGE}.research"
@@ -133,28 +130,6 @@ def source_problems(folder: Path) -> tuple[str, ...]:
             elif found[name] not in expected:
                 problems.append(f"{RESEARCH}.{module}.{name}: its source is not a verified one")
     return tuple(problems)
-
-
-def source_hashes(source: str) -> dict[str, str]:
-    """Hash of every top-level function and class of a module, without comments and white space."""
-    lines = source.splitlines(keepends=True)
-    hashes = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
-            text = _bare(textwrap.dedent("".join(lines[first : node.end_lineno])))
-            hashes[node.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return hashes
-
-
-def _bare(source: str) -> str:
-    """Source without comments and white space; the same for every version of Python."""
-    lines = source.splitlines(keepends=True)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column] + "\n"
-    return "".join("".join(lines).split())
 
 
 def _commit(folder: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.gr.patching import Rebinding, apply
+from hstu_xd.plugins.patching import Rebinding, apply
 from hstu_xd.plugins.rec.session import SESSION
 from hstu_xd.plugins.rec.settings import MODEL, RecSettings
 

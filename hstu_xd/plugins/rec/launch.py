@@ -141,7 +141,7 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     Raises:
         InputError: an unknown model or key, a faulty value or item -> domain file.
     """
-    from hstu_xd.plugins.gr.patching import apply
+    from hstu_xd.plugins.patching import apply
     from hstu_xd.plugins.rec.activate import MODELS
     from hstu_xd.plugins.rec.factories import check_model
     from hstu_xd.plugins.rec.session import SESSION

@@ -16,9 +16,9 @@ import gin
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.plugins.gr import activate as activation
 from hstu_xd.plugins.gr import verified
-from hstu_xd.plugins.gr.patching import Rebinding, apply
 from hstu_xd.plugins.gr.run import upstream_train
 from hstu_xd.plugins.gr.session import SESSION
+from hstu_xd.plugins.patching import Rebinding, apply
 
 
 @pytest.fixture
@@ -186,11 +186,3 @@ def test_unknown_upstream_names_commits_and_the_override(monkeypatch: Any, caplo
     monkeypatch.setenv("HSTU_XD_ALLOW_UNVERIFIED", "1")
     activation.check_version()
     assert "going on" in caplog.text
-
-
-def test_verified_means_the_same_source_whatever_the_comments() -> None:
-    source = "@decorated\ndef f(x):\n    return x + 1\n"
-    noted = "@decorated  # why\ndef f(x):\n\n    # note\n    return (x\n        + 1)\n"
-    plain = verified.source_hashes(source)["f"]
-    assert verified.source_hashes(noted.replace("(x\n        + 1)", "x + 1"))["f"] == plain
-    assert verified.source_hashes(source.replace("+ 1", "+ 2"))["f"] != plain

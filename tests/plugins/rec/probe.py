@@ -23,7 +23,7 @@ stand_in_for_absent()
 from REC.config import Config  # noqa: E402
 from REC.model.IDNet import hstu as theirs  # noqa: E402
 
-from hstu_xd.plugins.gr.patching import Rebinding, apply  # noqa: E402
+from hstu_xd.plugins.patching import Rebinding, apply  # noqa: E402
 from hstu_xd.plugins.rec.evaluation import with_request  # noqa: E402
 from hstu_xd.plugins.rec.launch import main  # noqa: E402
 from hstu_xd.plugins.rec.model import HSTU_XD  # noqa: E402

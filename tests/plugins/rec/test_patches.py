@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hstu_xd.files import patches_folder
-from hstu_xd.plugins.gr.patch_files import CODEBASES, apply_patches, inspect_tree, read_patches
+from hstu_xd.plugins.patch_files import CODEBASES, apply_patches, inspect_tree, read_patches
 
 VARIABLES = {"hllm": "HSTU_XD_HLLM", "persrec": "HSTU_XD_PERSREC"}
 
