@@ -48,4 +48,7 @@ def load_hstu(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 def is_cross_domain(name: str) -> bool:
     """Whether a parameter is one that this package adds to HSTU."""
-    return name.startswith(("_tape.", "_target_domain_emb.")) or "._ddsr." in name
+    return (
+        name.startswith(("_tape.", "_target_domain_emb.", "_hstu._history_tokens"))
+        or "._ddsr." in name
+    )

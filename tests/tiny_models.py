@@ -51,6 +51,16 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "no_bias": {"domain_mask": True, "enable_relative_attention_bias": False},
     "no_activation": {"linear_activation": "none"},
     "everything": EVERYTHING,
+    "segments_alone": {"segment_by": "count", "segment_length": 3},
+    "history_tokens": {"segment_by": "count", "segment_length": 4, "history_tokens": 2},
+    "history_tokens_of_domains": {
+        "domain_mask": True,
+        "segment_by": "session",
+        "segment_gap": 50_000,
+        "history_tokens": 1,
+    },
+    "history_tokens_and_everything": EVERYTHING
+    | {"segment_by": "count", "segment_length": 2, "history_tokens": 2},
 }
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
+from hstu_xd.modules.history_tokens import TokenPlan
 from hstu_xd.modules.hstu_layer import HSTULayer, Written
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
@@ -23,6 +25,11 @@ class CrossDomainEncoder(nn.Module):
             HSTULayer(settings, full_attention=i in settings.full_attention_layers)
             for i in range(settings.num_blocks)
         )
+        self._settings = settings
+        self._history_tokens: nn.Parameter | None = None
+        if settings.history_tokens:
+            tokens = torch.empty(settings.history_tokens, settings.embedding_dim)
+            self._history_tokens = nn.Parameter(tokens.normal_(std=0.02))
 
     @property
     def layers(self) -> list[HSTULayer]:
@@ -42,6 +49,13 @@ class CrossDomainEncoder(nn.Module):
 
     def forward(self, x: Tensor, plan: EncoderPlan, written: list[Written] | None = None) -> Tensor:
         """(L, K) float -> (L, K) float; ``written`` takes what each layer's tokens leave behind."""
+        if not self._settings.has_segments:
+            for layer in self._attention_layers:
+                x = layer(x, plan, written=written)
+            return x
+        rows = TokenPlan.build(plan, self._settings)
+        tokens = self._history_tokens
+        x = rows.insert(x, x[:0] if tokens is None else tokens)
         for layer in self._attention_layers:
-            x = layer(x, plan, written=written)
-        return x
+            x = layer(x, rows, written=written)
+        return rows.take_events(x)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm, silu
 
 from hstu_xd.modules.ddsr import DynamicDomainState
+from hstu_xd.modules.history_tokens import TokenPlan
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.relative_attention_bias import RelativeBucketedTimeAndPositionBias
 from hstu_xd.modules.settings import EncoderSettings
@@ -64,7 +65,9 @@ class HSTULayer(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, plan: EncoderPlan, written: list[Written] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, plan: EncoderPlan | TokenPlan, written: list[Written] | None = None
+    ) -> Tensor:
         """Run the layer over a jagged batch.
 
         Args:
@@ -88,7 +91,14 @@ class HSTULayer(nn.Module):
         states = self.state(normed, attended)
         answer: Tensor | None = None
         if self._ddsr is not None:
-            answer = self._ddsr(normed, states, plan.state_tiles, plan.target_domains)
+            events = plan.events
+            read = self._ddsr(
+                plan.take_events(normed),
+                plan.take_events(states),
+                events.state_tiles,
+                events.target_domains,
+            )
+            answer = plan.spread_events(read)
         if written is not None:
             written.append(Written(k, v, states))
         return self.combine(x, u, attended, answer)
@@ -133,26 +143,30 @@ class HSTULayer(nn.Module):
             gated = gated + after_gate
         return self._o(dropout(gated, p=s.linear_dropout_rate, training=self.training)) + x
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: EncoderPlan) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: EncoderPlan | TokenPlan) -> Tensor:
         s = self._settings
         bias = None
         if self._rel_attn_bias is not None:
             bias = self._rel_attn_bias(plan.positions, plan.timestamps, plan.next_timestamps)
         own = s.num_heads - s.target_view_heads
-        views = [(slice(0, own), plan.own_view if self._masked else plan.full_view)]
+        views = [(slice(0, own), plan.own_views(masked=self._masked))]
         if s.target_view_heads:
-            views.append((slice(own, s.num_heads), plan.target_view))
-        outputs = [
-            domain_attention(
-                q[:, heads],
-                k[:, heads],
-                v[:, heads],
-                grouping,
-                norm_length=s.norm_length,
-                bias=bias,
-                impl=s.impl,
-            )
-            for heads, grouping in views
-            if heads.stop > heads.start
-        ]
+            views.append((slice(own, s.num_heads), plan.target_views()))
+        outputs = []
+        for heads, groupings in views:
+            if heads.stop == heads.start:
+                continue
+            parts = [
+                domain_attention(
+                    q[:, heads],
+                    k[:, heads],
+                    v[:, heads],
+                    grouping,
+                    norm_length=s.norm_length,
+                    bias=bias,
+                    impl=s.impl,
+                )
+                for grouping in groupings
+            ]
+            outputs.append(sum(parts[1:], start=parts[0]))
         return torch.cat(outputs, dim=1).flatten(1)

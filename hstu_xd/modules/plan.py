@@ -46,6 +46,29 @@ class EncoderPlan:
         """Queries read the run of the domain they predict."""
         return self.own_view.target_view(self.target_domains)
 
+    def own_views(self, *, masked: bool) -> tuple[DomainGrouping, ...]:
+        """Groupings whose attentions add up to what a token reads, under the mask or without."""
+        return (self.own_view if masked else self.full_view,)
+
+    def target_views(self) -> tuple[DomainGrouping, ...]:
+        """The same for heads in the target view."""
+        return (self.target_view,)
+
+    # A plan without history tokens holds events alone; see TokenPlan.
+
+    @property
+    def events(self) -> "EncoderPlan":
+        """The plan of the events alone."""
+        return self
+
+    def take_events(self, x: Tensor) -> Tensor:
+        """Rows of the events."""
+        return x
+
+    def spread_events(self, x: Tensor) -> Tensor:
+        """Events to their rows."""
+        return x
+
     @property
     def positions(self) -> Tensor:
         """(L,) int64, position of each token in its user's history."""

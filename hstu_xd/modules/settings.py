@@ -34,6 +34,14 @@ class EncoderSettings:
         query_target_domain: DDSR's query knows the target domain.
         states_per_domain: latest states that DDSR keeps per domain; the paper keeps one.
         state_age_bias: DDSR's scores know how old a state is.
+        segment_by: where a run (a domain's events under domain_mask, else all of a user's) is cut
+            into segments: "none", after "segment_length" events ("count"), where the run pauses
+            longer than segment_gap ("time_gap"), or where the user does ("session"). Events of a
+            segment are hidden once another one begins in the run.
+        segment_length: events of a segment.
+        segment_gap: pause, in the log's unit of time.
+        history_tokens: learnable tokens ``K`` that stand for a segment from then on; 0: nothing
+            does.
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
 
     Raises:
@@ -62,12 +70,16 @@ class EncoderSettings:
     query_target_domain: bool = True
     states_per_domain: int = 4
     state_age_bias: bool = True
+    segment_by: str = "none"
+    segment_length: int = 64
+    segment_gap: int = 86_400
+    history_tokens: int = 0
     impl: str = "auto"
 
     def __post_init__(self) -> None:
         for name in (
             "num_domains", "norm_length", "embedding_dim", "num_blocks", "num_heads", "dqk", "dv",
-            "states_per_domain",
+            "states_per_domain", "segment_length",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; at least 1 is needed")
@@ -82,6 +94,7 @@ class EncoderSettings:
             ("linear_activation", ("silu", "none")),
             ("state_from", ("input", "output")),
             ("combine", ("before_gate", "after_gate")),
+            ("segment_by", ("none", "count", "time_gap", "session")),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; one of {', '.join(allowed)}")
@@ -99,6 +112,27 @@ class EncoderSettings:
                 f"{self.num_heads} * {self.dv} and {self.embedding_dim}"
             )
 
+        self._check_segments()
+
+    def _check_segments(self) -> None:
+        if self.history_tokens < 0 or self.segment_gap < 0:
+            raise InputError(
+                f"history_tokens is {self.history_tokens} and segment_gap {self.segment_gap}; "
+                "neither can be below 0"
+            )
+        if self.segment_by == "none":
+            if self.history_tokens:
+                raise InputError(
+                    f"history_tokens is {self.history_tokens} but segment_by is 'none'; say where "
+                    "segments end: count, time_gap or session"
+                )
+        elif self.full_attention_layers:
+            raise InputError(
+                "full_attention_layers cannot be cut into a domain's segments; drop it"
+            )
+        elif self.target_view_heads and not self.domain_mask:
+            raise InputError("target_view_heads with segment_by needs domain_mask=True")
+
     @property
     def is_cross_domain(self) -> bool:
         """Whether any switch is on; plain HSTU otherwise."""
@@ -108,7 +142,13 @@ class EncoderSettings:
             or self.ddsr
             or self.target_domain_embedding
             or self.target_view_heads
+            or self.has_segments
         )
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether histories are cut into segments."""
+        return self.segment_by != "none"
 
     @property
     def reads_target_domain(self) -> bool:
@@ -123,4 +163,8 @@ class EncoderSettings:
     @property
     def reads_time(self) -> bool:
         """Whether the encoder needs timestamps."""
-        return self.enable_relative_attention_bias or (self.ddsr and self.state_age_bias)
+        return (
+            self.enable_relative_attention_bias
+            or (self.ddsr and self.state_age_bias)
+            or self.segment_by in ("time_gap", "session")
+        )

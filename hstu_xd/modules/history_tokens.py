@@ -1,0 +1,227 @@
+"""Learnable tokens that compress a long history: the layout of a batch with tokens in it.
+
+A run (a user's events of one domain under the domain mask, else all of a user's events) is cut into
+segments. When the first event after a segment arrives, ``K`` tokens are laid before it: they close
+the segment. From then on its events are hidden; later events and tokens read its tokens. Nothing
+here knows the future: an event is laid out the same whatever follows it.
+
+SiLU attention is a sum over keys, so what a token sees is the sum of two grouped attentions: over
+the events of the segment that is open, and over the tokens of the run. Neither touches a hidden
+pair.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hstu_xd.grouping import DomainGrouping
+from hstu_xd.modules.plan import EncoderPlan
+from hstu_xd.modules.settings import EncoderSettings
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlan:
+    """A batch of L events with history tokens laid in between: L' rows in all.
+
+    Takes the place of :class:`EncoderPlan` in the layers' attention; what concerns events alone
+    (domain states) stays with ``events``.
+
+    Attributes:
+        events: the plan of the batch without tokens.
+        places: (L,) int64, row of every event.
+        token_rows: (M, K) int64, rows of the tokens of the M closed segments.
+        positions: (L',) int64, of the event; a token has that of its segment's last event.
+        timestamps: (L',) int64, likewise.
+        next_timestamps: (L',) int64; for a token the time of its segment's last event.
+        own: groupings whose attentions add up to what a row reads of its own run.
+        target: the same of the run of its target domain; empty without target view.
+    """
+
+    events: EncoderPlan
+    places: Tensor
+    token_rows: Tensor
+    positions: Tensor
+    timestamps: Tensor
+    next_timestamps: Tensor
+    own: tuple[DomainGrouping, ...]
+    target: tuple[DomainGrouping, ...]
+
+    @classmethod
+    def build(cls, events: EncoderPlan, settings: EncoderSettings) -> "TokenPlan":
+        """Lay out a batch. Nothing in it loops over users or segments; on a GPU it waits once.
+
+        Args:
+            events: the plan of the batch.
+            settings: how segments are cut, and the number of tokens.
+        """
+        runs = events.own_view if settings.domain_mask else events.full_view
+        cut = _Segments.cut(events, runs, settings)
+        kept, closed = settings.history_tokens, torch.nonzero(cut.closes).squeeze(1)
+        # Tokens laid before event i, those right before it included.
+        before = pad(kept * cut.closes.long().cumsum(0), (1, 0))
+        places = torch.arange(runs.num_tokens, device=before.device) + before[1:]
+        column = torch.arange(kept, device=before.device)
+        token_rows = places[closed].unsqueeze(1) - kept + column
+        # The event whose coordinates a row has.
+        source = closed.new_empty(places.numel() + token_rows.numel())
+        source[places] = torch.arange(places.numel(), device=source.device)
+        source[token_rows] = cut.previous[closed].unsqueeze(1)
+        is_token = torch.zeros_like(source, dtype=torch.bool)
+        is_token[token_rows] = True
+        layout = _Layout(
+            source, is_token, events.offsets + before[events.offsets], token_rows.numel() > 0
+        )
+        run = runs.group_of % runs.num_domains
+        target: tuple[DomainGrouping, ...] = ()
+        if settings.target_view_heads:
+            targets = events.target_domains
+            target = layout.views(cut, runs, run, targets, cut.open_segment(runs, targets))
+        return cls(
+            events=events,
+            places=places,
+            token_rows=token_rows,
+            positions=events.positions[source],
+            timestamps=events.timestamps[source],
+            next_timestamps=torch.where(
+                is_token, events.timestamps[source], events.next_timestamps[source]
+            ),
+            own=layout.views(cut, runs, run, run, cut.segments),
+            target=target,
+        )
+
+    def own_views(self, *, masked: bool) -> tuple[DomainGrouping, ...]:
+        """See :meth:`EncoderPlan.own_views`; segments are cut for all layers alike."""
+        return self.own
+
+    def target_views(self) -> tuple[DomainGrouping, ...]:
+        """See :meth:`EncoderPlan.target_views`."""
+        return self.target
+
+    def insert(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Rows of events and tokens: (L, W), (K, W) float -> (L', W)."""
+        rows = x.new_empty(self.positions.numel(), x.shape[1])
+        rows = rows.index_copy(0, self.places, x)
+        every = tokens.to(x.dtype).expand(len(self.token_rows), -1, -1).flatten(0, 1)
+        return rows.index_copy(0, self.token_rows.flatten(), every)
+
+    def take_events(self, x: Tensor) -> Tensor:
+        """Rows of the events: (L', W) -> (L, W)."""
+        return x.index_select(0, self.places)
+
+    def spread_events(self, x: Tensor) -> Tensor:
+        """Events to their rows, zeros to the tokens: (L, W) -> (L', W)."""
+        rows = x.new_zeros(self.positions.numel(), x.shape[1])
+        return rows.index_copy(0, self.places, x)
+
+
+@dataclass(frozen=True, eq=False)
+class _Segments:
+    """Where the runs of a batch are cut.
+
+    Attributes:
+        segments: (L,) int64, segment of every event, counted from 0 for each user.
+        closes: (L,) bool, the event opens a segment and thereby closes the one before it.
+        previous: (L,) int64, the event before it in its run; itself if it is the first.
+        bound: no user has more segments.
+    """
+
+    segments: Tensor
+    closes: Tensor
+    previous: Tensor
+    bound: int
+
+    @classmethod
+    def cut(
+        cls, events: EncoderPlan, runs: DomainGrouping, settings: EncoderSettings
+    ) -> "_Segments":
+        order, length = runs.permutation, runs.num_tokens
+        row = torch.arange(length, device=order.device)
+        rank = row - torch.repeat_interleave(runs.offsets[:-1], runs.lengths, output_size=length)
+        previous = order[(row - 1).clamp(min=0)]
+        previous = torch.where(rank > 0, previous, order)
+        bound = settings.norm_length
+        if settings.segment_by == "count":
+            opens = rank % settings.segment_length == 0
+            bound = settings.norm_length // settings.segment_length + runs.num_domains
+        elif settings.segment_by == "time_gap":
+            opens = events.timestamps[order] - events.timestamps[previous] > settings.segment_gap
+        else:
+            session = _sessions(events, settings.segment_gap)
+            opens = session[order] != session[previous]
+        closes = opens & (rank > 0)
+        # Segments of the batch in grouped order, then counted from 0 for each user.
+        segment = (opens | (rank == 0)).long().cumsum(0) - 1
+        first = events.offsets[:-1].clamp(max=max(0, length - 1))
+        if length:
+            users = torch.arange(first.numel(), device=order.device)
+            owner = torch.repeat_interleave(users, events.offsets.diff(), output_size=length)
+            segment = segment - segment[first][owner]
+        inverse = runs.inverse
+        return cls(segment[inverse], closes[inverse], previous[inverse], bound)
+
+    def open_segment(self, runs: DomainGrouping, targets: Tensor) -> Tensor:
+        """Segment of each event's target run that is open at the event; ``bound + 1`` if none."""
+        length = runs.num_tokens
+        rows = runs.group_of * length + torch.arange(length, device=targets.device)
+        group = runs.group_of // runs.num_domains * runs.num_domains + targets
+        wanted = group * length + torch.arange(length, device=targets.device)
+        at = torch.searchsorted(rows[runs.permutation], wanted, right=True) - 1
+        found = runs.permutation[at.clamp(min=0)]
+        met = (at >= 0) & (runs.group_of[found] == group)
+        return torch.where(met, self.segments[found], self.bound + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Rows of a batch with tokens.
+
+    Attributes:
+        source: (L',) int64, event whose coordinates a row has.
+        is_token: (L',) bool.
+        offsets: (B + 1,) int64, rows of every user.
+        has_tokens: whether there is a token among the rows.
+    """
+
+    source: Tensor
+    is_token: Tensor
+    offsets: Tensor
+    has_tokens: bool
+
+    def views(
+        self, cut: _Segments, runs: DomainGrouping, run: Tensor, read_run: Tensor, read: Tensor
+    ) -> tuple[DomainGrouping, ...]:
+        """Groupings over the events of a segment and over the tokens of a run.
+
+        Args:
+            cut: the segments.
+            runs: the runs.
+            run: (L,) int64, run of every event.
+            read_run: (L,) int64, run that it reads.
+            read: (L,) int64, segment of that run that it reads.
+        """
+        # Keys that a view leaves out stand in a group that nobody reads.
+        nobody = cut.bound
+        keys = self._rows(cut.segments).masked_fill(self.is_token, nobody)
+        queries = torch.where(self.is_token, self._rows(cut.segments), self._rows(read))
+        # One group more: where there is nothing to read yet.
+        events = DomainGrouping.from_jagged(keys, self.offsets, cut.bound + 2)
+        if not self.has_tokens:
+            return (events.target_view(queries),)
+        nobody = runs.num_domains
+        keys = self._rows(run).masked_fill(~self.is_token, nobody)
+        tokens = DomainGrouping.from_jagged(keys, self.offsets, nobody + 1)
+        read_runs = torch.where(self.is_token, self._rows(run), self._rows(read_run))
+        return events.target_view(queries), tokens.target_view(read_runs)
+
+    def _rows(self, of_events: Tensor) -> Tensor:
+        return of_events[self.source]
+
+
+def _sessions(events: EncoderPlan, gap: int) -> Tensor:
+    """(L,) int64, session of every event: a longer pause than ``gap`` begins another."""
+    times = events.timestamps
+    begins = torch.ones_like(times, dtype=torch.bool)
+    begins[1:] = (times[1:] - times[:-1] > gap) | (events.positions[1:] == 0)
+    return begins.long().cumsum(0)
