@@ -9,8 +9,11 @@ _MASK = ("xd_encoder.domain_mask = True",)
 _VIEW = ("xd_encoder.target_view_heads = 2",)
 _TAPE = ("xd_encoder.tape = True",)
 _DDSR = ("xd_encoder.ddsr = True",)
+_ALL = (*_MASK, *_VIEW, *_TAPE, *_DDSR)
+_SEGMENTS = ('xd_encoder.segment_by = "count"',)
 
-VARIANTS: dict[str, tuple[str, ...]] = {
+# What an ablation compares unless told otherwise.
+SWITCHES: dict[str, tuple[str, ...]] = {
     "hstu-catalogue": ('xd_train.negatives = "catalogue"',),
     "hstu": (),
     "hstu+target": ("xd_encoder.target_domain_embedding = True",),
@@ -18,8 +21,19 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mask+tape": (*_MASK, *_TAPE),
     "mask+ddsr": (*_MASK, *_DDSR),
     "mask+view": (*_MASK, *_VIEW),
-    "all": (*_MASK, *_VIEW, *_TAPE, *_DDSR),
+    "all": _ALL,
 }
+# Long histories in segments of 64 events: the open one alone, or with tokens for those before.
+LONG_HISTORIES: dict[str, tuple[str, ...]] = {
+    f"{name}+tokens{tokens}" if tokens else f"{name}+recent": (
+        *switches,
+        *_SEGMENTS,
+        f"xd_encoder.history_tokens = {tokens}",
+    )
+    for name, switches in (("hstu", ()), ("all", _ALL))
+    for tokens in (0, 1, 4, 16)
+}
+VARIANTS = SWITCHES | LONG_HISTORIES
 
 
 def variant_bindings(name: str) -> tuple[str, ...]:
@@ -36,8 +50,8 @@ def variant_bindings(name: str) -> tuple[str, ...]:
 
 
 def parse_variants(text: str | None) -> Sequence[str]:
-    """Names out of "a,b,c"; all of them for None."""
-    names = list(VARIANTS) if text is None else [name.strip() for name in text.split(",")]
+    """Names out of "a,b,c"; the switches for None."""
+    names = list(SWITCHES) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         variant_bindings(name)
     return list(dict.fromkeys(names))
