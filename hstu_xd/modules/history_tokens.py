@@ -35,6 +35,7 @@ class TokenPlan:
         positions: (L',) int64, of the event; a token has that of its segment's last event.
         timestamps: (L',) int64, likewise.
         next_timestamps: (L',) int64; for a token the time of its segment's last event.
+        is_open: (L,) bool, the event's segment is the last of its run: later events may read it.
         own: groupings whose attentions add up to what a row reads of its own run.
         target: the same of the run of its target domain; empty without target view.
     """
@@ -45,6 +46,7 @@ class TokenPlan:
     positions: Tensor
     timestamps: Tensor
     next_timestamps: Tensor
+    is_open: Tensor
     own: tuple[DomainGrouping, ...]
     target: tuple[DomainGrouping, ...]
 
@@ -87,9 +89,15 @@ class TokenPlan:
             next_timestamps=torch.where(
                 is_token, events.timestamps[source], events.next_timestamps[source]
             ),
+            is_open=cut.is_open,
             own=layout.views(cut, runs, run, run, cut.segments),
             target=target,
         )
+
+    @property
+    def num_kept(self) -> int:
+        """Rows that an event after the batch's may read."""
+        return int(self.is_open.sum()) + self.token_rows.numel()
 
     def own_views(self, *, masked: bool) -> tuple[DomainGrouping, ...]:
         """See :meth:`EncoderPlan.own_views`; segments are cut for all layers alike."""
@@ -124,12 +132,14 @@ class _Segments:
         segments: (L,) int64, segment of every event, counted from 0 for each user.
         closes: (L,) bool, the event opens a segment and thereby closes the one before it.
         previous: (L,) int64, the event before it in its run; itself if it is the first.
+        is_open: (L,) bool, the event's segment is the last of its run.
         bound: no user has more segments.
     """
 
     segments: Tensor
     closes: Tensor
     previous: Tensor
+    is_open: Tensor
     bound: int
 
     @classmethod
@@ -158,8 +168,10 @@ class _Segments:
             users = torch.arange(first.numel(), device=order.device)
             owner = torch.repeat_interleave(users, events.offsets.diff(), output_size=length)
             segment = segment - segment[first][owner]
+        last = segment[(runs.offsets[1:] - 1).clamp(min=0)] if length else segment
+        is_open = segment == last.repeat_interleave(runs.lengths, output_size=length)
         inverse = runs.inverse
-        return cls(segment[inverse], closes[inverse], previous[inverse], bound)
+        return cls(segment[inverse], closes[inverse], previous[inverse], is_open[inverse], bound)
 
     def open_segment(self, runs: DomainGrouping, targets: Tensor) -> Tensor:
         """Segment of each event's target run that is open at the event; ``bound + 1`` if none."""

@@ -61,6 +61,11 @@ class EncoderPlan:
         """The plan of the events alone."""
         return self
 
+    @property
+    def num_kept(self) -> int:
+        """Rows that an event after the batch's may read."""
+        return self.domains.numel()
+
     def take_events(self, x: Tensor) -> Tensor:
         """Rows of the events."""
         return x

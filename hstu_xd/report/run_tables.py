@@ -29,10 +29,13 @@ def variants_table(runs: Sequence[Run], places: Mapping[str, int]) -> str:
                 _number(first.get("max_sequence_length"), ",.0f"),
                 _mean([s.get("seconds_per_step") for s in summaries], ".4f"),
                 _mean([s.get("events_per_second") for s in summaries], ",.0f"),
+                _mean([s.get("attention_pairs") for s in summaries], ",.0f"),
+                _mean([s.get("state_bytes") for s in summaries], ",.0f"),
             ]
         )
     heads = [key.replace("_", " ") for key in switches]
     cost = ["parameters", "longest history", "seconds a step", "events/s"]
+    cost += ["attention pairs a user", "state bytes a user"]
     return table(["variant", *heads, *cost], rows)
 
 

@@ -99,6 +99,8 @@ class Run:
             "parameters": self.info.get("parameters"),
             "seconds_per_step": (self.summary or {}).get("seconds_per_step"),
             "events_per_second": (self.summary or {}).get("events_per_second"),
+            "attention_pairs": (self.summary or {}).get("attention_pairs"),
+            "state_bytes": (self.summary or {}).get("state_bytes"),
         }
 
 

@@ -49,6 +49,7 @@ class AblationRun:
         """The run as a row of ablation.json."""
         summary = json.loads((self.folder / "summary.json").read_text())
         keys = ("valid", "test", "parameters", "seconds_per_step", "events_per_second")
+        keys += ("attention_pairs", "state_bytes")
         return {
             "variant": self.variant,
             "seed": self.seed,

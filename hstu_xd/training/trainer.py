@@ -21,6 +21,7 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError
+from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.evaluate import RankedTargets, rank_targets
 from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.losses import sample_negatives, sampled_softmax_loss
@@ -259,6 +260,7 @@ class Trainer:
         load_weights(self.model, weights, self.run / MODEL_FILE)
         valid, test = self.evaluate(Split.VALID), self.evaluate(Split.TEST)
         progress = self.progress
+        cost = attention_cost(self.model, self._data[Split.TEST])
         self._log.write(Split.TEST, metadata["epoch"], progress.step, test)
         self._log.close()
         summary = {
@@ -269,6 +271,8 @@ class Trainer:
             "seconds_per_step": progress.train_seconds / max(1, progress.step),
             "events_per_second": progress.train_events / max(1e-9, progress.train_seconds),
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "attention_pairs": cost.pairs,
+            "state_bytes": cost.state_bytes,
             "seed": self.settings.random_seed,
         }
         if self.world.is_main:

@@ -174,6 +174,18 @@ def test_hidden_pairs_are_not_computed(name: str) -> None:
         assert found == sum(int(target.sum()) for _, target in pairs)
 
 
+@every_case
+def test_kept_rows_are_those_that_later_ones_read(name: str) -> None:
+    model = tiny_model(**CASES[name])
+    rows = TokenPlan.build(model.plan(to_batch(HISTORIES)), model.settings)
+    expected = 0
+    for history in HISTORIES:
+        laid = lay_out(history, model.settings)
+        last = {row.run: row.segment for row in laid if row.token < 0}
+        expected += sum(row.token >= 0 or row.segment == last[row.run] for row in laid)
+    assert rows.num_kept == expected
+
+
 def test_without_a_closed_segment_nothing_changes() -> None:
     long = EVERYTHING | {"segment_by": "count", "segment_length": NORM_LENGTH}
     with_tokens = tiny_model(**long, history_tokens=2)

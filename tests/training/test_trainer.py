@@ -73,6 +73,8 @@ def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_holds_what_the_commands_read(trained: Path, store: InteractionStore) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert {"best_epoch", "valid", "test", "seconds_per_step", "events_per_second"} <= set(summary)
+    assert summary["attention_pairs"] > 0
+    assert summary["state_bytes"] > 0
     for name in (*METRICS, *(f"{m}[{d}]" for m in METRICS for d in ("switch", "stay"))):
         assert 0 <= summary["test"][name] <= 1
     assert sum(summary["test"][f"count[{d}]"] for d in store.domain_names) == store.num_users

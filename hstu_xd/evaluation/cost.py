@@ -1,0 +1,62 @@
+"""What attention costs a user of a split: pairs to compute, bytes to keep for the next event."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hstu_xd.data.batches import SequenceData
+from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.modules.history_tokens import TokenPlan
+from hstu_xd.modules.plan import EncoderPlan
+from hstu_xd.ops.pairs import num_pairs
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Means over the users of a split.
+
+    Attributes:
+        pairs: query-key pairs of one layer and head, averaged over both.
+        state_bytes: float32 keys and values, in all layers, of what a next event may read: events,
+            or the tokens of closed segments and the events of open ones; and DDSR's states.
+    """
+
+    pairs: float
+    state_bytes: float
+
+
+def attention_cost(
+    model: CrossDomainHSTU, data: SequenceData, *, batch_size: int = 256
+) -> AttentionCost:
+    """Count, without running the model.
+
+    Args:
+        model: whose settings count.
+        data: the split.
+        batch_size: users counted at once.
+    """
+    s = model.settings
+    pairs = rows = 0.0
+    for start in range(0, data.users.size, batch_size):
+        batch, _ = data.batch(data.users[start : start + batch_size])
+        batch = batch.to(model.catalog.item_domains.device)
+        events = model.plan(batch)
+        plan = TokenPlan.build(events, s) if s.has_segments else events
+        rows += plan.num_kept
+        pairs += float(np.mean([_pairs(model, plan, layer) for layer in range(s.num_blocks)]))
+    per_row = s.num_blocks * s.num_heads * (s.dqk + s.dv) * _FLOAT_BYTES
+    states = s.num_domains * s.states_per_domain * per_row if s.ddsr else 0
+    return AttentionCost(pairs / data.users.size, rows / data.users.size * per_row + states)
+
+
+def _pairs(model: CrossDomainHSTU, plan: EncoderPlan | TokenPlan, layer: int) -> float:
+    """Pairs of a layer, averaged over its heads."""
+    s = model.settings
+    masked = s.domain_mask and layer not in s.full_attention_layers
+    own = s.num_heads - s.target_view_heads
+    total = own * sum(map(num_pairs, plan.own_views(masked=masked))) if own else 0
+    if s.target_view_heads:
+        total += s.target_view_heads * sum(map(num_pairs, plan.target_views()))
+    return total / s.num_heads
