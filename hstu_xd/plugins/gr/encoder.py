@@ -97,6 +97,9 @@ class HSTU_XD(HSTU):
         parts += ["tape"] * s.tape
         parts += [f"ddsr{s.states_per_domain}"] * s.ddsr
         parts += ["target"] * s.target_domain_embedding
+        if s.has_segments:
+            size = s.segment_length if s.segment_by == "count" else s.segment_gap
+            parts += [f"{s.segment_by}{size}", f"tokens{s.history_tokens}"]
         return "-".join(parts)
 
     def generate_user_embeddings(

@@ -21,6 +21,7 @@ from hstu_xd.plugins.gr.features import NEXT_DOMAINS
 from hstu_xd.warm_start import load_hstu
 
 # "auto" runs upstream's own layers; ours sum the gradient of the bias tables in another order.
+TOKENS: dict[str, Any] = {"segment_by": "count", "segment_length": 4, "history_tokens": 2}
 GRADIENT_TOLERANCE = {"auto": 0.0, "reference": 1e-5}
 
 
@@ -105,8 +106,9 @@ def test_initial_weights_are_those_upstream_would_draw() -> None:
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
 
 
-def test_every_parameter_receives_a_gradient() -> None:
-    model = shake(hstu_xd(**EVERYTHING))
+@pytest.mark.parametrize("more", [{}, TOKENS], ids=["everything", "history_tokens"])
+def test_every_parameter_receives_a_gradient(more: dict[str, Any]) -> None:
+    model = shake(hstu_xd(**EVERYTHING, **more))
     encode(model, batch()).square().sum(2)[:, :1].sum().backward()
     encoded = encode(model, batch())
     (encoded * torch.randn_like(encoded)).sum().backward()
@@ -126,8 +128,9 @@ def test_encode_gives_the_last_position_and_the_domain_matters() -> None:
     assert (vectors - asked_otherwise).abs().amax(1).min() > 1e-4
 
 
-def test_what_lies_behind_the_history_is_not_read() -> None:
-    model, features = shake(hstu_xd(**EVERYTHING)).eval(), batch()
+@pytest.mark.parametrize("more", [{}, TOKENS], ids=["everything", "history_tokens"])
+def test_what_lies_behind_the_history_is_not_read(more: dict[str, Any]) -> None:
+    model, features = shake(hstu_xd(**EVERYTHING, **more)).eval(), batch()
     embeddings = model.get_item_embeddings(features["past_ids"])
     before = model.encode(past_embeddings=embeddings, **features)
     # Training scatters the target's id there before the forward pass.
@@ -180,3 +183,5 @@ def test_debug_str_tells_the_switches() -> None:
     assert hstu_xd().debug_str() == theirs.replace("HSTU", "HSTU_XD")
     text = hstu_xd(**EVERYTHING).debug_str()
     assert text == theirs.replace("HSTU", "HSTU_XD") + "-mask-view1-tape-ddsr4-target"
+    text = hstu_xd(**TOKENS).debug_str()
+    assert text == theirs.replace("HSTU", "HSTU_XD") + "-count4-tokens2"
