@@ -91,16 +91,16 @@ class Run:
 
     def row(self) -> Row:
         """The run as one row of ablation.json, the input of :func:`aggregate`."""
+        summary = self.summary or {}
+        keys = ("seconds_per_step", "events_per_second", "attention_pairs", "state_bytes")
         return {
             "variant": self.variant,
             "seed": self.seed,
+            "best_epoch": summary.get("best_epoch"),
             "valid": self.picked_valid,
             "test": self.test,
             "parameters": self.info.get("parameters"),
-            "seconds_per_step": (self.summary or {}).get("seconds_per_step"),
-            "events_per_second": (self.summary or {}).get("events_per_second"),
-            "attention_pairs": (self.summary or {}).get("attention_pairs"),
-            "state_bytes": (self.summary or {}).get("state_bytes"),
+            **{key: summary.get(key) for key in keys},
         }
 
 

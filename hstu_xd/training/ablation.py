@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError
-from hstu_xd.report.runs import ABLATION_FILE, aggregate
+from hstu_xd.report.runs import ABLATION_FILE, aggregate, read_run
 from hstu_xd.report.tables import markdown_table
 from hstu_xd.training.settings import load_settings
 from hstu_xd.training.variants import variant_bindings
@@ -44,18 +43,6 @@ class AblationRun:
         for binding in every:
             line += ["--gin_bindings", binding]
         return line + ["--resume"] * (self.folder / "run.json").is_file()
-
-    def row(self) -> dict[str, Any]:
-        """The run as a row of ablation.json."""
-        summary = json.loads((self.folder / "summary.json").read_text())
-        keys = ("valid", "test", "parameters", "seconds_per_step", "events_per_second")
-        keys += ("attention_pairs", "state_bytes")
-        return {
-            "variant": self.variant,
-            "seed": self.seed,
-            "best_epoch": summary["best_epoch"],
-            **{key: summary[key] for key in keys},
-        }
 
 
 def ablate(
@@ -122,7 +109,7 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
 
 
 def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> str:
-    rows = [run.row() for run in sorted(runs, key=lambda r: r.seed) if run.done]
+    rows = [read_run(run.folder).row() for run in sorted(runs, key=lambda r: r.seed) if run.done]
     order = list(dict.fromkeys(run.variant for run in runs))
     rows.sort(key=lambda row: order.index(row["variant"]))
     table = markdown_table(
