@@ -6,46 +6,10 @@ from torch.utils.checkpoint import checkpoint
 
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
 from hstu_xd.modules.state_tiles import StateTiles
-from hstu_xd.ops.relative_bias import time_bucket
 from hstu_xd.ops.state_attention import state_attention
 
 # Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).
 _CHUNK_FLOATS = 16_000_000
-
-
-def last_state_index(
-    domains: Tensor, offsets: Tensor, num_domains: int, states_per_domain: int = 1
-) -> Tensor:
-    """Token that last visited each domain, for every token: a running maximum, no loop over time.
-
-    Args:
-        domains: (L,) int64, domain of each token.
-        offsets: (B + 1,) int64, user ``b`` owns tokens ``offsets[b]:offsets[b + 1]``.
-        num_domains: number of domains ``D``.
-        states_per_domain: how many of the latest visits ``M`` to list.
-
-    Returns:
-        (L, D, M) int64: token index ``max{j <= i : d_j = d}`` of the same user, then the visit
-        before it and so on; -1 where there is none.
-
-    Source: arXiv 2508.20945, dynamic domain state representation.
-    """
-    length = domains.numel()
-    tokens = torch.arange(length, device=domains.device)
-    visits = tokens.new_full((length, num_domains), -1)
-    visits.scatter_(1, domains.unsqueeze(1), tokens.unsqueeze(1))
-    latest = visits.cummax(0).values if length else visits
-    start = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=length).unsqueeze(1)
-    found = [latest.masked_fill(latest < start, -1)]
-    if states_per_domain > 1:
-        # The visit before token j's own: what was latest in its domain one token earlier.
-        earlier = torch.cat([visits.new_full((1, num_domains), -1), latest[:-1]])
-        previous = earlier.gather(1, domains.unsqueeze(1)).squeeze(1)
-        previous = previous.masked_fill(previous < start.squeeze(1), -1)
-        previous = torch.cat([previous, previous.new_full((1,), -1)])  # -1 leads to -1
-        for _ in range(states_per_domain - 1):
-            found.append(previous[found[-1]])
-    return torch.stack(found, dim=2)
 
 
 class DynamicDomainState(nn.Module):
@@ -154,18 +118,3 @@ class DynamicDomainState(nn.Module):
         return state_attention(
             queries, key, value, rows, pairs, num_heads=self._heads, bias=self._age_w
         )
-
-
-def state_age_bucket(index: Tensor, timestamps: Tensor, next_timestamps: Tensor) -> Tensor:
-    """Log bucket of the time from a state's writing to the event to predict.
-
-    Args:
-        index: (L, D, M) int64 of :func:`last_state_index`.
-        timestamps: (L,) int64.
-        next_timestamps: (L,) int64.
-
-    Returns:
-        (L, D, M) int64; the last bucket stands for "never written".
-    """
-    age = next_timestamps.view(-1, 1, 1) - timestamps[index.clamp(min=0)]
-    return time_bucket(age, NUM_TIME_BUCKETS).masked_fill(index < 0, NUM_TIME_BUCKETS)

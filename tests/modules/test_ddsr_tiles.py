@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from state_definition import last_state_index, read_states, state_age_bucket
 from torch import Tensor
 
 from hstu_xd.grouping import DomainGrouping
-from hstu_xd.modules.ddsr import DynamicDomainState, last_state_index, state_age_bucket
+from hstu_xd.modules.ddsr import DynamicDomainState
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
 from hstu_xd.modules.state_tiles import StateTiles
 
@@ -80,17 +81,15 @@ def by_definition(
     query = hidden @ weight["_query.weight"].T
     if "_target_emb.weight" in weight:
         query = query + weight["_target_emb.weight"][batch.targets]
-    first = weight["_initial_state"].unsqueeze(1)
-    read = torch.where((index < 0).unsqueeze(3), first, states[index.clamp(min=0)])
-    key = (read @ weight["_key.weight"].T).unflatten(3, (HEADS, DQK))
-    value = (read @ weight["_value.weight"].T).unflatten(3, (HEADS, DV))
-    scores = torch.einsum("lhk,ldmhk->ldmh", query.unflatten(1, (HEADS, DQK)), key) / DQK**0.5
-    if "_age_w" in weight:
-        scores = scores + weight["_age_w"][batch.ages()]
-    missing = (index < 0) & (torch.arange(index.shape[2]) > 0)
-    scores = scores.masked_fill(missing.unsqueeze(3), float("-inf"))
-    weights = scores.flatten(1, 2).softmax(1)
-    return torch.einsum("lsh,lshv->lhv", weights, value.flatten(1, 2)).flatten(1)
+    written = torch.cat([states, weight["_initial_state"]])
+    return read_states(
+        query.unflatten(1, (HEADS, DQK)) * DQK**-0.5,
+        (written @ weight["_key.weight"].T).unflatten(1, (HEADS, DQK)),
+        (written @ weight["_value.weight"].T).unflatten(1, (HEADS, DV)),
+        index,
+        bias=weight.get("_age_w"),
+        ages=batch.ages(),
+    ).flatten(1)
 
 
 def with_gradients(

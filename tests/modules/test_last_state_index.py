@@ -1,11 +1,11 @@
-"""The last-state lookup of DDSR against a loop over time."""
+"""The last-state lookup that defines DDSR, against a loop over time."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from state_definition import last_state_index, state_age_bucket
 
-from hstu_xd.modules.ddsr import last_state_index, state_age_bucket
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
 
 

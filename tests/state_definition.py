@@ -1,0 +1,96 @@
+"""The definition of DDSR that every implementation is held to: each token looks all states up.
+
+It materialises (L, D, M) rows of keys and of values, which is what implementations avoid.
+"""
+
+import torch
+from torch import Tensor
+
+from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
+from hstu_xd.ops.relative_bias import time_bucket
+
+
+def last_state_index(
+    domains: Tensor, offsets: Tensor, num_domains: int, states_per_domain: int = 1
+) -> Tensor:
+    """Token that last visited each domain, for every token: a running maximum, no loop over time.
+
+    Args:
+        domains: (L,) int64, domain of each token.
+        offsets: (B + 1,) int64, user ``b`` owns tokens ``offsets[b]:offsets[b + 1]``.
+        num_domains: number of domains ``D``.
+        states_per_domain: how many of the latest visits ``M`` to list.
+
+    Returns:
+        (L, D, M) int64: token index ``max{j <= i : d_j = d}`` of the same user, then the visit
+        before it and so on; -1 where there is none.
+
+    Source: arXiv 2508.20945, dynamic domain state representation.
+    """
+    length = domains.numel()
+    tokens = torch.arange(length, device=domains.device)
+    visits = tokens.new_full((length, num_domains), -1)
+    visits.scatter_(1, domains.unsqueeze(1), tokens.unsqueeze(1))
+    latest = visits.cummax(0).values if length else visits
+    start = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=length).unsqueeze(1)
+    found = [latest.masked_fill(latest < start, -1)]
+    if states_per_domain > 1:
+        # The visit before token j's own: what was latest in its domain one token earlier.
+        earlier = torch.cat([visits.new_full((1, num_domains), -1), latest[:-1]])
+        previous = earlier.gather(1, domains.unsqueeze(1)).squeeze(1)
+        previous = previous.masked_fill(previous < start.squeeze(1), -1)
+        previous = torch.cat([previous, previous.new_full((1,), -1)])  # -1 leads to -1
+        for _ in range(states_per_domain - 1):
+            found.append(previous[found[-1]])
+    return torch.stack(found, dim=2)
+
+
+def state_age_bucket(index: Tensor, timestamps: Tensor, next_timestamps: Tensor) -> Tensor:
+    """Log bucket of the time from a state's writing to the event to predict.
+
+    Args:
+        index: (L, D, M) int64 of :func:`last_state_index`.
+        timestamps: (L,) int64.
+        next_timestamps: (L,) int64.
+
+    Returns:
+        (L, D, M) int64; the last bucket stands for "never written".
+    """
+    age = next_timestamps.view(-1, 1, 1) - timestamps[index.clamp(min=0)]
+    return time_bucket(age, NUM_TIME_BUCKETS).masked_fill(index < 0, NUM_TIME_BUCKETS)
+
+
+def read_states(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ages: Tensor | None = None,
+) -> Tensor:
+    """``softmax_s(<q_i, k_s> + bias[age_is]) v_s`` over the states of all domains.
+
+    Args:
+        query: (L, H, dqk) float, scaled.
+        key: (L + D, H, dqk) float, of the tokens, then of the domains' initial states.
+        value: (L + D, H, dv) float, likewise.
+        index: (L, D, M) int64 of :func:`last_state_index`.
+        bias: (C, H) float, or None.
+        ages: (L, D, M) int64 of :func:`state_age_bucket`, with ``bias``.
+
+    Returns:
+        (L, H, dv).
+    """
+    length, num_domains, depth = index.shape
+    initial = length + torch.arange(num_domains).unsqueeze(1)
+    row = torch.where(index < 0, initial, index)
+    scores = torch.einsum("lhk,ldmhk->ldmh", query, key[row])
+    if bias is not None:
+        assert ages is not None
+        scores = scores + bias[ages]
+    # A domain is represented once by its initial state, not once for every missing visit.
+    missing = (index < 0) & (torch.arange(depth) > 0)
+    scores = scores.masked_fill(missing.unsqueeze(3), float("-inf"))
+    weights = scores.flatten(1, 2).softmax(1)
+    return torch.einsum("lsh,lshv->lhv", weights, value[row].flatten(1, 2))
