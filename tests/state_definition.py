@@ -60,10 +60,30 @@ def state_age_bucket(index: Tensor, timestamps: Tensor, next_timestamps: Tensor)
     return time_bucket(age, NUM_TIME_BUCKETS).masked_fill(index < 0, NUM_TIME_BUCKETS)
 
 
+def state_weights(
+    q: Tensor, k: Tensor, index: Tensor, *, bias: Tensor | None = None, ages: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of ``k`` that every token reads, (L, D * M), and their softmax, (L, D * M, H).
+
+    For the arguments see :func:`read_states`.
+    """
+    length, num_domains, depth = index.shape
+    initial = length + torch.arange(num_domains).unsqueeze(1)
+    row = torch.where(index < 0, initial, index)
+    scores = torch.einsum("lhk,ldmhk->ldmh", q, k[row])
+    if bias is not None:
+        assert ages is not None
+        scores = scores + bias[ages]
+    # A domain is represented once by its initial state, not once for every missing visit.
+    missing = (index < 0) & (torch.arange(depth) > 0)
+    scores = scores.masked_fill(missing.unsqueeze(3), float("-inf"))
+    return row.flatten(1), scores.flatten(1, 2).softmax(1)
+
+
 def read_states(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     index: Tensor,
     *,
     bias: Tensor | None = None,
@@ -72,9 +92,9 @@ def read_states(
     """``softmax_s(<q_i, k_s> + bias[age_is]) v_s`` over the states of all domains.
 
     Args:
-        query: (L, H, dqk) float, scaled.
-        key: (L + D, H, dqk) float, of the tokens, then of the domains' initial states.
-        value: (L + D, H, dv) float, likewise.
+        q: (L, H, dqk) float, scaled.
+        k: (L + D, H, dqk) float, of the tokens, then of the domains' initial states.
+        v: (L + D, H, dv) float, likewise.
         index: (L, D, M) int64 of :func:`last_state_index`.
         bias: (C, H) float, or None.
         ages: (L, D, M) int64 of :func:`state_age_bucket`, with ``bias``.
@@ -82,15 +102,5 @@ def read_states(
     Returns:
         (L, H, dv).
     """
-    length, num_domains, depth = index.shape
-    initial = length + torch.arange(num_domains).unsqueeze(1)
-    row = torch.where(index < 0, initial, index)
-    scores = torch.einsum("lhk,ldmhk->ldmh", query, key[row])
-    if bias is not None:
-        assert ages is not None
-        scores = scores + bias[ages]
-    # A domain is represented once by its initial state, not once for every missing visit.
-    missing = (index < 0) & (torch.arange(depth) > 0)
-    scores = scores.masked_fill(missing.unsqueeze(3), float("-inf"))
-    weights = scores.flatten(1, 2).softmax(1)
-    return torch.einsum("lsh,lshv->lhv", weights, value[row].flatten(1, 2))
+    row, weights = state_weights(q, k, index, bias=bias, ages=ages)
+    return torch.einsum("lsh,lshv->lhv", weights, v[row])

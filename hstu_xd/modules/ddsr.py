@@ -5,7 +5,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
+from hstu_xd.modules.state_reads import StateReads
 from hstu_xd.modules.state_tiles import StateTiles
+from hstu_xd.ops import fused
+from hstu_xd.ops.fused_states import fused_state_attention
 from hstu_xd.ops.state_attention import state_attention
 
 # Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).
@@ -28,6 +31,8 @@ class DynamicDomainState(nn.Module):
         states_per_domain: latest states ``M`` kept per domain; the paper keeps one.
         query_target_domain: let the query know the domain of the next event.
         age_bias: add a learned bias on the log-bucketed time since the state was written.
+        impl: "triton" for the fused kernels, "auto" for them on CUDA, where they take the dtype and
+            the width; any other name, and "auto" elsewhere, means tiles in plain PyTorch.
 
     Source: arXiv 2508.20945, dynamic domain state representation; several states, the query's
     target domain and the age bias are this project's.
@@ -44,10 +49,11 @@ class DynamicDomainState(nn.Module):
         states_per_domain: int = 1,
         query_target_domain: bool = True,
         age_bias: bool = True,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         self._heads, self._dqk, self._dv = num_heads, dqk, dv
-        self._states_per_domain = states_per_domain
+        self._states_per_domain, self._impl = states_per_domain, impl
         self._query = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
         self._key = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
         self._value = nn.Linear(embedding_dim, num_heads * dv, bias=False)
@@ -67,23 +73,32 @@ class DynamicDomainState(nn.Module):
             nn.init.normal_(self._target_emb.weight, std=0.02)
 
     def forward(
-        self, hidden: Tensor, states: Tensor, tiles: StateTiles, target_domains: Tensor
+        self, hidden: Tensor, states: Tensor, reads: StateReads, target_domains: Tensor
     ) -> Tensor:
         """Query the domain states.
 
         Args:
             hidden: (L, K) float, what the queries are made of.
             states: (L, K) float, the state that each token writes for its domain.
-            tiles: which states each token reads.
+            reads: which states each token reads.
             target_domains: (L,) int64, domain of each token's next event.
 
         Returns:
             (L, H * dv) float.
         """
-        assert tiles.states_per_domain == self._states_per_domain
+        assert reads.states_per_domain == self._states_per_domain
         query = self.queries(hidden, target_domains)
         written = torch.cat([states, self._initial_state.to(states.dtype)])
         key, value = self.memory(written)
+        q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query.to(key.dtype), key, value))
+        if self._impl == "triton" or (self._impl == "auto" and fused.suits(q, v)):
+            return fused_state_attention(q, k, v, reads.table, bias=self._age_w).flatten(1)
+        return self._attend_in_tiles(query, key, value, reads.tiles)
+
+    def _attend_in_tiles(
+        self, query: Tensor, key: Tensor, value: Tensor, tiles: StateTiles
+    ) -> Tensor:
+        """(L, H * dqk) queries over (L + D, H d) keys and values -> (L, H * dv)."""
         height, num_keys = tiles.tokens.shape[1], tiles.rows.shape[1]
         queries = query.index_select(0, tiles.tokens.flatten())
         queries = queries.view(-1, height, queries.shape[1])

@@ -60,6 +60,7 @@ class HSTULayer(nn.Module):
                 states_per_domain=s.states_per_domain,
                 query_target_domain=s.query_target_domain,
                 age_bias=s.state_age_bias,
+                impl=s.impl,
             )
             if s.ddsr
             else None
@@ -95,7 +96,7 @@ class HSTULayer(nn.Module):
             read = self._ddsr(
                 plan.take_events(normed),
                 plan.take_events(states),
-                events.state_tiles,
+                events.state_reads,
                 events.target_domains,
             )
             answer = plan.spread_events(read)

@@ -1,12 +1,12 @@
-"""What all layers share about a batch: groupings, coordinates and domain-state tiles."""
+"""What all layers share about a batch: groupings, coordinates and domain states."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
 from hstu_xd.grouping import DomainGrouping
-from hstu_xd.modules.state_tiles import StateTiles
+from hstu_xd.lazy import lazy_property
+from hstu_xd.modules.state_reads import StateReads
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +31,17 @@ class EncoderPlan:
     num_domains: int
     states_per_domain: int = 1
 
-    @cached_property
+    @lazy_property
     def full_view(self) -> DomainGrouping:
         """One group a user: full attention."""
         return DomainGrouping.single(self.offsets, self.domains.numel())
 
-    @cached_property
+    @lazy_property
     def own_view(self) -> DomainGrouping:
         """Queries read the run of their own domain."""
         return DomainGrouping.from_jagged(self.domains, self.offsets, self.num_domains)
 
-    @cached_property
+    @lazy_property
     def target_view(self) -> DomainGrouping:
         """Queries read the run of the domain they predict."""
         return self.own_view.target_view(self.target_domains)
@@ -79,12 +79,9 @@ class EncoderPlan:
         """(L,) int64, position of each token in its user's history."""
         return self.full_view.positions
 
-    @cached_property
-    def state_tiles(self) -> StateTiles:
+    @lazy_property
+    def state_reads(self) -> StateReads:
         """Which domain states every token reads."""
-        return StateTiles.build(
-            self.own_view,
-            self.timestamps,
-            self.next_timestamps,
-            states_per_domain=self.states_per_domain,
+        return StateReads(
+            self.own_view, self.timestamps, self.next_timestamps, self.states_per_domain
         )

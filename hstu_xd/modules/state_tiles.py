@@ -6,15 +6,16 @@ overwritten: a state is replaced by the ``M``-th visit after it.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hstu_xd.grouping import DomainGrouping
+from hstu_xd.lazy import lazy_property
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
 from hstu_xd.ops.relative_bias import time_bucket
+from hstu_xd.ops.state_table import replacements
 
 _HEIGHTS = (8, 16, 32, 64, 128)
 # Costs of a key of a tile and of a tile itself, in query-key pairs (measured on CPU).
@@ -73,7 +74,7 @@ class StateTiles:
                     [1, 0, 2, 2]])
         """
         cut = _Cut.of(grouping, height, grouping.num_domains * states_per_domain)
-        overwritten = _overwritten(grouping, states_per_domain)
+        overwritten = replacements(grouping, states_per_domain)
         depth = states_per_domain if cut.carries else 1
         carried, until = _carry_in(grouping, cut, overwritten, depth)
         own_until = overwritten[cut.tokens].masked_fill_(cut.copies, -1)
@@ -87,7 +88,7 @@ class StateTiles:
             states_per_domain=states_per_domain,
         )
 
-    @cached_property
+    @lazy_property
     def unseen(self) -> Tensor:
         """(G, T, S) bool, keys that a token does not see: overwritten, or not yet written."""
         carried = self.rows.shape[1] - self.tokens.shape[1]
@@ -96,7 +97,7 @@ class StateTiles:
         unseen[:, :, carried:] |= self.tokens.unsqueeze(1) > query
         return unseen
 
-    @cached_property
+    @lazy_property
     def ages(self) -> Tensor:
         """(G, T, S) uint8, log bucket of the time from a state's writing to the event to predict.
 
@@ -173,15 +174,6 @@ def _cheapest_height(lengths: np.ndarray, carried: int) -> int:
         return _num_tiles(lengths, height) * pairs
 
     return min(heights, key=cost)
-
-
-def _overwritten(grouping: DomainGrouping, states_per_domain: int) -> Tensor:
-    """(L,) int64, the ``M``-th visit of a token's domain after it; ``L`` if there is none."""
-    length = grouping.num_tokens
-    end = torch.repeat_interleave(grouping.offsets[1:], grouping.lengths, output_size=length)
-    visit = torch.arange(length, device=end.device) + states_per_domain
-    token = grouping.permutation[visit.clamp(max=length - 1)].masked_fill_(visit >= end, length)
-    return torch.empty_like(token).scatter_(0, grouping.permutation, token)
 
 
 def _carry_in(

@@ -52,7 +52,8 @@ def fused_domain_attention(
             the interpreter, or (on CPU, where looking costs no wait) positions that the position
             table does not cover. On CUDA the rows of such positions come out as NaN.
     """
-    _check(q, v, bias)
+    check_kernels_take(q, v)
+    _check_positions(bias)
     if not grouping.num_tokens:
         # No tokens: nothing to launch, but still part of the graph.
         return v.clone()
@@ -76,7 +77,8 @@ def fused_domain_attention(
     )
 
 
-def _check(q: Tensor, v: Tensor, bias: RelativeBias | None) -> None:
+def check_kernels_take(q: Tensor, v: Tensor) -> None:
+    """Refuse (L, H, d) tensors of a type, a width or a device that the kernels do not have."""
     if q.dtype not in DTYPES:
         raise InputError(
             f"q is {q.dtype}; impl 'triton' needs float32, float16 or bfloat16: "
@@ -88,14 +90,17 @@ def _check(q: Tensor, v: Tensor, bias: RelativeBias | None) -> None:
                 f"{name} has heads of width {tensor.shape[2]}; impl 'triton' takes up to "
                 f"{WIDEST_HEAD}: use more heads or impl='eager'"
             )
-    if q.device.type != "cpu":
-        return
-    if not _interpreting():
+    if q.device.type == "cpu" and not _interpreting():
         raise InputError(
             f"q is on {q.device}; impl 'triton' needs a CUDA device, or TRITON_INTERPRET=1 set "
             "before triton is imported: use impl='eager'"
         )
-    if bias is not None and bias.positions.numel() and not torch.compiler.is_compiling():
+
+
+def _check_positions(bias: RelativeBias | None) -> None:
+    if bias is None or bias.positions.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bias.positions.numel():
         span = int(bias.positions.max() - bias.positions.min())
         if span >= bias.max_length:
             raise InputError(

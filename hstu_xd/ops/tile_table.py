@@ -22,11 +22,11 @@ def query_tiles(grouping: DomainGrouping, tile: int) -> Tensor:
         first, and ``T = L // tile + min(L, groups)``; zeros where there are fewer tiles.
     """
     keys = grouping.keys
-    group, first, stop = _split(grouping, tile)
+    group, first, stop = split(grouping.offsets, grouping.num_tokens, tile)
     key_first, key_end = keys.offsets[group], keys.offsets[group + 1]
     last_position = grouping.positions[grouping.permutation[stop - 1]]
     seen = torch.searchsorted(
-        _ranks(keys), _rank(group, last_position, grouping.num_tokens), right=True
+        ranks(keys), rank(group, last_position, grouping.num_tokens), right=True
     )
     return _longest_first(first, stop, key_first, seen.clamp(key_first, key_end))
 
@@ -42,38 +42,48 @@ def key_tiles(grouping: DomainGrouping, tile: int) -> Tensor:
         (T, 4) int32 rows ``first, stop, query_first, query_stop``, like :func:`query_tiles`.
     """
     keys = grouping.keys
-    group, first, stop = _split(keys, tile)
+    group, first, stop = split(keys.offsets, keys.num_tokens, tile)
     query_first, query_end = grouping.offsets[group], grouping.offsets[group + 1]
     first_row = first.clamp(max=keys.num_tokens - 1)
     first_position = keys.positions[keys.permutation[first_row]]
-    seeing = torch.searchsorted(_ranks(grouping), _rank(group, first_position, keys.num_tokens))
+    seeing = torch.searchsorted(ranks(grouping), rank(group, first_position, keys.num_tokens))
     return _longest_first(first, stop, seeing.clamp(query_first, query_end), query_end)
 
 
-def _split(grouping: DomainGrouping, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Group, first row and end of every tile, (T,) each; empty ones at the end."""
-    lengths, length = grouping.offsets.diff(), grouping.num_tokens
+def split(offsets: Tensor, length: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut groups of rows into tiles.
+
+    Args:
+        offsets: (groups + 1,) int64, where the groups begin.
+        length: rows ``L`` of all groups together.
+        tile: rows of a tile at most.
+
+    Returns:
+        Group, first row and end of every tile, ``(L // tile + min(L, groups),)`` int64 each; empty
+        tiles come last.
+    """
+    lengths = offsets.diff()
     groups = lengths.numel()
     counts = (lengths + (tile - 1)) // tile
     ends = counts.cumsum(0)
     index = torch.arange(length // tile + min(length, groups), device=ends.device)
     group = torch.searchsorted(ends, index, right=True).clamp_(max=groups - 1)
-    first = grouping.offsets[group] + (index - (ends - counts)[group]) * tile
-    end = grouping.offsets[group + 1]
+    first = offsets[group] + (index - (ends - counts)[group]) * tile
+    end = offsets[group + 1]
     return group, torch.minimum(first, end), torch.minimum(first + tile, end)
 
 
-def _rank(group: Tensor, position: Tensor, length: int) -> Tensor:
+def rank(group: Tensor, position: Tensor, length: int) -> Tensor:
     """One number that orders rows by group, then by position (below ``length``)."""
     return group * (length + 1) + position.clamp(0, length)
 
 
-def _ranks(grouping: DomainGrouping) -> Tensor:
+def ranks(grouping: DomainGrouping) -> Tensor:
     """(L,) ranks of all rows in grouped order: they rise."""
     lengths = grouping.offsets.diff()
     groups = torch.arange(lengths.numel(), device=lengths.device)
     owner = torch.repeat_interleave(groups, lengths, output_size=grouping.num_tokens)
-    return _rank(owner, grouping.positions[grouping.permutation], grouping.num_tokens)
+    return rank(owner, grouping.positions[grouping.permutation], grouping.num_tokens)
 
 
 def _longest_first(first: Tensor, stop: Tensor, other_first: Tensor, other_stop: Tensor) -> Tensor:

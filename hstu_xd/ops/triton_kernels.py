@@ -1,4 +1,4 @@
-"""Triton kernels of domain attention, forward and backward. Nothing else imports triton.
+"""Triton kernels of domain attention, forward and backward.
 
 A program owns one tile: up to ``TILE`` consecutive rows of one group, in grouped order, for one
 head. It walks over the rows of the other side of its group, ``STEP`` at a time, and only over those
@@ -19,12 +19,11 @@ Programs of one kernel never write to the same place, except for integer sums in
 import triton
 import triton.language as tl
 
+from hstu_xd.ops.triton_blocks import add_by_bucket, bucket_of, load_rows, store_rows
+
 # Positions of rows that are not there: a query before all keys, a key after all queries.
 _NO_QUERY = tl.constexpr(-(2**31))
 _NO_KEY = tl.constexpr(2**31 - 1)
-# Bits of the float32 number 1, and buckets of ln(2) / 0.301 per octave in steps of 1 / 1024.
-_BITS_OF_ONE = tl.constexpr(0x3F800000)
-_BUCKETS_PER_OCTAVE = tl.constexpr(2358)
 
 
 @triton.jit
@@ -32,22 +31,6 @@ def _tile(tiles, index):
     """First row and end of a tile, first row and end of the other side's rows that it meets."""
     entry = tiles + index * 4
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-
-
-@triton.jit
-def _rows(base, tokens, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(rows, BLOCK) rows of one head, zero where there is none and beyond WIDTH."""
-    column = tl.arange(0, BLOCK)
-    pointers = base + tokens[:, None] * stride + column[None, :]
-    return tl.load(pointers, mask=valid[:, None] & (column < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_rows(base, tokens, stride, valid, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    pointers = base + tokens[:, None] * stride + column[None, :]
-    rows = rows.to(base.dtype.element_ty)
-    tl.store(pointers, rows, mask=valid[:, None] & (column < WIDTH)[None, :])
 
 
 @triton.jit
@@ -64,20 +47,6 @@ def _side(row, stop, tokens, order, positions, times, ABSENT: tl.constexpr, BIAS
 
 
 @triton.jit
-def _bucket(difference, edges, last_bucket):
-    """Bucket of time differences (int64), bit for bit that of ``relative_bias.time_bucket``.
-
-    The bits of a float rise almost like its logarithm: scaled, they fall short of the bucket by
-    less than one, so a comparison with one edge settles it.
-    """
-    magnitude = tl.maximum(tl.where(difference < 0, -difference, difference), 1)
-    bits = magnitude.to(tl.float32).to(tl.int32, bitcast=True)
-    at_least = (((bits - _BITS_OF_ONE) >> 10) * _BUCKETS_PER_OCTAVE) >> 23
-    bucket = at_least + (bits >= tl.load(edges + at_least + 1)).to(tl.int32)
-    return tl.minimum(bucket, last_bucket)
-
-
-@triton.jit
 def _bias(
     query_position, next_time, key_position, key_time, seen,
     position_weights, time_weights, edges, num_positions, last_bucket,
@@ -89,10 +58,26 @@ def _bias(
     """
     row = key_position - query_position + (num_positions - 1) // 2
     known = (row >= 0) & (row < num_positions)
-    bucket = _bucket(next_time - key_time, edges, last_bucket)
+    bucket = bucket_of(next_time - key_time, edges, last_bucket)
     position = tl.load(position_weights + row, mask=seen & known, other=float("nan"))
     time = tl.load(time_weights + bucket, mask=seen, other=0.0)
     return position.to(tl.float32) + time.to(tl.float32), row, bucket
+
+
+@triton.jit
+def _scores(
+    rows, columns, query_position, next_time, key_position, key_time, seen,
+    position_weights, time_weights, edges, num_positions, last_bucket, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Scores of pairs, a row of one side and a row of the other, with bias if there is one."""
+    scores = tl.dot(rows, tl.trans(columns), input_precision="ieee")
+    if BIASED:
+        bias, _, _ = _bias(
+            query_position, next_time, key_position, key_time, seen,
+            position_weights, time_weights, edges, num_positions, last_bucket,
+        )  # fmt: skip
+        scores += bias
+    return scores
 
 
 @triton.jit
@@ -128,7 +113,7 @@ def forward_kernel(
     here, token, place, position, next_time = _side(
         row, stop, query_tokens, query_order, positions, next_times, _NO_QUERY, BIASED
     )
-    query = _rows(q + head * q_head, token, q_token, here, WIDTH_QK, BLOCK_QK)
+    query = load_rows(q + head * q_head, token, q_token, here, WIDTH_QK, BLOCK_QK)
     total = tl.zeros([TILE, BLOCK_V], tl.float32)
     for start in range(key_first, key_stop, STEP):
         key_row = start + tl.arange(0, STEP)
@@ -136,18 +121,16 @@ def forward_kernel(
             key_row, key_stop, key_tokens, key_order, positions, times, _NO_KEY, BIASED
         )
         seen = key_place[None, :] <= place[:, None]
-        key = _rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        if BIASED:
-            bias, _, _ = _bias(
-                position[:, None], next_time[:, None], key_position[None, :], key_time[None, :],
-                seen, position_weights, time_weights, edges, num_positions, last_bucket,
-            )  # fmt: skip
-            scores += bias
+        key = load_rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
+        scores = _scores(
+            query, key,
+            position[:, None], next_time[:, None], key_position[None, :], key_time[None, :],
+            seen, position_weights, time_weights, edges, num_positions, last_bucket, BIASED,
+        )  # fmt: skip
         weights = tl.where(seen, scores * _gate(scores), 0.0)
-        value = _rows(v + head * v_head, key_token, v_token, there, WIDTH_V, BLOCK_V)
+        value = load_rows(v + head * v_head, key_token, v_token, there, WIDTH_V, BLOCK_V)
         total = tl.dot(weights.to(value.dtype), value, total, input_precision="ieee")
-    _store_rows(out + head * out_head, token, out_token, here, total / norm, WIDTH_V, BLOCK_V)
+    store_rows(out + head * out_head, token, out_token, here, total / norm, WIDTH_V, BLOCK_V)
 
 
 @triton.jit
@@ -172,8 +155,8 @@ def query_gradient_kernel(
     here, token, place, position, next_time = _side(
         row, stop, query_tokens, query_order, positions, next_times, _NO_QUERY, BIASED
     )
-    query = _rows(q + head * q_head, token, q_token, here, WIDTH_QK, BLOCK_QK)
-    grad = _rows(grad_out + head * out_head, token, out_token, here, WIDTH_V, BLOCK_V)
+    query = load_rows(q + head * q_head, token, q_token, here, WIDTH_QK, BLOCK_QK)
+    grad = load_rows(grad_out + head * out_head, token, out_token, here, WIDTH_V, BLOCK_V)
     total = tl.zeros([TILE, BLOCK_QK], tl.float32)
     for start in range(key_first, key_stop, STEP):
         key_row = start + tl.arange(0, STEP)
@@ -181,20 +164,18 @@ def query_gradient_kernel(
             key_row, key_stop, key_tokens, key_order, positions, times, _NO_KEY, BIASED
         )
         seen = key_place[None, :] <= place[:, None]
-        key = _rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        if BIASED:
-            bias, _, _ = _bias(
-                position[:, None], next_time[:, None], key_position[None, :], key_time[None, :],
-                seen, position_weights, time_weights, edges, num_positions, last_bucket,
-            )  # fmt: skip
-            scores += bias
-        value = _rows(v + head * v_head, key_token, v_token, there, WIDTH_V, BLOCK_V)
+        key = load_rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
+        scores = _scores(
+            query, key,
+            position[:, None], next_time[:, None], key_position[None, :], key_time[None, :],
+            seen, position_weights, time_weights, edges, num_positions, last_bucket, BIASED,
+        )  # fmt: skip
+        value = load_rows(v + head * v_head, key_token, v_token, there, WIDTH_V, BLOCK_V)
         grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
         grad_scores = tl.where(seen, grad_weights * _slope(scores, _gate(scores)), 0.0)
         total = tl.dot(grad_scores.to(key.dtype), key, total, input_precision="ieee")
     base = grad_q + head * grad_head
-    _store_rows(base, token, grad_token, here, total / norm, WIDTH_QK, BLOCK_QK)
+    store_rows(base, token, grad_token, here, total / norm, WIDTH_QK, BLOCK_QK)
 
 
 @triton.jit
@@ -222,8 +203,8 @@ def key_value_gradient_kernel(
     here, token, place, position, time = _side(
         row, stop, key_tokens, key_order, positions, times, _NO_KEY, BIASED
     )
-    key = _rows(k + head * k_head, token, k_token, here, WIDTH_QK, BLOCK_QK)
-    value = _rows(v + head * v_head, token, v_token, here, WIDTH_V, BLOCK_V)
+    key = load_rows(k + head * k_head, token, k_token, here, WIDTH_QK, BLOCK_QK)
+    value = load_rows(v + head * v_head, token, v_token, here, WIDTH_V, BLOCK_V)
     total_k = tl.zeros([TILE, BLOCK_QK], tl.float32)
     total_v = tl.zeros([TILE, BLOCK_V], tl.float32)
     for start in range(query_first, query_stop, STEP):
@@ -233,25 +214,25 @@ def key_value_gradient_kernel(
             _NO_QUERY, BIASED,
         )  # fmt: skip
         seen = place[:, None] <= query_place[None, :]
-        query = _rows(q + head * q_head, query_token, q_token, there, WIDTH_QK, BLOCK_QK)
-        scores = tl.dot(key, tl.trans(query), input_precision="ieee")
-        if BIASED:
-            bias, _, _ = _bias(
-                query_position[None, :], next_time[None, :], position[:, None], time[:, None],
-                seen, position_weights, time_weights, edges, num_positions, last_bucket,
-            )  # fmt: skip
-            scores += bias
+        query = load_rows(q + head * q_head, query_token, q_token, there, WIDTH_QK, BLOCK_QK)
+        scores = _scores(
+            key, query,
+            query_position[None, :], next_time[None, :], position[:, None], time[:, None],
+            seen, position_weights, time_weights, edges, num_positions, last_bucket, BIASED,
+        )  # fmt: skip
         gate = _gate(scores)
         weights = tl.where(seen, scores * gate, 0.0)
-        grad = _rows(grad_out + head * out_head, query_token, out_token, there, WIDTH_V, BLOCK_V)
+        grad = load_rows(
+            grad_out + head * out_head, query_token, out_token, there, WIDTH_V, BLOCK_V
+        )
         total_v = tl.dot(weights.to(grad.dtype), grad, total_v, input_precision="ieee")
         grad_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
         grad_scores = tl.where(seen, grad_weights * _slope(scores, gate), 0.0)
         total_k = tl.dot(grad_scores.to(query.dtype), query, total_k, input_precision="ieee")
     base = grad_k + head * grad_k_head
-    _store_rows(base, token, grad_k_token, here, total_k / norm, WIDTH_QK, BLOCK_QK)
+    store_rows(base, token, grad_k_token, here, total_k / norm, WIDTH_QK, BLOCK_QK)
     base = grad_v + head * grad_v_head
-    _store_rows(base, token, grad_v_token, here, total_v / norm, WIDTH_V, BLOCK_V)
+    store_rows(base, token, grad_v_token, here, total_v / norm, WIDTH_V, BLOCK_V)
 
 
 @triton.jit
@@ -299,21 +280,19 @@ def bias_gradient_kernel(
             total = tl.zeros([TILE, STEP], tl.float32)
             for index in range(heads):
                 head = tl.cast(index, tl.int64)
-                query = _rows(q + head * q_head, token, q_token, here, WIDTH_QK, BLOCK_QK)
-                key = _rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
+                query = load_rows(q + head * q_head, token, q_token, here, WIDTH_QK, BLOCK_QK)
+                key = load_rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
                 scores = tl.dot(query, tl.trans(key), bias, input_precision="ieee")
-                grad = _rows(grad_out + head * out_head, token, out_token, here, WIDTH_V, BLOCK_V)
-                value = _rows(v + head * v_head, key_token, v_token, there, WIDTH_V, BLOCK_V)
+                grad = load_rows(
+                    grad_out + head * out_head, token, out_token, here, WIDTH_V, BLOCK_V
+                )
+                value = load_rows(v + head * v_head, key_token, v_token, there, WIDTH_V, BLOCK_V)
                 grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
                 total += grad_weights * _slope(scores, _gate(scores))
             total = tl.where(seen, total, 0.0)
             known = seen & (entry >= 0) & (entry < num_positions)
             steps = (total * factor).to(tl.int64)
             tl.atomic_add(own_sums + entry, steps, mask=known, sem="relaxed")
-            lowest = tl.min(tl.where(seen, bucket, last_bucket))
-            highest = tl.max(tl.where(seen, bucket, 0))
-            for value_of in range(lowest, highest + 1):
-                part = tl.sum(tl.where(bucket == value_of, total, 0.0))
-                by_time += tl.where(buckets == value_of, part, 0.0)
+            by_time = add_by_bucket(by_time, total, bucket, seen, last_bucket, BLOCK_TIME)
     partial = time_sums + program.to(tl.int64) * (last_bucket + 1)
     tl.store(partial + buckets, by_time, mask=buckets <= last_bucket)

@@ -9,10 +9,9 @@ from torch.nn.functional import pad
 
 from hstu_xd.ops import triton_kernels as kernels
 from hstu_xd.ops.bucket_edges import LAST_BUCKET, bucket_edges
+from hstu_xd.ops.triton_arguments import INTERPRETED, computable, strides, widths
 from hstu_xd.ops.triton_ops import Inputs
 
-# Triton's interpreter runs kernels on the CPU; they are no compiled functions then.
-INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
 # Programs that share out the tiles of the bias gradient: a few for each processor of a large GPU.
 _BIAS_PROGRAMS = 3 if INTERPRETED else 512
 # Copies of the position table's sums at most, and entries in all of them (8 bytes each).
@@ -55,7 +54,7 @@ def forward(inputs: Inputs) -> Tensor:
         tiles=given.plan.query_tiles,
         out=out,
         norm=float(given.norm_length),
-        **_strides(out=out),
+        **strides(out=out),
     )
     return out.to(inputs.v.dtype)
 
@@ -72,7 +71,7 @@ def query_gradient(grad_out: Tensor, inputs: Inputs) -> Tensor:
         grad_out=grad_out,
         grad_q=grad_q,
         norm=float(given.norm_length),
-        **_strides(out=grad_out, grad=grad_q),
+        **strides(out=grad_out, grad=grad_q),
     )
     return grad_q.to(inputs.q.dtype)
 
@@ -90,7 +89,7 @@ def key_value_gradients(grad_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tenso
         grad_k=grad_k,
         grad_v=grad_v,
         norm=float(given.norm_length),
-        **_strides(out=grad_out, grad_k=grad_k, grad_v=grad_v),
+        **strides(out=grad_out, grad_k=grad_k, grad_v=grad_v),
     )
     return grad_k.to(inputs.k.dtype), grad_v.to(inputs.v.dtype)
 
@@ -123,7 +122,7 @@ def bias_gradients(grad_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         scale=scale,
         copies=copies,
         BLOCK_TIME=triton.next_power_of_2(times),
-        **_strides(out=grad_out),
+        **strides(out=grad_out),
     )
     by_position = position_sums.sum(0).double() / (scale.double() * given.norm_length)
     by_time = time_sums.sum(0, dtype=torch.float64) / given.norm_length
@@ -147,30 +146,12 @@ def _integer_scale(grad_out: Tensor, v: Tensor) -> Tensor:
 
 
 def _computable(inputs: Inputs) -> Inputs:
-    """Rows of numbers that lie together, in a type that computes here.
-
-    The interpreter multiplies bfloat16 wrongly and cuts instead of rounding to it: float32 there.
-    """
-    q, k, v = (_widened(x) for x in inputs[:3])
+    q, k, v = (computable(x) for x in inputs[:3])
     return inputs._replace(q=q, k=k, v=v)
 
 
 def _rows(grad_out: Tensor, given: Inputs) -> Tensor:
-    return _widened(grad_out.to(given.v.dtype))
-
-
-def _widened(x: Tensor) -> Tensor:
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        x = x.float()
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of tokens and of heads, as the kernels name them."""
-    named = {}
-    for name, tensor in tensors.items():
-        named[f"{name}_token"], named[f"{name}_head"] = tensor.stride()[:2]
-    return named
+    return computable(grad_out.to(given.v.dtype))
 
 
 def _launch(
@@ -181,9 +162,8 @@ def _launch(
     ``programs``: of a kernel that shares out tiles itself, always with bias and over all heads.
     """
     q, k, v, position_weights, time_weights, plan, _, tile = given
-    heads, width_qk, width_v = q.shape[1], q.shape[2], v.shape[2]
-    block_qk, block_v = (max(16, triton.next_power_of_2(x)) for x in (width_qk, width_v))
-    widest = max(block_qk, block_v)
+    heads, blocks = q.shape[1], widths(q, v)
+    widest = max(blocks["BLOCK_QK"], blocks["BLOCK_V"])
     shape = shape_of(tile, widest, q.dtype, holds_pairs=programs is not None)
     biased = position_weights is not None and time_weights is not None
     if programs is None:
@@ -202,7 +182,6 @@ def _launch(
             heads=heads,
             num_positions=position_weights.numel() if biased else 0,
             last_bucket=min(time_weights.numel() - 1, LAST_BUCKET) if biased else 0,
-            WIDTH_QK=width_qk, WIDTH_V=width_v, BLOCK_QK=block_qk, BLOCK_V=block_v,
             TILE=tile, STEP=shape.step, num_warps=shape.warps, num_stages=shape.stages,
-            enable_fp_fusion=True, **_strides(q=q, k=k, v=v), **own,
+            enable_fp_fusion=True, **blocks, **strides(q=q, k=k, v=v), **own,
         )  # fmt: skip

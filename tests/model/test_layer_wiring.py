@@ -91,7 +91,7 @@ def test_what_ddsr_is_given_and_where_its_answer_goes(
     ).double()
     name = "_hstu._attention_layers.1"
     (x, _plan), out = calls_of(model, name)
-    (hidden, states, tiles, targets), answer = calls_of(model, f"{name}._ddsr")
+    (hidden, states, reads, targets), answer = calls_of(model, f"{name}._ddsr")
 
     normed = layer_norm(x, [16], eps=1e-6)
     u, read = plain_gate_and_read(model, name, x, seen({"domain_mask": True}, 1))
@@ -115,4 +115,4 @@ def test_what_ddsr_is_given_and_where_its_answer_goes(
         states_per_domain=states_per_domain,
     )
     for part in ("tokens", "rows", "slots", "unseen", "ages"):
-        assert torch.equal(getattr(tiles, part), getattr(built, part)), part
+        assert torch.equal(getattr(reads.tiles, part), getattr(built, part)), part

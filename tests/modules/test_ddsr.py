@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from state_reading import reads_in_tiles
 from torch import Tensor
 
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.modules import ddsr
 from hstu_xd.modules.ddsr import DynamicDomainState
-from hstu_xd.modules.state_tiles import StateTiles
 
 WIDTH, HEADS, DQK, DV = 6, 2, 3, 4
 
@@ -45,14 +45,10 @@ class Example:
 
     def run(self, height: int | None = None) -> Tensor:
         grouping = DomainGrouping.from_jagged(self.domains, self.offsets, self.num_domains)
-        tiles = StateTiles.build(
-            grouping,
-            self.times,
-            self.next_times,
-            states_per_domain=self.states_per_domain,
-            height=height,
+        reads = reads_in_tiles(
+            grouping, self.times, self.next_times, self.states_per_domain, height
         )
-        return self.module(self.hidden, self.states, tiles, self.targets)
+        return self.module(self.hidden, self.states, reads, self.targets)
 
     def gradients(self, height: int | None = None) -> dict[str, Tensor]:
         leaves = dict(self.module.named_parameters())

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from state_definition import last_state_index, read_states, state_age_bucket
+from state_reading import reads_in_tiles
 from torch import Tensor
 
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.modules.ddsr import DynamicDomainState
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
+from hstu_xd.modules.state_reads import StateReads
 from hstu_xd.modules.state_tiles import StateTiles
 
 WIDTH, HEADS, DQK, DV = 5, 2, 3, 4
@@ -29,11 +31,12 @@ class Batch:
     num_domains: int
     num_states: int
 
-    def tiles(self, height: int | None) -> StateTiles:
+    def reads(self, height: int | None) -> StateReads:
         grouping = DomainGrouping.from_jagged(self.domains, self.offsets, self.num_domains)
-        return StateTiles.build(
-            grouping, self.times, self.next_times, states_per_domain=self.num_states, height=height
-        )
+        return reads_in_tiles(grouping, self.times, self.next_times, self.num_states, height)
+
+    def tiles(self, height: int | None) -> StateTiles:
+        return self.reads(height).tiles
 
     def index(self) -> Tensor:
         return last_state_index(self.domains, self.offsets, self.num_domains, self.num_states)
@@ -112,7 +115,7 @@ def test_equals_the_definition(
     """Lengths 0, 1, T - 1, T, T + 1 and several tiles; the answer and every gradient."""
     batch = draw_batch(LENGTHS, num_domains, num_states)
     module, (hidden, states) = draw_module(batch, **options), draw_inputs(batch)
-    answer = module(hidden, states, batch.tiles(height), batch.targets)
+    answer = module(hidden, states, batch.reads(height), batch.targets)
     found = with_gradients(answer, module, hidden, states)
     plain = by_definition(module, batch, hidden, states)
     for name, expected in with_gradients(plain, module, hidden, states).items():
@@ -174,10 +177,10 @@ def test_the_height_suits_the_histories() -> None:
 def test_gradients_are_derivatives() -> None:
     batch = draw_batch([9, 0, 2], 3, 2)
     module, (hidden, states) = draw_module(batch), draw_inputs(batch)
-    tiles, names = batch.tiles(4), [name for name, _ in module.named_parameters()]
+    reads, names = batch.reads(4), [name for name, _ in module.named_parameters()]
 
     def run(hidden: Tensor, states: Tensor, *parameters: Tensor) -> Tensor:
-        arguments = hidden, states, tiles, batch.targets
+        arguments = hidden, states, reads, batch.targets
         return torch.func.functional_call(module, dict(zip(names, parameters)), arguments)
 
     assert torch.autograd.gradcheck(run, (hidden, states, *module.parameters()))
@@ -188,11 +191,11 @@ def test_float32_keeps_its_digits(num_domains: int, num_states: int) -> None:
     """Row by row within 1e-5 of float64, gradients that sum over all tokens within 2e-5."""
     batch = draw_batch([230, 190, 3], num_domains, num_states)
     module, (hidden, states) = draw_module(batch), draw_inputs(batch)
-    answer = module(hidden, states, batch.tiles(None), batch.targets)
+    answer = module(hidden, states, batch.reads(None), batch.targets)
     expected = with_gradients(answer, module, hidden, states)
     module.float()
     low = hidden.detach().float().requires_grad_(), states.detach().float().requires_grad_()
-    answer = module(*low, batch.tiles(None), batch.targets)
+    answer = module(*low, batch.reads(None), batch.targets)
     for name, found in with_gradients(answer, module, *low).items():
         error = (found.double() - expected[name]).norm() / expected[name].norm()
         assert error < (1e-5 if name == "answer" else 2e-5), name
@@ -204,12 +207,12 @@ def test_bfloat16_under_autocast() -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(0.3)
-    answer = module(hidden, states, batch.tiles(8), batch.targets)
+    answer = module(hidden, states, batch.reads(8), batch.targets)
     expected = with_gradients(answer, module, hidden, states)
     module.float()
     low = hidden.detach().float().requires_grad_(), states.detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        answer = module(*low, batch.tiles(8), batch.targets)
+        answer = module(*low, batch.reads(8), batch.targets)
     assert answer.dtype == torch.bfloat16
     for name, found in with_gradients(answer, module, *low).items():
         error = (found.double() - expected[name]).norm() / expected[name].norm()
@@ -220,15 +223,15 @@ def test_tiles_share_no_gradient_through_padding() -> None:
     """A state that only padding could read has none; all others' are finite."""
     batch = draw_batch([9, 3], 2, 1)
     module, (hidden, states) = draw_module(batch), draw_inputs(batch)
-    answer = module(hidden, states, batch.tiles(8), batch.targets)
+    answer = module(hidden, states, batch.reads(8), batch.targets)
     read = with_gradients(answer[:9], module, hidden, states)
     assert not read["states"][9:].any()
     assert not read["hidden"][9:].any()
     assert all(gradient.isfinite().all() for gradient in read.values())
 
 
-def test_states_must_be_as_many_as_the_tiles_hold() -> None:
+def test_states_must_be_as_many_as_the_layout_holds() -> None:
     batch = draw_batch([9], 2, 2)
     module, inputs = draw_module(batch), draw_inputs(batch)
     with pytest.raises(AssertionError):
-        module(*inputs, replace(batch, num_states=3).tiles(None), batch.targets)
+        module(*inputs, replace(batch, num_states=3).reads(None), batch.targets)

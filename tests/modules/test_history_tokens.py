@@ -146,7 +146,7 @@ def by_hand(model: CrossDomainHSTU, history: History) -> Tensor:
             answer = torch.zeros_like(attended)
             states = layer.state(normed, attended)
             answer[events] = layer._ddsr(
-                normed[events], states[events], plan.state_tiles, plan.target_domains
+                normed[events], states[events], plan.state_reads, plan.target_domains
             )
         x = layer.combine(x, u, attended, answer)
     return x[events]

@@ -41,6 +41,10 @@ def bias(name: str, text: str, instead: str, check: Check = with_bias) -> None:
     MUTANTS[name] = "triton_kernels", text, instead, check
 
 
+def block(name: str, text: str, instead: str, check: Check = with_bias) -> None:
+    MUTANTS[name] = "triton_blocks", text, instead, check
+
+
 def tiles(name: str, text: str, instead: str, check: Check = own_view) -> None:
     MUTANTS[name] = "tile_table", text, instead, check
 
@@ -79,8 +83,8 @@ kernel("last_row_lost", "here = row < stop", "here = row < stop - 1")
 kernel("heads_mixed", "k + head * k_head", "k")
 tiles(
     "group_offset_off_by_one",
-    "first = grouping.offsets[group] +",
-    "first = 1 + grouping.offsets[group] +",
+    "first = offsets[group] +",
+    "first = 1 + offsets[group] +",
 )
 tiles(
     "last_key_not_met",
@@ -89,8 +93,8 @@ tiles(
 )
 tiles(
     "first_query_not_met",
-    "_ranks(grouping), _rank(group, first_position, keys.num_tokens))",
-    "_ranks(grouping), 1 + _rank(group, first_position, keys.num_tokens))",
+    "ranks(grouping), rank(group, first_position, keys.num_tokens))",
+    "ranks(grouping), 1 + rank(group, first_position, keys.num_tokens))",
 )
 tiles(
     "groups_exchanged",
@@ -113,8 +117,8 @@ kernel(
 )
 kernel(
     "dk_and_dv_exchanged",
-    "there, WIDTH_V, BLOCK_V)\n        total_v = tl.dot(weights.to(grad.dtype), grad, total_v,",
-    "there, WIDTH_V, BLOCK_V)\n        total_v = tl.dot(weights.to(grad.dtype), query, total_v,",
+    "total_v = tl.dot(weights.to(grad.dtype), grad, total_v,",
+    "total_v = tl.dot(weights.to(grad.dtype), query, total_v,",
 )
 kernel("slope_forgotten", "return gate * (1.0 + scores * (1.0 - gate))", "return gate")
 
@@ -131,14 +135,14 @@ bias(
     "row, stop, query_tokens, query_order, positions, times,",
 )
 bias("times_in_grouped_order", "tl.load(times + token", "tl.load(times + row")
-bias("bucket_one_too_low", "tl.load(edges + at_least + 1)", "tl.load(edges + at_least + 2)")
-bias("bucket_edge_excluded", "(bits >= tl.load", "(bits > tl.load", check_bucket_edges)
+block("bucket_one_too_low", "tl.load(edges + at_least + 1)", "tl.load(edges + at_least + 2)")
+block("bucket_edge_excluded", "(bits >= tl.load", "(bits > tl.load", check_bucket_edges)
 bias(
     "gradient_of_the_last_head_lost",
     "for index in range(heads):",
     "for index in range(heads - 1):",
 )
-bias("gradient_of_the_last_bucket_lost", "range(lowest, highest + 1)", "range(lowest, highest)")
+block("gradient_of_the_last_bucket_lost", "range(lowest, highest + 1)", "range(lowest, highest)")
 bias("gradient_of_unseen_pairs", "total = tl.where(seen, total, 0.0)", "total = total + 0.0")
 bias("gradient_of_some_tiles_lost", "tl.num_programs(0)):", "tl.num_programs(0) + 1):")
 MUTANTS["one_copy_of_the_sums"] = (
@@ -149,8 +153,8 @@ MUTANTS["one_copy_of_the_sums"] = (
 )
 MUTANTS["dq_not_divided"] = (
     "triton_launch",
-    "norm=float(given.norm_length),\n        **_strides(out=grad_out, grad=grad_q)",
-    "norm=1.0,\n        **_strides(out=grad_out, grad=grad_q)",
+    "norm=float(given.norm_length),\n        **strides(out=grad_out, grad=grad_q)",
+    "norm=1.0,\n        **strides(out=grad_out, grad=grad_q)",
     own_view,
 )
 
@@ -180,6 +184,9 @@ def test_the_checks_reject_the_mutant(
     mutant = load(file, tmp_path, text, instead)
     if file == "triton_kernels":
         monkeypatch.setattr(triton_launch, "kernels", mutant)
+    elif file == "triton_blocks":
+        for part in ("load_rows", "store_rows", "bucket_of", "add_by_bucket"):
+            monkeypatch.setattr(triton_launch.kernels, part, getattr(mutant, part))
     elif file == "tile_table":
         monkeypatch.setattr(fused, "query_tiles", mutant.query_tiles)
         monkeypatch.setattr(fused, "key_tiles", mutant.key_tiles)
