@@ -1,12 +1,14 @@
 """What is measured: the sizes of one benchmark row and the batch drawn for them."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hstu_xd.errors import InputError
+from hstu_xd.modules.settings import EncoderSettings
 
 # A session lasts some hours, the pause to the next some days: time buckets of both sizes occur.
 _MEAN_PAUSE_SECONDS = 40_000
@@ -60,6 +62,20 @@ class Case:
     def small(self) -> "Case":
         """The same shape of problem, small enough for the float64 reference."""
         return replace(self, seq_len=min(self.seq_len, 70), batch_size=min(self.batch_size, 3))
+
+    def encoder_settings(self, **switches: Any) -> EncoderSettings:
+        """Settings of an encoder of these sizes, without dropout."""
+        return EncoderSettings(
+            num_domains=self.num_domains,
+            norm_length=self.seq_len,
+            embedding_dim=self.width,
+            num_blocks=self.layers,
+            num_heads=self.heads,
+            dqk=self.dqk,
+            dv=self.dv,
+            linear_dropout_rate=0.0,
+            **switches,
+        )
 
 
 @dataclass(frozen=True, eq=False)

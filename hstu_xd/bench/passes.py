@@ -1,17 +1,13 @@
 """``bench encoder`` and ``bench attention``: gate, interleaved timing, memory, one row each."""
 
-import os
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-import numpy as np
 import torch
 
 from hstu_xd.bench import gate, memory, providers
 from hstu_xd.bench.cases import Case, Draw
-
-Row = dict[str, Any]
+from hstu_xd.bench.rows import Row, empty_row, time_columns, times_faster
 
 
 def measure(
@@ -44,19 +40,16 @@ def _rows(case: Case, names: list[str], threads: int, repeats: int) -> Iterator[
     timed = [name for name, error in errors.items() if error <= 1]
     times = _take_turns(case, timed, repeats)
     for name in names:
-        row = _empty_row(name, case, threads, repeats)
+        row = empty_row(name, case, threads=threads, repeats=repeats)
+        row["inside_domains"] = case.num_domains > 1 and providers.knows_domains(name)
         if name in absent:
             row["absent"] = absent[name]
         else:
             row["correct"] = name in times
             row["error_of_budget"] = errors[name]
         if name in times:
-            low, median, high = np.percentile(times[name], [20, 50, 80])
-            row |= {"ms_median": median, "ms_p20": low, "ms_p80": high}
+            row |= time_columns(times[name]) | times_faster(times, name, "reference")
             row["peak_bytes"] = memory.peak_bytes(name, case, threads)
-            if "reference" in times:
-                ratios = np.divide(times["reference"], times[name])
-                row["times_faster_than_reference"] = float(np.median(ratios))
         yield row
 
 
@@ -79,31 +72,3 @@ def _take_turns(case: Case, names: list[str], repeats: int) -> dict[str, list[fl
 def _wait(case: Case) -> None:
     if case.device != "cpu":
         torch.cuda.synchronize()
-
-
-def _empty_row(name: str, case: Case, threads: int, repeats: int) -> Row:
-    return {
-        "provider": name,
-        "seq_len": case.seq_len,
-        "num_domains": case.num_domains,
-        "skew": case.skew,
-        "dtype": "float32",
-        "device": case.device,
-        "ms_median": None,
-        "ms_p20": None,
-        "ms_p80": None,
-        "peak_bytes": None,
-        "correct": None,
-        "what": case.what,
-        "batch_size": case.batch_size,
-        "heads": case.heads,
-        "dqk": case.dqk,
-        "dv": case.dv,
-        "width": case.width,
-        "layers": case.layers,
-        "threads": threads,
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-        "repeats": repeats,
-        "inside_domains": case.num_domains > 1 and providers.knows_domains(name),
-        "peak_bytes_method": memory.method(case.device),
-    }

@@ -17,7 +17,6 @@ from hstu_xd.bench.cases import Draw
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.modules.encoder import CrossDomainEncoder
 from hstu_xd.modules.plan import EncoderPlan
-from hstu_xd.modules.settings import EncoderSettings
 from hstu_xd.ops import RelativeBias, domain_attention
 
 # One pass from the raw batch (plans included): the output, and all gradients by name.
@@ -94,18 +93,7 @@ def _attention(impl: str, draw: Draw, dtype: torch.dtype) -> Pass:
 
 def _stack(draw: Draw, impl: str, masked: bool) -> CrossDomainEncoder:
     case = draw.case
-    settings = EncoderSettings(
-        num_domains=case.num_domains,
-        norm_length=case.seq_len,
-        embedding_dim=case.width,
-        num_blocks=case.layers,
-        num_heads=case.heads,
-        dqk=case.dqk,
-        dv=case.dv,
-        linear_dropout_rate=0.0,
-        domain_mask=masked and case.num_domains > 1,
-        impl=impl,
-    )
+    settings = case.encoder_settings(domain_mask=masked and case.num_domains > 1, impl=impl)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return CrossDomainEncoder(settings).to(case.device)

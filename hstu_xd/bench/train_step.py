@@ -16,10 +16,10 @@ from torch import Tensor
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.gate import FORWARD_BUDGET, row_error
+from hstu_xd.bench.rows import Row, empty_row, time_columns, times_faster
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.losses import sample_negatives, sampled_softmax_loss
 from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.settings import EncoderSettings
 
 _ALL = {"domain_mask": True, "tape": True, "ddsr": True}
 # Provider -> switches; half of the heads take the target view under "all".
@@ -35,7 +35,7 @@ _NEGATIVES = 2048
 
 def measure(
     cases: Sequence[Case], names: Iterable[str], *, threads: int, repeats: int
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows of all cases, one a provider, taking turns in this process.
 
     ``equal_time_seq_len`` is the longest history that a provider reads in the time that "dense"
@@ -59,7 +59,7 @@ def measure(
     return rows
 
 
-def _rows(case: Case, names: list[str], threads: int, repeats: int) -> list[dict[str, Any]]:
+def _rows(case: Case, names: list[str], threads: int, repeats: int) -> list[Row]:
     errors = {name: _error(name, case.small) for name in names}
     steps = {name: _Step(name, Draw.of(case)) for name in names if errors[name] <= 1}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -73,30 +73,10 @@ def _rows(case: Case, names: list[str], threads: int, repeats: int) -> list[dict
                 times[name].append((time.perf_counter() - start) * 1e3)
     rows = []
     for name in names:
-        row: dict[str, Any] = {
-            "provider": name,
-            "seq_len": case.seq_len,
-            "num_domains": case.num_domains,
-            "skew": case.skew,
-            "dtype": "float32",
-            "device": case.device,
-            "ms_median": None,
-            "ms_p20": None,
-            "ms_p80": None,
-            "peak_bytes": None,
-            "correct": name in times,
-            "error_of_budget": errors[name],
-            "what": case.what,
-            "batch_size": case.batch_size,
-            "threads": threads,
-            "repeats": repeats,
-        }
+        row = empty_row(name, case, threads=threads, repeats=repeats)
+        row |= {"correct": name in times, "error_of_budget": errors[name]}
         if name in times:
-            low, median, high = np.percentile(times[name], [20, 50, 80])
-            row |= {"ms_median": median, "ms_p20": low, "ms_p80": high}
-            if "dense" in times:
-                ratios = np.divide(times["dense"], times[name])
-                row["times_faster_than_dense"] = float(np.median(ratios))
+            row |= time_columns(times[name]) | times_faster(times, name, "dense")
         rows.append(row)
     return rows
 
@@ -128,17 +108,7 @@ def _model(name: str, case: Case, **others: Any) -> CrossDomainHSTU:
     catalog = DomainCatalog(
         torch.arange(_ITEMS + 1) % case.num_domains, [str(d) for d in range(case.num_domains)]
     )
-    settings = EncoderSettings(
-        num_domains=case.num_domains,
-        norm_length=case.seq_len,
-        embedding_dim=case.width,
-        num_blocks=case.layers,
-        num_heads=case.heads,
-        dqk=case.dqk,
-        dv=case.dv,
-        linear_dropout_rate=0.0,
-        **switches,
-    )
+    settings = case.encoder_settings(**switches)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return CrossDomainHSTU(catalog, settings, dropout_rate=0.0).to(case.device)
@@ -172,8 +142,8 @@ def _error(name: str, case: Case) -> float:
         return row_error(model(batch), truth(batch)) / FORWARD_BUDGET
 
 
-def _equal_time(row: dict[str, Any], rows: list[dict[str, Any]]) -> int | None:
-    def alike(other: dict[str, Any], provider: str) -> bool:
+def _equal_time(row: Row, rows: list[Row]) -> int | None:
+    def alike(other: Row, provider: str) -> bool:
         keys = ("num_domains", "skew", "batch_size", "device")
         same = all(other[key] == row[key] for key in keys)
         return same and other["provider"] == provider and other["ms_median"] is not None
