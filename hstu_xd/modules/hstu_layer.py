@@ -165,6 +165,7 @@ class HSTULayer(nn.Module):
                     grouping,
                     norm_length=s.norm_length,
                     bias=bias,
+                    normalization=s.normalization,
                     impl=s.impl,
                 )
                 for grouping in groupings

@@ -42,6 +42,7 @@ class EncoderSettings:
         segment_gap: pause, in the log's unit of time.
         history_tokens: learnable tokens ``K`` that stand for a segment from then on; 0: nothing
             does.
+        normalization: of the attention's scores, "silu" as in HSTU or "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
 
     Raises:
@@ -74,6 +75,7 @@ class EncoderSettings:
     segment_length: int = 64
     segment_gap: int = 86_400
     history_tokens: int = 0
+    normalization: str = "silu"
     impl: str = "auto"
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class EncoderSettings:
             ("state_from", ("input", "output")),
             ("combine", ("before_gate", "after_gate")),
             ("segment_by", ("none", "count", "time_gap", "session")),
+            ("normalization", ("silu", "softmax")),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; one of {', '.join(allowed)}")
@@ -129,6 +132,11 @@ class EncoderSettings:
         elif self.full_attention_layers:
             raise InputError(
                 "full_attention_layers cannot be cut into a domain's segments; drop it"
+            )
+        elif self.normalization != "silu":
+            raise InputError(
+                f"segment_by needs normalization='silu', got {self.normalization!r}: what a segment "
+                "and tokens add up to is no softmax"
             )
         elif self.target_view_heads and not self.domain_mask:
             raise InputError("target_view_heads with segment_by needs domain_mask=True")

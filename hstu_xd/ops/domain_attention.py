@@ -1,28 +1,48 @@
 """The public attention function: checks its arguments, chooses an implementation, runs it."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.grouping import DomainGrouping
-from hstu_xd.ops import fused
+from hstu_xd.ops import flex, fused
 from hstu_xd.ops.eager import eager_domain_attention
 from hstu_xd.ops.reference import reference_domain_attention
 from hstu_xd.ops.relative_bias import RelativeBias
 
-_IMPLS = {
-    "reference": reference_domain_attention,
-    "eager": eager_domain_attention,
-    "triton": fused.fused_domain_attention,
+# Normalization -> name -> function.
+_IMPLS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "silu": {
+        "reference": reference_domain_attention,
+        "eager": eager_domain_attention,
+        "triton": fused.fused_domain_attention,
+    },
+    "softmax": {
+        "reference": partial(reference_domain_attention, normalization="softmax"),
+        "eager": partial(eager_domain_attention, normalization="softmax"),
+        "flex": flex.flex_domain_attention,
+    },
 }
 
 
-def available_impls() -> tuple[str, ...]:
+def available_impls(normalization: str = "silu") -> tuple[str, ...]:
     """Names that ``domain_attention(..., impl=...)`` accepts here, slowest first.
 
     "triton" is among them where triton is installed and there is a CUDA device, or where Triton's
     interpreter stands in for one.
+
+    Args:
+        normalization: "silu" or "softmax": the fused kernels know the first only, FlexAttention
+            ("flex") the second only.
+
+    Raises:
+        InputError: an unknown normalization.
     """
-    return tuple(name for name in _IMPLS if name != "triton" or fused.installed())
+    if normalization not in _IMPLS:
+        raise InputError(f"normalization is {normalization!r}; one of {', '.join(_IMPLS)}")
+    return tuple(x for x in _IMPLS[normalization] if x != "triton" or fused.installed())
 
 
 def domain_attention(
@@ -33,13 +53,15 @@ def domain_attention(
     *,
     norm_length: int,
     bias: RelativeBias | None = None,
+    normalization: str = "silu",
     impl: str = "auto",
 ) -> Tensor:
-    """Causal SiLU attention inside each (user, domain) run of a jagged batch.
+    """Causal attention inside each (user, domain) run of a jagged batch.
 
     ``out_i = sum_j SiLU(<q_i, k_j> + bias_ij) v_j / norm_length`` over the keys ``j`` of query
-    ``i``'s group with ``p_j <= p_i``. With ``grouping.target_view(...)`` queries are grouped by
-    their target domain and keys by their own.
+    ``i``'s group with ``p_j <= p_i``, or
+    ``out_i = sum_j softmax_j(<q_i, k_j> / sqrt(dqk) + bias_ij) v_j`` over the same keys. With
+    ``grouping.target_view(...)`` queries are grouped by their target domain and keys by their own.
 
     Args:
         q: (L, H, dqk) float, queries of the batch's tokens in batch order.
@@ -47,17 +69,18 @@ def domain_attention(
         v: (L, H, dv) float, values.
         grouping: the plan of the batch, built once and shared by all layers.
         norm_length: the constant ``N`` that upstream divides by: the padded length, never a
-            group's own.
+            group's own. Softmax does not read it.
         bias: relative position and time bias, or None.
-        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width, else
-            eager) or a name of :func:`available_impls`.
+        normalization: "silu" or "softmax".
+        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width and
+            compute the normalization, else eager) or a name of :func:`available_impls`.
 
     Returns:
         (L, H, dv) float, in batch order; zeros where a query's group holds no key.
 
     Raises:
-        InputError: shapes or dtypes that do not fit together, an unknown ``impl``,
-            ``norm_length`` below 1.
+        InputError: shapes or dtypes that do not fit together, an unknown ``normalization``, an
+            ``impl`` that is unknown or does not compute it, ``norm_length`` below 1.
 
     Example:
         >>> import torch
@@ -67,14 +90,19 @@ def domain_attention(
         >>> domain_attention(x, x, x, grouping, norm_length=3).shape
         torch.Size([3, 1, 4])
 
-    Source: arXiv 2508.20945 (intra-domain attention), arXiv 2402.17152 (SiLU attention).
+    Source: arXiv 2508.20945 (intra-domain attention, with softmax), arXiv 2402.17152 (SiLU
+    attention).
     """
     _check(q, k, v, grouping, norm_length, bias)
-    name = ("triton" if fused.suits(q, v) else "eager") if impl == "auto" else impl
-    if impl != "auto" and name not in available_impls():
-        names = ", ".join(available_impls())
-        raise InputError(f"impl {impl!r} is not available here; use auto, {names}")
-    return _IMPLS[name](q, k, v, grouping, norm_length=norm_length, bias=bias)
+    known = available_impls(normalization)
+    if impl == "auto":
+        impl = "triton" if normalization == "silu" and fused.suits(q, v) else "eager"
+    elif impl not in known:
+        raise InputError(
+            f"impl {impl!r} is not available here for normalization {normalization!r}; "
+            f"use auto, {', '.join(known)}"
+        )
+    return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 Forward and backward walk over tiles (a block of query rows against the keys they may see) and keep
 no tile: the backward pass computes the scores again. What is not to be seen, later keys and
-padding, gets a large negative bias: SiLU and its derivative are exactly zero there.
+padding, gets a large negative bias: weights and their gradients are exactly zero there.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops.buckets import Buckets
+from hstu_xd.ops.normalization import Normalization, SiLU, Softmax
 from hstu_xd.ops.pair_bias import PairBias
 from hstu_xd.ops.relative_bias import RelativeBias
 from hstu_xd.ops.tiles import walk
@@ -27,12 +27,16 @@ def eager_domain_attention(
     *,
     norm_length: int,
     bias: RelativeBias | None = None,
+    normalization: str = "silu",
 ) -> Tensor:
     """See :func:`hstu_xd.ops.domain_attention`; q, k (L, H, dqk), v (L, H, dv) -> (L, H, dv)."""
+    how: Normalization = SiLU()
+    if normalization == "softmax":
+        how, q, norm_length = Softmax(), q * q.shape[2] ** -0.5, 1
     position_weights = None if bias is None else bias.position_weights
     time_weights = None if bias is None else bias.time_weights
     out: Tensor = _GroupedAttention.apply(
-        q, k, v, position_weights, time_weights, grouping, norm_length, bias
+        q, k, v, position_weights, time_weights, grouping, norm_length, bias, how
     )
     return out
 
@@ -49,6 +53,7 @@ class _GroupedAttention(torch.autograd.Function):
         grouping: DomainGrouping,
         norm_length: int,
         bias: RelativeBias | None,
+        how: Normalization,
     ) -> Tensor:
         buckets = grouping.buckets
         assert isinstance(buckets, Buckets)
@@ -61,14 +66,14 @@ class _GroupedAttention(torch.autograd.Function):
         pairs = PairBias.of(grouping, plan, bias)
         flat_q, flat_k, flat_v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
         table = pairs.table(q)
-        ctx.plan = plan, pairs, norm_length
+        ctx.plan = plan, pairs, norm_length, how
         ctx.save_for_backward(flat_q, flat_k, flat_v, table)
         out = plan.queries.zeros(v, v.dtype)
         for tile in plan.tiles:
             queries, out_rows = tile.queries(flat_q, heads), tile.queries(out, heads)
             keys, values = tile.keys(flat_k, heads), tile.keys(flat_v, heads)
             scores = _scores(queries, keys, pairs.look_up(table, tile))
-            torch.bmm(silu(scores, inplace=True), values, out=out_rows)
+            torch.bmm(how.weights(scores), values, out=out_rows)
         return plan.queries.scatter(out).div_(norm_length)
 
     @staticmethod
@@ -77,8 +82,8 @@ class _GroupedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.plan is None:
             zeros = (None if x is None else torch.zeros_like(x) for x in ctx.saved_tensors)
-            return (*zeros, None, None, None)
-        plan, pairs, norm_length = ctx.plan
+            return (*zeros, None, None, None, None)
+        plan, pairs, norm_length, how = ctx.plan
         flat_q, flat_k, flat_v, table = ctx.saved_tensors
         flat_grad = plan.queries.gather(grad_outputs[0]).div_(norm_length)
         # Gradients of keys and values are sums over tiles.
@@ -91,12 +96,9 @@ class _GroupedAttention(torch.autograd.Function):
             keys, values = (tile.keys(x, plan.heads) for x in (flat_k, flat_v))
             dk_rows, dv_rows = (tile.keys(x, plan.heads) for x in (dk, dv))
             scores = _scores(queries, keys, pairs.look_up(table, tile))
-            gate = torch.sigmoid(scores)
-            weights = scores.mul_(gate)
+            weights, kept = how.differentiable_weights(scores)
             _add_product(dv_rows, weights.transpose(1, 2), grad_out, tile.opens)
-            # d SiLU(s) / ds = gate + s gate (1 - gate), built in place.
-            slope = weights.addcmul_(weights, gate, value=-1).add_(gate)
-            grad_scores = torch.bmm(grad_out, values.transpose(1, 2), out=gate).mul_(slope)
+            grad_scores = how.score_gradient(weights, kept, grad_out, values)
             torch.bmm(grad_scores, keys, out=tile.queries(dq, plan.heads))
             _add_product(dk_rows, grad_scores.transpose(1, 2), queries, tile.opens)
             if gradient is not None:
@@ -106,6 +108,7 @@ class _GroupedAttention(torch.autograd.Function):
             plan.keys.scatter(dk).to(flat_k.dtype),
             plan.keys.scatter(dv).to(flat_v.dtype),
             *pairs.split_gradient(gradient),
+            None,
             None,
             None,
             None,

@@ -69,13 +69,12 @@ class PairBias:
 
     def table(self, like: Tensor) -> Tensor:
         """(num_buckets * columns,) the joint table, in dtype and on device of ``like``."""
-        lowest = torch.finfo(like.dtype).min / 2
         if self.bias is None:
-            return like.new_tensor([0.0, lowest])
+            return like.new_tensor([0.0, unseen(like.dtype)])
         position, time = self._used_positions(self.bias.position_weights), self.bias.time_weights
         seen = time.unsqueeze(1) + position
-        unseen = seen.new_full((time.numel(), 1), lowest)
-        return torch.cat([seen, unseen], dim=1).to(like.dtype).view(-1)
+        last = seen.new_full((time.numel(), 1), unseen(like.dtype))
+        return torch.cat([seen, last], dim=1).to(like.dtype).view(-1)
 
     def look_up(self, table: Tensor, tile: Tile) -> Tensor:
         """Bias of a tile, (G, m, n)."""
@@ -115,21 +114,26 @@ class PairBias:
         known = self.coordinates.indices
         if tile in known:
             return known[tile]
-        at, unseen = self.coordinates, self.coordinates.columns - 1
+        at, last = self.coordinates, self.coordinates.columns - 1
         queries, keys = _of_tile(tile, *at.positions)
         if self.bias is None:
-            index = (keys.unsqueeze(1) - queries.unsqueeze(2)).clamp_(0, unseen)
+            index = (keys.unsqueeze(1) - queries.unsqueeze(2)).clamp_(0, last)
         else:
             index = self.bias.position_index(queries, keys - at.first)
             if at.order:
                 queries, keys = _of_tile(tile, *at.order)
-                index.masked_fill_(keys.unsqueeze(1) > queries.unsqueeze(2), unseen)
+                index.masked_fill_(keys.unsqueeze(1) > queries.unsqueeze(2), last)
             row = self.bias.time_index(*_of_tile(tile, *at.times)).int()
-            index = index.clamp_(0, unseen).add_(row, alpha=at.columns)
+            index = index.clamp_(0, last).add_(row, alpha=at.columns)
         index = index.view(-1)
         if tile.remembered:
             known[tile] = index
         return index
+
+
+def unseen(dtype: torch.dtype) -> float:
+    """The bias of a pair that is not to be seen; scores may still be added to it."""
+    return torch.finfo(dtype).min / 2
 
 
 def _of_tile(tile: Tile, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ def reference_domain_attention(
     *,
     norm_length: int,
     bias: RelativeBias | None = None,
+    normalization: str = "silu",
 ) -> Tensor:
     """See :func:`hstu_xd.ops.domain_attention`: the same arguments, the same result."""
     offsets = grouping.batch_offsets
@@ -27,11 +28,18 @@ def reference_domain_attention(
     present = column < lengths.unsqueeze(1)  # (B, n)
     token = (offsets[:-1].unsqueeze(1) + column) * present  # (B, n); padding points at token 0
     scores = torch.einsum("bihd,bjhd->bhij", q[token], k[token])
+    if normalization == "softmax":
+        scores = scores * q.shape[2] ** -0.5
     if bias is not None:
         scores = scores + bias.dense(token, token).to(scores.dtype).unsqueeze(1)
     same_group = grouping.group_of[token].unsqueeze(2) == grouping.keys.group_of[token].unsqueeze(1)
     causal = column.unsqueeze(1) >= column
-    mask = same_group & causal & present.unsqueeze(1)  # (B, n, n)
-    attention = silu(scores) / norm_length * mask.unsqueeze(1)
+    mask = (same_group & causal & present.unsqueeze(1)).unsqueeze(1)  # (B, 1, n, n)
+    if normalization == "softmax":
+        # Finite, so that a query without keys gets zeros and no NaN.
+        lowest = torch.finfo(scores.dtype).min
+        attention = scores.masked_fill(~mask, lowest).softmax(3) * mask
+    else:
+        attention = silu(scores) / norm_length * mask
     out = torch.einsum("bhij,bjhd->bihd", attention, v[token])
     return out[present]

@@ -61,6 +61,11 @@ class EncoderSession:
         max_bytes: int | None = None,
         history: History | None = None,
     ) -> None:
+        if model.settings.normalization != "silu":
+            raise InputError(
+                f"the model's normalization is {model.settings.normalization!r}; a session "
+                "computes 'silu' only: encode whole histories with model.encode"
+            )
         longest = model.settings.norm_length
         if window is not None and not 4 <= window <= longest:
             raise InputError(f"window is {window}; 4..{longest} events, the model's positions")

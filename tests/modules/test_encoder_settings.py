@@ -37,6 +37,7 @@ from hstu_xd.modules.settings import EncoderSettings
         ({"linear_activation": "relu"}, "linear_activation is 'relu'; one of silu, none"),
         ({"state_from": "middle"}, "state_from is 'middle'; one of input, output"),
         ({"combine": "gate"}, "combine is 'gate'; one of before_gate, after_gate"),
+        ({"normalization": "relu"}, "normalization is 'relu'; one of silu, softmax"),
         (
             {"full_attention_layers": (0, 2)},
             "full_attention_layers names layer 2; the last layer is 1",

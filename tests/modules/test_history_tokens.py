@@ -250,6 +250,7 @@ def test_gradients_by_difference() -> None:
         ({"segment_by": "day"}, "segment_by is 'day'; one of none, count, time_gap, session"),
         ({"segment_by": "count", "segment_length": 0}, "segment_length is 0"),
         (COUNT | {"domain_mask": True, "full_attention_layers": (0,)}, "full_attention_layers"),
+        (COUNT | {"normalization": "softmax"}, "needs normalization='silu', got 'softmax'"),
         (COUNT | {"target_view_heads": 1}, "needs domain_mask=True"),
     ],
 )

@@ -44,6 +44,7 @@ class Spec:
     target_view: bool = False
     biased: bool = True
     visited: int | None = None
+    softmax: bool = False
 
     def __str__(self) -> str:
         shown = "-".join(map(str, self.lengths[:9])) or "none"
@@ -51,7 +52,8 @@ class Spec:
             shown += f"-...{len(self.lengths)}"
         view = "target" if self.target_view else "own"
         bias = "bias" if self.biased else "plain"
-        return f"{shown},D={self.num_domains},{self.dqk}/{self.dv},{view},{bias}"
+        softmax = ",softmax" * self.softmax
+        return f"{shown},D={self.num_domains},{self.dqk}/{self.dv},{view},{bias}{softmax}"
 
 
 def implementation(impl: str) -> Attention:
@@ -164,6 +166,7 @@ class Case:
             self.norm_length,
             wide if self.spec.biased else None,
             self.grad_out.astype(np.float64),
+            softmax=self.spec.softmax,
         )
 
 

@@ -47,8 +47,11 @@ def oracle_attention(
     norm_length: int,
     bias: OracleBias | None,
     grad_out: np.ndarray,
+    softmax: bool = False,
 ) -> OracleResult:
     """``out_i = sum_j SiLU(<q_i, k_j> + bias_ij) v_j / N`` over ``j <= i`` with ``d_j = read_i``.
+
+    With ``softmax``: ``out_i = sum_j softmax_j(<q_i, k_j> / sqrt(dqk) + bias_ij) v_j``.
 
     ``read_domains`` is ``domains`` for the own view and the next event's domain for the target
     view. Arrays are (L, H, d) float64, domains (L,), offsets (B + 1,).
@@ -56,6 +59,7 @@ def oracle_attention(
     out = np.zeros_like(v)
     gradients = {"q": np.zeros_like(q), "k": np.zeros_like(k), "v": np.zeros_like(v)}
     mass: dict[str, np.ndarray] = {}
+    scale = 1 / math.sqrt(q.shape[2]) if softmax else 1.0
     if bias is not None:
         for name in ("position_weights", "time_weights"):
             gradients[name] = np.zeros(len(getattr(bias, name)))
@@ -65,20 +69,28 @@ def oracle_attention(
             keys = [j for j in range(start, i + 1) if domains[j] == read_domains[i]]
             if not keys:
                 continue
-            scores = np.einsum("hd,jhd->jh", q[i], k[keys])
+            scores = scale * np.einsum("hd,jhd->jh", q[i], k[keys])
             rows = []
             if bias is not None:
                 rows = [bias.rows(i, j, i - start, j - start) for j in keys]
                 added = [bias.position_weights[p] + bias.time_weights[t] for p, t in rows]
                 scores += np.array(added)[:, None]
-            gate = 1 / (1 + np.exp(-scores))
-            weights = scores * gate / norm_length
+            if softmax:
+                weights = np.exp(scores - scores.max(axis=0))
+                weights /= weights.sum(axis=0)
+            else:
+                gate = 1 / (1 + np.exp(-scores))
+                weights = scores * gate / norm_length
             out[i] = np.einsum("jh,jhd->hd", weights, v[keys])
             gradients["v"][keys] += np.einsum("jh,hd->jhd", weights, grad_out[i])
-            slope = gate * (1 + scores * (1 - gate)) / norm_length
-            grad_scores = np.einsum("hd,jhd->jh", grad_out[i], v[keys]) * slope
-            gradients["q"][i] = np.einsum("jh,jhd->hd", grad_scores, k[keys])
-            gradients["k"][keys] += np.einsum("jh,hd->jhd", grad_scores, q[i])
+            grad_weights = np.einsum("hd,jhd->jh", grad_out[i], v[keys])
+            if softmax:
+                grad_scores = weights * (grad_weights - (weights * grad_weights).sum(axis=0))
+            else:
+                slope = gate * (1 + scores * (1 - gate)) / norm_length
+                grad_scores = grad_weights * slope
+            gradients["q"][i] = scale * np.einsum("jh,jhd->hd", grad_scores, k[keys])
+            gradients["k"][keys] += scale * np.einsum("jh,hd->jhd", grad_scores, q[i])
             for pair, (position, time) in enumerate(rows):
                 for name, row in (("position_weights", position), ("time_weights", time)):
                     gradients[name][row] += grad_scores[pair].sum()

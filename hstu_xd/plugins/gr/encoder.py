@@ -21,8 +21,9 @@ _TIMESTAMPS = "timestamps"
 class HSTU_XD(HSTU):
     """HSTU that may attend inside domains, know the next domain and read domain states.
 
-    With every switch off and ``impl="auto"`` it runs upstream's own layers, to the last bit. With
-    a switch on, or an implementation named, this package's layers hold upstream's parameters.
+    With every switch off, SiLU and ``impl="auto"`` it runs upstream's own layers, to the last bit.
+    With a switch on, softmax or an implementation named, this package's layers hold upstream's
+    parameters.
 
     Args:
         catalog: item -> domain table.
@@ -72,7 +73,11 @@ class HSTU_XD(HSTU):
         )
         self.settings = settings
         self.catalog = catalog
-        self._is_plain = not settings.is_cross_domain and settings.impl == "auto"
+        self._is_plain = (
+            not settings.is_cross_domain
+            and settings.normalization == "silu"
+            and settings.impl == "auto"
+        )
         self._tape: nn.Module | None = None
         self._target_domain_emb: nn.Embedding | None = None
         if self._is_plain:
@@ -92,6 +97,7 @@ class HSTU_XD(HSTU):
         """Upstream's description with this model's name and switches; a part of its paths."""
         s = self.settings
         parts = [super().debug_str().replace("HSTU", "HSTU_XD", 1)]
+        parts += [s.normalization] * (s.normalization != "silu")
         parts += ["mask"] * s.domain_mask
         parts += [f"view{s.target_view_heads}"] * bool(s.target_view_heads)
         parts += ["tape"] * s.tape

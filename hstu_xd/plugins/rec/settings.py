@@ -26,6 +26,7 @@ ENCODER_KEYS = (
     "query_target_domain",
     "states_per_domain",
     "state_age_bias",
+    "normalization",
     "impl",
 )
 _NEEDS_SWITCH = {
@@ -98,6 +99,7 @@ class RecSettings:
             any(map(self._asks, SWITCHES))
             or self.relative_bias
             or self.scopes_negatives
+            or self.encoder.get("normalization", "silu") != "silu"
             or self.encoder.get("impl", "auto") != "auto"
         )
 
@@ -124,7 +126,8 @@ class RecSettings:
         """
         from hstu_xd.ops import available_impls
 
-        impls = ("auto", *available_impls())
+        normalization = self.encoder.get("normalization", "silu")
+        impls = ("auto", *available_impls(normalization))
         impl = self.encoder.get("impl", "auto")
         if impl not in impls:
             raise InputError(f"{PREFIX}impl: {impl!r}; available here: {', '.join(impls)}")

@@ -181,6 +181,7 @@ def test_bfloat16_is_as_exact_as_a_dense_reference_in_bfloat16() -> None:
 def test_debug_str_tells_the_switches() -> None:
     theirs = upstream_hstu().debug_str()
     assert hstu_xd().debug_str() == theirs.replace("HSTU", "HSTU_XD")
+    assert hstu_xd(normalization="softmax").debug_str().endswith("-softmax")
     text = hstu_xd(**EVERYTHING).debug_str()
     assert text == theirs.replace("HSTU", "HSTU_XD") + "-mask-view1-tape-ddsr4-target"
     text = hstu_xd(**TOKENS).debug_str()

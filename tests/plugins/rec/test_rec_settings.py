@@ -34,6 +34,7 @@ def test_nothing_asked_is_their_hstu() -> None:
         {"xd_relative_bias": True},
         {"xd_negatives": "domain"},
         {"xd_impl": "eager"},
+        {"xd_normalization": "softmax"},
         {"xd_target_view_heads": 1},
     ],
 )
