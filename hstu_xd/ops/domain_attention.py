@@ -99,8 +99,8 @@ def domain_attention(
         impl = "triton" if normalization == "silu" and fused.suits(q, v) else "eager"
     elif impl not in known:
         raise InputError(
-            f"impl {impl!r} is not available here for normalization {normalization!r}; "
-            f"use auto, {', '.join(known)}"
+            f"impl {impl!r} is not available here; use auto, {', '.join(known)} "
+            f"for normalization {normalization!r}"
         )
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
 

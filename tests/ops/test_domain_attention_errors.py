@@ -40,7 +40,7 @@ def call(**changes: Any) -> torch.Tensor:
         ),
         ({"q": torch.ones(3, 2, 4).long()}, "q is torch.int64; q, k and v need one float dtype"),
         ({"norm_length": 0}, "norm_length is 0; the padded length N >= 1 is needed"),
-        ({"impl": "fast"}, "impl 'fast' is not available here for normalization 'silu'; use"),
+        ({"impl": "fast"}, "impl 'fast' is not available here; use auto, reference"),
     ],
 )
 def test_messages(changes: dict[str, Any], message: str) -> None:

@@ -151,12 +151,12 @@ def call(**changes: Any) -> Tensor:
         ({"normalization": "relu"}, "normalization is 'relu'; one of silu, softmax"),
         (
             {"impl": "triton"},
-            "impl 'triton' is not available here for normalization 'softmax'; use auto, "
-            "reference, eager, flex",
+            "impl 'triton' is not available here; use auto, reference, eager, flex for "
+            "normalization 'softmax'",
         ),
         (
             {"impl": "flex", "normalization": "silu"},
-            "impl 'flex' is not available here for normalization 'silu'; use auto, reference",
+            "impl 'flex' is not available here; use auto, reference, eager",
         ),
         (
             {"impl": "flex", "x": torch.ones(3, 1, 4, requires_grad=True)},
