@@ -8,7 +8,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hstu_xd.errors import InputError
+from hstu_xd.grouping import DomainGrouping
 from hstu_xd.modules.settings import EncoderSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTERLEAVINGS = ("random", "blocks")
+PLANS = ("each", "once")
 
 # A session lasts some hours, the pause to the next some days: time buckets of both sizes occur.
 _MEAN_PAUSE_SECONDS = 40_000
@@ -16,7 +21,7 @@ _MEAN_PAUSE_SECONDS = 40_000
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one row; all users have ``seq_len`` events, domains interleave at random.
+    """Sizes of one row; all users have ``seq_len`` events.
 
     Attributes:
         what: "encoder" (a stack of layers), "attention" (the op alone) or "train-step".
@@ -30,9 +35,15 @@ class Case:
         width: model width ``K`` (encoder).
         layers: layers of the stack (encoder).
         device: "cpu" or "cuda".
+        dtype: of all numbers, a name of :data:`DTYPES`.
+        interleaving: "random", or "blocks": every user visits one domain after the other.
+        biased: relative position and time bias, where a provider has one.
+        plan: groupings and block masks are built in "each" pass, or "once" before all of them, as
+            the layers of a model share them.
 
     Raises:
-        InputError: a size below 1, a skew outside 0..1, or a device that is not here.
+        InputError: a size below 1, a skew outside 0..1, an unknown name, or a device that is not
+            here.
     """
 
     what: str
@@ -46,6 +57,10 @@ class Case:
     width: int = 64
     layers: int = 2
     device: str = "cpu"
+    dtype: str = "float32"
+    interleaving: str = "random"
+    biased: bool = True
+    plan: str = "each"
 
     def __post_init__(self) -> None:
         for name in (
@@ -55,6 +70,11 @@ class Case:
                 raise InputError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if not 0 <= self.skew <= 1:
             raise InputError(f"skew is {self.skew}; 0 (balanced) or the share of domain 0, up to 1")
+        for name, known in (
+            ("dtype", DTYPES), ("interleaving", INTERLEAVINGS), ("plan", PLANS),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}; one of {', '.join(known)}")
         if self.device != "cpu" and (self.device != "cuda" or not torch.cuda.is_available()):
             raise InputError(f"device is {self.device!r}; cpu, or cuda where PyTorch finds a GPU")
 
@@ -62,6 +82,11 @@ class Case:
     def small(self) -> "Case":
         """The same shape of problem, small enough for the float64 reference."""
         return replace(self, seq_len=min(self.seq_len, 70), batch_size=min(self.batch_size, 3))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """PyTorch's name of ``dtype``."""
+        return DTYPES[self.dtype]
 
     def encoder_settings(self, **switches: Any) -> EncoderSettings:
         """Settings of an encoder of these sizes, without dropout."""
@@ -108,6 +133,8 @@ class Draw:
         domains = torch.multinomial(
             share, case.batch_size * case.seq_len, replacement=True, generator=generator
         )
+        if case.interleaving == "blocks":
+            domains = domains.view(shape).sort(1).values.flatten()
         pauses = torch.empty(shape).exponential_(1 / _MEAN_PAUSE_SECONDS, generator=generator)
         times = pauses.long().cumsum(1)
         next_times = torch.cat([times[:, 1:], times[:, -1:]], dim=1)
@@ -122,7 +149,13 @@ class Draw:
         return self.domains.numel()
 
     def normal(self, *shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-        """Unit-normal float32 numbers, as ``dtype``."""
+        """Unit-normal numbers that the case's own dtype holds exactly, as ``dtype``."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.empty(shape).normal_(generator=generator)
-        return drawn.to(self.case.device, dtype)
+        return drawn.to(self.case.device, self.case.torch_dtype).to(dtype)
+
+    def grouping(self, *, masked: bool) -> DomainGrouping:
+        """The plan of the batch: groups of one domain, or (not ``masked``) whole users."""
+        if masked:
+            return DomainGrouping.from_jagged(self.domains, self.offsets, self.case.num_domains)
+        return DomainGrouping.single(self.offsets, self.num_tokens)

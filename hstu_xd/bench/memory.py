@@ -1,7 +1,7 @@
-"""Peak memory of one provider, in a process of its own.
+"""Peak memory of one pass.
 
-On a CPU it is the growth of the resident set over one pass, from after inputs, parameters and a
-tiny warm-up are in memory; on CUDA the allocator's own count.
+On a CPU it is the growth of the resident set over one pass in a process of its own, from after
+inputs, parameters and a tiny warm-up are in memory; on CUDA the allocator's own count.
 """
 
 import json
@@ -11,17 +11,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hstu_xd.bench.cases import Case
+from hstu_xd.bench.timing import Pass, unmarked
 from hstu_xd.errors import HstuXdError
 
 _PROCESS = Path("/proc/self")
 
 
-def peak_bytes(provider: str, case: Case, threads: int) -> int:
+def peak_bytes(provider: str, case: Case, threads: int, run: Pass) -> int:
     """Bytes that one forward and backward pass adds.
+
+    Args:
+        provider: its name.
+        case: what is measured.
+        threads: of PyTorch.
+        run: the provider's pass, warmed up; asked on CUDA, where no process of its own is needed.
 
     Raises:
         HstuXdError: the process failed; with the last line it wrote.
     """
+    if case.device != "cpu":
+        return _allocated(run)
     job = json.dumps({"provider": provider, "case": asdict(case), "threads": threads})
     command = [sys.executable, "-m", "hstu_xd.bench.memory", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,19 +52,27 @@ def _measure(provider: str, case: Case, threads: int) -> int:
     import torch
 
     from hstu_xd.bench.cases import Draw
-    from hstu_xd.bench.providers import build
+    from hstu_xd.bench.providers import PROVIDERS
 
     torch.set_num_threads(threads)
-    build(provider, Draw.of(case.small), torch.float32)()
-    run = build(provider, Draw.of(case), torch.float32)
-    if case.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        baseline = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - baseline
+    one = PROVIDERS[case.what][provider]
+    computes = one.computation(case)
+    one.build(Draw.of(case.small), case.torch_dtype, computes)(unmarked)
+    run = one.build(Draw.of(case), case.torch_dtype, computes)
     baseline = _resident(reset=True)
-    run()
+    run(unmarked)
     return max(0, _resident(reset=False) - baseline)
+
+
+def _allocated(run: Pass) -> int:
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    baseline = torch.cuda.memory_allocated()
+    run(unmarked)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - baseline
 
 
 def _resident(*, reset: bool) -> int:

@@ -1,169 +1,112 @@
-"""Those who compete: each turns a drawn case into a forward and backward pass.
+"""Those who compete, what each computes, and what it needs to run.
 
-"reference" is the dense masked definition, the named rival; "eager" is the regrouped
-implementation; "upstream" is the dense layer stack of generative-recommenders, which knows no
-domains and so computes full attention whatever their number.
+This package's own come by implementation: "triton" (the fused kernels), "eager", and "reference",
+the dense masked definition. "eager-softmax" and "flex" (FlexAttention with a block mask on the
+mixed sequence) compute softmax inside domains, "sdpa" too, with a dense mask. "upstream" is the
+dense layer stack of generative-recommenders and "upstream-triton-mixed" its fused attention, which
+know no domains and so compute full attention whatever their number; "upstream-triton-grouped" is
+the latter on the sequence as this package regroups it.
 """
 
-from collections.abc import Callable
-from importlib import import_module
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from hstu_xd.bench.cases import Draw
-from hstu_xd.grouping import DomainGrouping
-from hstu_xd.modules.encoder import CrossDomainEncoder
-from hstu_xd.modules.plan import EncoderPlan
-from hstu_xd.ops import RelativeBias, domain_attention
+from hstu_xd.bench import attention_passes, encoder_passes
+from hstu_xd.bench.cases import Case, Draw
+from hstu_xd.bench.computation import Builder, Computation
+from hstu_xd.bench.timing import Pass
+from hstu_xd.ops import fused
 
-# One pass from the raw batch (plans included): the output, and all gradients by name.
-Pass = Callable[[], dict[str, Tensor]]
 
-PROVIDERS = {
-    "encoder": ("eager", "reference", "upstream"),
-    "attention": ("eager", "reference"),
+@dataclass(frozen=True)
+class Provider:
+    """One who competes.
+
+    Attributes:
+        build: makes the pass.
+        masked: computes attention inside domains; else it attends to everything.
+        normalization: "silu" or "softmax".
+        bias: has the relative bias, "always", "never", or as the "case" says.
+        modules: what must be importable.
+        needs: "nothing", "kernels" (Triton, and a GPU or its interpreter) or "cuda".
+        powers_of_two: head widths must be powers of two from 16 on.
+    """
+
+    build: Builder
+    masked: bool = True
+    normalization: str = "silu"
+    bias: str = "case"
+    modules: tuple[str, ...] = ()
+    needs: str = "nothing"
+    powers_of_two: bool = False
+
+    def computation(self, case: Case) -> Computation:
+        """What it computes in a case."""
+        biased = case.biased if self.bias == "case" else self.bias == "always"
+        return Computation(self.masked, self.normalization, biased)
+
+    def missing(self, case: Case) -> str | None:
+        """Why it cannot run here; None where it can."""
+        absent = [name for name in self.modules if not find_spec(name)]
+        if absent:
+            return f"{' and '.join(absent)} not importable"
+        if self.needs == "cuda" and case.device == "cpu":
+            return "needs a CUDA device"
+        if self.needs == "kernels" and not fused.installed():
+            return "needs triton and a CUDA device"
+        if self.bias == "always" and not case.biased:
+            return "always has the relative bias"
+        widths = {"dqk": case.dqk, "dv": case.dv}
+        odd = [name for name, width in widths.items() if width < 16 or width & (width - 1)]
+        if self.powers_of_two and odd:
+            return f"{odd[0]} is {widths[odd[0]]}; it takes powers of two from 16 on"
+        return None
+
+
+_GR = "generative_recommenders"
+_UPSTREAM_TRITON = Provider(
+    attention_passes.upstream("TRITON"),
+    bias="never",
+    modules=(_GR, "triton"),
+    needs="cuda",
+    powers_of_two=True,
+)
+
+PROVIDERS: dict[str, dict[str, Provider]] = {
+    "encoder": {
+        "triton": Provider(encoder_passes.own("triton"), needs="kernels"),
+        "eager": Provider(encoder_passes.own("eager")),
+        "reference": Provider(encoder_passes.own("reference")),
+        "upstream": Provider(
+            encoder_passes.upstream, masked=False, bias="always", modules=(_GR, "fbgemm_gpu")
+        ),
+        "eager-softmax": Provider(encoder_passes.own("eager"), normalization="softmax"),
+        "flex": Provider(
+            encoder_passes.own("flex"), normalization="softmax", bias="never", needs="cuda"
+        ),
+    },
+    "attention": {
+        "triton": Provider(attention_passes.own("triton"), needs="kernels"),
+        "eager": Provider(attention_passes.own("eager")),
+        "reference": Provider(attention_passes.own("reference")),
+        "upstream-triton-mixed": replace(_UPSTREAM_TRITON, masked=False),
+        "upstream-triton-grouped": _UPSTREAM_TRITON,
+        "eager-softmax": Provider(attention_passes.own("eager"), normalization="softmax"),
+        "flex": Provider(
+            attention_passes.own("flex"), normalization="softmax", bias="never", needs="cuda"
+        ),
+        "sdpa": Provider(attention_passes.dense_mask, normalization="softmax", bias="never"),
+    },
+}
+
+_DEFINITIONS = {
+    "encoder": encoder_passes.own("reference"),
+    "attention": attention_passes.own("reference"),
 }
 
 
-def missing(provider: str) -> str | None:
-    """Why a provider cannot run here; None where it can."""
-    if provider != "upstream":
-        return None
-    absent = [name for name in ("generative_recommenders", "fbgemm_gpu") if not find_spec(name)]
-    return f"{' and '.join(absent)} not importable" if absent else None
-
-
-def knows_domains(provider: str) -> bool:
-    """Whether a provider computes attention inside domains; else it attends to everything."""
-    return provider != "upstream"
-
-
-def build(provider: str, draw: Draw, dtype: torch.dtype, *, masked: bool = True) -> Pass:
-    """The forward and backward pass of a provider on a drawn case.
-
-    Args:
-        provider: a name of :data:`PROVIDERS`.
-        draw: the batch.
-        dtype: of all numbers.
-        masked: attend inside domains only, where there are several.
-    """
-    if draw.case.what == "attention":
-        return _attention(provider, draw, dtype)
-    if provider == "upstream":
-        return _upstream_encoder(draw, dtype)
-    return _encoder(provider, draw, dtype, masked=masked)
-
-
-def _attention(impl: str, draw: Draw, dtype: torch.dtype) -> Pass:
-    case = draw.case
-    leaves = {
-        name: draw.normal(*shape, dtype=dtype, seed=seed).requires_grad_()
-        for seed, (name, shape) in enumerate(
-            {
-                "q": (draw.num_tokens, case.heads, case.dqk),
-                "k": (draw.num_tokens, case.heads, case.dqk),
-                "v": (draw.num_tokens, case.heads, case.dv),
-                "position_weights": (2 * case.seq_len - 1,),
-                "time_weights": (129,),
-            }.items()
-        )
-    }
-    grad_out = draw.normal(draw.num_tokens, case.heads, case.dv, dtype=dtype, seed=9)
-
-    def run() -> dict[str, Tensor]:
-        grouping = DomainGrouping.from_jagged(draw.domains, draw.offsets, case.num_domains)
-        bias = RelativeBias(
-            leaves["position_weights"],
-            leaves["time_weights"],
-            grouping.positions,
-            draw.timestamps,
-            draw.next_timestamps,
-        )
-        out = domain_attention(
-            leaves["q"], leaves["k"], leaves["v"], grouping,
-            norm_length=case.seq_len, bias=bias, impl=impl,
-        )  # fmt: skip
-        return _backward(out, leaves, grad_out)
-
-    return run
-
-
-def _stack(draw: Draw, impl: str, masked: bool) -> CrossDomainEncoder:
-    case = draw.case
-    settings = case.encoder_settings(domain_mask=masked and case.num_domains > 1, impl=impl)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return CrossDomainEncoder(settings).to(case.device)
-
-
-def _encoder(impl: str, draw: Draw, dtype: torch.dtype, *, masked: bool) -> Pass:
-    encoder = _stack(draw, impl, masked).to(dtype)
-    x, grad_out = _input_and_gradient(draw, dtype)
-
-    def run() -> dict[str, Tensor]:
-        plan = EncoderPlan(
-            domains=draw.domains,
-            target_domains=draw.domains,
-            timestamps=draw.timestamps,
-            next_timestamps=draw.next_timestamps,
-            offsets=draw.offsets,
-            num_domains=draw.case.num_domains,
-        )
-        return _backward(encoder(x, plan), _leaves(encoder, x), grad_out)
-
-    return run
-
-
-def _upstream_encoder(draw: Draw, dtype: torch.dtype) -> Pass:
-    # fbgemm registers the jagged operators that upstream's layers call by name.
-    import_module("fbgemm_gpu")
-    hstu = import_module("generative_recommenders.research.modeling.sequential.hstu")
-    case = draw.case
-    layers = [
-        hstu.SequentialTransductionUnitJagged(
-            embedding_dim=case.width,
-            linear_hidden_dim=case.dv,
-            attention_dim=case.dqk,
-            dropout_ratio=0.0,
-            attn_dropout_ratio=0.0,
-            num_heads=case.heads,
-            linear_activation="silu",
-            relative_attention_bias_module=hstu.RelativeBucketedTimeAndPositionBasedBias(
-                max_seq_len=case.seq_len,
-                num_buckets=128,
-                bucketization_fn=lambda x: (torch.log(x.abs().clamp(min=1)) / 0.301).long(),
-            ),
-        )
-        for _ in range(case.layers)
-    ]
-    stack = hstu.HSTUJagged(modules=layers, autocast_dtype=None).to(case.device, dtype)
-    stack.load_state_dict(_stack(draw, "reference", masked=False).to(dtype).state_dict())
-    x, grad_out = _input_and_gradient(draw, dtype)
-    times = draw.timestamps.view(case.batch_size, case.seq_len)
-    causal = torch.ones(case.seq_len, case.seq_len, dtype=dtype, device=case.device).tril()
-
-    def run() -> dict[str, Tensor]:
-        out, _ = stack.jagged_forward(
-            x=x, x_offsets=draw.offsets, all_timestamps=times, invalid_attn_mask=causal
-        )
-        return _backward(out, _leaves(stack, x), grad_out)
-
-    return run
-
-
-def _input_and_gradient(draw: Draw, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape = draw.num_tokens, draw.case.width
-    x = draw.normal(*shape, dtype=dtype, seed=1).requires_grad_()
-    return x, draw.normal(*shape, dtype=dtype, seed=2)
-
-
-def _leaves(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    return {"x": x, **dict(module.named_parameters())}
-
-
-def _backward(out: Tensor, leaves: dict[str, Any], grad_out: Tensor) -> dict[str, Tensor]:
-    gradients = torch.autograd.grad(out, list(leaves.values()), grad_out)
-    return {"out": out.detach(), **dict(zip(leaves, gradients))}
+def definition(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
+    """The pass of the dense masked definition, whatever is to be computed."""
+    return _DEFINITIONS[draw.case.what](draw, dtype, computes)

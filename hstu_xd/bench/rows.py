@@ -1,13 +1,17 @@
 """What a row of the model benchmarks says, whoever was measured."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from hstu_xd.bench import memory
 from hstu_xd.bench.cases import Case
+from hstu_xd.bench.ceilings import Ceilings
+from hstu_xd.bench.conditions import conditions
+from hstu_xd.bench.timing import Times
+from hstu_xd.bench.work import Work
 
 Row = dict[str, Any]
 
@@ -26,7 +30,7 @@ def empty_row(provider: str, case: Case, *, threads: int, repeats: int) -> Row:
         "seq_len": case.seq_len,
         "num_domains": case.num_domains,
         "skew": case.skew,
-        "dtype": "float32",
+        "dtype": case.dtype,
         "device": case.device,
         "ms_median": None,
         "ms_p20": None,
@@ -40,22 +44,51 @@ def empty_row(provider: str, case: Case, *, threads: int, repeats: int) -> Row:
         "dv": case.dv,
         "width": case.width,
         "layers": case.layers,
+        "interleaving": case.interleaving,
+        "plan": case.plan,
         "threads": threads,
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "repeats": repeats,
         "peak_bytes_method": memory.method(case.device),
+        **conditions(case.device),
     }
 
 
-def time_columns(milliseconds: Sequence[float]) -> Row:
-    """Median, 20th and 80th percentile."""
-    low, median, high = np.percentile(milliseconds, [20, 50, 80])
-    return {"ms_median": median, "ms_p20": low, "ms_p80": high}
+def time_columns(times: Times) -> Row:
+    """Median, 20th and 80th percentile of whole passes, and the median of each phase."""
+    low, median, high = (float(x) for x in np.percentile(times["total"], [20, 50, 80]))
+    phases = {f"ms_{name}": float(np.median(x)) for name, x in times.items() if name != "total"}
+    return {"ms_median": median, "ms_p20": low, "ms_p80": high, **phases}
 
 
-def times_faster(times: dict[str, list[float]], provider: str, rival: str) -> Row:
+def times_faster(times: Mapping[str, Times], provider: str, rival: str) -> Row:
     """How often a provider runs in the time of its rival: the median over turns, if both ran."""
     if rival not in times:
         return {}
-    ratios = np.divide(times[rival], times[provider])
+    ratios = np.divide(times[rival]["total"], times[provider]["total"])
     return {f"times_faster_than_{rival}": float(np.median(ratios))}
+
+
+def speed_columns(work: Work, row: Row, ceilings: Ceilings) -> Row:
+    """Achieved arithmetic and traffic of both phases, beside what the machine reached.
+
+    ``roofline_*`` is the share of the attainable: the time that the work takes at the ceilings
+    over the time it took.
+
+    Args:
+        work: of the case, as the provider computes it.
+        row: with the times of the phases.
+        ceilings: measured in this run.
+    """
+    columns: Row = {"ceiling_tflops": ceilings.tflops, "ceiling_gbs": ceilings.gbs}
+    for phase, flops, moved in (
+        ("forward", work.forward_flops, work.forward_bytes),
+        ("backward", work.backward_flops, work.backward_bytes),
+    ):
+        seconds = row[f"ms_{phase}"] / 1e3
+        columns |= {
+            f"tflops_{phase}": flops / seconds / 1e12,
+            f"gbs_{phase}": moved / seconds / 1e9,
+            f"roofline_{phase}": ceilings.seconds(flops, moved) / seconds,
+        }
+    return columns

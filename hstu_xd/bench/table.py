@@ -3,40 +3,41 @@
 from collections.abc import Iterable
 from typing import Any
 
+_percent = "{:.0%}".format
+_tenth = "{:.1f}".format
+
 # Column title -> key of the row and how to show it. A column without a value is left out.
 _COLUMNS = {
     "provider": ("provider", str),
     "N": ("seq_len", str),
     "D": ("num_domains", str),
     "skew": ("skew", "{:g}".format),
+    "order": ("interleaving", str),
     "rows": ("rows", "{:,}".format),
     "correct": ("correct", lambda value: "yes" if value else "NO"),
-    "ms": ("ms_median", "{:.1f}".format),
-    "ms p20": ("ms_p20", "{:.1f}".format),
-    "ms p80": ("ms_p80", "{:.1f}".format),
-    "x faster than reference": ("times_faster_than_reference", "{:.2f}".format),
-    "x faster than dense": ("times_faster_than_dense", "{:.2f}".format),
+    "ms": ("ms_median", _tenth),
+    "ms p20": ("ms_p20", _tenth),
+    "ms p80": ("ms_p80", _tenth),
+    "fwd ms": ("ms_forward", _tenth),
+    "bwd ms": ("ms_backward", _tenth),
+    "fwd TFLOP/s": ("tflops_forward", "{:.3g}".format),
+    "bwd TFLOP/s": ("tflops_backward", "{:.3g}".format),
+    "fwd roofline": ("roofline_forward", _percent),
+    "bwd roofline": ("roofline_backward", _percent),
     "N in the time of dense": ("equal_time_seq_len", "{:,}".format),
     "samples/s": ("samples_per_second", "{:,.0f}".format),
     "seconds": ("seconds", "{:.2f}".format),
     "events/s": ("events_per_second", "{:,}".format),
     "peak MiB": ("peak_bytes", lambda value: f"{value / 2**20:.0f}"),
     "absent": ("absent", str),
+    "failed": ("failed", str),
 }
+_RATIO = "times_faster_than_"
 
 
 def render(rows: Iterable[dict[str, Any]]) -> str:
     """Rows of one benchmark, a line each, columns aligned; unknown values are a dash."""
-    rows = list(rows)
-    used = {
-        title: column
-        for title, column in _COLUMNS.items()
-        if any(row.get(column[0]) is not None for row in rows)
-    }
-    lines = [list(used)]
-    for row in rows:
-        shown = ((row.get(key), show) for key, show in used.values())
-        lines.append(["-" if value is None else show(value) for value, show in shown])
+    lines = _cells(list(rows))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join(
@@ -45,3 +46,27 @@ def render(rows: Iterable[dict[str, Any]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def markdown(rows: Iterable[dict[str, Any]]) -> str:
+    """The same as a Markdown table."""
+    head, *lines = _cells(list(rows))
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def _cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    ratios = dict.fromkeys(key for row in rows for key in row if key.startswith(_RATIO))
+    columns = _COLUMNS | {
+        f"x faster than {key.removeprefix(_RATIO)}": (key, "{:.2f}".format) for key in ratios
+    }
+    used = {
+        title: column
+        for title, column in columns.items()
+        if any(row.get(column[0]) is not None for row in rows)
+    }
+    lines = [list(used)]
+    for row in rows:
+        shown = ((row.get(key), show) for key, show in used.values())
+        lines.append(["-" if value is None else show(value) for value, show in shown])
+    return lines

@@ -5,7 +5,6 @@ AdamW. "dense" is full attention as upstream's research code lays it out, "hstu"
 this package's attention, "mask" and "all" the cross-domain variants of ``hstu-xd ablate``.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +16,9 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.gate import FORWARD_BUDGET, row_error
 from hstu_xd.bench.rows import Row, empty_row, time_columns, times_faster
+from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
 from hstu_xd.losses import sample_negatives, sampled_softmax_loss
 from hstu_xd.model import CrossDomainHSTU
 
@@ -34,7 +35,12 @@ _NEGATIVES = 2048
 
 
 def measure(
-    cases: Sequence[Case], names: Iterable[str], *, threads: int, repeats: int
+    cases: Sequence[Case],
+    names: Iterable[str],
+    *,
+    threads: int,
+    repeats: int,
+    against: str = "dense",
 ) -> list[Row]:
     """Rows of all cases, one a provider, taking turns in this process.
 
@@ -47,11 +53,23 @@ def measure(
         names: providers.
         threads: of PyTorch.
         repeats: timed steps of each provider.
+        against: the provider that the others' times are compared with.
+
+    Raises:
+        InputError: a case without bias, of another dtype than float32, or with a plan made once.
     """
+    for case in cases:
+        if (case.dtype, case.biased, case.plan) != ("float32", True, "each"):
+            raise InputError(
+                "train-step measures float32 with the relative bias and a plan for each batch; "
+                "drop --dtype, --no-bias and --plan"
+            )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rows = [row for case in cases for row in _rows(case, list(names), threads, repeats)]
+        rows = [
+            row for case in cases for row in _rows(case, list(names), threads, repeats, against)
+        ]
     finally:
         torch.set_num_threads(before)
     for row in rows:
@@ -59,24 +77,24 @@ def measure(
     return rows
 
 
-def _rows(case: Case, names: list[str], threads: int, repeats: int) -> list[Row]:
-    errors = {name: _error(name, case.small) for name in names}
-    steps = {name: _Step(name, Draw.of(case)) for name in names if errors[name] <= 1}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step.run()
-            if case.device != "cpu":
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append((time.perf_counter() - start) * 1e3)
+def _rows(case: Case, names: list[str], threads: int, repeats: int, against: str) -> list[Row]:
+    failed: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    steps: dict[str, Pass] = {}
+    for name in names:
+        with noting_failure(name, failed):
+            errors[name] = _error(name, case.small)
+            if errors[name] <= 1:
+                steps[name] = _Step(name, Draw.of(case)).run
+    times = take_turns(steps, failed, device=case.device, repeats=repeats)
     rows = []
     for name in names:
         row = empty_row(name, case, threads=threads, repeats=repeats)
-        row |= {"correct": name in times, "error_of_budget": errors[name]}
+        row["failed"] = failed.get(name)
+        if name in errors:
+            row |= {"correct": errors[name] <= 1, "error_of_budget": errors[name]}
         if name in times:
-            row |= time_columns(times[name]) | times_faster(times, name, "dense")
+            row |= time_columns(times[name]) | times_faster(times, name, against)
         rows.append(row)
     return rows
 
@@ -89,16 +107,19 @@ class _Step:
         self._batch, self._targets = _batch(draw, self._model.catalog)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), fused=True)
 
-    def run(self) -> None:
+    def run(self, mark: Mark) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
         negatives = sample_negatives(self._model.catalog, _NEGATIVES, generator, scope="domain")
         vectors = self._model(self._batch)
         loss = sampled_softmax_loss(
             self._model, vectors, self._targets, negatives, temperature=0.05
         )
+        mark("forward")
         self._optimizer.zero_grad(set_to_none=True)
         (loss / len(self._targets)).backward()
+        mark("backward")
         self._optimizer.step()
+        return {"out": vectors.detach()}
 
 
 def _model(name: str, case: Case, **others: Any) -> CrossDomainHSTU:
@@ -144,7 +165,7 @@ def _error(name: str, case: Case) -> float:
 
 def _equal_time(row: Row, rows: list[Row]) -> int | None:
     def alike(other: Row, provider: str) -> bool:
-        keys = ("num_domains", "skew", "batch_size", "device")
+        keys = ("num_domains", "skew", "interleaving", "batch_size", "device")
         same = all(other[key] == row[key] for key in keys)
         return same and other["provider"] == provider and other["ms_median"] is not None
 

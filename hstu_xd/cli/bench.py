@@ -1,8 +1,9 @@
-"""``hstu-xd bench``: timings behind a correctness gate, as a table or as JSON rows."""
+"""``hstu-xd bench``: timings behind a correctness gate, as a table, as JSON rows or as curves."""
 
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +16,22 @@ BENCHMARKS = ("encoder", "attention", "train-step", "prepare", "sampler")
 
 
 def bench(
-    what: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
+    what: Annotated[
+        str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}; or plot, of stored rows.")
+    ],
+    stored: Annotated[
+        list[Path] | None, typer.Argument(help="Files of rows (plot).", metavar="[ROWS]...")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the rows as one JSON array.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the rows, .json or .csv. Folder for the log (prepare) [default: a "
+            "temporary one] or for figures and table (plot)."
+        ),
+    ] = None,
     seq_len: Annotated[
         list[int] | None, typer.Option(help="Events of a user; repeat for several. [default: 1000]")
     ] = None,
@@ -29,9 +42,31 @@ def bench(
         list[float] | None,
         typer.Option(help="0 = balanced, else the share of the first domain. [default: 0]"),
     ] = None,
+    interleaving: Annotated[
+        list[str] | None,
+        typer.Option(help="random, or blocks: one domain after the other. [default: random]"),
+    ] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="N 256..16384, D 1..64, skews and interleavings, one at a time."
+        ),
+    ] = False,
     provider: Annotated[
         list[str] | None, typer.Option(help="Provider; repeat for several. [default: all]")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Provider to compare with. [default: reference; train-step dense]"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    bias: Annotated[
+        bool, typer.Option("--bias/--no-bias", help="Relative bias, where a provider has one.")
+    ] = True,
+    plan: Annotated[
+        str,
+        typer.Option(help="Build groupings and masks in each pass, or once, as layers share them."),
+    ] = "each",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Users of a batch. [default: 8; sampler 128]")
     ] = None,
@@ -45,45 +80,72 @@ def bench(
         int | None,
         typer.Option(min=1, help="Timed passes of each provider. [default: 5; sampler 50]"),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda (encoder, attention).")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda (encoder, attention, train-step).")
+    ] = "cpu",
     rows: Annotated[int, typer.Option(min=100, help="Events of the log (prepare).")] = 1_000_000,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the log (prepare). [default: a temporary one]")
-    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Prepared store (sampler). [default: a synthetic one]")
     ] = None,
 ) -> None:
     """Measure a part of hstu-xd. A provider that computes something else gets no time."""
+    if what == "plot":
+        _plot(stored or [], out)
+        return
     if what not in BENCHMARKS:
-        raise InputError(_unknown("benchmark", what, BENCHMARKS))
+        raise InputError(_unknown("benchmark", what, (*BENCHMARKS, "plot")))
+    if stored:
+        raise InputError(f"{stored[0]}: only bench plot reads rows; to write them use --out")
     if what == "prepare":
-        results: Iterable[dict[str, Any]] = _prepare(rows, out)
-    elif what == "sampler":
+        _show(_prepare(rows, out), as_json)
+        return
+    if out is not None:
+        from hstu_xd.bench.stored import check_name
+
+        check_name(out)
+    if what == "sampler":
         from hstu_xd.bench.sampler import run
 
         history = (seq_len or [200])[0]
         results = run(data, history=history, batch_size=batch_size or 128, repeats=repeats or 50)
-    else:
-        # Waiting threads sleep. Spinning ones stall every small operation for a scheduler's tick
-        # wherever another process holds a core. OpenMP reads this when PyTorch is loaded.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        from hstu_xd.bench import passes, providers, train_step
-        from hstu_xd.bench.cases import Case
+        _show(results, as_json, out)
+        return
+    # Waiting threads sleep. Spinning ones stall every small operation for a scheduler's tick
+    # wherever another process holds a core. OpenMP reads this when PyTorch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from hstu_xd.bench import passes, providers, train_step
+    from hstu_xd.bench.cases import Case
+    from hstu_xd.bench.sweep import sweep as preset
 
-        known = tuple(train_step.PROVIDERS) if what == "train-step" else providers.PROVIDERS[what]
-        for name in provider or ():
-            if name not in known:
-                raise InputError(_unknown("provider", name, known))
-        cases = [
-            Case(what, n, d, s, batch_size or 8, heads, dqk, dv, width, layers, device)
-            for n in seq_len or [1000]
-            for d in num_domains or [1, 5, 10]
-            for s in skew or [0.0]
-        ]
-        measure = train_step.measure if what == "train-step" else passes.measure
-        results = measure(cases, provider or known, threads=threads, repeats=repeats or 5)
-    _show(results, as_json)
+    known = tuple(train_step.PROVIDERS if what == "train-step" else providers.PROVIDERS[what])
+    chosen = list(provider or known)
+    rival = against or ("dense" if what == "train-step" else "reference")
+    for name in (*chosen, rival):
+        if name not in known:
+            raise InputError(_unknown("provider", name, known))
+    if against and against not in chosen:
+        raise InputError(f"--against {against} is not measured; add --provider {against}")
+    base = Case(
+        what, 1000, 1, batch_size=batch_size or 8, heads=heads, dqk=dqk, dv=dv, width=width,
+        layers=layers, device=device, dtype=dtype, biased=bias, plan=plan,
+    )  # fmt: skip
+    if sweep and (seq_len or num_domains or skew or interleaving):
+        raise InputError(
+            "--sweep chooses lengths, domains, skews and interleavings; drop --seq-len, "
+            "--num-domains, --skew and --interleaving, or --sweep"
+        )
+    cases = [
+        replace(base, seq_len=n, num_domains=d, skew=s, interleaving=order)
+        for n in seq_len or [1000]
+        for d in num_domains or [1, 5, 10]
+        for s in skew or [0.0]
+        for order in interleaving or ["random"]
+    ]
+    if sweep:
+        cases = list(preset(base))
+    measure = train_step.measure if what == "train-step" else passes.measure
+    results = measure(cases, chosen, threads=threads, repeats=repeats or 5, against=rival)
+    _show(results, as_json, out)
 
 
 def _prepare(rows: int, out: Path | None) -> list[dict[str, Any]]:
@@ -97,19 +159,37 @@ def _prepare(rows: int, out: Path | None) -> list[dict[str, Any]]:
         return run(rows, Path(folder))
 
 
-def _show(results: Iterable[dict[str, Any]], as_json: bool) -> None:
-    """Print the rows.
+def _plot(stored: list[Path], out: Path | None) -> None:
+    from hstu_xd.bench.curves import draw
+    from hstu_xd.bench.stored import read
+
+    if not stored or out is None:
+        raise InputError("bench plot needs files of rows and --out FOLDER")
+    for path in draw(read(stored), out):
+        typer.echo(path)
+
+
+def _show(results: Iterable[dict[str, Any]], as_json: bool, out: Path | None = None) -> None:
+    """Store the rows as they come, and print them.
 
     Raises:
-        HstuXdError: a provider disagrees with the reference.
+        HstuXdError: a provider disagrees with the reference, or raised.
     """
+    from hstu_xd.bench.stored import write
     from hstu_xd.bench.table import render
 
-    rows = list(results)
+    rows: list[dict[str, Any]] = []
+    for row in results:
+        rows.append(row)
+        if out is not None:
+            write(out, rows)
     typer.echo(json.dumps(rows) if as_json else render(rows))
     wrong = sorted({row["provider"] for row in rows if row["correct"] is False})
     if wrong:
         raise HstuXdError(f"{', '.join(wrong)} disagrees with the reference and was not timed")
+    for row in rows:
+        if row.get("failed"):
+            raise HstuXdError(f"{row['provider']} failed: {row['failed']}")
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:

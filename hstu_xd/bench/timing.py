@@ -1,0 +1,92 @@
+"""Passes that are timed: who takes part takes turns, and every pass is clocked phase by phase."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Called with a phase's name when that phase of a pass is over.
+Mark = Callable[[str], None]
+# One pass, "plan", "forward" and "backward": the output, and all gradients by name.
+Pass = Callable[[Mark], dict[str, Tensor]]
+# Milliseconds of every timed pass, "total" and by phase.
+Times = dict[str, list[float]]
+
+
+def unmarked(phase: str) -> None:
+    """The mark of a pass that is not timed."""
+
+
+def take_turns(
+    runs: Mapping[str, Pass], failed: dict[str, str], *, device: str, repeats: int
+) -> dict[str, Times]:
+    """Time passes in turns (A B A B ...), after one turn that warms up.
+
+    What disturbs the machine disturbs all of them, and ratios of the same turn hold.
+
+    Args:
+        runs: passes by name.
+        failed: takes the reason for everyone whose pass raises; they get no times.
+        device: where they run.
+        repeats: timed turns.
+    """
+    times: dict[str, Times] = {name: {} for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            if name in failed:
+                continue
+            with noting_failure(name, failed):
+                watch = _Stopwatch(device)
+                run(watch.mark)
+                for phase, milliseconds in watch.read().items():
+                    if turn:
+                        times[name].setdefault(phase, []).append(milliseconds)
+    return {name: found for name, found in times.items() if name not in failed}
+
+
+@contextmanager
+def noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Keep the reason why a provider failed, so that the others are still measured."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        failed[name] = ": ".join([type(error).__name__, *lines[:1]])
+
+
+class _Stopwatch:
+    """Clocks one pass; on CUDA with events in the stream, so that nothing waits inside it."""
+
+    def __init__(self, device: str) -> None:
+        self._on_cuda = device != "cpu"
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        self._marks = [("", self._now())]
+
+    def mark(self, phase: str) -> None:
+        self._marks.append((phase, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds of each phase, and of all together until now."""
+        end = self._now()
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        phases = {
+            phase: self._between(before, after)
+            for (_, before), (phase, after) in pairwise(self._marks)
+        }
+        return phases | {"total": self._between(self._marks[0][1], end)}
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self._on_cuda else (end - start) * 1e3

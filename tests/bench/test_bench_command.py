@@ -1,0 +1,306 @@
+"""The benchmark command: rows, the gate, usage errors. Never a timed assertion."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_runs import KEYS, TINY, run_bench
+from torch import Tensor
+
+from hstu_xd.bench import gate, memory, passes, providers
+from hstu_xd.bench.cases import Case, Draw
+from hstu_xd.bench.computation import Builder, Computation, phased
+from hstu_xd.bench.sweep import sweep
+from hstu_xd.bench.table import markdown, render
+from hstu_xd.bench.timing import Mark, Pass, unmarked
+from hstu_xd.cli.bench import bench
+from hstu_xd.errors import HstuXdError, InputError
+
+
+def replace_builder(monkeypatch: pytest.MonkeyPatch, what: str, name: str, build: Builder) -> None:
+    changed = replace(providers.PROVIDERS[what][name], build=build)
+    monkeypatch.setitem(providers.PROVIDERS[what], name, changed)
+
+
+@pytest.mark.parametrize("what", ["encoder", "attention"])
+def test_rows_have_the_keys_of_the_contract(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [name for name in providers.PROVIDERS[what] if name != "triton"]
+    rows = run_bench(
+        capsys, what, seq_len=[12], num_domains=[1, 3], skew=[0.0, 0.8], provider=names
+    )
+    assert [row["provider"] for row in rows] == names * 4
+    assert {(row["num_domains"], row["skew"]) for row in rows} == {
+        (1, 0.0), (1, 0.8), (3, 0.0), (3, 0.8),
+    }  # fmt: skip
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["seq_len"] == 12
+        if row["absent"]:
+            assert row["ms_median"] is None
+            assert row["correct"] is None
+            continue
+        assert row["correct"] is True
+        assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
+        assert row["peak_bytes"] > 0
+        assert row["times_faster_than_reference"] > 0
+        for phase in ("forward", "backward"):
+            assert 0 < row[f"ms_{phase}"] <= row["ms_p80"]
+            assert row[f"tflops_{phase}"] > 0
+            assert row[f"gbs_{phase}"] > 0
+            assert row[f"roofline_{phase}"] > 0
+        for condition in ("device_name", "torch", "python", "hstu_xd", "command"):
+            assert row[condition]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("what", ["encoder", "attention"])
+def test_half_precisions_pass_their_gate(
+    what: str, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run_bench(
+        capsys, what, seq_len=[12], num_domains=[3], dtype=dtype, bias=False, plan="once",
+        interleaving=["blocks"], provider=["eager", "reference", "eager-softmax"],
+    )  # fmt: skip
+    for row in rows:
+        assert row["correct"] is True
+        assert (row["dtype"], row["biased"]) == (dtype, False)
+        assert (row["interleaving"], row["plan"]) == ("blocks", "once")
+
+
+def sabotaged(honest: Builder, name: str, factor: float) -> Builder:
+    """The last row of one result, off by a factor."""
+
+    def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
+        run = honest(draw, dtype, computes)
+
+        def wrong(mark: Mark) -> dict[str, Tensor]:
+            found = run(mark)
+            found[name][-1] *= factor
+            return found
+
+        return wrong
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["out", "x"])
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.001), ("bfloat16", 1.2)])
+def test_a_wrong_provider_gets_no_time(
+    name: str,
+    dtype: str,
+    factor: float,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    honest = providers.PROVIDERS["encoder"]["eager"].build
+    replace_builder(monkeypatch, "encoder", "eager", sabotaged(honest, name, factor))
+    with pytest.raises(HstuXdError, match="eager disagrees with the reference"):
+        run_bench(
+            capsys, "encoder", seq_len=[12], num_domains=[2], dtype=dtype,
+            provider=["eager", "reference"],
+        )  # fmt: skip
+    eager, reference = json.loads(capsys.readouterr().out)
+    assert eager["correct"] is False
+    assert eager["error_of_budget"] > 1
+    assert eager["ms_median"] is eager["ms_p20"] is eager["ms_p80"] is None
+    assert eager["peak_bytes"] is None
+    assert reference["correct"] is True
+    assert reference["ms_median"] > 0
+
+
+def test_a_provider_that_raises_says_why_and_the_others_are_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = providers.PROVIDERS["attention"]["sdpa"].build
+
+    def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
+        if draw.case.seq_len > 70:
+            raise torch.OutOfMemoryError("no room\nand a long story")
+        return honest(draw, dtype, computes)
+
+    replace_builder(monkeypatch, "attention", "sdpa", build)
+    with pytest.raises(HstuXdError, match=r"sdpa failed: OutOfMemoryError: no room$"):
+        run_bench(
+            capsys, "attention", seq_len=[80], num_domains=[2], provider=["sdpa", "eager"],
+            against="eager",
+        )  # fmt: skip
+    sdpa, eager = json.loads(capsys.readouterr().out)
+    assert sdpa["failed"] == "OutOfMemoryError: no room"
+    assert sdpa["correct"] is True
+    assert sdpa["ms_median"] is None
+    assert eager["times_faster_than_eager"] == 1.0
+    assert eager["failed"] is None
+
+
+def test_the_gate_runs_the_code_that_is_timed() -> None:
+    case = Case("encoder", 80, 3, **TINY)
+    assert case.small.seq_len == 70
+    assert 0 < gate.largest_error("eager", case) <= 1
+
+
+@pytest.mark.parametrize(
+    ("found", "truth", "error"),
+    [
+        ([[1.0, 0.0], [0.0, 2.2]], [[1.0, 0.0], [0.0, 2.0]], 0.1),
+        ([1.0, 2.1], [1.0, 2.0], 0.1 / 5**0.5),
+        ([[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]], 0.0),
+        ([[0.0, 1e-3], [2.0, 0.0]], [[0.0, 0.0], [2.0, 0.0]], 1.0),
+        ([[float("nan")]], [[1.0]], float("inf")),
+    ],
+)
+def test_row_error(found: list, truth: list, error: float) -> None:
+    assert gate.row_error(torch.tensor(found), torch.tensor(truth)) == pytest.approx(error)
+
+
+def test_providers_take_turns_and_only_their_own_phases_are_clocked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[str] = []
+
+    def noting(name: str) -> Builder:
+        def run(mark: Mark) -> dict[str, Tensor]:
+            turns.append(name)
+            for phase in ("plan", "forward", "backward"):
+                mark(phase)
+            return {}
+
+        return lambda *_: run
+
+    for name in ("eager", "reference"):
+        replace_builder(monkeypatch, "attention", name, noting(name))
+    monkeypatch.setattr(gate, "largest_error", lambda name, case: 0.0)
+    cases = [Case("attention", 4, 1)]
+    rows = list(passes.measure(cases, ["eager", "reference"], threads=1, repeats=2))
+    assert turns == ["eager", "reference"] * 3
+    for row in rows:
+        phases = [row[f"ms_{phase}"] for phase in ("plan", "forward", "backward")]
+        assert all(0 <= phase <= row["ms_p80"] for phase in phases)
+
+
+@pytest.mark.parametrize(("plan", "times"), [("each", 3), ("once", 1)])
+def test_a_plan_is_made_in_each_pass_or_once(plan: str, times: int) -> None:
+    made: list[int] = []
+    x = torch.ones(2, requires_grad=True)
+    case = Case("attention", 4, 1, plan=plan)
+    run = phased(case, lambda: made.append(1), lambda _: 2 * x, {"x": x}, torch.ones(2))
+    for _ in range(3):
+        assert torch.equal(run(unmarked)["x"], torch.full((2,), 2.0))
+    assert len(made) == times
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"what": "encodr"}, "no benchmark 'encodr'; did you mean 'encoder'?"),
+        ({"what": "train-stop"}, "no benchmark 'train-stop'; did you mean 'train-step'"),
+        ({"what": "encoder", "provider": ["refrence"]}, "did you mean 'reference'?"),
+        ({"what": "attention", "provider": ["upstream"]}, "There are triton, eager, reference"),
+        ({"what": "attention", "against": "nobody"}, "no provider 'nobody'"),
+        (
+            {"what": "attention", "provider": ["eager"], "against": "sdpa"},
+            "--against sdpa is not measured; add --provider sdpa",
+        ),
+        ({"what": "encoder", "seq_len": [0]}, "seq_len is 0; at least 1"),
+        ({"what": "encoder", "skew": [1.5]}, "skew is 1.5"),
+        ({"what": "encoder", "device": "gpu"}, "device is 'gpu'"),
+        ({"what": "encoder", "dtype": "half"}, "dtype is 'half'; one of float32, bfloat16"),
+        ({"what": "encoder", "plan": "never"}, "plan is 'never'; one of each, once"),
+        (
+            {"what": "encoder", "interleaving": ["sorted"]},
+            "interleaving is 'sorted'; one of random, blocks",
+        ),
+        ({"what": "train-step", "dtype": "bfloat16"}, "train-step measures float32"),
+        ({"what": "encoder", "sweep": True, "seq_len": [8]}, "drop --seq-len"),
+        ({"what": "encoder", "out": Path("rows.txt")}, "rows.txt: rows are stored as .json or"),
+        ({"what": "encoder", "out": Path("no/such/rows.csv")}, "there is no folder no/such"),
+        ({"what": "encoder", "stored": [Path("a.json")]}, "only bench plot reads rows"),
+        ({"what": "plot"}, "bench plot needs files of rows and --out FOLDER"),
+    ],
+)
+def test_usage_errors(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        bench(**arguments)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_the_sweep_changes_one_size_at_a_time() -> None:
+    base = Case("attention", 5, 2, heads=3)
+    cases = list(sweep(base))
+    assert len(set(cases)) == len(cases)
+    assert {case.seq_len for case in cases} >= {256, 16384}
+    assert {case.num_domains for case in cases} >= {1, 64}
+    centre = {"seq_len": 4096, "num_domains": 8, "skew": 0.0, "interleaving": "random"}
+    for case in cases:
+        assert case.heads == 3
+        assert sum(getattr(case, name) != value for name, value in centre.items()) <= 1
+
+
+def test_the_command_sweeps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(cases: list[Case], *_: Any, **__: Any) -> list[dict]:
+        return [{"provider": "eager", "seq_len": x.seq_len, "correct": True} for x in cases]
+
+    monkeypatch.setattr(passes, "measure", measure)
+    rows = run_bench(capsys, "attention", sweep=True)
+    assert [row["seq_len"] for row in rows] == [
+        case.seq_len for case in sweep(Case("attention", 1, 1))
+    ]
+
+
+def test_prepare_rows_are_passed_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = pytest.importorskip("hstu_xd.bench.prepare")
+    row = {"provider": "a", "rows": 1000, "seconds": 0.5, "correct": True}
+    monkeypatch.setattr(prepare, "run", lambda rows, out: [row | {"rows": rows}])
+    assert run_bench(capsys, "prepare", rows=500, out=tmp_path) == [row | {"rows": 500}]
+
+
+def test_sampler_reads_what_a_loop_over_users_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hstu_xd.data.synthetic import synthesize
+    from hstu_xd.data.world import SynthOptions
+
+    store = tmp_path / "store"
+    synthesize(store, SynthOptions(users=40, domains=2, items_per_domain=30, mean_length=12.0))
+    capsys.readouterr()
+    rows = run_bench(capsys, "sampler", data=store, seq_len=[10], batch_size=16)
+    assert [row["provider"] for row in rows] == ["batches", "one by one"]
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["correct"] is True
+        assert row["samples_per_second"] > 0
+
+
+TABLE = [
+    {"provider": "eager", "ms_median": 12.345, "correct": True, "times_faster_than_dense": 2.0},
+    {"provider": "upstream", "ms_median": None, "correct": None, "absent": "not importable"},
+]
+
+
+def test_the_table_shows_what_is_known() -> None:
+    assert render(TABLE).splitlines() == [
+        "provider  correct    ms          absent  x faster than dense",
+        "eager         yes  12.3               -                 2.00",
+        "upstream        -     -  not importable                    -",
+    ]
+    assert markdown(TABLE).splitlines()[:3] == [
+        "| provider | correct | ms | absent | x faster than dense |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| eager | yes | 12.3 | - | 2.00 |",
+    ]
+
+
+def test_memory_of_a_real_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    case = Case("attention", 400, 1, batch_size=2, heads=2, dqk=4, dv=4)
+    dense = case.batch_size * case.heads * case.seq_len**2 * 4
+    assert memory.peak_bytes("reference", case, 1, lambda mark: {}) > dense
+    with pytest.raises(HstuXdError, match="measuring the memory of nobody failed"):
+        memory.peak_bytes("nobody", case, 1, lambda mark: {})

@@ -1,0 +1,177 @@
+"""Every provider computes what it says it computes, and says why it is absent where it is."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from bench_runs import TINY, run_bench
+
+from hstu_xd.bench import attention_passes, gate, providers
+from hstu_xd.bench.cases import Case, Draw
+from hstu_xd.bench.ceilings import Ceilings
+from hstu_xd.bench.computation import Computation
+from hstu_xd.bench.work import Work, delta, visible_pairs
+
+CASE = Case("attention", 20, 3, **TINY)
+UPSTREAM = find_spec("generative_recommenders") and find_spec("fbgemm_gpu")
+needs_upstream = pytest.mark.skipif(
+    not UPSTREAM,
+    reason="generative_recommenders with fbgemm_gpu is not importable: NOT covered is that the "
+    "providers of upstream call its code right",
+)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [(what, name) for what, known in providers.PROVIDERS.items() for name in known],
+)
+def test_a_provider_computes_what_it_says(what: str, name: str, bias: bool) -> None:
+    case = replace(CASE, what=what, biased=bias)
+    if why := providers.PROVIDERS[what][name].missing(case):
+        pytest.skip(f"{name} cannot run here ({why}): NOT covered is what it computes")
+    assert gate.largest_error(name, case) <= 1
+
+
+@needs_upstream
+@pytest.mark.parametrize("masked", [True, False], ids=["grouped", "mixed"])
+def test_upstreams_fused_attention_is_called_right(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its PyTorch kernel, which takes the same arguments as the one for GPUs."""
+    name = "upstream-triton-grouped" if masked else "upstream-triton-mixed"
+    timed = providers.PROVIDERS["attention"][name]
+    assert timed.masked is masked
+    assert timed.computation(CASE) == Computation(masked, "silu", biased=False)
+    by_pytorch = replace(timed, build=attention_passes.upstream("PYTORCH"))
+    monkeypatch.setitem(providers.PROVIDERS["attention"], name, by_pytorch)
+    assert gate.largest_error(name, CASE) <= 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"masked": False}, {"normalization": "softmax"}, {"bias": "never"}], ids=str
+)
+def test_the_gate_rejects_another_computation(
+    change: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The eager pass of one computation, held against the definition of another."""
+    honest = providers.PROVIDERS["attention"]["eager"]
+    computes = replace(honest, **change).computation(CASE)
+    wrong = replace(honest, build=lambda draw, dtype, _: honest.build(draw, dtype, computes))
+    monkeypatch.setitem(providers.PROVIDERS["attention"], "eager", wrong)
+    if "bias" in change:
+        with pytest.raises(KeyError, match="position_weights"):
+            gate.largest_error("eager", CASE)
+    else:
+        assert gate.largest_error("eager", CASE) > 1
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "changes", "reason"),
+    [
+        ("attention", "flex", {}, "needs a CUDA device"),
+        ("encoder", "flex", {}, "needs a CUDA device"),
+        ("attention", "sdpa", {}, None),
+        ("encoder", "eager", {}, None),
+        ("encoder", "upstream", {"biased": False}, "always has the relative bias"),
+    ],
+)
+def test_reasons_to_be_absent(
+    what: str, name: str, changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "find_spec", lambda name: object())
+    case = replace(CASE, what=what, **changes)
+    assert providers.PROVIDERS[what][name].missing(case) == reason
+
+
+@pytest.mark.parametrize(("dqk", "dv", "reason"), [(25, 32, "dqk is 25"), (32, 8, "dv is 8")])
+def test_upstreams_kernel_takes_powers_of_two(
+    dqk: int, dv: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "find_spec", lambda name: object())
+    on_a_gpu = replace(providers.PROVIDERS["attention"]["upstream-triton-mixed"], needs="nothing")
+    assert on_a_gpu.missing(replace(CASE, dqk=32, dv=32)) is None
+    found = on_a_gpu.missing(replace(CASE, dqk=dqk, dv=dv))
+    assert found == f"{reason}; it takes powers of two from 16 on"
+
+
+def test_an_absent_provider_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    (row,) = run_bench(capsys, "encoder", seq_len=[8], num_domains=[2], provider=["upstream"])
+    assert row["absent"] == "generative_recommenders and fbgemm_gpu not importable"
+    assert row["ms_median"] is row["correct"] is None
+
+
+def test_skew_is_the_share_of_the_first_domain() -> None:
+    draw = Draw.of(Case("encoder", 1000, 4, skew=0.8))
+    share = np.bincount(draw.domains.numpy(), minlength=4) / draw.num_tokens
+    np.testing.assert_allclose(share, [0.8, 0.2 / 3, 0.2 / 3, 0.2 / 3], atol=0.02)
+    balanced = Draw.of(Case("encoder", 1000, 4)).domains
+    np.testing.assert_allclose(np.bincount(balanced.numpy()) / 8000, 0.25, atol=0.02)
+
+
+def test_blocks_are_the_same_events_one_domain_after_the_other() -> None:
+    random = Draw.of(CASE).domains.view(2, 20)
+    blocks = Draw.of(replace(CASE, interleaving="blocks")).domains.view(2, 20)
+    assert torch.equal(blocks, random.sort(1).values)
+    assert not torch.equal(blocks, random)
+
+
+def test_numbers_are_those_of_the_dtype() -> None:
+    draw = Draw.of(replace(CASE, dtype="bfloat16"))
+    exact = draw.normal(50, dtype=torch.float64, seed=3)
+    assert torch.equal(exact, exact.bfloat16().double())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_visible_pairs_are_counted_one_by_one(masked: bool) -> None:
+    draw = Draw.of(CASE)
+    domains = draw.domains.view(2, 20)
+    pairs = sum(
+        1
+        for user in domains.tolist()
+        for i in range(20)
+        for j in range(i + 1)
+        if user[i] == user[j] or not masked
+    )
+    assert visible_pairs(draw, masked=masked) == pairs
+
+
+def test_work_of_attention() -> None:
+    """One user, two domains of one and two events: four pairs."""
+    case = Case("attention", 3, 2, batch_size=1, heads=5, dqk=7, dv=11, dtype="bfloat16")
+    draw = replace(Draw.of(case), domains=torch.tensor([0, 1, 0]))
+    work = Work.of(draw, masked=True)
+    assert work.forward_flops == 2 * 5 * (7 + 11) * 4
+    assert work.backward_flops == 2.5 * work.forward_flops
+    assert work.forward_bytes == 2 * 3 * 5 * (7 + 7 + 11 + 11)
+    assert work.backward_bytes == 2 * 3 * 5 * (7 + 7 + 11 + 11 + 7 + 7 + 11)
+    assert delta(draw) == pytest.approx((2 / 3) ** 2 + (1 / 3) ** 2)
+
+
+def test_work_of_an_encoder_adds_the_projections() -> None:
+    sizes = {"batch_size": 1, "heads": 2, "dqk": 3, "dv": 4, "width": 6}
+    attention, encoder = (
+        Work.of(Draw.of(Case(what, 8, 1, layers=3, **sizes)), masked=True)
+        for what in ("attention", "encoder")
+    )
+    projected = 2 * 8 * 6 * (2 * (4 + 4 + 3 + 3) + 2 * 4)
+    assert encoder.forward_flops == 3 * (attention.forward_flops + projected)
+    assert encoder.backward_flops == 3 * (attention.backward_flops + 2 * projected)
+
+
+def test_the_roofline_is_what_takes_longer() -> None:
+    ceilings = Ceilings(tflops=2.0, gbs=100.0)
+    assert ceilings.seconds(flops=4e12, moved=1e9) == 2.0
+    assert ceilings.seconds(flops=4e12, moved=1e12) == 10.0
+
+
+def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = Ceilings.of(CASE)
+    assert found.tflops > 0
+    assert found.gbs > 0
