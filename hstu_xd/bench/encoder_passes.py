@@ -5,6 +5,7 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
+from hstu_xd.bench import jagged_operators
 from hstu_xd.bench.cases import Draw
 from hstu_xd.bench.computation import Builder, Computation, phased
 from hstu_xd.bench.timing import Pass
@@ -38,8 +39,7 @@ def own(impl: str) -> Builder:
 
 def upstream(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
     """The dense layers of generative-recommenders' research code, with the same parameters."""
-    # fbgemm registers the jagged operators that upstream's layers call by name.
-    import_module("fbgemm_gpu")
+    jagged_operators.provide()
     hstu = import_module("generative_recommenders.research.modeling.sequential.hstu")
     case = draw.case
     layers = [

@@ -1,10 +1,10 @@
 """``bench encoder`` and ``bench attention``: gate, interleaved timing, memory, one row each."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from hstu_xd.bench import gate, memory
+from hstu_xd.bench import gate, jagged_operators, memory
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.ceilings import Ceilings
 from hstu_xd.bench.providers import PROVIDERS
@@ -19,7 +19,7 @@ def measure(
     *,
     threads: int,
     repeats: int,
-    against: str = "reference",
+    against: Sequence[str] = ("reference",),
 ) -> Iterator[Row]:
     """Rows of all cases, one a provider.
 
@@ -33,7 +33,7 @@ def measure(
         names: providers.
         threads: of PyTorch.
         repeats: timed passes of each provider.
-        against: the provider that the others' times are compared with.
+        against: providers that the others' times are compared with.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -44,7 +44,9 @@ def measure(
         torch.set_num_threads(before)
 
 
-def _rows(case: Case, names: list[str], threads: int, repeats: int, against: str) -> Iterator[Row]:
+def _rows(
+    case: Case, names: list[str], threads: int, repeats: int, against: Sequence[str]
+) -> Iterator[Row]:
     known = {name: PROVIDERS[case.what][name] for name in names}
     absent = {name: why for name, one in known.items() if (why := one.missing(case))}
     failed: dict[str, str] = {}
@@ -70,6 +72,7 @@ def _rows(case: Case, names: list[str], threads: int, repeats: int, against: str
             "normalization": computes.normalization,
             "biased": computes.biased,
             "delta": delta(draw),
+            "jagged_operators": jagged_operators.source() if name == "upstream" else None,
             "visible_pairs": visible_pairs(draw, masked=computes.masked),
             "absent": absent.get(name),
             "failed": failed.get(name),
@@ -78,7 +81,9 @@ def _rows(case: Case, names: list[str], threads: int, repeats: int, against: str
             row |= {"correct": errors[name] <= 1, "error_of_budget": errors[name]}
         if name in times:
             work = Work.of(draw, masked=computes.masked)
-            row |= time_columns(times[name]) | times_faster(times, name, against)
+            row |= time_columns(times[name])
+            for rival in against:
+                row |= times_faster(times, name, rival)
             row |= speed_columns(work, row, Ceilings.of(case))
             row["peak_bytes"] = peaks.get(name)
         yield row

@@ -1,11 +1,12 @@
 """Those who compete, what each computes, and what it needs to run.
 
-This package's own come by implementation: "triton" (the fused kernels), "eager", and "reference",
-the dense masked definition. "eager-softmax" and "flex" (FlexAttention with a block mask on the
-mixed sequence) compute softmax inside domains, "sdpa" too, with a dense mask. "upstream" is the
-dense layer stack of generative-recommenders and "upstream-triton-mixed" its fused attention, which
-know no domains and so compute full attention whatever their number; "upstream-triton-grouped" is
-the latter on the sequence as this package regroups it.
+This package's own come by implementation: "triton" (the fused kernels; "triton-unbiased" tells what
+the bias costs), "eager", and "reference", the dense masked definition. "eager-softmax" and "flex"
+(FlexAttention with a block mask on the mixed sequence) compute softmax inside domains, "sdpa" too,
+with a dense mask. "upstream" is the dense layer stack of generative-recommenders and
+"upstream-triton-mixed" its fused attention, which know no domains and so compute full attention
+whatever their number; "upstream-triton-grouped" is the latter on the sequence as this package
+regroups it.
 """
 
 from dataclasses import dataclass, replace
@@ -79,9 +80,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "triton": Provider(encoder_passes.own("triton"), needs="kernels"),
         "eager": Provider(encoder_passes.own("eager")),
         "reference": Provider(encoder_passes.own("reference")),
-        "upstream": Provider(
-            encoder_passes.upstream, masked=False, bias="always", modules=(_GR, "fbgemm_gpu")
-        ),
+        "upstream": Provider(encoder_passes.upstream, masked=False, bias="always", modules=(_GR,)),
         "eager-softmax": Provider(encoder_passes.own("eager"), normalization="softmax"),
         "flex": Provider(
             encoder_passes.own("flex"), normalization="softmax", bias="never", needs="cuda"
@@ -89,6 +88,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     },
     "attention": {
         "triton": Provider(attention_passes.own("triton"), needs="kernels"),
+        "triton-unbiased": Provider(attention_passes.own("triton"), bias="never", needs="kernels"),
         "eager": Provider(attention_passes.own("eager")),
         "reference": Provider(attention_passes.own("reference")),
         "upstream-triton-mixed": replace(_UPSTREAM_TRITON, masked=False),

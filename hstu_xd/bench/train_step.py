@@ -40,7 +40,7 @@ def measure(
     *,
     threads: int,
     repeats: int,
-    against: str = "dense",
+    against: Sequence[str] = ("dense",),
 ) -> list[Row]:
     """Rows of all cases, one a provider, taking turns in this process.
 
@@ -53,7 +53,7 @@ def measure(
         names: providers.
         threads: of PyTorch.
         repeats: timed steps of each provider.
-        against: the provider that the others' times are compared with.
+        against: providers that the others' times are compared with.
 
     Raises:
         InputError: a case without bias, of another dtype than float32, or with a plan made once.
@@ -77,7 +77,9 @@ def measure(
     return rows
 
 
-def _rows(case: Case, names: list[str], threads: int, repeats: int, against: str) -> list[Row]:
+def _rows(
+    case: Case, names: list[str], threads: int, repeats: int, against: Sequence[str]
+) -> list[Row]:
     failed: dict[str, str] = {}
     errors: dict[str, float] = {}
     steps: dict[str, Pass] = {}
@@ -94,7 +96,9 @@ def _rows(case: Case, names: list[str], threads: int, repeats: int, against: str
         if name in errors:
             row |= {"correct": errors[name] <= 1, "error_of_budget": errors[name]}
         if name in times:
-            row |= time_columns(times[name]) | times_faster(times, name, against)
+            row |= time_columns(times[name])
+            for rival in against:
+                row |= times_faster(times, name, rival)
         rows.append(row)
     return rows
 

@@ -56,8 +56,11 @@ def bench(
         list[str] | None, typer.Option(help="Provider; repeat for several. [default: all]")
     ] = None,
     against: Annotated[
-        str | None,
-        typer.Option(help="Provider to compare with. [default: reference; train-step dense]"),
+        list[str] | None,
+        typer.Option(
+            help="Provider to compare with; repeat for several. [default: reference; train-step "
+            "dense]"
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     bias: Annotated[
@@ -119,12 +122,13 @@ def bench(
 
     known = tuple(train_step.PROVIDERS if what == "train-step" else providers.PROVIDERS[what])
     chosen = list(provider or known)
-    rival = against or ("dense" if what == "train-step" else "reference")
-    for name in (*chosen, rival):
+    rivals = against or ["dense" if what == "train-step" else "reference"]
+    for name in (*chosen, *rivals):
         if name not in known:
             raise InputError(_unknown("provider", name, known))
-    if against and against not in chosen:
-        raise InputError(f"--against {against} is not measured; add --provider {against}")
+    for name in against or ():
+        if name not in chosen:
+            raise InputError(f"--against {name} is not measured; add --provider {name}")
     base = Case(
         what, 1000, 1, batch_size=batch_size or 8, heads=heads, dqk=dqk, dv=dv, width=width,
         layers=layers, device=device, dtype=dtype, biased=bias, plan=plan,
@@ -144,7 +148,7 @@ def bench(
     if sweep:
         cases = list(preset(base))
     measure = train_step.measure if what == "train-step" else passes.measure
-    results = measure(cases, chosen, threads=threads, repeats=repeats or 5, against=rival)
+    results = measure(cases, chosen, threads=threads, repeats=repeats or 5, against=rivals)
     _show(results, as_json, out)
 
 

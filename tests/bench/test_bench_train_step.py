@@ -20,8 +20,9 @@ def test_train_step_compares_models_and_reading_in_equal_time(
 
 
 def test_equal_time_is_interpolated_between_measured_lengths_only() -> None:
-    case = {"num_domains": 2, "skew": 0.0, "batch_size": 4, "device": "cpu"}
-    case["interleaving"] = "random"
+    case = {
+        "num_domains": 2, "skew": 0.0, "interleaving": "random", "batch_size": 4, "device": "cpu",
+    }  # fmt: skip
     times = {("dense", 100): 10.0, ("dense", 200): 40.0, ("all", 100): 5.0, ("all", 400): 20.0}
     rows = [
         {**case, "provider": name, "seq_len": n, "ms_median": ms} for (name, n), ms in times.items()
