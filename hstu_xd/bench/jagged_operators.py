@@ -12,6 +12,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+# A library takes its operators along when it goes.
+_libraries: list[torch.library.Library] = []
+
 
 def source() -> str:
     """Whose operators :func:`provide` provides here."""
@@ -27,9 +30,10 @@ def provide() -> None:
         register("fbgemm")
 
 
-def register(namespace: str) -> torch.library.Library:
+def register(namespace: str) -> None:
     """Register the plain ones under fbgemm's names and signatures."""
     library = torch.library.Library(namespace, "FRAGMENT")
+    _libraries.append(library)
     library.define(
         "jagged_to_padded_dense(Tensor values, Tensor[] offsets, SymInt[] max_lengths, "
         "float padding_value=0) -> Tensor"
@@ -40,7 +44,6 @@ def register(namespace: str) -> torch.library.Library:
     )
     for function in (jagged_to_padded_dense, dense_to_jagged):
         library.impl(function.__name__, function, "CompositeImplicitAutograd")
-    return library
 
 
 def jagged_to_padded_dense(
