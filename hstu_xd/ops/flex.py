@@ -6,6 +6,7 @@ forward pass only and lays out all scores.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -65,15 +66,19 @@ def block_mask(grouping: DomainGrouping) -> BlockMask:
             return (query >= key) & (queries[query] == keys[key])
 
         length, device = grouping.num_tokens, queries.device
-        # Uncompiled, the mask of all L x L pairs would be laid out first.
-        _block_masks[grouping] = create_block_mask(
-            visible, None, None, length, length, device=str(device), _compile=queries.is_cuda
-        )
+        create = _create_block_mask(queries.is_cuda)
+        _block_masks[grouping] = create(visible, None, None, length, length, device=str(device))
     return _block_masks[grouping]
 
 
 @cache
-def _attention(compiled: bool) -> Any:
+def _create_block_mask(compiled: bool) -> Callable[..., BlockMask]:
+    # Uncompiled, the mask of all L x L pairs is laid out first.
+    return torch.compile(create_block_mask) if compiled else create_block_mask
+
+
+@cache
+def _attention(compiled: bool) -> Callable[..., Any]:
     if compiled:
         return torch.compile(flex_attention)
 
