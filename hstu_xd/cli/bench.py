@@ -1,7 +1,6 @@
 """``hstu-xd bench``: timings behind a correctness gate, as a table, as JSON rows or as curves."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from difflib import get_close_matches
@@ -113,9 +112,6 @@ def bench(
         results = run(data, history=history, batch_size=batch_size or 128, repeats=repeats or 50)
         _show(results, as_json, out)
         return
-    # Waiting threads sleep. Spinning ones stall every small operation for a scheduler's tick
-    # wherever another process holds a core. OpenMP reads this when PyTorch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from hstu_xd.bench import passes, providers, train_step
     from hstu_xd.bench.cases import Case
     from hstu_xd.bench.sweep import sweep as preset

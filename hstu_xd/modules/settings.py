@@ -135,8 +135,8 @@ class EncoderSettings:
             )
         elif self.normalization != "silu":
             raise InputError(
-                f"segment_by needs normalization='silu', got {self.normalization!r}: what a segment "
-                "and tokens add up to is no softmax"
+                f"segment_by needs normalization='silu', got {self.normalization!r}: softmax of a "
+                "segment and tokens is no sum of two"
             )
         elif self.target_view_heads and not self.domain_mask:
             raise InputError("target_view_heads with segment_by needs domain_mask=True")
