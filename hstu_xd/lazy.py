@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
 class lazy_property(Generic[T]):
-    """``functools.cached_property`` without the lock it takes before Python 3.12.
+    """``functools.cached_property`` that ``torch.compile`` can trace.
 
-    ``torch.compile`` cannot trace that lock, and what is computed here may be computed twice.
+    The standard one takes a lock before Python 3.12. While a graph is traced nothing is kept, as a
+    graph cannot hand frozen dataclasses on; what it then computes twice its compiler merges.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
@@ -18,6 +21,8 @@ class lazy_property(Generic[T]):
         self.__doc__ = compute.__doc__
 
     def __get__(self, instance: Any, owner: type | None = None) -> T:
-        # Kept in the instance, where the next look-up finds it before this descriptor.
-        value = instance.__dict__[self._name] = self._compute(instance)
+        value = self._compute(instance)
+        if not torch.compiler.is_compiling():
+            # Kept in the instance, where the next look-up finds it before this descriptor.
+            instance.__dict__[self._name] = value
         return value

@@ -235,7 +235,8 @@ def key_value_gradient_kernel(
     store_rows(base, token, grad_v_token, here, total_v / norm, WIDTH_V, BLOCK_V)
 
 
-@triton.jit
+# The number of tiles differs from batch to batch: a kernel compiled once serves all.
+@triton.jit(do_not_specialize=["num_tiles"])
 def bias_gradient_kernel(
     q, k, v, grad_out, position_sums, time_sums, scale,
     position_weights, time_weights, edges,

@@ -181,7 +181,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     # Nothing of the walk over pairs was kept: each gradient computes the scores again.
-    tensors, plan = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+    # Activation checkpointing allows one look at the saved tensors.
+    saved = ctx.saved_tensors
+    tensors, plan = saved[:5], list(saved[5:])
     arguments = grad_out, *tensors, plan, ctx.norm_length, ctx.tile
     needs_q, needs_k, needs_v, *needs_tables = ctx.needs_input_grad[:5]
     grad_q = query_gradient(*arguments) if needs_q else None

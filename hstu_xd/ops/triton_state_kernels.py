@@ -8,6 +8,8 @@ visit. Nothing else tells apart which pairs are seen.
 
 The gradients of keys are sums over those stretches of tokens, so a program owns some keys of like
 lifetime and walks over the tokens that see any of them: no two programs write to the same place.
+
+Numbers that differ from batch to batch are not specialised: a kernel compiled once serves them all.
 """
 
 # The body of a kernel is Triton's language; Python's types do not hold in it.
@@ -73,7 +75,7 @@ def _scores(
     return scores, bucket
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
     q, k, v, bias, out, log_mass,
     edges, tiles, offsets, tokens, first_visits, replaced, next_times, times,
@@ -130,7 +132,7 @@ def forward_kernel(
     tl.store(log_mass + token.to(tl.int64) * heads + head, top + tl.log(mass), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def query_gradient_kernel(
     q, k, v, bias, out, log_mass, grad_out, grad_q, by_age, inner,
     edges, tiles, offsets, tokens, first_visits, replaced, next_times, times,
@@ -267,7 +269,7 @@ def token_gradient_kernel(
     store_rows(grad_v + head * grad_v_head, at, grad_v_token, here, total_v, WIDTH_V, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "shares"])
 def initial_gradient_kernel(
     q, k, v, bias, log_mass, grad_out, grad_k, grad_v, inner,
     edges, tiles, first_visits, next_times,

@@ -100,14 +100,15 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, _grad_log_mass: Tensor | None) -> tuple[Any, ...]:
-    tensors, table = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
+    # Activation checkpointing allows one look at them.
+    out, log_mass, q, k, v, bias, *table = ctx.saved_tensors
+    no_table = [None] * len(table)
     if grad_out is None:
-        return None, None, None, None, [None] * len(table), None, None
+        return None, None, None, None, no_table, None, None
     *grads, grad_bias = state_attention_gradients(
-        grad_out, *tensors, table, ctx.tile, ctx.states_per_domain
+        grad_out, out, log_mass, q, k, v, bias, table, ctx.tile, ctx.states_per_domain
     )
-    has_bias = tensors[5] is not None
-    return *grads, grad_bias if has_bias else None, [None] * len(table), None, None
+    return *grads, None if bias is None else grad_bias, no_table, None, None
 
 
 state_attention.register_autograd(_backward, setup_context=_remember)

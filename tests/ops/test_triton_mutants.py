@@ -1,19 +1,16 @@
 """Seeded mutants of the kernels' source. The checks of test_triton_kernels.py must reject each."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from kernel_cases import OWN, TARGET, check_against_oracle, check_bucket_edges
+from source_mutants import load
 
 from hstu_xd.ops import available_impls, fused
 
 pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
-
-FOLDER = Path(fused.__file__).parent
 
 
 def own_view() -> None:
@@ -157,20 +154,6 @@ MUTANTS["dq_not_divided"] = (
     "norm=1.0,\n        **strides(out=grad_out, grad=grad_q)",
     own_view,
 )
-
-
-def load(name: str, folder: Path, text: str, instead: str) -> ModuleType:
-    """A copy of a module with ``instead`` wherever ``text`` stood."""
-    source = (FOLDER / f"{name}.py").read_text()
-    assert text in source
-    file = folder / f"{name}.py"
-    file.write_text(source.replace(text, instead))
-    spec = importlib.util.spec_from_file_location(f"mutant_{name}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("name", MUTANTS)
