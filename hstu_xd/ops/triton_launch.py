@@ -59,10 +59,22 @@ def forward(inputs: Inputs) -> Tensor:
     return out.to(inputs.v.dtype)
 
 
-def query_gradient(grad_out: Tensor, inputs: Inputs) -> Tensor:
-    """(L, H, dqk) gradient of q."""
+def gradients(
+    grad_out: Tensor, inputs: Inputs, *, of_tables: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of both tables, (0,) unless ``of_tables``."""
     given = _computable(inputs)
-    grad_out = _rows(grad_out, given)
+    grad_out = computable(grad_out.to(given.v.dtype))
+    grads = _query_gradient(grad_out, given), *_key_value_gradients(grad_out, given)
+    grad_q, grad_k, grad_v = (
+        grad.to(x.dtype) for grad, x in zip(grads, (inputs.q, inputs.k, inputs.v))
+    )
+    none = grad_q.new_empty(0), grad_q.new_empty(0)
+    tables = _table_gradients(grad_out, given) if of_tables else none
+    return grad_q, grad_k, grad_v, *tables
+
+
+def _query_gradient(grad_out: Tensor, given: Inputs) -> Tensor:
     grad_q = given.q.new_empty(given.q.shape)
     _launch(
         kernels.query_gradient_kernel,
@@ -73,13 +85,10 @@ def query_gradient(grad_out: Tensor, inputs: Inputs) -> Tensor:
         norm=float(given.norm_length),
         **strides(out=grad_out, grad=grad_q),
     )
-    return grad_q.to(inputs.q.dtype)
+    return grad_q
 
 
-def key_value_gradients(grad_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(L, H, dqk) gradient of k and (L, H, dv) gradient of v."""
-    given = _computable(inputs)
-    grad_out = _rows(grad_out, given)
+def _key_value_gradients(grad_out: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
     grad_k, grad_v = given.k.new_empty(given.k.shape), given.v.new_empty(given.v.shape)
     _launch(
         kernels.key_value_gradient_kernel,
@@ -91,16 +100,13 @@ def key_value_gradients(grad_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tenso
         norm=float(given.norm_length),
         **strides(out=grad_out, grad_k=grad_k, grad_v=grad_v),
     )
-    return grad_k.to(inputs.k.dtype), grad_v.to(inputs.v.dtype)
+    return grad_k, grad_v
 
 
-def bias_gradients(grad_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(2 N - 1,) gradient of the position table and (num_buckets + 1,) of the time table."""
-    given = _computable(inputs)
+def _table_gradients(grad_out: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
     position_weights, time_weights = given.position_weights, given.time_weights
     assert position_weights is not None
     assert time_weights is not None
-    grad_out = _rows(grad_out, given)
     positions = position_weights.numel()
     times = min(time_weights.numel(), LAST_BUCKET + 1)
     tiles = len(given.plan.query_tiles)
@@ -148,10 +154,6 @@ def _integer_scale(grad_out: Tensor, v: Tensor) -> Tensor:
 def _computable(inputs: Inputs) -> Inputs:
     q, k, v = (computable(x) for x in inputs[:3])
     return inputs._replace(q=q, k=k, v=v)
-
-
-def _rows(grad_out: Tensor, given: Inputs) -> Tensor:
-    return computable(grad_out.to(given.v.dtype))
 
 
 def _launch(

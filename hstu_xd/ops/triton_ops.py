@@ -88,8 +88,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
     return v.new_empty(v.shape)
 
 
-@torch.library.custom_op("hstu_xd::domain_attention_query_gradient", mutates_args=())
-def query_gradient(
+@torch.library.custom_op("hstu_xd::domain_attention_gradients", mutates_args=())
+def domain_attention_gradients(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -99,79 +99,34 @@ def query_gradient(
     plan: Sequence[Tensor],
     norm_length: int,
     tile: int,
-) -> Tensor:
-    """Gradient of q, (L, H, dqk), contiguous."""
+    of_tables: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, contiguous, and of both tables, (0,) unless ``of_tables``."""
     from hstu_xd.ops import triton_launch
 
     tables = position_weights, time_weights
     inputs = Inputs(q, k, v, *tables, Plan(*plan), norm_length, tile)
-    return triton_launch.query_gradient(grad_out, inputs)
+    return triton_launch.gradients(grad_out, inputs, of_tables=of_tables)
 
 
-@query_gradient.register_fake
-def _(grad_out: Tensor, q: Tensor, *rest: object) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.custom_op("hstu_xd::domain_attention_key_value_gradients", mutates_args=())
-def key_value_gradients(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_weights: Tensor | None,
-    time_weights: Tensor | None,
-    plan: Sequence[Tensor],
-    norm_length: int,
-    tile: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of k, (L, H, dqk), and of v, (L, H, dv), contiguous."""
-    from hstu_xd.ops import triton_launch
-
-    tables = position_weights, time_weights
-    inputs = Inputs(q, k, v, *tables, Plan(*plan), norm_length, tile)
-    return triton_launch.key_value_gradients(grad_out, inputs)
-
-
-@key_value_gradients.register_fake
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@torch.library.custom_op("hstu_xd::domain_attention_bias_gradients", mutates_args=())
-def bias_gradients(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_weights: Tensor,
-    time_weights: Tensor,
-    plan: Sequence[Tensor],
-    norm_length: int,
-    tile: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the position table and of the time table, each of its table's type."""
-    from hstu_xd.ops import triton_launch
-
-    tables = position_weights, time_weights
-    inputs = Inputs(q, k, v, *tables, Plan(*plan), norm_length, tile)
-    return triton_launch.bias_gradients(grad_out, inputs)
-
-
-@bias_gradients.register_fake
+@domain_attention_gradients.register_fake
 def _(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_weights: Tensor,
-    time_weights: Tensor,
-    *rest: object,
-) -> tuple[Tensor, Tensor]:
-    return (
-        position_weights.new_empty(position_weights.shape),
-        time_weights.new_empty(time_weights.shape),
-    )
+    position_weights: Tensor | None,
+    time_weights: Tensor | None,
+    plan: Sequence[Tensor],
+    norm_length: int,
+    tile: int,
+    of_tables: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(table: Tensor | None) -> Tensor:
+        return table.new_empty(table.shape) if of_tables and table is not None else q.new_empty(0)
+
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    return grad_q, grad_k, grad_v, like(position_weights), like(time_weights)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -180,16 +135,16 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    # Nothing of the walk over pairs was kept: each gradient computes the scores again.
+    # Nothing of the walk over pairs was kept: the gradients compute the scores again.
     # Activation checkpointing allows one look at the saved tensors.
-    saved = ctx.saved_tensors
-    tensors, plan = saved[:5], list(saved[5:])
-    arguments = grad_out, *tensors, plan, ctx.norm_length, ctx.tile
-    needs_q, needs_k, needs_v, *needs_tables = ctx.needs_input_grad[:5]
-    grad_q = query_gradient(*arguments) if needs_q else None
-    grad_k, grad_v = key_value_gradients(*arguments) if needs_k or needs_v else (None, None)
-    tables = bias_gradients(*arguments) if any(needs_tables) else (None, None)
-    return grad_q, grad_k, grad_v, *tables, [None] * len(plan), None, None
+    q, k, v, position_weights, time_weights, *plan = ctx.saved_tensors
+    tables = position_weights, time_weights
+    of_tables = any(ctx.needs_input_grad[3:5])
+    *grads, by_position, by_time = domain_attention_gradients(
+        grad_out, q, k, v, *tables, plan, ctx.norm_length, ctx.tile, of_tables
+    )
+    table_grads = (by_position, by_time) if of_tables else (None, None)
+    return *grads, *table_grads, [None] * len(plan), None, None
 
 
 domain_attention.register_autograd(_backward, setup_context=_remember)

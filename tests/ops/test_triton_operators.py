@@ -43,11 +43,27 @@ def test_opcheck_of_the_forward(biased: bool) -> None:
 
 
 @on_a_cpu
-@pytest.mark.parametrize("name", ["query_gradient", "key_value_gradients", "bias_gradients"])
-def test_opcheck_of_the_gradients(name: str) -> None:
-    case = draw(Spec((5, 0, 3), 2, heads=1, dqk=2, dv=3))
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
+def test_opcheck_of_the_gradients(biased: bool) -> None:
+    case = draw(Spec((5, 0, 3), 2, heads=1, dqk=2, dv=3, biased=biased))
     given = [x.detach() if isinstance(x, Tensor) else x for x in arguments(case)]
-    torch.library.opcheck(getattr(triton_ops, name), (torch.from_numpy(case.grad_out), *given))
+    grad_out = torch.from_numpy(case.grad_out)
+    torch.library.opcheck(triton_ops.domain_attention_gradients, (grad_out, *given, biased))
+
+
+def test_tables_that_need_no_gradient_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hstu_xd.ops import triton_launch
+
+    q, k, v, *tables, plan, norm_length, tile = arguments(draw(SPEC))
+    fixed = [x.detach() for x in tables]
+
+    def gradient(*tables: Tensor) -> Tensor:
+        out = triton_ops.domain_attention(q, k, v, *tables, plan, norm_length, tile)
+        return torch.autograd.grad(out.sum(), q)[0]
+
+    expected = gradient(*tables)
+    monkeypatch.setattr(triton_launch, "_table_gradients", None)
+    assert torch.equal(gradient(*fixed), expected)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, g: DomainGrouping, bias: RelativeBias) -> Tensor:
