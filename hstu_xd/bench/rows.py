@@ -55,10 +55,10 @@ def empty_row(provider: str, case: Case, *, threads: int, repeats: int) -> Row:
 
 
 def time_columns(times: Times) -> Row:
-    """Median, 20th and 80th percentile of whole passes, and the median of each phase."""
+    """Median, 20th and 80th percentile of whole passes, and the median of everything else."""
     low, median, high = (float(x) for x in np.percentile(times["total"], [20, 50, 80]))
-    phases = {f"ms_{name}": float(np.median(x)) for name, x in times.items() if name != "total"}
-    return {"ms_median": median, "ms_p20": low, "ms_p80": high, **phases}
+    others = {f"ms_{name}": float(np.median(x)) for name, x in times.items() if name != "total"}
+    return {"ms_median": median, "ms_p20": low, "ms_p80": high, **others}
 
 
 def times_faster(times: Mapping[str, Times], provider: str, rival: str) -> Row:

@@ -13,6 +13,7 @@ _COLUMNS = {
     "D": ("num_domains", str),
     "skew": ("skew", "{:g}".format),
     "order": ("interleaving", str),
+    "delta": ("delta", "{:.3f}".format),
     "rows": ("rows", "{:,}".format),
     "correct": ("correct", lambda value: "yes" if value else "NO"),
     "ms": ("ms_median", _tenth),
