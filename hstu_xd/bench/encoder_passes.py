@@ -1,5 +1,6 @@
 """Passes of a stack of layers: this package's encoder and upstream's dense research code."""
 
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -39,6 +40,19 @@ def own(impl: str) -> Builder:
 
 def upstream(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
     """The dense layers of generative-recommenders' research code, with the same parameters."""
+    stack, forward = upstream_stack(draw, dtype, computes)
+    case, (x, grad_out) = draw.case, _input_and_gradient(draw, dtype)
+
+    def plan() -> Tensor:
+        return torch.ones(case.seq_len, case.seq_len, dtype=dtype, device=case.device).tril()
+
+    return phased(case, plan, lambda causal: forward(x, causal), _leaves(stack, x), grad_out)
+
+
+def upstream_stack(
+    draw: Draw, dtype: torch.dtype, computes: Computation
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """Upstream's layers, and their forward pass of inputs (L, K) and a causal mask (N, N)."""
     jagged_operators.provide()
     hstu = import_module("generative_recommenders.research.modeling.sequential.hstu")
     case = draw.case
@@ -61,19 +75,15 @@ def upstream(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
     ]
     stack = hstu.HSTUJagged(modules=layers, autocast_dtype=None).to(case.device, dtype)
     stack.load_state_dict(_stack(draw, dtype, computes, "reference").state_dict())
-    x, grad_out = _input_and_gradient(draw, dtype)
     times = draw.timestamps.view(case.batch_size, case.seq_len)
 
-    def plan() -> Tensor:
-        return torch.ones(case.seq_len, case.seq_len, dtype=dtype, device=case.device).tril()
-
-    def forward(causal: Tensor) -> Tensor:
+    def forward(x: Tensor, causal: Tensor) -> Tensor:
         out, _ = stack.jagged_forward(
             x=x, x_offsets=draw.offsets, all_timestamps=times, invalid_attn_mask=causal
         )
         return out
 
-    return phased(case, plan, forward, _leaves(stack, x), grad_out)
+    return stack, forward
 
 
 def _stack(draw: Draw, dtype: torch.dtype, computes: Computation, impl: str) -> CrossDomainEncoder:

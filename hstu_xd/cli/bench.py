@@ -112,28 +112,14 @@ def bench(
         results = run(data, history=history, batch_size=batch_size or 128, repeats=repeats or 50)
         _show(results, as_json, out)
         return
-    from hstu_xd.bench import passes, providers, train_step
+    from hstu_xd.bench import passes, train_step
     from hstu_xd.bench.cases import Case
-    from hstu_xd.bench.sweep import sweep as preset
 
-    known = tuple(train_step.PROVIDERS if what == "train-step" else providers.PROVIDERS[what])
-    chosen = list(provider or known)
-    rivals = against or ["dense" if what == "train-step" else "reference"]
-    for name in (*chosen, *rivals):
-        if name not in known:
-            raise InputError(_unknown("provider", name, known))
-    for name in against or ():
-        if name not in chosen:
-            raise InputError(f"--against {name} is not measured; add --provider {name}")
+    chosen, rivals = _competitors(what, provider, against)
     base = Case(
         what, 1000, 1, batch_size=batch_size or 8, heads=heads, dqk=dqk, dv=dv, width=width,
         layers=layers, device=device, dtype=dtype, biased=bias, plan=plan,
     )  # fmt: skip
-    if sweep and (seq_len or num_domains or skew or interleaving):
-        raise InputError(
-            "--sweep chooses lengths, domains, skews and interleavings; drop --seq-len, "
-            "--num-domains, --skew and --interleaving, or --sweep"
-        )
     cases = [
         replace(base, seq_len=n, num_domains=d, skew=s, interleaving=order)
         for n in seq_len or [1000]
@@ -142,10 +128,38 @@ def bench(
         for order in interleaving or ["random"]
     ]
     if sweep:
+        if seq_len or num_domains or skew or interleaving:
+            raise InputError(
+                "--sweep chooses lengths, domains, skews and interleavings; drop --seq-len, "
+                "--num-domains, --skew and --interleaving, or --sweep"
+            )
+        from hstu_xd.bench.sweep import sweep as preset
+
         cases = list(preset(base))
     measure = train_step.measure if what == "train-step" else passes.measure
     results = measure(cases, chosen, threads=threads, repeats=repeats or 5, against=rivals)
     _show(results, as_json, out)
+
+
+def _competitors(
+    what: str, provider: list[str] | None, against: list[str] | None
+) -> tuple[list[str], list[str]]:
+    """Who is measured, and who of them the others are compared with.
+
+    Raises:
+        InputError: an unknown provider, or one to compare with that is not measured.
+    """
+    from hstu_xd.bench import providers, train_step
+
+    known = tuple(train_step.PROVIDERS if what == "train-step" else providers.PROVIDERS[what])
+    chosen = provider or list(known)
+    for name in (*chosen, *(against or ())):
+        if name not in known:
+            raise InputError(_unknown("provider", name, known))
+    for name in against or ():
+        if name not in chosen:
+            raise InputError(f"--against {name} is not measured; add --provider {name}")
+    return chosen, against or ["dense" if what == "train-step" else "reference"]
 
 
 def _prepare(rows: int, out: Path | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The list of commands for a GPU in results/README.md: each is accepted, with its device replaced."""
+"""The commands for a GPU in results/README.md: each is accepted, with its device replaced."""
 
 import re
 import shlex
