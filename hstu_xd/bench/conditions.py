@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hstu_xd import __version__
+from hstu_xd.bench import jagged_operators
 
 
 def conditions(device: str) -> dict[str, object]:
@@ -19,7 +20,8 @@ def conditions(device: str) -> dict[str, object]:
 
     Returns:
         ``device_name``, versions of torch, triton (None where it is not installed), python and
-        hstu_xd, ``load_average`` (processes that wanted a core in the last minute) and the command.
+        hstu_xd, whose ``jagged_operators`` upstream's dense layers find, ``load_average``
+        (processes that wanted a core in the last minute) and the command.
     """
     return {
         "device_name": _device_name(device),
@@ -27,6 +29,7 @@ def conditions(device: str) -> dict[str, object]:
         "triton": _version_or_none("triton"),
         "python": platform.python_version(),
         "hstu_xd": __version__,
+        "jagged_operators": jagged_operators.source(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "command": shlex.join(["hstu-xd", *sys.argv[1:]]),
     }

@@ -1,7 +1,7 @@
 """The jagged operators that upstream's dense layers call: fbgemm's, or plain PyTorch in its place.
 
 fbgemm is large and tied to one release of PyTorch. Upstream's layers spend next to nothing in these
-two operators, so that they can be measured without it; a row says which ones ran.
+two operators, so that they can be measured without it; every row says whose there are.
 """
 
 from collections.abc import Sequence

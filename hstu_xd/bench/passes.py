@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from hstu_xd.bench import gate, jagged_operators, memory
+from hstu_xd.bench import gate, memory
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.ceilings import Ceilings
 from hstu_xd.bench.providers import PROVIDERS
@@ -72,7 +72,6 @@ def _rows(
             "normalization": computes.normalization,
             "biased": computes.biased,
             "delta": delta(draw),
-            "jagged_operators": jagged_operators.source() if name == "upstream" else None,
             "visible_pairs": visible_pairs(draw, masked=computes.masked),
             "absent": absent.get(name),
             "failed": failed.get(name),

@@ -13,6 +13,7 @@ from hstu_xd.modules.encoder import CrossDomainEncoder
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
 from hstu_xd.serving import EncoderSession
+from hstu_xd.training.settings import load_settings
 
 LENGTHS = (20, 0, 1, 33)
 DOMAINS = 3
@@ -53,6 +54,11 @@ def test_softmax_is_the_same_in_every_implementation_and_not_silu(mask: bool) ->
     torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-11)
     silu = encode(impl="reference", domain_mask=mask)
     assert (truth - silu).norm() > 0.01 * silu.norm()
+
+
+def test_gin_binds_it() -> None:
+    settings = load_settings([], ['xd_encoder.normalization = "softmax"'])
+    assert settings.encoder_settings(num_domains=2).normalization == "softmax"
 
 
 def test_flex_attention_encodes_without_bias() -> None:
