@@ -1,7 +1,8 @@
 """A session over a trained model: append events, ask for any domain, at the cost of one token."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from hstu_xd.serving.step import Step, run_step
 # Events that arrive together for one user beyond which the whole window is encoded at once.
 _ENCODE_FROM = 16
 
-# A user's history, oldest first: item ids and timestamps.
+# All events of a user that were appended so far, oldest first: item ids and timestamps.
 History = Callable[[Hashable], tuple[Sequence[int], Sequence[int]]]
 
 
@@ -27,9 +28,10 @@ class EncoderSession:
     when it arrives. The last event of a user is therefore kept pending and recomputed for every
     request, per requested domain; everything before it is computed once.
 
-    A window of W events slides: when an event would be the ``W + 1``-th, the oldest quarter of the
-    window leaves and the rest is encoded anew, so the window holds between ``3 W / 4`` and ``W``
-    events. Answers equal the full encoder on exactly these events.
+    A window of W events slides by quarters: of n events the oldest ``q * ceil((n - W) / q)`` have
+    left, with ``q = max(1, W // 4)``, and whenever some leave the rest is encoded anew. So the
+    window follows from the number of events alone, however they arrived, and once it has been full
+    it holds ``W - q + 1`` to ``W`` events. Answers equal the full encoder on exactly these events.
 
     Args:
         model: a trained model; put into evaluation mode.
@@ -37,7 +39,9 @@ class EncoderSession:
             for. For a trained run give its ``max_sequence_length``.
         dtype: of the kept keys and values; half precisions halve the memory and are not exact.
         max_bytes: bound on all states; the least recently used users are dropped beyond it.
-        history: how to get a dropped user's history back; without it a dropped user is unknown.
+        history: how to get back the events of a user without a state, from the first one on;
+            without it a dropped user is unknown. It is called before an ``append`` takes its
+            events, so it must not include them yet.
 
     Example:
         >>> import torch
@@ -86,7 +90,6 @@ class EncoderSession:
         """Bytes of all states."""
         return self._bytes
 
-    @torch.no_grad()
     def append(
         self, users: Sequence[Hashable], item_ids: Sequence[int], timestamps: Sequence[int]
     ) -> None:
@@ -101,16 +104,15 @@ class EncoderSession:
             InputError: lengths that differ, an unknown item, or a time that goes back; no state
                 has changed then.
         """
-        arriving = self._check_events(users, item_ids, timestamps)
-        whole = [u for u, events in arriving.items() if self._wants_encoding(u, len(events))]
-        for user in whole:
-            self._extend(user, arriving.pop(user))
-        while arriving:
-            self._append_one_each({user: events[0] for user, events in arriving.items()})
-            arriving = {user: events[1:] for user, events in arriving.items() if events[1:]}
-        self._evict()
+        with self._bounded():
+            arriving = self._check_events(users, item_ids, timestamps)
+            whole = [u for u, events in arriving.items() if self._wants_encoding(u, len(events))]
+            for user in whole:
+                self._extend(user, arriving.pop(user))
+            while arriving:
+                self._append_one_each({user: events[0] for user, events in arriving.items()})
+                arriving = {user: events[1:] for user, events in arriving.items() if events[1:]}
 
-    @torch.no_grad()
     def query(
         self,
         users: Sequence[Hashable],
@@ -130,25 +132,9 @@ class EncoderSession:
         Raises:
             InputError: an unknown domain, or shapes that do not fit.
         """
-        targets = torch.as_tensor(target_domains, dtype=torch.int64)
-        if targets.ndim not in (1, 2) or len(targets) != len(users):
-            raise InputError(
-                f"target_domains has shape {tuple(targets.shape)}; ({len(users)},) or "
-                f"({len(users)}, V) is needed, one row a user"
-            )
-        self._check_domains(targets)
-        states = [self._state(user) for user in users]
-        if request_timestamps is None:
-            last = [int(s.timestamps[-1]) if len(s.timestamps) else 0 for s in states]
-            times = torch.tensor(last)
-        else:
-            times = torch.as_tensor(request_timestamps, dtype=torch.int64)
-        wide = targets if targets.ndim == 2 else targets.unsqueeze(1)
-        step = Step.gather(states, wide, times.unsqueeze(1).expand_as(wide))
-        vectors = run_step(self.model, step).vectors
-        return vectors if targets.ndim == 2 else vectors.squeeze(1)
+        with self._bounded():
+            return self._answer(users, target_domains, request_timestamps)[0]
 
-    @torch.no_grad()
     def recommend(
         self,
         users: Sequence[Hashable],
@@ -172,22 +158,14 @@ class EncoderSession:
         """
         if k < 1:
             raise InputError(f"k is {k}; at least 1 is needed")
-        vectors = self.query(users, target_domains, request_timestamps)
-        found = []
-        for row, (user, domain) in enumerate(zip(users, target_domains)):
-            pool = self.model.catalog.items_of(domain)
-            scores = self.model.item_vectors(pool) @ vectors[row]
-            if exclude_seen:
-                state = self._state(user)
-                seen = torch.cat([state.item_ids, state.forgotten])
-                seen = seen[self.model.catalog.domain_of(seen) == domain]
-                scores[torch.searchsorted(pool, seen)] = float("-inf")
-            best = scores.topk(min(k, pool.numel()))
-            pairs = zip(pool[best.indices].tolist(), best.values.tolist())
-            found.append([(item, score) for item, score in pairs if score > float("-inf")])
-        return found
+        with self._bounded():
+            vectors, states = self._answer(users, target_domains, request_timestamps)
+            seen = [torch.cat([s.item_ids, s.forgotten]) for s in states] if exclude_seen else None
+            return [
+                self._best_items(vector, domain, k, None if seen is None else seen[row])
+                for row, (vector, domain) in enumerate(zip(vectors, target_domains))
+            ]
 
-    @torch.no_grad()
     def score(
         self,
         users: Sequence[Hashable],
@@ -207,8 +185,9 @@ class EncoderSession:
             (B, C) float.
         """
         self._check_items(candidates.flatten().tolist())
-        vectors = self.query(users, target_domains, request_timestamps)
-        return torch.einsum("bk,bck->bc", vectors, self.model.item_vectors(candidates))
+        with self._bounded():
+            vectors, _ = self._answer(users, target_domains, request_timestamps)
+            return torch.einsum("bk,bck->bc", vectors, self.model.item_vectors(candidates))
 
     def forget(self, user: Hashable) -> bool:
         """Drop all that is kept of a user; returns whether anything was."""
@@ -217,6 +196,44 @@ class EncoderSession:
             return False
         self._bytes -= state.num_bytes
         return True
+
+    def _answer(
+        self,
+        users: Sequence[Hashable],
+        target_domains: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+        request_timestamps: Sequence[int] | Tensor | None,
+    ) -> tuple[Tensor, list[UserState]]:
+        """What :meth:`query` returns, and the states it read."""
+        targets = torch.as_tensor(target_domains, dtype=torch.int64)
+        if targets.ndim not in (1, 2) or len(targets) != len(users):
+            raise InputError(
+                f"target_domains has shape {tuple(targets.shape)}; ({len(users)},) or "
+                f"({len(users)}, V) is needed, one row a user"
+            )
+        self._check_domains(targets)
+        states = [self._state(user) for user in users]
+        if request_timestamps is None:
+            last = [int(s.timestamps[-1]) if len(s.timestamps) else 0 for s in states]
+            times = torch.tensor(last)
+        else:
+            times = torch.as_tensor(request_timestamps, dtype=torch.int64)
+        wide = targets if targets.ndim == 2 else targets.unsqueeze(1)
+        step = Step.gather(states, wide, times.unsqueeze(1).expand_as(wide))
+        vectors = run_step(self.model, step).vectors
+        return (vectors if targets.ndim == 2 else vectors.squeeze(1)), states
+
+    def _best_items(
+        self, vector: Tensor, domain: int, k: int, excluded: Tensor | None
+    ) -> list[tuple[int, float]]:
+        """Items of a domain and their scores, best first, for one (K,) vector."""
+        pool = self.model.catalog.items_of(domain)
+        scores = self.model.item_vectors(pool) @ vector
+        if excluded is not None:
+            excluded = excluded[self.model.catalog.domain_of(excluded) == domain]
+            scores[torch.searchsorted(pool, excluded)] = float("-inf")
+        best = scores.topk(min(k, pool.numel()))
+        pairs = zip(pool[best.indices].tolist(), best.values.tolist())
+        return [(item, score) for item, score in pairs if score > float("-inf")]
 
     def _state(self, user: Hashable) -> UserState:
         """The state of a user, rebuilt or empty where there is none; now the most recent."""
@@ -235,25 +252,30 @@ class EncoderSession:
         self._bytes += state.num_bytes - (old.num_bytes if old is not None else 0)
         self._states[user] = state
 
-    def _evict(self) -> None:
-        while self._max_bytes is not None and self._bytes > self._max_bytes and self._states:
-            self._bytes -= self._states.popitem(last=False)[1].num_bytes
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Compute without gradients; afterwards the states keep to ``max_bytes``, come what may."""
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            while self._max_bytes is not None and self._bytes > self._max_bytes:
+                self._bytes -= self._states.popitem(last=False)[1].num_bytes
 
     def _wants_encoding(self, user: Hashable, arriving: int) -> bool:
         events = len(self._state(user).item_ids) + arriving
         return arriving >= _ENCODE_FROM or events > self.window
 
     def _extend(self, user: Hashable, events: list[tuple[int, int]]) -> None:
-        """Encode the window anew with more events, its oldest gone where there is no room."""
+        """Encode the window anew with more events."""
         state = self._state(user)
-        known = list(zip(state.item_ids.tolist(), state.timestamps.tolist())) + events
-        leaving = 0
+        known = list(zip(state.item_ids.tolist(), state.timestamps.tolist()))
+        self._keep(user, self._encode(known + events, state.forgotten))
+
+    def _leaving(self, events: int) -> int:
+        """How many of the oldest events leave, see the class."""
         quarter = max(1, self.window // 4)
-        while len(known) - leaving > self.window:
-            leaving += quarter
-        gone = torch.tensor([item for item, _ in known[:leaving]], dtype=torch.int64)
-        forgotten = torch.cat([state.forgotten, gone]).unique()
-        self._keep(user, self._encode(known[leaving:], forgotten))
+        return quarter * max(0, -(-(events - self.window) // quarter))
 
     def _append_one_each(self, events: dict[Hashable, tuple[int, int]]) -> None:
         """One event each for some users: commit what was pending, take the new one as pending."""
@@ -281,11 +303,14 @@ class EncoderSession:
             self._states[user] = state
 
     def _encode(self, events: list[tuple[int, int]], forgotten: Tensor) -> UserState:
-        """The state after some events, by the full encoder over all but the last."""
+        """The state after some events, by the full encoder over all but the last of the window."""
+        leaving = self._leaving(len(events))
+        gone = torch.tensor([item for item, _ in events[:leaving]], dtype=torch.int64)
         state = UserState.empty(self.model.settings, self._dtype)
-        state.forgotten = forgotten
+        state.forgotten = torch.cat([forgotten, gone]).unique()
         if not events:
             return state
+        events = events[leaving:]
         items, times = (torch.tensor(column) for column in zip(*events))
         domains = self.model.catalog.domain_of(items)
         state.item_ids, state.timestamps, state.domains = items, times, domains

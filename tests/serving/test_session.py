@@ -168,6 +168,47 @@ def test_the_least_recent_users_leave_and_come_back_from_their_history() -> None
         close(session.query([user], [0])[0], encode(net, done[user], 0))
 
 
+def test_asking_for_dropped_users_keeps_to_the_bound() -> None:
+    events = {user: log(user, 20, users=1) for user in range(5)}
+    session = EncoderSession(
+        model("everything"), max_bytes=12_000, history=lambda user: list(zip(*events[user]))[1:]
+    )
+    session.query(list(range(5)), [0] * 5)
+    assert 0 < session.num_bytes <= 12_000
+    session.recommend(list(range(5)), [0] * 5, k=2)
+    assert 0 < session.num_bytes <= 12_000
+    with pytest.raises(InputError):
+        session.append(list(range(5)), [1] * 5, [10**6] * 4 + [0])
+    assert 0 < session.num_bytes <= 12_000
+
+
+@pytest.mark.parametrize("events", [0, 8, 9, 10, 11, 12, 30, 31])
+@pytest.mark.parametrize("window", [4, 8, 9])
+def test_the_window_follows_from_the_number_of_events_alone(window: int, events: int) -> None:
+    net, quarter = model("everything"), window // 4
+    known = [(item, time) for _, item, time in log(6, events, users=1)]
+    one_by_one, at_once, rebuilt = (
+        EncoderSession(net, window=window),
+        EncoderSession(net, window=window),
+        EncoderSession(net, window=window, history=lambda _: tuple(zip(*known)) or ((), ())),
+    )
+    for item, time in known:
+        one_by_one.append(["ann"], [item], [time])
+    at_once.append(["ann"] * events, *(tuple(zip(*known)) or ((), ())))
+    left = quarter * max(0, -((window - events) // quarter))
+    for session in (one_by_one, at_once, rebuilt):
+        found = session.query(["ann"], [1])[0]
+        if events:
+            close(found, encode(net, known[left:], 1))
+        unseen = {item for item, _ in session.recommend(["ann"], [1], k=99)[0]}
+        gone = {item for item, _ in known}
+        assert unseen == {int(item) for item in net.catalog.items_of(1)} - gone
+    rebuilt.append(["ann"], [1], [10**7])
+    known.append((1, 10**7))
+    left = quarter * max(0, -((window - events - 1) // quarter))
+    close(rebuilt.query(["ann"], [1])[0], encode(net, known[left:], 1))
+
+
 def test_bytes_follow_the_documented_formula() -> None:
     net = model("everything")
     s = net.settings
