@@ -1,8 +1,8 @@
 """A session over a trained model: append events, ask for any domain, at the cost of one token."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,11 +11,15 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
 from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.modules.hstu_layer import Written
+from hstu_xd.serving.prepared import PreparedModel
+from hstu_xd.serving.residents import ResidentStates
+from hstu_xd.serving.retrieval import ItemIndex
+from hstu_xd.serving.sight import Tokens
 from hstu_xd.serving.state import UserState
-from hstu_xd.serving.step import Step, run_step
+from hstu_xd.serving.step import run_step
 
-# Events that arrive together for one user beyond which the whole window is encoded at once.
-_ENCODE_FROM = 16
+# Events that are committed by one step; more are encoded together with the whole window.
+_BLOCK = 16
 
 # All events of a user that were appended so far, oldest first: item ids and timestamps.
 History = Callable[[Hashable], tuple[Sequence[int], Sequence[int]]]
@@ -26,7 +30,8 @@ class EncoderSession:
 
     An event's representation depends on the event after it, whose domain and time are known only
     when it arrives. The last event of a user is therefore kept pending and recomputed for every
-    request, per requested domain; everything before it is computed once.
+    request, per requested domain; everything before it is computed once. An ``append`` mostly
+    records: the next ``query`` runs what is new and the pending event through the layers together.
 
     A window of W events slides by quarters: of n events the oldest ``q * ceil((n - W) / q)`` have
     left, with ``q = max(1, W // 4)``, and whenever some leave the rest is encoded anew. So the
@@ -34,7 +39,8 @@ class EncoderSession:
     it holds ``W - q + 1`` to ``W`` events. Answers equal the full encoder on exactly these events.
 
     Args:
-        model: a trained model; put into evaluation mode.
+        model: a trained model on the CPU; put into evaluation mode. Its weights are read now: later
+            changes are not seen.
         window: longest history ``W`` that is read, in events; default: all the model has positions
             for. For a trained run give its ``max_sequence_length``.
         dtype: of the kept keys and values; half precisions halve the memory and are not exact.
@@ -75,20 +81,21 @@ class EncoderSession:
             raise InputError(f"window is {window}; 4..{longest} events, the model's positions")
         self.model = model.eval()
         self.window = window or longest
-        self._dtype, self._max_bytes, self._history = dtype, max_bytes, history
-        self._states: OrderedDict[Hashable, UserState] = OrderedDict()
-        self._bytes = 0
+        self._dtype, self._history = dtype, history
+        self._residents = ResidentStates(max_bytes)
+        with torch.inference_mode():
+            self._prepared, self._index = PreparedModel.of(model), ItemIndex(model)
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._residents)
 
     def __contains__(self, user: Hashable) -> bool:
-        return user in self._states
+        return user in self._residents
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all states."""
-        return self._bytes
+        return self._residents.num_bytes
 
     def append(
         self, users: Sequence[Hashable], item_ids: Sequence[int], timestamps: Sequence[int]
@@ -105,13 +112,12 @@ class EncoderSession:
                 has changed then.
         """
         with self._bounded():
-            arriving = self._check_events(users, item_ids, timestamps)
-            whole = [u for u, events in arriving.items() if self._wants_encoding(u, len(events))]
-            for user in whole:
-                self._extend(user, arriving.pop(user))
-            while arriving:
-                self._append_one_each({user: events[0] for user, events in arriving.items()})
-                arriving = {user: events[1:] for user, events in arriving.items() if events[1:]}
+            states: dict[Hashable, UserState] = {}
+            for user, events in self._arriving(users, item_ids, timestamps).items():
+                states[user] = self._state(user)
+                self._extend(states[user], events)
+            self._commit([state for state in states.values() if state.uncommitted >= _BLOCK])
+            self._keep(states)
 
     def query(
         self,
@@ -133,7 +139,8 @@ class EncoderSession:
             InputError: an unknown domain, or shapes that do not fit.
         """
         with self._bounded():
-            return self._answer(users, target_domains, request_timestamps)[0]
+            vectors, _ = self._answer(users, target_domains, request_timestamps)
+        return vectors.clone()  # an ordinary tensor
 
     def recommend(
         self,
@@ -162,7 +169,7 @@ class EncoderSession:
             vectors, states = self._answer(users, target_domains, request_timestamps)
             seen = [torch.cat([s.item_ids, s.forgotten]) for s in states] if exclude_seen else None
             return [
-                self._best_items(vector, domain, k, None if seen is None else seen[row])
+                self._index.best(vector, domain, k, None if seen is None else seen[row])
                 for row, (vector, domain) in enumerate(zip(vectors, target_domains))
             ]
 
@@ -187,15 +194,12 @@ class EncoderSession:
         self._check_items(candidates.flatten().tolist())
         with self._bounded():
             vectors, _ = self._answer(users, target_domains, request_timestamps)
-            return torch.einsum("bk,bck->bc", vectors, self.model.item_vectors(candidates))
+            scores = torch.einsum("bk,bck->bc", vectors, self.model.item_vectors(candidates))
+        return scores.clone()
 
     def forget(self, user: Hashable) -> bool:
         """Drop all that is kept of a user; returns whether anything was."""
-        state = self._states.pop(user, None)
-        if state is None:
-            return False
-        self._bytes -= state.num_bytes
-        return True
+        return self._residents.drop(user)
 
     def _answer(
         self,
@@ -210,122 +214,56 @@ class EncoderSession:
                 f"target_domains has shape {tuple(targets.shape)}; ({len(users)},) or "
                 f"({len(users)}, V) is needed, one row a user"
             )
-        self._check_domains(targets)
-        states = [self._state(user) for user in users]
-        if request_timestamps is None:
-            last = [int(s.timestamps[-1]) if len(s.timestamps) else 0 for s in states]
-            times = torch.tensor(last)
-        else:
-            times = torch.as_tensor(request_timestamps, dtype=torch.int64)
-        wide = targets if targets.ndim == 2 else targets.unsqueeze(1)
-        step = Step.gather(states, wide, times.unsqueeze(1).expand_as(wide))
-        vectors = run_step(self.model, step).vectors
-        return (vectors if targets.ndim == 2 else vectors.squeeze(1)), states
-
-    def _best_items(
-        self, vector: Tensor, domain: int, k: int, excluded: Tensor | None
-    ) -> list[tuple[int, float]]:
-        """Items of a domain and their scores, best first, for one (K,) vector."""
-        pool = self.model.catalog.items_of(domain)
-        scores = self.model.item_vectors(pool) @ vector
-        if excluded is not None:
-            excluded = excluded[self.model.catalog.domain_of(excluded) == domain]
-            scores[torch.searchsorted(pool, excluded)] = float("-inf")
-        best = scores.topk(min(k, pool.numel()))
-        pairs = zip(pool[best.indices].tolist(), best.values.tolist())
-        return [(item, score) for item, score in pairs if score > float("-inf")]
+        requested = (targets if targets.ndim == 2 else targets.unsqueeze(1)).tolist()
+        self._check_domains(requested)
+        times: Sequence[int | None] = [None] * len(users)
+        if request_timestamps is not None:
+            times = torch.as_tensor(request_timestamps, dtype=torch.int64).tolist()
+        states = {user: self._state(user) for user in users}
+        if len(states) < len(users):
+            # Who is asked for in several places has nothing left to commit in any of them.
+            self._commit(list(states.values()))
+        tokens = [Tokens.of(states[u], d, t) for u, d, t in zip(users, requested, times)]
+        vectors = torch.stack(run_step(self._prepared, tokens))
+        self._keep({user: state for user, state in states.items() if user in self._residents})
+        return vectors if targets.ndim == 2 else vectors.squeeze(1), [states[u] for u in users]
 
     def _state(self, user: Hashable) -> UserState:
         """The state of a user, rebuilt or empty where there is none; now the most recent."""
-        if user in self._states:
-            self._states.move_to_end(user)
-            return self._states[user]
-        if self._history is None:
-            return UserState.empty(self.model.settings, self._dtype)
-        items, times = self._history(user)
-        state = self._encode(list(zip(items, times)), torch.zeros(0, dtype=torch.int64))
-        self._keep(user, state)
+        state = self._residents.get(user)
+        if state is None:
+            state = UserState.empty(self.model.settings, self._dtype)
+            if self._history is not None:
+                self._extend(state, self._events(*self._history(user)))
+                self._commit([state])
+                self._keep({user: state})
         return state
 
-    def _keep(self, user: Hashable, state: UserState) -> None:
-        old = self._states.pop(user, None)
-        self._bytes += state.num_bytes - (old.num_bytes if old is not None else 0)
-        self._states[user] = state
+    def _keep(self, states: dict[Hashable, UserState]) -> None:
+        for user, state in states.items():
+            self._residents.keep(user, state)
 
-    @contextmanager
-    def _bounded(self) -> Iterator[None]:
-        """Compute without gradients; afterwards the states keep to ``max_bytes``, come what may."""
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            while self._max_bytes is not None and self._bytes > self._max_bytes:
-                self._bytes -= self._states.popitem(last=False)[1].num_bytes
-
-    def _wants_encoding(self, user: Hashable, arriving: int) -> bool:
-        events = len(self._state(user).item_ids) + arriving
-        return arriving >= _ENCODE_FROM or events > self.window
-
-    def _extend(self, user: Hashable, events: list[tuple[int, int]]) -> None:
-        """Encode the window anew with more events."""
-        state = self._state(user)
-        known = list(zip(state.item_ids.tolist(), state.timestamps.tolist()))
-        self._keep(user, self._encode(known + events, state.forgotten))
-
-    def _leaving(self, events: int) -> int:
-        """How many of the oldest events leave, see the class."""
+    def _extend(self, state: UserState, events: Tensor) -> None:
+        """Take (3, m) more events; the oldest leave where the window has no room for them."""
+        state.add(events)
         quarter = max(1, self.window // 4)
-        return quarter * max(0, -(-(events - self.window) // quarter))
+        leaving = quarter * max(0, -(-(state.length - self.window) // quarter))
+        if leaving:
+            state.drop_oldest(leaving)
 
-    def _append_one_each(self, events: dict[Hashable, tuple[int, int]]) -> None:
-        """One event each for some users: commit what was pending, take the new one as pending."""
-        users = list(events)
-        states = [self._state(user) for user in users]
-        items, times = (torch.tensor(column) for column in zip(*events.values()))
-        domains = self.model.catalog.domain_of(items)
-        before = [
-            state.num_bytes if user in self._states else 0 for user, state in zip(users, states)
-        ]
-        running = [row for row, state in enumerate(states) if len(state.item_ids)]
-        if running:
-            step = Step.gather(
-                [states[row] for row in running],
-                domains[running].unsqueeze(1),
-                times[running].unsqueeze(1),
-            )
-            out = run_step(self.model, step)
-            for place, row in enumerate(running):
-                parts = (out.keys, out.values, out.state_keys, out.state_values)
-                states[row].commit(*(part[:, place, 0] for part in parts))
-        for row, (user, state) in enumerate(zip(users, states)):
-            state.add_pending(int(items[row]), int(times[row]), int(domains[row]))
-            self._bytes += state.num_bytes - before[row]
-            self._states[user] = state
+    def _commit(self, states: Sequence[UserState]) -> None:
+        """Commit all events but the last: few in one step, many by the full encoder."""
+        few = [state for state in states if 0 < state.uncommitted <= _BLOCK]
+        if few:
+            run_step(self._prepared, [Tokens.of(state, [0], None) for state in few])
+        for state in states:
+            if state.uncommitted:
+                self._encode(state)
 
-    def _encode(self, events: list[tuple[int, int]], forgotten: Tensor) -> UserState:
-        """The state after some events, by the full encoder over all but the last of the window."""
-        leaving = self._leaving(len(events))
-        gone = torch.tensor([item for item, _ in events[:leaving]], dtype=torch.int64)
-        state = UserState.empty(self.model.settings, self._dtype)
-        state.forgotten = torch.cat([forgotten, gone]).unique()
-        if not events:
-            return state
-        events = events[leaving:]
-        items, times = (torch.tensor(column) for column in zip(*events))
-        domains = self.model.catalog.domain_of(items)
-        state.item_ids, state.timestamps, state.domains = items, times, domains
-        state.committed = len(events) - 1
-        if not state.committed:
-            return state
-        written = self._run_full(items, times, domains)
-        state.keys = torch.stack([w.keys for w in written]).to(self._dtype)
-        state.values = torch.stack([w.values for w in written]).to(self._dtype)
-        if self.model.settings.ddsr:
-            self._fill_states(state, written)
-        return state
-
-    def _run_full(self, items: Tensor, times: Tensor, domains: Tensor) -> list[Written]:
-        """What every layer's tokens but the last leave behind."""
+    def _encode(self, state: UserState) -> None:
+        """Commit all events but the last, whatever was committed before, by the full encoder."""
+        written: list[Written] = []
+        items, times, domains = state.events[:, : state.length]
         batch = JaggedBatch(
             item_ids=items[:-1],
             timestamps=times[:-1],
@@ -333,45 +271,51 @@ class EncoderSession:
             target_domains=domains[1:],
             offsets=torch.tensor([0, len(items) - 1]),
         )
-        written: list[Written] = []
         self.model(batch, written=written)
-        return written
+        memory, states = self._prepared.memories(written)
+        state.restart(memory.to(self._dtype))
+        state.commit(len(items) - 1, states)
 
-    def _fill_states(self, state: UserState, written: list[Written]) -> None:
-        """DDSR's latest states of every domain, newest first."""
-        kept = state.state_times.shape[1]
-        committed = state.domains[: state.committed]
-        for domain in committed.unique().tolist():
-            rows = torch.nonzero(committed == domain).squeeze(1).flip(0)[:kept]
-            state.state_counts[domain] = len(rows)
-            state.state_times[domain, : len(rows)] = state.timestamps[rows]
-            for index, layer in enumerate(self.model._hstu.layers):
-                assert layer._ddsr is not None
-                keys, values = layer._ddsr.memory(written[index].states[rows])
-                state.state_keys[index, domain, : len(rows)] = keys.to(self._dtype)
-                state.state_values[index, domain, : len(rows)] = values.to(self._dtype)
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Compute without gradients; afterwards the states keep to ``max_bytes``, come what may."""
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self._residents.shrink()
 
-    def _check_events(
+    def _arriving(
         self, users: Sequence[Hashable], item_ids: Sequence[int], timestamps: Sequence[int]
-    ) -> dict[Hashable, list[tuple[int, int]]]:
+    ) -> dict[Hashable, Tensor]:
+        """(3, m) events of each user, checked."""
         if not len(users) == len(item_ids) == len(timestamps):
             raise InputError(
                 f"{len(users)} users, {len(item_ids)} items and {len(timestamps)} timestamps; one "
                 "of each an event is needed"
             )
-        self._check_items(item_ids)
-        arriving: dict[Hashable, list[tuple[int, int]]] = {}
+        columns: dict[Hashable, tuple[list[int], list[int]]] = {}
         for user, item, time in zip(users, item_ids, timestamps):
-            events = arriving.setdefault(user, [])
-            known = self._state(user).timestamps
-            last = events[-1][1] if events else (int(known[-1]) if len(known) else None)
-            if last is not None and time < last:
-                raise InputError(
-                    f"user {user!r}: an event at {time} after one at {last}; append events in "
-                    "order of time"
-                )
-            events.append((int(item), int(time)))
+            items, times = columns.setdefault(user, ([], []))
+            items.append(item)
+            times.append(time)
+        arriving = {user: self._events(*events) for user, events in columns.items()}
+        for user, (_, times) in columns.items():
+            known = self._state(user).timestamps[-1:].tolist()
+            for last, time in pairwise([*known, *times]):
+                if time < last:
+                    raise InputError(
+                        f"user {user!r}: an event at {time} after one at {last}; append events in "
+                        "order of time"
+                    )
         return arriving
+
+    def _events(self, item_ids: Sequence[int], timestamps: Sequence[int]) -> Tensor:
+        """(3, m) int64: items, timestamps and domains."""
+        self._check_items(item_ids)
+        items = torch.tensor(item_ids, dtype=torch.int64)
+        times = torch.tensor(timestamps, dtype=torch.int64)
+        return torch.stack([items, times, self.model.catalog.domain_of(items)])
 
     def _check_items(self, item_ids: Sequence[int]) -> None:
         known = self.model.catalog.num_items
@@ -379,8 +323,9 @@ class EncoderSession:
             if not 1 <= item <= known:
                 raise InputError(f"unknown item {item}; the catalogue has items 1..{known}")
 
-    def _check_domains(self, domains: Tensor) -> None:
+    def _check_domains(self, requested: list[list[int]]) -> None:
         known = self.model.catalog.num_domains
-        if domains.numel() and (int(domains.min()) < 0 or int(domains.max()) >= known):
-            wrong = domains[(domains < 0) | (domains >= known)].flatten()[0]
-            raise InputError(f"unknown domain {int(wrong)}; the catalogue has 0..{known - 1}")
+        for domains in requested:
+            for domain in domains:
+                if not 0 <= domain < known:
+                    raise InputError(f"unknown domain {domain}; the catalogue has 0..{known - 1}")

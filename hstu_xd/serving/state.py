@@ -7,119 +7,151 @@ from torch import Tensor
 
 from hstu_xd.modules.settings import EncoderSettings
 
-_FIRST_CAPACITY = 16
+# Arrays that are full grow by this many places or a 32nd of their length, whichever is more.
+_SPARE = 8
 
 
 @dataclass
 class UserState:
-    """Events of the window and what all but the last of them left behind in every layer.
+    """Events of the window and what the committed ones left behind in every layer.
 
     The last event is *pending*: its representation depends on the domain and time of the event
-    after it, so it is committed when that one arrives, and computed afresh for every request.
+    after it, so it is computed afresh for every request. Events before it can be *committed*: what
+    they leave to later ones is final. That is done when it is first needed, so that some of the
+    newest events may not be committed yet.
+
+    Arrays have spare places behind what they hold; a step uses them for its own tokens.
 
     Attributes:
-        item_ids: (n,) int64, events of the window, the pending one last.
-        timestamps: (n,) int64.
-        domains: (n,) int64.
+        events: (3, capacity) int64, item ids, timestamps and domains of the window's events.
+        length: number of events ``n``.
         forgotten: (f,) int64, items of events that left the window.
-        committed: number of events in the arrays below: ``n - 1``, or 0 without any event.
-        keys: (layers, capacity, H * dqk), in order of arrival.
-        values: (layers, capacity, H * dv).
-        state_keys: (layers, D, M, H * dqk), DDSR's keys of each domain's latest states, newest
-            first; empty without DDSR.
-        state_values: (layers, D, M, H * dv).
-        state_times: (D, M) int64, time of the event that wrote each state.
-        state_counts: (D,) int64, how many of the M are there.
+        memory: (layers, H, dqk + dv, capacity), keys and values of committed events, events last:
+            so they are read fastest.
+        committed: number of committed events, ``n - 1`` at most.
+        state_memory: (layers, H, dqk + dv, D * M), DDSR's keys and values of each domain's latest
+            states, the ``i``-th of a domain in place ``i mod M``; empty without DDSR.
+        state_times: (D * M,) int64, time of the event that wrote each state.
+        state_counts: (D,) int64, states that each domain has written so far.
     """
 
-    item_ids: Tensor
-    timestamps: Tensor
-    domains: Tensor
+    events: Tensor
+    length: int
     forgotten: Tensor
+    memory: Tensor
     committed: int
-    keys: Tensor
-    values: Tensor
-    state_keys: Tensor
-    state_values: Tensor
+    state_memory: Tensor
     state_times: Tensor
     state_counts: Tensor
 
     @classmethod
     def empty(cls, settings: EncoderSettings, dtype: torch.dtype) -> "UserState":
         """The state of a user of whom nothing is known."""
-        s, ids = settings, torch.zeros(0, dtype=torch.int64)
+        s = settings
+        width = s.dqk + s.dv
         domains = s.num_domains if s.ddsr else 0
-        kept = (s.num_blocks, domains, s.states_per_domain)
+        kept = domains * s.states_per_domain
         return cls(
-            item_ids=ids,
-            timestamps=ids,
-            domains=ids,
-            forgotten=ids,
+            events=torch.zeros(3, 0, dtype=torch.int64),
+            length=0,
+            forgotten=torch.zeros(0, dtype=torch.int64),
+            memory=torch.zeros(s.num_blocks, s.num_heads, width, 0, dtype=dtype),
             committed=0,
-            keys=torch.zeros(s.num_blocks, 0, s.num_heads * s.dqk, dtype=dtype),
-            values=torch.zeros(s.num_blocks, 0, s.num_heads * s.dv, dtype=dtype),
-            state_keys=torch.zeros(*kept, s.num_heads * s.dqk, dtype=dtype),
-            state_values=torch.zeros(*kept, s.num_heads * s.dv, dtype=dtype),
-            state_times=torch.zeros(kept[1:], dtype=torch.int64),
+            state_memory=torch.zeros(s.num_blocks, s.num_heads, width, kept, dtype=dtype),
+            state_times=torch.zeros(kept, dtype=torch.int64),
             state_counts=torch.zeros(domains, dtype=torch.int64),
         )
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all arrays, spare capacity included.
+    def item_ids(self) -> Tensor:
+        """(n,) int64."""
+        return self.events[0, : self.length]
 
-        Committed events take ``layers * H * (dqk + dv) * itemsize`` each, all events 24 more, and
-        DDSR ``layers * D * M * H * (dqk + dv) * itemsize + 8 * D * (M + 1)`` whatever the history.
+    @property
+    def timestamps(self) -> Tensor:
+        """(n,) int64."""
+        return self.events[1, : self.length]
+
+    @property
+    def domains(self) -> Tensor:
+        """(n,) int64."""
+        return self.events[2, : self.length]
+
+    @property
+    def uncommitted(self) -> int:
+        """Events before the pending one that are not committed yet."""
+        return max(0, self.length - 1 - self.committed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays.
+
+        With every event but the last committed, n events take ``24 n + (n - 1) E`` where
+        ``E = layers * H * (dqk + dv) * itemsize``; DDSR takes ``D * M * E + 8 * D * (M + 1)``
+        whatever the history, and forgotten items 8 each. Spare places add at most
+        ``max(8, n / 32)`` times ``24 + E``.
         """
         tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def add_pending(self, item_id: int, timestamp: int, domain: int) -> None:
-        """Take an event as the pending one; what was pending must have been committed."""
-        self.item_ids = _appended(self.item_ids, item_id)
-        self.timestamps = _appended(self.timestamps, timestamp)
-        self.domains = _appended(self.domains, domain)
+    def add(self, events: Tensor) -> None:
+        """Take (3, m) events as the newest; the one that was pending is so no longer."""
+        end = self.length + events.shape[1]
+        self.events = _with_room(self.events, end)
+        self.events[:, self.length : end] = events
+        self.length = end
 
-    def commit(
-        self, keys: Tensor, values: Tensor, state_keys: Tensor, state_values: Tensor
-    ) -> None:
-        """Keep what the pending event left behind.
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens behind the committed ones, and for their events."""
+        end = self.committed + tokens
+        self.events = _with_room(self.events, end)
+        self.memory = _with_room(self.memory, end)
+
+    def commit(self, tokens: int, states: Tensor | None) -> None:
+        """The first uncommitted events, whose keys and values are in memory, are now committed.
 
         Args:
-            keys: (layers, H * dqk).
-            values: (layers, H * dv).
-            state_keys: (layers, H * dqk), of the state it writes; unused without DDSR.
-            state_values: (layers, H * dv).
+            tokens: number of events ``m``.
+            states: (layers, H, dqk + dv, m), DDSR's keys and values of the states that they write;
+                None without DDSR.
         """
-        self._reserve(self.committed + 1)
-        self.keys[:, self.committed] = keys.to(self.keys.dtype)
-        self.values[:, self.committed] = values.to(self.values.dtype)
-        self.committed += 1
-        if self.state_counts.numel():
-            domain = int(self.domains[-1])
-            for kept, new in (
-                (self.state_keys[:, domain], state_keys),
-                (self.state_values[:, domain], state_values),
-            ):
-                kept[:, 1:] = kept[:, :-1].clone()
-                kept[:, 0] = new.to(kept.dtype)
-            times = self.state_times[domain]
-            times[1:] = times[:-1].clone()
-            times[0] = self.timestamps[-1]
-            slots = self.state_times.shape[1]
-            self.state_counts[domain] = min(slots, int(self.state_counts[domain]) + 1)
-
-    def _reserve(self, events: int) -> None:
-        capacity = self.keys.shape[1]
-        if events <= capacity:
+        first, self.committed = self.committed, self.committed + tokens
+        if states is None or not tokens:
             return
-        capacity = max(_FIRST_CAPACITY, events, capacity + capacity // 2)
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            new = old.new_zeros(old.shape[0], capacity, old.shape[2])
-            new[:, : self.committed] = old[:, : self.committed]
-            setattr(self, name, new)
+        counts = self.state_counts.tolist()
+        kept = len(self.state_times) // len(counts)
+        latest: dict[int, int] = {}  # place -> the event whose state it holds now
+        domains = self.events[2, first : self.committed].tolist()
+        for event, domain in enumerate(domains, start=first):
+            latest[domain * kept + counts[domain] % kept] = event
+            counts[domain] += 1
+        for place, event in latest.items():
+            self.state_memory[..., place] = states[..., event - first]
+            self.state_times[place] = self.events[1, event]
+        self.state_counts = torch.tensor(counts)
+
+    def drop_oldest(self, leaving: int) -> None:
+        """Forget all of the oldest events but their items; none is committed any more."""
+        gone = self.item_ids[:leaving]
+        self.forgotten = torch.cat([self.forgotten, gone]).unique()
+        self.events = self.events[:, leaving : self.length].clone()
+        self.length -= leaving
+        self.restart(self.memory[..., :0].clone())
+
+    def restart(self, memory: Tensor) -> None:
+        """Start over with other memory; no event is committed yet."""
+        self.memory, self.committed = memory, 0
+        self.state_times.zero_()
+        self.state_counts.zero_()
 
 
-def _appended(values: Tensor, value: int) -> Tensor:
-    return torch.cat([values, values.new_tensor([value])])
+def _with_room(values: Tensor, length: int) -> Tensor:
+    """The same values in an array whose last dimension has at least ``length`` places."""
+    known = values.shape[-1]
+    if length <= known:
+        return values
+    # What was empty takes just what it needs: it may be all that ever comes.
+    spare = max(_SPARE, length // 32) if known else 0
+    roomy = values.new_zeros(*values.shape[:-1], length + spare)
+    roomy[..., :known] = values
+    return roomy

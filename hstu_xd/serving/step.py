@@ -1,286 +1,187 @@
-"""One token through all layers, on top of what its user's earlier tokens left behind."""
+"""The newest tokens of some users through all layers, on top of what their earlier ones left."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, silu
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import layer_norm, normalize, silu
 
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.ddsr import DynamicDomainState
-from hstu_xd.modules.hstu_layer import HSTULayer
-from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
-from hstu_xd.ops.relative_bias import time_bucket
-from hstu_xd.serving.state import UserState
+from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.serving.prepared import PreparedLayer, PreparedModel, by_head
+from hstu_xd.serving.sight import Sight, Tokens
 
 _L2_EPS = 1e-6
+_EPS = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """Pending tokens of B users, each seen from V requests; S is the longest committed history.
-
-    A user without events has a virtual token: no item, seen by nobody, at position 0.
+class _Memory:
+    """Keys and values that one user's tokens read, and the places for their own.
 
     Attributes:
-        item_ids: (B,) int64, 0 for a virtual token.
-        positions: (B,) int64.
-        domains: (B,) int64, -1 for a virtual token.
-        timestamps: (B,) int64.
-        target_domains: (B, V) int64.
-        request_timestamps: (B, V) int64.
-        key_domains: (B, S) int64, -2 behind a user's committed events.
-        key_timestamps: (B, S) int64.
-        keys: (layers, B, S, H * dqk).
-        values: (layers, B, S, H * dv).
-        state_keys: (layers, B, D, M, H * dqk).
-        state_values: (layers, B, D, M, H * dv).
-        state_times: (B, D, M) int64.
-        state_counts: (B, D) int64.
+        whole: (layers, H, dqk + dv, n), the tokens' own last.
+        keys: a layer each (H, dqk, n).
+        values: a layer each (H, n, dv).
+        own: a layer each (H, dqk + dv, r).
     """
 
-    item_ids: Tensor
-    positions: Tensor
-    domains: Tensor
-    timestamps: Tensor
-    target_domains: Tensor
-    request_timestamps: Tensor
-    key_domains: Tensor
-    key_timestamps: Tensor
-    keys: Tensor
-    values: Tensor
-    state_keys: Tensor
-    state_values: Tensor
-    state_times: Tensor
-    state_counts: Tensor
-
-    @classmethod
-    def gather(
-        cls, states: Sequence[UserState], target_domains: Tensor, request_timestamps: Tensor
-    ) -> "Step":
-        """Lay the states of several users side by side; those of one user are not copied."""
-        committed = [state.committed for state in states]
-        last = [len(state.item_ids) - 1 for state in states]
-        pending = [
-            (state.item_ids[-1], state.domains[-1], state.timestamps[-1])
-            if at >= 0
-            else (torch.tensor(0), torch.tensor(-1), torch.tensor(0))
-            for state, at in zip(states, last)
-        ]
-        item_ids, domains, timestamps = (torch.stack(column) for column in zip(*pending))
-
-        def padded(name: str, empty: int) -> Tensor:
-            rows = [getattr(state, name)[:n] for state, n in zip(states, committed)]
-            return pad_sequence(rows, batch_first=True, padding_value=empty)
-
-        def stacked(name: str) -> Tensor:
-            if len(states) == 1:
-                kept = getattr(states[0], name)
-                return kept[:, : committed[0]].unsqueeze(1)
-            rows = [
-                getattr(state, name)[:, :n].transpose(0, 1) for state, n in zip(states, committed)
-            ]
-            return pad_sequence(rows, batch_first=True).permute(2, 0, 1, 3)
-
-        return cls(
-            item_ids=item_ids,
-            positions=torch.tensor(last).clamp(min=0),
-            domains=domains,
-            timestamps=timestamps,
-            target_domains=target_domains,
-            request_timestamps=request_timestamps,
-            key_domains=padded("domains", -2),
-            key_timestamps=padded("timestamps", 0),
-            keys=stacked("keys"),
-            values=stacked("values"),
-            state_keys=torch.stack([state.state_keys for state in states], dim=1),
-            state_values=torch.stack([state.state_values for state in states], dim=1),
-            state_times=torch.stack([state.state_times for state in states]),
-            state_counts=torch.stack([state.state_counts for state in states]),
-        )
-
-    # What all layers share, computed once.
-
-    @cached_property
-    def key_distance(self) -> Tensor:
-        """(B, S) int64, position of each committed event less the pending one's."""
-        events = torch.arange(self.key_domains.shape[1], device=self.positions.device)
-        return events - self.positions.unsqueeze(1)
-
-    @cached_property
-    def key_age(self) -> Tensor:
-        """(B, V, S) int64, bucket of the time from each committed event to the request."""
-        age = self.request_timestamps.unsqueeze(2) - self.key_timestamps.unsqueeze(1)
-        return time_bucket(age, NUM_TIME_BUCKETS)
-
-    @cached_property
-    def own_age(self) -> Tensor:
-        """(B, V) int64, the same from the pending event."""
-        age = self.request_timestamps - self.timestamps.unsqueeze(1)
-        return time_bucket(age, NUM_TIME_BUCKETS)
-
-    def visible(self, masked: bool, num_heads: int, target_heads: int) -> tuple[Tensor, Tensor]:
-        """Committed events, and itself, that each head reads: (B, V, H, S), (B, V, H) bool."""
-        if masked not in self._masks:
-            self._masks[masked] = self._visible(masked, num_heads, target_heads)
-        return self._masks[masked]
-
-    def _visible(self, masked: bool, num_heads: int, target_heads: int) -> tuple[Tensor, Tensor]:
-        key_domains = self.key_domains.unsqueeze(1)
-        shape = self.target_domains.shape
-        there = (key_domains != -2).expand(*shape, -1)
-        real = (self.domains >= 0).unsqueeze(1).expand(shape)
-        own = there & (key_domains == self.domains.view(-1, 1, 1)) if masked else there
-        heads, own_heads = [own] * (num_heads - target_heads), [real] * num_heads
-        if target_heads:
-            heads += [there & (key_domains == self.target_domains.unsqueeze(2))] * target_heads
-            same = real & (self.domains.unsqueeze(1) == self.target_domains)
-            own_heads[num_heads - target_heads :] = [same] * target_heads
-        return torch.stack(heads, dim=2), torch.stack(own_heads, dim=2)
-
-    @cached_property
-    def _masks(self) -> dict[bool, tuple[Tensor, Tensor]]:
-        return {}
-
-    @cached_property
-    def unseen_states(self) -> Tensor:
-        """(B, 1, D * M + D + 1, 1) bool: committed states, initial ones, the pending token's."""
-        domains, kept = self.state_times.shape[1:]
-        pending = torch.arange(domains, device=self.domains.device) == self.domains.unsqueeze(1)
-        # What a domain still shows of its committed states: one less where the token writes.
-        shown = self.state_counts.clamp(max=kept - pending.long())
-        unseen = torch.arange(kept, device=shown.device) >= shown.unsqueeze(2)
-        written = (self.state_counts > 0) | pending
-        virtual = (self.domains < 0).unsqueeze(1)
-        unseen = torch.cat([unseen.flatten(1), written, virtual], dim=1)
-        return unseen[:, None, :, None]
-
-    @cached_property
-    def state_age(self) -> Tensor:
-        """(B, V, D * M + D + 1) int64, bucket of the time from each state to the request."""
-        users, variants = self.target_domains.shape
-        written = torch.cat([self.state_times.flatten(1), self.timestamps.unsqueeze(1)], dim=1)
-        age = self.request_timestamps.unsqueeze(2) - written.unsqueeze(1)
-        bucket = time_bucket(age, NUM_TIME_BUCKETS)
-        never = bucket.new_full((users, variants, self.state_times.shape[1]), NUM_TIME_BUCKETS)
-        return torch.cat([bucket[..., :-1], never, bucket[..., -1:]], dim=2)
+    def __init__(self, whole: Tensor, tokens: int, settings: EncoderSettings) -> None:
+        self.whole = whole
+        keys, values = whole.split((settings.dqk, settings.dv), dim=2)
+        self.keys, self.values = keys.unbind(), values.transpose(2, 3).unbind()
+        self.own = whole[..., whole.shape[3] - tokens :].unbind()
 
 
-@dataclass(frozen=True, eq=False)
-class StepOutput:
-    """What a step computed.
+class _User:
+    """One user's part of a step.
 
     Attributes:
-        vectors: (B, V, K) float, unit vectors.
-        keys: (layers, B, V, H * dqk), of the pending tokens.
-        values: (layers, B, V, H * dv).
-        state_keys: (layers, B, V, H * dqk), of the states they write; empty without DDSR.
-        state_values: (layers, B, V, H * dv).
+        tokens: of the user.
+        sight: what they see.
+        events: memory of committed events and of the tokens.
+        states: DDSR's of committed states, initial ones and those of the tokens; None without it.
     """
 
-    vectors: Tensor
-    keys: Tensor
-    values: Tensor
-    state_keys: Tensor
-    state_values: Tensor
+    def __init__(self, prepared: PreparedModel, tokens: Tokens) -> None:
+        s, state, count = prepared.model.settings, tokens.state, len(tokens.item_ids)
+        self.tokens = tokens
+        self.sight = Sight.of(prepared, tokens)
+        # Memory in half precision is read, and written, through a copy in float32.
+        memory = state.memory[..., : state.committed + count].float()
+        self.events = _Memory(memory, count, s)
+        self.states: _Memory | None = None
+        if s.ddsr:
+            room = memory.new_empty(s.num_blocks, s.num_heads, s.dqk + s.dv, count)
+            parts = [state.state_memory.float(), prepared.initial_memory, room]
+            self.states = _Memory(torch.cat(parts, dim=3), count, s)
+
+    def commit(self) -> None:
+        """Leave the first tokens' keys, values and states in the user's memory."""
+        state, commits = self.tokens.state, self.tokens.commits
+        places = slice(state.committed, state.committed + commits)
+        if state.memory.dtype != self.events.whole.dtype:
+            state.memory[..., places] = self.events.whole[..., places]
+        states = None
+        if self.states is not None:
+            first = self.states.whole.shape[3] - len(self.tokens.item_ids)
+            states = self.states.whole[..., first : first + commits]
+        state.commit(commits, states)
 
 
-def run_step(model: CrossDomainHSTU, step: Step) -> StepOutput:
-    """Run the pending tokens through all layers, exactly as the full encoder would.
+def run_step(prepared: PreparedModel, users: Sequence[Tokens]) -> list[Tensor]:
+    """Run tokens through all layers, exactly as the full encoder would, and commit them.
+
+    What a token goes through alone is one product for the tokens of all users; then the tokens of
+    each user read that user's memory where it lies. All events are scored and those of other
+    domains then weigh nothing: for a token or two that is faster than to gather a domain's.
 
     Args:
-        model: in evaluation mode.
-        step: tokens, requests and states.
+        prepared: the model.
+        users: tokens of each user, of different users if any are to commit.
+
+    Returns:
+        For each user (V, K) float, unit vectors of the variants.
     """
-    x = _input(model, step)
-    written: list[tuple[Tensor, ...]] = []
-    for index, layer in enumerate(model._hstu.layers):
-        x, left = _layer(layer, x, step, index)
-        written.append(left)
-    keys, values, state_keys, state_values = (torch.stack(part) for part in zip(*written))
-    vectors = normalize(x.float(), dim=-1, eps=_L2_EPS)
-    return StepOutput(vectors, keys, values, state_keys, state_values)
+    with _one_thread():
+        parts = [_User(prepared, tokens) for tokens in users]
+        sizes = [len(tokens.item_ids) for tokens in users]
+        x, targets = _input(prepared, users)
+        added = prepared.added.index_select(1, targets).unbind()
+        for index, layer in enumerate(prepared.layers):
+            x = _layer(layer, x, added[index], parts, sizes, index)
+        for part in parts:
+            part.commit()
+        vectors = normalize(x.float(), dim=-1, eps=_L2_EPS)
+        return [
+            rows[tokens.commits :] for rows, tokens in zip(vectors.split(sizes), users, strict=True)
+        ]
 
 
-def _input(model: CrossDomainHSTU, step: Step) -> Tensor:
-    """(B, V, K): the item's vector and position, with the signals of each requested domain."""
-    extra = None
-    if model._tape is not None:
-        # A virtual token comes from no domain: it counts as staying in the requested one.
-        source = torch.where(
-            step.domains.unsqueeze(1) < 0, step.target_domains, step.domains.unsqueeze(1)
+def _input(prepared: PreparedModel, users: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    """(R, K) items' vectors and positions with the domains' signals, and (R) target domains."""
+    stays = len(prepared.sources) - 1
+    rows = [
+        (item, position, stays if domain == target else domain, target)
+        for tokens in users
+        for item, position, domain, target in zip(
+            tokens.item_ids, tokens.positions, tokens.domains, tokens.target_domains
         )
-        extra = model._tape(source, step.target_domains)
-    if model._target_domain_emb is not None:
-        embedded = model._target_domain_emb(step.target_domains)
-        extra = embedded if extra is None else extra + embedded
-    variants = step.target_domains.shape[1]
-    items = model._embedding_module(step.item_ids).unsqueeze(1).expand(-1, variants, -1)
-    return model._input_features_preproc(items, step.positions.unsqueeze(1), extra)
+    ]
+    items, positions, sources, targets = torch.tensor(rows).unbind(1)
+    signals = torch.addcmul(
+        prepared.requests.index_select(0, targets),
+        prepared.destinations.index_select(0, targets),
+        prepared.sources.index_select(0, sources),
+    )
+    model = prepared.model
+    x = model._input_features_preproc(model._embedding_module(items), positions, signals)
+    return x, targets
 
 
 def _layer(
-    layer: HSTULayer, x: Tensor, step: Step, index: int
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    normed, u, v, q, k = layer.project(x)
-    attended = layer.normalise(_attend(layer, q, k, v, step, index))
-    states = layer.state(normed, attended)
-    answer, state_keys, state_values = None, x[..., :0], x[..., :0]
-    if layer._ddsr is not None:
-        state_keys, state_values = layer._ddsr.memory(states)
-        answer = _read_states(layer._ddsr, normed, state_keys, state_values, step, index)
-    return layer.combine(x, u, attended, answer), (k, v, state_keys, state_values)
-
-
-def _attend(layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, step: Step, index: int) -> Tensor:
-    """(B, V, H dv): attention over the committed events and the pending one itself."""
-    s = layer._settings
-    query, own_key, own_value = (x.unflatten(2, (s.num_heads, -1)) for x in (q, k, v))
-    keys, values = (
-        x[index].to(q.dtype).unflatten(2, (s.num_heads, -1)) for x in (step.keys, step.values)
-    )
-    scores = torch.einsum("bvhd,bshd->bvhs", query, keys)
-    own_score = (query * own_key).sum(3)
-    if layer._rel_attn_bias is not None:
-        places, times = layer._rel_attn_bias._pos_w, layer._rel_attn_bias._ts_w
-        origin = places.numel() // 2
-        bias = places[origin + step.key_distance].unsqueeze(1) + times[step.key_age]
-        scores = scores + bias.unsqueeze(2)
-        own_score = own_score + (places[origin] + times[step.own_age]).unsqueeze(2)
-    visible, own_visible = step.visible(layer._masked, s.num_heads, s.target_view_heads)
-    weights = silu(scores) * visible / s.norm_length
-    own_weight = silu(own_score) * own_visible / s.norm_length
-    read = torch.einsum("bvhs,bshd->bvhd", weights, values)
-    return (read + own_weight.unsqueeze(3) * own_value).flatten(2)
-
-
-def _read_states(
-    ddsr: DynamicDomainState,
-    normed: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
-    step: Step,
+    prepared: PreparedLayer,
+    x: Tensor,
+    added: Tensor,
+    users: Sequence[_User],
+    sizes: list[int],
     index: int,
 ) -> Tensor:
-    """(B, V, H dv): DDSR's answer; the pending token is its domain's newest state."""
-    users, variants = step.target_domains.shape
-    initial_keys, initial_values = ddsr.memory(ddsr._initial_state)
+    """(R, K) -> (R, K)."""
+    layer = prepared.layer
+    u, q, kv, query, states = prepared.project(layer_norm(x, x.shape[-1:], eps=_EPS), added)
+    # The norm undoes a division by N, but for its eps: so the eps is multiplied instead.
+    read = _attend(q, kv, users, sizes, index)
+    attended = layer_norm(read, read.shape[1:], eps=_EPS * layer._settings.norm_length**2)
+    answer = None
+    if prepared.state_projection is not None:
+        query = by_head(query, q.shape[0])
+        answer = _ask_states(query, prepared.states(states, attended), users, sizes, index)
+    return layer.combine(x, u, attended, answer)
 
-    def rows(committed: Tensor, initial: Tensor, own: Tensor) -> Tensor:
-        fixed = committed[index].to(own.dtype).flatten(1, 2)
-        fixed = torch.cat([fixed, initial.expand(users, -1, -1)], dim=1)
-        return torch.cat([fixed.unsqueeze(1).expand(-1, variants, -1, -1), own.unsqueeze(2)], dim=2)
 
-    keys = rows(step.state_keys, initial_keys, own_keys)
-    values = rows(step.state_values, initial_values, own_values)
-    heads = ddsr._heads
-    query = ddsr.queries(normed, step.target_domains).unflatten(2, (heads, -1))
-    scores = torch.einsum("bvhd,bvshd->bvsh", query, keys.unflatten(3, (heads, -1)))
-    if ddsr._age_w is not None:
-        scores = scores + ddsr._age_w[step.state_age]
-    scores = scores.masked_fill(step.unseen_states, float("-inf"))
-    answer = torch.einsum("bvsh,bvshd->bvhd", scores.softmax(2), values.unflatten(3, (heads, -1)))
-    return answer.flatten(2)
+def _attend(q: Tensor, kv: Tensor, users: Sequence[_User], sizes: list[int], index: int) -> Tensor:
+    """(R, H dv): N times the tokens' attention over committed events and one another."""
+    read = []
+    for user, queries, own in _of_each(users, q, kv, sizes):
+        memory = user.events
+        memory.own[index].copy_(own)
+        scores = torch.baddbmm(user.sight.events[index], queries, memory.keys[index])
+        read.append(torch.bmm(silu(scores, inplace=True), memory.values[index]))
+    return _heads_together(read)
+
+
+def _ask_states(
+    query: Tensor, written: Tensor, users: Sequence[_User], sizes: list[int], index: int
+) -> Tensor:
+    """(R, H dv): DDSR's answer; every token is its domain's newest state."""
+    answers = []
+    for user, queries, own in _of_each(users, query, written, sizes):
+        memory = user.states
+        assert memory is not None
+        memory.own[index].copy_(own)
+        scores = torch.baddbmm(user.sight.states[index], queries, memory.keys[index])
+        answers.append(torch.bmm(scores.softmax(2), memory.values[index]))
+    return _heads_together(answers)
+
+
+def _of_each(
+    users: Sequence[_User], queries: Tensor, own: Tensor, sizes: list[int]
+) -> Iterable[tuple[_User, Tensor, Tensor]]:
+    """Every user's part of (H, R, dqk) queries and of (H, dqk + dv, R) keys and values."""
+    return zip(users, queries.split_with_sizes(sizes, 1), own.split_with_sizes(sizes, 2))
+
+
+def _heads_together(parts: list[Tensor]) -> Tensor:
+    """(H, r, dv) of each user -> (R, H * dv)."""
+    return torch.cat(parts, dim=1).transpose(0, 1).flatten(1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small take longer when several threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
