@@ -67,7 +67,7 @@ class PreparedLayer:
         return u, by_head(q, s.num_heads), columns_by_head(kv, s.num_heads), query, states
 
     def states(self, of_input: Tensor, attended: Tensor) -> Tensor:
-        """DDSR's keys and values of what the tokens write: (H, dqk + dv, R).
+        """DDSR's keys and values of what the tokens write: (H, R, dqk + dv).
 
         Args:
             of_input: the last result of :meth:`project`.
@@ -76,7 +76,7 @@ class PreparedLayer:
         assert self.state_projection is not None
         s = self.layer._settings
         written = of_input if s.state_from == "input" else attended @ self.state_projection
-        return columns_by_head(written, s.num_heads)
+        return by_head(written, s.num_heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class PreparedModel:
         times: (layers, buckets + 1), those of the time bias.
         state_ages: (layers, H, buckets + 1), of DDSR's age bias; None without it.
         added: (layers, D, W), what a target domain adds to a layer's products: to DDSR's queries.
-        initial_memory: (layers, H, dqk + dv, D), DDSR's keys and values of the initial states.
+        initial_memory: (layers, H, D, dqk + dv), DDSR's keys and values of the initial states.
         views: (H,) or (layers * H,) int64, what each head reads: 0 everything, 1 the token's own
             domain, 2 its target domain; once where all layers read alike.
         domain_scores: (D + 1, D), added to scores of events of a domain (column) by a head that
@@ -124,7 +124,7 @@ class PreparedModel:
         ages = [x._age_w.T for x in ddsr if x._age_w is not None]
         prepared = [PreparedLayer.of(layer) for layer in layers]
         initial = [
-            columns_by_head(x._initial_state @ layer.state_projection, s.num_heads)
+            by_head(x._initial_state @ layer.state_projection, s.num_heads)
             for x, layer in zip(ddsr, prepared)
             if layer.state_projection is not None
         ]
@@ -159,13 +159,13 @@ class PreparedModel:
             written: of every layer.
 
         Returns:
-            (layers, H, dqk + dv, L) keys and values of the tokens, and those of the states they
-            write; None without DDSR.
+            (layers, H, dqk + dv, L) keys and values of the tokens, and (layers, H, L, dqk + dv)
+            those of the states they write; None without DDSR.
         """
         heads = self.model.settings.num_heads
         memory = [columns_by_head(side_by_side(w.keys, w.values, heads), heads) for w in written]
         states = [
-            columns_by_head(w.states @ layer.state_projection, heads)
+            by_head(w.states @ layer.state_projection, heads)
             for w, layer in zip(written, self.layers)
             if layer.state_projection is not None
         ]

@@ -106,9 +106,8 @@ class Sight:
             written = torch.cat([state.events[1, : tokens.known], state.state_times])
             next_times = torch.tensor(tokens.next_times).unsqueeze(1)
             ages = time_bucket(next_times - written, NUM_TIME_BUCKETS)
-        events = _events(prepared, tokens, ages).expand(s.num_blocks, -1, -1, -1)
-        states = _states(prepared, tokens, ages).unbind() if s.ddsr else ()
-        return cls(events.unbind(), states)
+        events = _events(prepared, tokens, ages).expand(s.num_blocks, -1, -1, -1).unbind()
+        return cls(events, _states(prepared, tokens, ages).unbind() if s.ddsr else ())
 
 
 def _events(prepared: PreparedModel, tokens: Tokens, ages: Tensor | None) -> Tensor:
@@ -127,7 +126,8 @@ def _events(prepared: PreparedModel, tokens: Tokens, ages: Tensor | None) -> Ten
     origin = prepared.positions.shape[1] // 2
     places = [origin - position for position in range(first, known)]
     pairs = torch.stack([prepared.positions[:, p : p + known] for p in places], dim=1)
-    pairs += prepared.times.index_select(1, ages[:, :known].reshape(-1)).view(pairs.shape)
+    times = prepared.times.index_select(1, ages.view(-1)).view(len(pairs), *ages.shape)
+    pairs += times[..., :known]
     return bias + _per_variant(pairs, tokens.variants).unsqueeze(1)
 
 

@@ -29,7 +29,7 @@ class UserState:
         memory: (layers, H, dqk + dv, capacity), keys and values of committed events, events last:
             so they are read fastest.
         committed: number of committed events, ``n - 1`` at most.
-        state_memory: (layers, H, dqk + dv, D * M), DDSR's keys and values of each domain's latest
+        state_memory: (layers, H, D * M, dqk + dv), DDSR's keys and values of each domain's latest
             states, the ``i``-th of a domain in place ``i mod M``; empty without DDSR.
         state_times: (D * M,) int64, time of the event that wrote each state.
         state_counts: (D,) int64, states that each domain has written so far.
@@ -57,7 +57,7 @@ class UserState:
             forgotten=torch.zeros(0, dtype=torch.int64),
             memory=torch.zeros(s.num_blocks, s.num_heads, width, 0, dtype=dtype),
             committed=0,
-            state_memory=torch.zeros(s.num_blocks, s.num_heads, width, kept, dtype=dtype),
+            state_memory=torch.zeros(s.num_blocks, s.num_heads, kept, width, dtype=dtype),
             state_times=torch.zeros(kept, dtype=torch.int64),
             state_counts=torch.zeros(domains, dtype=torch.int64),
         )
@@ -112,7 +112,7 @@ class UserState:
 
         Args:
             tokens: number of events ``m``.
-            states: (layers, H, dqk + dv, m), DDSR's keys and values of the states that they write;
+            states: (layers, H, m, dqk + dv), DDSR's keys and values of the states that they write;
                 None without DDSR.
         """
         first, self.committed = self.committed, self.committed + tokens
@@ -126,7 +126,7 @@ class UserState:
             latest[domain * kept + counts[domain] % kept] = event
             counts[domain] += 1
         for place, event in latest.items():
-            self.state_memory[..., place] = states[..., event - first]
+            self.state_memory[:, :, place] = states[:, :, event - first]
             self.state_times[place] = self.events[1, event]
         self.state_counts = torch.tensor(counts)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,21 +16,26 @@ _L2_EPS = 1e-6
 _EPS = 1e-6
 
 
+@dataclass(frozen=True, eq=False)
 class _Memory:
-    """Keys and values that one user's tokens read, and the places for their own.
+    """Keys and values that one user's tokens read, and the places for their own; a layer each.
 
     Attributes:
-        whole: (layers, H, dqk + dv, n), the tokens' own last.
-        keys: a layer each (H, dqk, n).
-        values: a layer each (H, n, dv).
-        own: a layer each (H, dqk + dv, r).
+        keys: (H, dqk, n).
+        values: (H, n, dv).
+        own: (H, dqk + dv, r), the last r of both.
     """
 
-    def __init__(self, whole: Tensor, tokens: int, settings: EncoderSettings) -> None:
-        self.whole = whole
-        keys, values = whole.split((settings.dqk, settings.dv), dim=2)
-        self.keys, self.values = keys.unbind(), values.transpose(2, 3).unbind()
-        self.own = whole[..., whole.shape[3] - tokens :].unbind()
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    own: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, whole: Tensor, tokens: int, settings: EncoderSettings) -> "_Memory":
+        """Views of (layers, H, dqk + dv, n)."""
+        keys, values = whole.split_with_sizes((settings.dqk, settings.dv), 2)
+        own = whole[..., whole.shape[3] - tokens :]
+        return cls(keys.unbind(), values.transpose(2, 3).unbind(), own.unbind())
 
 
 class _User:
@@ -47,24 +53,26 @@ class _User:
         self.tokens = tokens
         self.sight = Sight.of(prepared, tokens)
         # Memory in half precision is read, and written, through a copy in float32.
-        memory = state.memory[..., : state.committed + count].float()
-        self.events = _Memory(memory, count, s)
+        self._memory = state.memory[..., : state.committed + count].float()
+        self.events = _Memory.of(self._memory, count, s)
         self.states: _Memory | None = None
+        self._state_memory: Tensor | None = None
         if s.ddsr:
-            room = memory.new_empty(s.num_blocks, s.num_heads, s.dqk + s.dv, count)
+            room = self._memory.new_empty(s.num_blocks, s.num_heads, count, s.dqk + s.dv)
             parts = [state.state_memory.float(), prepared.initial_memory, room]
-            self.states = _Memory(torch.cat(parts, dim=3), count, s)
+            self._state_memory = torch.cat(parts, dim=2)
+            self.states = _Memory.of(self._state_memory.transpose(2, 3), count, s)
 
     def commit(self) -> None:
         """Leave the first tokens' keys, values and states in the user's memory."""
         state, commits = self.tokens.state, self.tokens.commits
-        places = slice(state.committed, state.committed + commits)
-        if state.memory.dtype != self.events.whole.dtype:
-            state.memory[..., places] = self.events.whole[..., places]
+        if state.memory.dtype != self._memory.dtype:
+            places = slice(state.committed, state.committed + commits)
+            state.memory[..., places] = self._memory[..., places]
         states = None
-        if self.states is not None:
-            first = self.states.whole.shape[3] - len(self.tokens.item_ids)
-            states = self.states.whole[..., first : first + commits]
+        if self._state_memory is not None:
+            first = self._state_memory.shape[2] - len(self.tokens.item_ids)
+            states = self._state_memory[:, :, first : first + commits]
         state.commit(commits, states)
 
 
@@ -135,7 +143,8 @@ def _layer(
     answer = None
     if prepared.state_projection is not None:
         query = by_head(query, q.shape[0])
-        answer = _ask_states(query, prepared.states(states, attended), users, sizes, index)
+        written = prepared.states(states, attended)
+        answer = _ask_states(query, written.transpose(1, 2), users, sizes, index)
     return layer.combine(x, u, attended, answer)
 
 
