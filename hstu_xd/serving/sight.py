@@ -86,15 +86,18 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """Biases of one user's r tokens on what they may read, hugely negative where they may not.
+    """Biases of one user's r tokens on what they may read, a layer each.
 
     Attributes:
-        events: a layer each (H, r, c + r), on c committed events and the tokens themselves.
-        states: a layer each (H, r, D * M + D + r), on committed states, initial ones and those of
-            the tokens; empty without DDSR.
+        hidden: (H, r, c + r), on c committed events and the tokens themselves: 0, or hugely
+            negative where a head does not read an event.
+        pairs: (r, c + r), relative bias of the same pairs; None without it.
+        states: (H, r, D * M + D + r), on committed states, initial ones and those of the tokens,
+            minus infinity where they are out of sight; empty without DDSR.
     """
 
-    events: Sequence[Tensor]
+    hidden: Sequence[Tensor]
+    pairs: Sequence[Tensor] | None
     states: Sequence[Tensor]
 
     @classmethod
@@ -106,29 +109,43 @@ class Sight:
             written = torch.cat([state.events[1, : tokens.known], state.state_times])
             next_times = torch.tensor(tokens.next_times).unsqueeze(1)
             ages = time_bucket(next_times - written, NUM_TIME_BUCKETS)
-        events = _events(prepared, tokens, ages).expand(s.num_blocks, -1, -1, -1).unbind()
-        return cls(events, _states(prepared, tokens, ages).unbind() if s.ddsr else ())
+        pairs = None
+        if prepared.positions is not None and prepared.times is not None and ages is not None:
+            pairs = _pairs(prepared.positions, prepared.times, tokens, ages).unbind()
+        return cls(
+            hidden=_hidden(prepared, tokens).expand(s.num_blocks, -1, -1, -1).unbind(),
+            pairs=pairs,
+            states=_states(prepared, tokens, ages).unbind() if s.ddsr else (),
+        )
+
+    def events(self, index: int) -> Tensor:
+        """Hidden and relative bias of one layer together, (H, r, c + r), the caller's own."""
+        if self.pairs is None:
+            return self.hidden[index].clone()
+        return self.hidden[index] + self.pairs[index]
 
 
-def _events(prepared: PreparedModel, tokens: Tokens, ages: Tensor | None) -> Tensor:
+def _hidden(prepared: PreparedModel, tokens: Tokens) -> Tensor:
     """(layers or 1, H, r, c + r)."""
-    first, known = tokens.state.committed, tokens.known
+    first = tokens.state.committed
     end = first + len(tokens.item_ids)
     everything = [len(prepared.domain_scores) - 1] * len(tokens.domains)
     views = torch.tensor([everything, tokens.domains, tokens.target_domains])
     read = views.index_select(0, prepared.views).view(-1)
-    bias = prepared.domain_scores.index_select(0, read)
-    bias = bias.index_select(1, tokens.state.events[2, :end])
-    bias = bias.view(-1, prepared.model.settings.num_heads, len(tokens.domains), end)
-    bias[..., first:].masked_fill_(tokens.unseen(), HIDDEN)
-    if prepared.positions is None or prepared.times is None or ages is None:
-        return bias
-    origin = prepared.positions.shape[1] // 2
-    places = [origin - position for position in range(first, known)]
-    pairs = torch.stack([prepared.positions[:, p : p + known] for p in places], dim=1)
-    times = prepared.times.index_select(1, ages.view(-1)).view(len(pairs), *ages.shape)
-    pairs += times[..., :known]
-    return bias + _per_variant(pairs, tokens.variants).unsqueeze(1)
+    hidden = prepared.domain_scores.index_select(0, read)
+    hidden = hidden.index_select(1, tokens.state.events[2, :end])
+    hidden = hidden.view(-1, prepared.model.settings.num_heads, len(tokens.domains), end)
+    hidden[..., first:].masked_fill_(tokens.unseen(), HIDDEN)
+    return hidden
+
+
+def _pairs(positions: Tensor, times: Tensor, tokens: Tokens, ages: Tensor) -> Tensor:
+    """(layers, r, c + r)."""
+    known, origin = tokens.known, positions.shape[1] // 2
+    places = [origin - position for position in range(tokens.state.committed, known)]
+    pairs = torch.stack([positions[:, place : place + known] for place in places], dim=1)
+    pairs += times.index_select(1, ages.view(-1)).view(len(pairs), *ages.shape)[..., :known]
+    return _per_variant(pairs, tokens.variants)
 
 
 def _states(prepared: PreparedModel, tokens: Tokens, ages: Tensor | None) -> Tensor:

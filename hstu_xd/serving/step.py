@@ -154,7 +154,7 @@ def _attend(q: Tensor, kv: Tensor, users: Sequence[_User], sizes: list[int], ind
     for user, queries, own in _of_each(users, q, kv, sizes):
         memory = user.events
         memory.own[index].copy_(own)
-        scores = torch.baddbmm(user.sight.events[index], queries, memory.keys[index])
+        scores = user.sight.events(index).baddbmm_(queries, memory.keys[index])
         read.append(torch.bmm(silu(scores, inplace=True), memory.values[index]))
     return _heads_together(read)
 
