@@ -1,6 +1,6 @@
 """A session over a trained model: append events, ask for any domain, at the cost of one token."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -14,9 +14,11 @@ from hstu_xd.modules.hstu_layer import Written
 from hstu_xd.serving.prepared import PreparedModel
 from hstu_xd.serving.residents import ResidentStates
 from hstu_xd.serving.retrieval import ItemIndex
+from hstu_xd.serving.shared import SharedStates
 from hstu_xd.serving.sight import Tokens
 from hstu_xd.serving.state import UserState
 from hstu_xd.serving.step import run_step
+from hstu_xd.serving.store.base import StateStore, StoreError
 
 # Events that are committed by one step; more are encoded together with the whole window.
 _BLOCK = 16
@@ -48,6 +50,10 @@ class EncoderSession:
         history: how to get back the events of a user without a state, from the first one on;
             without it a dropped user is unknown. It is called before an ``append`` takes its
             events, so it must not include them yet.
+        store: where states outlive the session and other sessions of the same checkpoint find
+            them, see :mod:`hstu_xd.serving.store`; users are strings then. Every ``append`` is
+            stored before it returns; memory holds what was read of late. Without a store the
+            states are in memory alone.
 
     Example:
         >>> import torch
@@ -70,6 +76,7 @@ class EncoderSession:
         dtype: torch.dtype = torch.float32,
         max_bytes: int | None = None,
         history: History | None = None,
+        store: StateStore | None = None,
     ) -> None:
         if model.settings.normalization != "silu":
             raise InputError(
@@ -85,6 +92,9 @@ class EncoderSession:
         self._residents = ResidentStates(max_bytes)
         with torch.inference_mode():
             self._prepared, self._index = PreparedModel.of(model), ItemIndex(model)
+        self._shared = None
+        if store is not None:
+            self._shared = SharedStates(store, model, self.window, dtype)
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -107,17 +117,27 @@ class EncoderSession:
             item_ids: item of each event.
             timestamps: time of each event, not before the same user's last one.
 
+        Where another session writes to the same user in a store at the same time, the events of the
+        slower one come after those of the faster one.
+
         Raises:
             InputError: lengths that differ, an unknown item, or a time that goes back; no state
-                has changed then.
+                has changed then, unless the time is behind an event that another session stored
+                meanwhile: then users without such a race have got their events.
+            StoreError: the store failed, or holds a state that cannot be used and there is no
+                history to rebuild it from.
         """
         with self._bounded():
-            states: dict[Hashable, UserState] = {}
-            for user, events in self._arriving(users, item_ids, timestamps).items():
-                states[user] = self._state(user)
-                self._extend(states[user], events)
-            self._commit([state for state in states.values() if state.uncommitted >= _BLOCK])
-            self._keep(states)
+            arriving = self._arriving(users, item_ids, timestamps)
+            while arriving:
+                states = self._load(arriving)
+                for user, events in arriving.items():
+                    _check_order(user, states[user], events)
+                for user, events in arriving.items():
+                    self._extend(states[user], events)
+                self._commit([state for state in states.values() if state.uncommitted >= _BLOCK])
+                self._keep(states)
+                arriving = {user: arriving[user] for user in self._save(states)}
 
     def query(
         self,
@@ -198,8 +218,9 @@ class EncoderSession:
         return scores.clone()
 
     def forget(self, user: Hashable) -> bool:
-        """Drop all that is kept of a user; returns whether anything was."""
-        return self._residents.drop(user)
+        """Drop all that is kept of a user, in the store too; returns whether anything was."""
+        dropped = self._residents.drop(user)
+        return self._shared.delete(user) or dropped if self._shared is not None else dropped
 
     def _answer(
         self,
@@ -219,7 +240,7 @@ class EncoderSession:
         times: Sequence[int | None] = [None] * len(users)
         if request_timestamps is not None:
             times = torch.as_tensor(request_timestamps, dtype=torch.int64).tolist()
-        states = {user: self._state(user) for user in users}
+        states = self._load(users)
         if len(states) < len(users):
             # Who is asked for in several places has nothing left to commit in any of them.
             self._commit(list(states.values()))
@@ -228,16 +249,42 @@ class EncoderSession:
         self._keep({user: state for user, state in states.items() if user in self._residents})
         return vectors if targets.ndim == 2 else vectors.squeeze(1), [states[u] for u in users]
 
-    def _state(self, user: Hashable) -> UserState:
-        """The state of a user, rebuilt or empty where there is none; now the most recent."""
-        state = self._residents.get(user)
-        if state is None:
-            state = UserState.empty(self.model.settings, self._dtype)
-            if self._history is not None:
-                self._extend(state, self._events(*self._history(user)))
-                self._commit([state])
-                self._keep({user: state})
-        return state
+    def _load(self, users: Iterable[Hashable]) -> dict[Hashable, UserState]:
+        """The states of users, rebuilt or empty where there is none; now the most recent."""
+        states: dict[Hashable, UserState] = {}
+        users = list(dict.fromkeys(users))
+        refused: dict[Hashable, bytes] = {}
+        if self._shared is not None:
+            refused = self._shared.refresh(users, self._residents)
+        for user in users:
+            state = self._residents.get(user)
+            if state is None:
+                state = UserState.empty(self.model.settings, self._dtype)
+                # What replaces a value that cannot be used.
+                state.revision = refused.get(user, b"")
+                if self._history is not None:
+                    self._extend(state, self._events(*self._history(user)))
+                    self._commit([state])
+                    self._keep({user: state})
+                elif user in refused:
+                    raise StoreError(
+                        f"user {user!r}: the stored state cannot be used, and the session has no "
+                        "history to rebuild it from; give it one, or forget the user"
+                    )
+            states[user] = state
+        return states
+
+    def _save(self, states: dict[Hashable, UserState]) -> list[Hashable]:
+        """Store changed states; returns the users whose change was lost to another writer's."""
+        if self._shared is None:
+            return []
+        lost = list(states)
+        try:
+            lost = self._shared.save(states)
+        finally:
+            for user in lost:
+                self._residents.drop(user)
+        return lost
 
     def _keep(self, states: dict[Hashable, UserState]) -> None:
         for user, state in states.items():
@@ -288,7 +335,7 @@ class EncoderSession:
     def _arriving(
         self, users: Sequence[Hashable], item_ids: Sequence[int], timestamps: Sequence[int]
     ) -> dict[Hashable, Tensor]:
-        """(3, m) events of each user, checked."""
+        """(3, m) events of each user."""
         if not len(users) == len(item_ids) == len(timestamps):
             raise InputError(
                 f"{len(users)} users, {len(item_ids)} items and {len(timestamps)} timestamps; one "
@@ -299,16 +346,7 @@ class EncoderSession:
             items, times = columns.setdefault(user, ([], []))
             items.append(item)
             times.append(time)
-        arriving = {user: self._events(*events) for user, events in columns.items()}
-        for user, (_, times) in columns.items():
-            known = self._state(user).timestamps[-1:].tolist()
-            for last, time in pairwise([*known, *times]):
-                if time < last:
-                    raise InputError(
-                        f"user {user!r}: an event at {time} after one at {last}; append events in "
-                        "order of time"
-                    )
-        return arriving
+        return {user: self._events(*events) for user, events in columns.items()}
 
     def _events(self, item_ids: Sequence[int], timestamps: Sequence[int]) -> Tensor:
         """(3, m) int64: items, timestamps and domains."""
@@ -329,3 +367,13 @@ class EncoderSession:
             for domain in domains:
                 if not 0 <= domain < known:
                     raise InputError(f"unknown domain {domain}; the catalogue has 0..{known - 1}")
+
+
+def _check_order(user: Hashable, state: UserState, events: Tensor) -> None:
+    times = state.timestamps[-1:].tolist() + events[1].tolist()
+    for last, time in pairwise(times):
+        if time < last:
+            raise InputError(
+                f"user {user!r}: an event at {time} after one at {last}; append events in order of "
+                "time"
+            )

@@ -33,6 +33,7 @@ class UserState:
             states, the ``i``-th of a domain in place ``i mod M``; empty without DDSR.
         state_times: (D * M,) int64, time of the event that wrote each state.
         state_counts: (D,) int64, states that each domain has written so far.
+        revision: which of the user's values in a store this was; empty where it was none.
     """
 
     events: Tensor
@@ -43,6 +44,7 @@ class UserState:
     state_memory: Tensor
     state_times: Tensor
     state_counts: Tensor
+    revision: bytes = b""
 
     @classmethod
     def empty(cls, settings: EncoderSettings, dtype: torch.dtype) -> "UserState":

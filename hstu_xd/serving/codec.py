@@ -1,0 +1,125 @@
+"""A user's state as one binary value, which knows its checkpoint and whether it is whole.
+
+Layout, little-endian: magic, format, item size (bytes 0..7); the revision, which is a counter and a
+checksum of everything else (8..31); the checkpoint's fingerprint (32..47); three sizes (48..71);
+then the arrays, without their spare places.
+"""
+
+import struct
+from dataclasses import replace
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.serving.state import UserState
+
+_MAGIC, _FORMAT = b"HXUS", 1
+_KIND, _COUNTER, _SIZES = struct.Struct("<4sHH"), struct.Struct("<Q"), struct.Struct("<3Q")
+_DIGEST = 16
+
+# Where a value says which one of a user's values it is.
+REVISION = slice(8, 32)
+_CHECKSUM, _FINGERPRINT = slice(16, 32), slice(32, 48)
+_ARRAYS = 72
+
+
+class RefusedState(Exception):
+    """A value that must not be used; says why."""
+
+
+def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> bytes:
+    """What states of one checkpoint, window and number type have in common: 16 bytes."""
+    digest = blake2b(digest_size=_DIGEST)
+    settings = replace(model.settings, impl="auto")
+    digest.update(repr((_FORMAT, settings, window, str(dtype))).encode())
+    digest.update(_bytes(model.catalog.item_domains))
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
+        digest.update(_bytes(value))
+    return digest.digest()
+
+
+def revision(value: bytes | None) -> bytes:
+    """Which value of its user this is; empty for none, and for what is too short to be one."""
+    return b"" if value is None or len(value) < REVISION.stop else value[REVISION]
+
+
+def encode_state(state: UserState, checkpoint: bytes) -> bytes:
+    """The value that follows the one the state was read from: its counter is one more.
+
+    Args:
+        state: of a user.
+        checkpoint: of :func:`fingerprint`.
+    """
+    number = _COUNTER.unpack_from(state.revision)[0] if state.revision else 0
+    sizes = state.length, state.committed, len(state.forgotten)
+    arrays = (
+        state.events[:, : state.length],
+        state.forgotten,
+        state.state_times,
+        state.state_counts,
+        state.memory[..., : state.committed],
+        state.state_memory,
+    )
+    head = _KIND.pack(_MAGIC, _FORMAT, state.memory.element_size())
+    counter = _COUNTER.pack((number + 1) % 2**64)
+    body = checkpoint + _SIZES.pack(*sizes) + b"".join(map(_bytes, arrays))
+    return head + counter + _checksum(head + counter, body) + body
+
+
+def decode_state(
+    value: bytes, checkpoint: bytes, settings: EncoderSettings, dtype: torch.dtype
+) -> UserState:
+    """The state that a value holds.
+
+    Args:
+        value: of :func:`encode_state`.
+        checkpoint: of :func:`fingerprint`; the state must be of the same.
+        settings: of the model.
+        dtype: of keys and values.
+
+    Raises:
+        RefusedState: the value is damaged, or of another checkpoint.
+    """
+    head, body = value[: _CHECKSUM.start], value[_CHECKSUM.stop :]
+    if len(value) < _ARRAYS or value[_CHECKSUM] != _checksum(head, body):
+        raise RefusedState("is damaged")
+    if _KIND.unpack_from(value)[:2] != (_MAGIC, _FORMAT) or value[_FINGERPRINT] != checkpoint:
+        raise RefusedState("belongs to another checkpoint, window or number type")
+    length, committed, forgotten = _SIZES.unpack_from(value, _FINGERPRINT.stop)
+    state = UserState.empty(settings, dtype)
+    rest = np.frombuffer(bytearray(value), np.uint8, offset=_ARRAYS)
+
+    def take(like: Tensor, *shape: int) -> Tensor:
+        nonlocal rest
+        size = int(np.prod(shape, dtype=np.int64)) * like.element_size()
+        taken, rest = rest[:size], rest[size:]
+        return torch.from_numpy(taken).view(like.dtype).view(shape)
+
+    return replace(
+        state,
+        events=take(state.events, 3, length),
+        length=length,
+        forgotten=take(state.forgotten, forgotten),
+        state_times=take(state.state_times, *state.state_times.shape),
+        state_counts=take(state.state_counts, *state.state_counts.shape),
+        memory=take(state.memory, *state.memory.shape[:-1], committed),
+        committed=committed,
+        state_memory=take(state.state_memory, *state.state_memory.shape),
+        revision=revision(value),
+    )
+
+
+def _checksum(*parts: bytes) -> bytes:
+    digest = blake2b(digest_size=_DIGEST)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,18 @@
+"""A process that appends to a store until it is killed; given kind, folder and first event."""
+
+import sys
+from itertools import count
+from pathlib import Path
+
+from store_cases import open_store
+from test_store import MODEL, event
+
+from hstu_xd.serving import EncoderSession
+
+if __name__ == "__main__":
+    store = open_store(sys.argv[1], Path(sys.argv[2]))
+    session = EncoderSession(MODEL, store=store)
+    for number in count(int(sys.argv[3])):
+        item, when = event(number)
+        session.append(["ann"], [item], [when])
+        print(number + 1, flush=True)
