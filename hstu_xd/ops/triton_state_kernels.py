@@ -34,12 +34,12 @@ def _tile(tiles, index, num_domains):
 @triton.jit
 def _states(
     slot, first, stop, user, visited,
-    offsets, tokens, first_visits, replaced, num_tokens, num_domains, depth,
+    offsets, tokens, first_visits, replaced, times, num_tokens, num_domains, depth,
 ):  # fmt: skip
-    """Of each key of a tile: its row, is it there, since and until which token it is seen.
+    """Of each key of a tile: its row, is it there, since and until which token it is seen, its
+    time, and is it an initial state.
 
-    The last result marks initial states. A domain is represented once by its initial state, not
-    once for every missing visit.
+    A domain is represented once by its initial state, not once for every missing visit.
     """
     carried = slot < num_domains * depth
     domain = tl.where(carried, slot // depth, 0)
@@ -56,8 +56,9 @@ def _states(
     known = written | ((slot >= num_domains * depth) & (own < stop))
     until = tl.load(replaced + token, mask=known, other=-1)
     until = tl.where(initial, tl.load(first_visits + group, mask=initial, other=-1), until)
+    time = tl.load(times + token, mask=known, other=0)
     row = tl.where(initial, num_tokens + domain, token).to(tl.int64)
-    return row, known | initial, tl.where(initial, -1, token), until, initial
+    return row, known | initial, tl.where(initial, -1, token), until, time, initial
 
 
 @triton.jit
@@ -97,18 +98,18 @@ def forward_kernel(
     token = first + tl.arange(0, TILE)
     here = token < stop
     place = tl.where(here, token, _NOWHERE)
-    query = load_rows(q + head * q_head, token.to(tl.int64), q_token, here, WIDTH_QK, BLOCK_QK)
+    at = token.to(tl.int64)
+    query = load_rows(q + head * q_head, at, q_token, here, WIDTH_QK, BLOCK_QK)
     next_time = tl.load(next_times + token, mask=here, other=0)
     top = tl.full([TILE], float("-inf"), tl.float32)
     mass = tl.zeros([TILE], tl.float32)
     total = tl.zeros([TILE, BLOCK_V], tl.float32)
     for start in range(0, num_domains * depth + stop - first, STEP):
-        row, there, since, until, initial = _states(
+        row, there, since, until, time, initial = _states(
             start + tl.arange(0, STEP), first, stop, user, visited,
-            offsets, tokens, first_visits, replaced, num_tokens, num_domains, depth,
+            offsets, tokens, first_visits, replaced, times, num_tokens, num_domains, depth,
         )  # fmt: skip
         seen = (since[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
-        time = tl.load(times + row, mask=there & ~initial, other=0)
         key = load_rows(k + head * k_head, row, k_token, there, WIDTH_QK, BLOCK_QK)
         scores, _ = _scores(
             query, key, next_time[:, None], time[None, :], initial[None, :], seen,
@@ -117,9 +118,9 @@ def forward_kernel(
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # Finite also for tokens that have seen no key yet.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp(scores - base[:, None])
-        kept = tl.exp(top - base)
+        level = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp(scores - level[:, None])
+        kept = tl.exp(top - level)
         mass = mass * kept + tl.sum(weights, 1)
         value = load_rows(v + head * v_head, row, v_token, there, WIDTH_V, BLOCK_V)
         total = tl.dot(
@@ -127,9 +128,9 @@ def forward_kernel(
         )
         top = new_top
     mass = tl.where(here, mass, 1.0)
-    base = out + head * out_head
-    store_rows(base, token.to(tl.int64), out_token, here, total / mass[:, None], WIDTH_V, BLOCK_V)
-    tl.store(log_mass + token.to(tl.int64) * heads + head, top + tl.log(mass), mask=here)
+    answer = total / mass[:, None]
+    store_rows(out + head * out_head, at, out_token, here, answer, WIDTH_V, BLOCK_V)
+    tl.store(log_mass + at * heads + head, top + tl.log(mass), mask=here)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -169,12 +170,11 @@ def query_gradient_kernel(
     ages = tl.arange(0, BLOCK_AGE)
     sums = tl.zeros([BLOCK_AGE], tl.float32)
     for start in range(0, num_domains * depth + stop - first, STEP):
-        row, there, since, until, initial = _states(
+        row, there, since, until, time, initial = _states(
             start + tl.arange(0, STEP), first, stop, user, visited,
-            offsets, tokens, first_visits, replaced, num_tokens, num_domains, depth,
+            offsets, tokens, first_visits, replaced, times, num_tokens, num_domains, depth,
         )  # fmt: skip
         seen = (since[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
-        time = tl.load(times + row, mask=there & ~initial, other=0)
         key = load_rows(k + head * k_head, row, k_token, there, WIDTH_QK, BLOCK_QK)
         scores, bucket = _scores(
             query, key, next_time[:, None], time[None, :], initial[None, :], seen,

@@ -96,10 +96,14 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     # Arithmetic.
     "no_running_maximum": (
         "triton_state_kernels",
-        "kept = tl.exp(top - base)",
-        "kept = tl.exp(base - base)",
+        "kept = tl.exp(top - level)",
+        "kept = tl.exp(level - level)",
     ),
-    "denominator_left_out": ("triton_state_kernels", "total / mass[:, None]", "total"),
+    "denominator_left_out": (
+        "triton_state_kernels",
+        "answer = total / mass[:, None]",
+        "answer = total",
+    ),
     "mean_left_out_of_dq": (
         "triton_state_kernels",
         "weights * (grad_weights - product[:, None])",
