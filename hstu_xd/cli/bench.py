@@ -11,7 +11,7 @@ import typer
 
 from hstu_xd.errors import HstuXdError, InputError
 
-BENCHMARKS = ("encoder", "attention", "train-step", "prepare", "sampler")
+BENCHMARKS = ("encoder", "attention", "train-step", "serving", "prepare", "sampler")
 
 
 def bench(
@@ -76,7 +76,9 @@ def bench(
     dqk: Annotated[int, typer.Option(help="Width of queries and keys a head.")] = 16,
     dv: Annotated[int, typer.Option(help="Width of values a head.")] = 16,
     width: Annotated[int, typer.Option(help="Model width (encoder).")] = 64,
-    layers: Annotated[int, typer.Option(help="Layers (encoder).")] = 2,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers (encoder). [default: 2; serving 4]")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
     repeats: Annotated[
         int | None,
@@ -112,18 +114,18 @@ def bench(
         results = run(data, history=history, batch_size=batch_size or 128, repeats=repeats or 50)
         _show(results, as_json, out)
         return
-    from hstu_xd.bench import passes, train_step
+    from hstu_xd.bench import passes, serving, train_step
     from hstu_xd.bench.cases import Case
 
     chosen, rivals = _competitors(what, provider, against)
     base = Case(
         what, 1000, 1, batch_size=batch_size or 8, heads=heads, dqk=dqk, dv=dv, width=width,
-        layers=layers, device=device, dtype=dtype, biased=bias, plan=plan,
+        layers=layers or (4 if what == "serving" else 2), device=device, dtype=dtype, biased=bias, plan=plan,
     )  # fmt: skip
     cases = [
         replace(base, seq_len=n, num_domains=d, skew=s, interleaving=order)
         for n in seq_len or [1000]
-        for d in num_domains or [1, 5, 10]
+        for d in num_domains or ([5] if what == "serving" else [1, 5, 10])
         for s in skew or [0.0]
         for order in interleaving or ["random"]
     ]
@@ -136,8 +138,12 @@ def bench(
         from hstu_xd.bench.sweep import sweep as preset
 
         cases = list(preset(base))
-    measure = train_step.measure if what == "train-step" else passes.measure
-    results = measure(cases, chosen, threads=threads, repeats=repeats or 5, against=rivals)
+    how_often = {"threads": threads, "repeats": repeats or 5}
+    if what == "serving":
+        results = serving.measure(cases, chosen, **how_often)
+    else:
+        measure = train_step.measure if what == "train-step" else passes.measure
+        results = measure(cases, chosen, **how_often, against=rivals)
     _show(results, as_json, out)
 
 
@@ -149,9 +155,12 @@ def _competitors(
     Raises:
         InputError: an unknown provider, or one to compare with that is not measured.
     """
-    from hstu_xd.bench import providers, train_step
+    from hstu_xd.bench import providers, serving, train_step
 
-    known = tuple(train_step.PROVIDERS if what == "train-step" else providers.PROVIDERS[what])
+    own = {"train-step": train_step, "serving": serving}
+    known = tuple(own[what].PROVIDERS if what in own else providers.PROVIDERS[what])
+    if what == "serving" and against:
+        raise InputError("bench serving has comparisons of its own; drop --against")
     chosen = provider or list(known)
     for name in (*chosen, *(against or ())):
         if name not in known:

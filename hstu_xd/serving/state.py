@@ -86,12 +86,9 @@ class UserState:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all arrays.
+        """Bytes of all arrays: :func:`expected_bytes`, and spare places.
 
-        With every event but the last committed, n events take ``24 n + (n - 1) E`` where
-        ``E = layers * H * (dqk + dv) * itemsize``; DDSR takes ``D * M * E + 8 * D * (M + 1)``
-        whatever the history, and forgotten items 8 each. Spare places add at most
-        ``max(8, n / 32)`` times ``24 + E``.
+        Those are at most ``max(8, n / 32)`` events' and as many as domains were requested at once.
         """
         tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -145,6 +142,20 @@ class UserState:
         self.memory, self.committed = memory, 0
         self.state_times.zero_()
         self.state_counts.zero_()
+
+
+def expected_bytes(settings: EncoderSettings, events: int, dtype: torch.dtype) -> int:
+    """Bytes of a state whose ``n`` events are committed but for the last.
+
+    ``24 n + (n - 1) E + D * M * E + 8 D (M + 1) + 8 f`` with ``E = layers * H * (dqk + dv) *
+    itemsize``: three integers an event, keys and values of every committed one, DDSR's states (none
+    without it), and here no items ``f`` that left the window.
+    """
+    s = settings
+    event = s.num_blocks * s.num_heads * (s.dqk + s.dv) * dtype.itemsize
+    states = s.num_domains * s.states_per_domain if s.ddsr else 0
+    counts = s.num_domains if s.ddsr else 0
+    return 24 * events + (max(1, events) - 1 + states) * event + 8 * (states + counts)
 
 
 def _with_room(values: Tensor, length: int) -> Tensor:

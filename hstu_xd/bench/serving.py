@@ -1,0 +1,243 @@
+"""``bench serving``: one event and an answer, against encoding the whole history again.
+
+The answers of every provider are compared with the dense definition in float64 first; then all
+take turns in one process, each turn from a user with the same history.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu_xd.bench import encoder_passes, gate, providers
+from hstu_xd.bench.cases import Case, Draw
+from hstu_xd.bench.rows import Row, empty_row
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.serving import EncoderSession
+from hstu_xd.serving.retrieval import ItemIndex
+from hstu_xd.serving.state import expected_bytes
+
+# Provider -> calls a turn: many of what takes a millisecond for one of what takes a hundred.
+PROVIDERS = {
+    "append": 10,
+    "re-encode": 1,
+    "re-encode dense": 1,
+    "upstream": 1,
+    "ask one": 10,
+    "ask all": 10,
+    "state float16": 0,
+}
+# Ratio -> the provider it is about, and the one whose time it divides.
+_RATIOS = {
+    "times_faster_than_re_encode": ("append", "re-encode"),
+    "times_faster_than_dense": ("append", "re-encode dense"),
+    "times_faster_than_upstream": ("append", "upstream"),
+    "times_of_ask_one": ("ask one", "ask all"),
+}
+# Largest difference of a user vector, of length 1, from the definition.
+_BUDGET = 1e-5
+# Difference of a state's bytes from the formula, as a share of it; or a few spare places.
+_BYTES_BUDGET, _SPARE_EVENTS = 0.05, 8
+_ITEMS, _TOP = 20_000, 10
+_USER = "user"
+_UPSTREAM = providers.PROVIDERS["encoder"]["upstream"]
+
+
+def measure(
+    cases: Iterable[Case], names: Iterable[str], *, threads: int, repeats: int
+) -> list[Row]:
+    """Rows of all cases, one a provider.
+
+    "append" is one event and ten recommendations for one domain. "re-encode" encodes the history by
+    this package's fastest path and recommends the same way, "re-encode dense" by the dense
+    definition; "upstream" is the forward pass of generative-recommenders' layers alone, which know
+    no domains. "ask one" and "ask all" are the user's vector for one domain and for all. Ratios are
+    medians over turns. "state float16" has bytes instead of a time.
+
+    Args:
+        cases: what to measure; of one user, whatever the batch size.
+        names: providers.
+        threads: of PyTorch.
+        repeats: turns.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            kept = list(names)
+            return [row for case in cases for row in _rows(_Bench(case), kept, threads, repeats)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows(bench: "_Bench", names: list[str], threads: int, repeats: int) -> list[Row]:
+    case = bench.case
+    absent = {name: reason for name in names if (reason := _missing(name, case))}
+    errors = {name: bench.error(name) for name in names if name not in absent}
+    times = bench.take_turns([name for name, error in errors.items() if error <= 1], repeats)
+    rows = []
+    for name in names:
+        row = empty_row(name, bench.case, threads=threads, repeats=repeats)
+        row |= {"dtype": "float16" if name == "state float16" else "float32"}
+        row |= {"correct": None if name in absent else errors[name] <= 1}
+        if name in absent:
+            row["absent"] = absent[name]
+        else:
+            row["error_of_budget"] = errors[name]
+        if name == "state float16":
+            row["state_bytes"], row["formula_bytes"] = bench.bytes_of_state()
+        elif name in times:
+            low, median, high = np.percentile(times[name], [20, 50, 80])
+            row |= {"ms_median": median, "ms_p20": low, "ms_p80": high}
+        for ratio, (base, other) in _RATIOS.items():
+            told_of = other if base == "ask one" else base
+            if name == told_of and base in times and other in times:
+                turns = np.median(times[other], axis=1) / np.median(times[base], axis=1)
+                row[ratio] = float(np.median(turns))
+        rows.append(row)
+    return rows
+
+
+def _missing(name: str, case: Case) -> str | None:
+    """Why a provider cannot run here; None where it can."""
+    return _UPSTREAM.missing(case) if name == "upstream" else None
+
+
+class _Bench:
+    """A model with every switch on, a user, and all that competes to answer for them."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = replace(case, batch_size=1)
+        draw = Draw.of(self.case)
+        self._model, self._dense = _model(case, "auto"), _model(case, "reference")
+        self._truth = _model(case, "reference").double()
+        self._session, self._index = EncoderSession(self._model), ItemIndex(self._model)
+        generator = torch.Generator().manual_seed(1)
+        place = torch.randint(_ITEMS // case.num_domains, draw.domains.shape, generator=generator)
+        # Items 1 + d, 1 + d + D, ... belong to domain d.
+        self._items, self._times = 1 + place * case.num_domains + draw.domains, draw.timestamps
+        every = list(range(case.num_domains))
+        self._calls: dict[str, Callable[[], object]] = {
+            "append": self._append,
+            "re-encode": lambda: self._re_encode(self._model),
+            "re-encode dense": lambda: self._re_encode(self._dense),
+            "ask one": lambda: self._session.query([_USER], [every[:1]]),
+            "ask all": lambda: self._session.query([_USER], [every]),
+        }
+        if _missing("upstream", self.case) is None:
+            computes = _UPSTREAM.computation(self.case)
+            _, forward = encoder_passes.upstream_stack(draw, torch.float32, computes)
+            x = draw.normal(case.seq_len, case.width, dtype=torch.float32, seed=1)
+            causal = torch.ones(case.seq_len, case.seq_len).tril()
+            self._calls["upstream"] = lambda: forward(x, causal)
+
+    def error(self, name: str) -> float:
+        """How wrong a provider is, as a fraction of what is allowed."""
+        if name == "upstream":
+            with torch.enable_grad():
+                return gate.largest_error(name, replace(self.case, what="encoder"))
+        if name == "state float16":
+            found, expected = self.bytes_of_state()
+            allowed = max(_BYTES_BUDGET * expected, self._formula(_SPARE_EVENTS))
+            return abs(found - expected) / allowed
+        events = self.case.seq_len
+        if name.startswith("re-encode"):
+            model = self._model if name == "re-encode" else self._dense
+            return _difference(self._encode(model, events), self._encode(self._truth, events))
+        return max(self._session_error(events - 1), self._session_error(events))
+
+    def take_turns(self, names: list[str], repeats: int) -> dict[str, np.ndarray]:
+        """(turns, calls) milliseconds of each provider, after a turn that warms up."""
+        times: dict[str, list[list[float]]] = {name: [] for name in names if name in self._calls}
+        for turn in range(repeats + 1):
+            self._restart(self._session, self.case.seq_len)
+            for name, kept in times.items():
+                taken = [_milliseconds(self._calls[name]) for _ in range(PROVIDERS[name])]
+                if turn:
+                    kept.append(taken)
+        return {name: np.array(kept) for name, kept in times.items()}
+
+    def bytes_of_state(self) -> tuple[int, int]:
+        """Of a state in float16 that has grown event by event: what it takes, and the formula."""
+        session = EncoderSession(self._model, dtype=torch.float16)
+        self._restart(session, self.case.seq_len)
+        return session.num_bytes, self._formula(self.case.seq_len)
+
+    def _formula(self, events: int) -> int:
+        return expected_bytes(self._model.settings, events, torch.float16)
+
+    def _restart(self, session: EncoderSession, events: int) -> None:
+        """The user with the first events, the last of them on top of a state that was there."""
+        session.forget(_USER)
+        items, times = self._items[:events].tolist(), self._times[:events].tolist()
+        session.append([_USER] * (events - 1), items[:-1], times[:-1])
+        session.append([_USER], items[-1:], times[-1:])
+        session.query([_USER], [0])
+
+    def _append(self) -> None:
+        self._session.append([_USER], [1], [int(self._times[-1])])
+        self._session.recommend([_USER], [0], _TOP)
+
+    def _re_encode(self, model: CrossDomainHSTU) -> None:
+        vector = model.encode(self._items[None], self._times[None], torch.tensor([0]))[0]
+        self._index.best(vector, 0, _TOP, self._items)
+
+    def _encode(self, model: CrossDomainHSTU, events: int) -> Tensor:
+        """(D, K) the user's vector after the first events, for every domain."""
+        domains = torch.arange(self.case.num_domains)
+        items, times = (x[:events].expand(len(domains), -1) for x in (self._items, self._times))
+        return model.encode(items, times, domains)
+
+    def _session_error(self, events: int) -> float:
+        if not events:
+            return 0.0
+        session = EncoderSession(self._model)
+        self._restart(session, events)
+        found = session.query([_USER], [list(range(self.case.num_domains))])[0]
+        return _difference(found, self._encode(self._truth, events))
+
+
+def _model(case: Case, impl: str) -> CrossDomainHSTU:
+    """Every switch on; moved away from its initial values, of which some are zero."""
+    catalog = DomainCatalog(
+        (torch.arange(_ITEMS + 1) - 1) % case.num_domains, [str(d) for d in range(case.num_domains)]
+    )
+    settings = EncoderSettings(
+        num_domains=case.num_domains,
+        norm_length=case.seq_len + PROVIDERS["append"],
+        embedding_dim=case.width,
+        num_blocks=case.layers,
+        num_heads=case.heads,
+        dqk=case.dqk,
+        dv=case.dv,
+        domain_mask=True,
+        tape=True,
+        ddsr=True,
+        target_domain_embedding=True,
+        target_view_heads=case.heads // 2,
+        impl=impl,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CrossDomainHSTU(catalog, settings).eval()
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def _difference(found: Tensor, truth: Tensor) -> float:
+    """Largest difference of a vector, as a fraction of what is allowed."""
+    return float((found.to(truth.dtype) - truth).norm(dim=1).max()) / _BUDGET
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
