@@ -1,4 +1,4 @@
-"""A process that appends to a store until it is killed; given kind, folder and first event."""
+"""A process that appends to a store until it is killed; given kind and folder."""
 
 import sys
 from itertools import count
@@ -12,7 +12,7 @@ from hstu_xd.serving import EncoderSession
 if __name__ == "__main__":
     store = open_store(sys.argv[1], Path(sys.argv[2]))
     session = EncoderSession(MODEL, store=store)
-    for number in count(int(sys.argv[3])):
+    for number in count():
         item, when = event(number)
         session.append(["ann"], [item], [when])
         print(number + 1, flush=True)
