@@ -4,11 +4,9 @@ The answers of every provider are compared with the dense definition in float64 
 take turns in one process, each turn from a user with the same history.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch

@@ -120,7 +120,8 @@ def bench(
     chosen, rivals = _competitors(what, provider, against)
     base = Case(
         what, 1000, 1, batch_size=batch_size or 8, heads=heads, dqk=dqk, dv=dv, width=width,
-        layers=layers or (4 if what == "serving" else 2), device=device, dtype=dtype, biased=bias, plan=plan,
+        layers=layers or (4 if what == "serving" else 2), device=device, dtype=dtype,
+        biased=bias, plan=plan,
     )  # fmt: skip
     cases = [
         replace(base, seq_len=n, num_domains=d, skew=s, interleaving=order)

@@ -83,6 +83,11 @@ class EncoderSession:
                 f"the model's normalization is {model.settings.normalization!r}; a session "
                 "computes 'silu' only: encode whole histories with model.encode"
             )
+        if model.settings.has_segments:
+            raise InputError(
+                f"the model cuts histories into segments by {model.settings.segment_by!r}; a "
+                "session keeps whole runs: encode whole histories with model.encode"
+            )
         longest = model.settings.norm_length
         if window is not None and not 4 <= window <= longest:
             raise InputError(f"window is {window}; 4..{longest} events, the model's positions")
