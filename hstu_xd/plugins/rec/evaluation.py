@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hstu_xd.plugins.rec.session import SESSION
 
@@ -72,12 +73,21 @@ def domain_scoped(full_sort_batch_eval: Callable[..., Any]) -> Callable[..., Any
         _TARGETS.add(domains, last, int(hidden[positive_u, positive_i].sum()))
         assert SESSION.settings is not None
         if SESSION.settings.candidates == "domain":
-            item_domains = SESSION.catalog_on(scores.device).item_domains
-            other = item_domains != domains.to(scores.device).unsqueeze(1)
+            other = _elsewhere(domains.to(scores.device), scores.shape[1])
             scores = scores.masked_fill(other & ~hidden, torch.finfo(scores.dtype).min)
         return scores, positive_u, positive_i
 
     return xd_full_sort_batch_eval
+
+
+def _elsewhere(domains: Tensor, columns: int) -> Tensor:
+    """(B, columns) bool, items outside each target's domain.
+
+    PerSRec scores the texts of its table, which may be more than the log has items.
+    """
+    item_domains = SESSION.catalog_on(domains.device).item_domains
+    item_domains = pad(item_domains, (0, columns - len(item_domains)), value=-1)
+    return item_domains != domains.unsqueeze(1)
 
 
 def with_request(times: Tensor, domains: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,7 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     from hstu_xd.plugins.rec.settings import MODEL, RecSettings
 
     with apply(MODELS):
-        config = _imported_config()(config_file_list=files)
-    values = dict(config.final_config_dict)
+        values = dict(_read_by_rec(files))
     for key, value in zip(extras[::2], extras[1::2]):
         values[key.removeprefix("--")] = _converted(value)
     check_model(str(values.get("model")))
@@ -159,14 +158,16 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     SESSION.configure(settings)
 
 
-def _imported_config() -> Any:
+def _read_by_rec(files: list[str]) -> Mapping[str, Any]:
+    """The files' keys and REC's own; its reader imports the model too."""
     try:
         from REC.config import Config
+
+        return Config(config_file_list=files).final_config_dict
     except ImportError as error:
         raise HstuXdError(
             f"REC does not load: {error}; install what its requirements.txt names"
         ) from error
-    return Config
 
 
 def _converted(text: str) -> Any:

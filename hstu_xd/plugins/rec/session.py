@@ -28,6 +28,8 @@ class Session:
     def configure(self, settings: RecSettings) -> None:
         """Take the settings of a run and read its item -> domain file.
 
+        Domains are unknown from here until :meth:`open`: those of an earlier run do not linger.
+
         Raises:
             InputError: the file is missing or faulty.
         """
@@ -36,6 +38,7 @@ class Session:
         if not known or self._item_domains is None:
             self._item_domains = ItemDomains(path) if path else None
         self.settings = settings
+        self._forget_catalog()
 
     def open(self, tokens: Any, occurring: Any) -> None:
         """Take the data set whose item numbers stand for ``tokens``.
@@ -43,10 +46,13 @@ class Session:
         Raises:
             InputError: an item without a domain.
         """
-        self._copies.clear()
-        self.catalog = None
+        self._forget_catalog()
         if self._item_domains is not None:
             self.catalog = self._item_domains.catalog(tokens, occurring)
+
+    def _forget_catalog(self) -> None:
+        self._copies.clear()
+        self.catalog = None
 
     @property
     def extends_model(self) -> bool:
