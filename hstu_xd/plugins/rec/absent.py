@@ -1,4 +1,4 @@
-"""Stand-ins for packages that REC imports without need on the ID path."""
+"""Stand-ins for packages that REC imports and does without."""
 
 import importlib.util
 import logging
@@ -9,17 +9,22 @@ from typing import Any
 
 _logger = logging.getLogger(__name__)
 
-# Imported at the top of REC's trainer (deepspeed) and of HLLM's HSTU (fbgemm_gpu).
-PACKAGES = ("deepspeed", "fbgemm_gpu")
+# Imported by REC's trainer, HLLM's HSTU and HLLM's LLMs -> module and names that are asked of it.
+PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
+    "deepspeed": {},
+    "fbgemm_gpu": {},
+    "flash_attn": {"bert_padding": ("index_first_axis", "pad_input", "unpad_input")},
+}
 
 
 class _Absent(ModuleType):
     """A module that can be imported and nothing else."""
 
     def __getattr__(self, name: str) -> Any:
+        package = self.__name__.partition(".")[0]
         raise AttributeError(
-            f"{self.__name__}.{name}: {self.__name__} is not installed (hstu-xd let REC import it, "
-            "as the ID path does without); pip install it"
+            f"{self.__name__}.{name}: {package} is not installed (hstu-xd let REC import it, as "
+            "most of REC does without); pip install it"
         )
 
 
@@ -31,8 +36,15 @@ def stand_in_for_absent() -> list[str]:
         if name not in sys.modules and importlib.util.find_spec(name) is None
     ]
     for name in absent:
-        module = _Absent(name)
-        module.__spec__ = ModuleSpec(name, loader=None)
-        sys.modules[name] = module
-        _logger.info("%s is not installed; REC's ID models do without it", name)
+        _stand_in(name)
+        for module, names in PACKAGES[name].items():
+            _stand_in(f"{name}.{module}").__dict__.update(dict.fromkeys(names))
+        _logger.info("%s is not installed; REC runs without", name)
     return absent
+
+
+def _stand_in(name: str) -> ModuleType:
+    module = _Absent(name)
+    module.__spec__ = ModuleSpec(name, loader=None)
+    sys.modules[name] = module
+    return module

@@ -23,7 +23,9 @@ def rebindings() -> tuple[Rebinding, ...]:
         Rebinding("torch.cuda", "get_rng_state", _no_state),
         Rebinding("torch.cuda", "set_rng_state", _nothing),
         Rebinding("torch.nn", "Module.to", _module_to_cpu),
+        Rebinding("torch.nn", "Module.cuda", _stays),
         Rebinding("REC.data.utils", "DataLoader", _few_workers, ("num_workers", "pin_memory")),
+        Rebinding(TRAINER, "DataLoader", _few_workers, ("num_workers", "pin_memory")),
         Rebinding("REC.data.utils", "bulid_dataloader", _device_is_cpu, ("config",)),
         Rebinding("REC.data", "bulid_dataloader", _device_is_cpu, ("config",)),
         Rebinding(*_fabric(), _on_cpu),
@@ -74,6 +76,13 @@ def _module_to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
         return to(self, *map(moved, arguments), **named)
 
     return module_to
+
+
+def _stays(_: Callable[..., Any]) -> Callable[..., Any]:
+    def module_cuda(self: torch.nn.Module, *arguments: Any, **others: Any) -> torch.nn.Module:
+        return self
+
+    return module_cuda
 
 
 def _few_workers(loader: Callable[..., Any]) -> Callable[..., Any]:

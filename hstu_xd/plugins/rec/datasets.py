@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from REC.data.dataset import SeqEvalDataset, SEQTrainDataset
+from REC.data.dataset import SeqEvalDataset, SEQTrainDataset, TextSEQTrainDataset
+
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.plugins.rec.loss import draw_within
 
 
 class TimedTrainDataset(SEQTrainDataset):
@@ -24,6 +27,44 @@ class TimedTrainDataset(SEQTrainDataset):
         sample = super().__getitem__(index)
         times = _left_padded(self._times[index], self.max_seq_length)
         return (*sample, torch.tensor(times))
+
+
+class ScopedTextDataset(TextSEQTrainDataset):
+    """Training samples with the texts of items, their times and negatives of their own domains.
+
+    Args:
+        config: REC's configuration.
+        data: REC's interactions, built.
+
+    Attributes:
+        xd_catalog: what negatives are drawn by; None draws them as REC does.
+    """
+
+    def __init__(self, config: Any, data: Any) -> None:
+        super().__init__(config, data)
+        self.xd_catalog: DomainCatalog | None = None
+
+    def reconstruct_train_data(self, item_seq: Sequence[int]) -> tuple[Any, ...]:
+        """REC's items (N + 1,), negatives (R,) and validity (N,), all int64.
+
+        Domain-scoped, a place's negative comes from the domain of the item there; a number of
+        negatives that is set, from the domains of the sample's events at random.
+        """
+        items, drawn, valid = super().reconstruct_train_data(item_seq)
+        if self.xd_catalog is None:
+            return items, drawn, valid
+        places = items
+        if self.num_negatives:
+            events = items[-1 - int(valid.sum()) :]
+            places = events[torch.randint(len(events), (self.num_negatives,))]
+        domains = self.xd_catalog.item_domains[places]
+        return items, draw_within(domains, self.xd_catalog, 1).squeeze(-1), valid
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """REC's sample and ``xd_times`` (N + 1,) int64, zeros at padding."""
+        sample = super().__getitem__(index)
+        times = _left_padded(self.train_time_seq[index], self.max_seq_length)
+        return sample | {"xd_times": torch.tensor(times)}
 
 
 class TimedEvalDataset(SeqEvalDataset):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hstu_xd.plugins.rec.session import SESSION
+from hstu_xd.plugins.rec.settings import as_theirs
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def domain_scoped(full_sort_batch_eval: Callable[..., Any]) -> Callable[..., Any
     @torch.no_grad()
     def xd_full_sort_batch_eval(self: Any, batched_data: Any) -> Any:
         if SESSION.catalog is None and not SESSION.extends_model:
-            return full_sort_batch_eval(self, batched_data)
+            with as_theirs(self.config):
+                return full_sort_batch_eval(self, batched_data)
         histories, times, _, _, targets, *_ = batched_data
         domains = last = torch.zeros_like(targets)
         if SESSION.catalog is not None:
@@ -66,7 +68,8 @@ def domain_scoped(full_sort_batch_eval: Callable[..., Any]) -> Callable[..., Any
         if SESSION.extends_model:
             batched_data = list(batched_data)
             batched_data[1] = with_request(times, domains)
-        scores, positive_u, positive_i = full_sort_batch_eval(self, batched_data)
+        with as_theirs(self.config):
+            scores, positive_u, positive_i = full_sort_batch_eval(self, batched_data)
         if SESSION.catalog is None:
             return scores, positive_u, positive_i
         hidden = torch.isneginf(scores)
@@ -91,7 +94,7 @@ def _elsewhere(domains: Tensor, columns: int) -> Tensor:
 
 
 def with_request(times: Tensor, domains: Tensor) -> Tensor:
-    """What :meth:`HSTU_XD.predict` takes as ``time_seq``.
+    """What ``predict`` of this package's models takes as ``time_seq``.
 
     Args:
         times: (B, N + 1) int64 of

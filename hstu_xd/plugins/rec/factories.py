@@ -1,51 +1,54 @@
 """What REC calls to make its data loaders and its model, extended by ours."""
 
 import ast
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.patching import Rebinding, apply
+from hstu_xd.plugins.rec.packed_attention import provide_packed_attention, warn_if_texts_mix
 from hstu_xd.plugins.rec.session import SESSION
-from hstu_xd.plugins.rec.settings import MODEL, RecSettings
-
-_logger = logging.getLogger(__name__)
+from hstu_xd.plugins.rec.settings import HLLM_MODEL, MODELS, RecSettings, as_theirs
 
 DATASETS = "REC.data.dataset"
 
 
 def with_domains(bulid_dataloader: Callable[..., Any]) -> Callable[..., Any]:
-    """REC's ``bulid_dataloader`` (sic) that knows HSTU_XD and every item's domain."""
+    """REC's ``bulid_dataloader`` (sic) that knows our models and every item's domain."""
 
     def xd_bulid_dataloader(config: Any, data: Any) -> Any:
         SESSION.configure(RecSettings.read(config.final_config_dict))
-        name = config["model"]
-        config["model"] = "HSTU" if name == MODEL else name  # in REC's table of models
-        try:
-            with apply(_timed_datasets()) if SESSION.extends_model else nullcontext():
-                loaders = bulid_dataloader(config, data)
-        finally:
-            config["model"] = name
-        if SESSION.settings is not None and SESSION.settings.item_domain_path:
+        warn_if_texts_mix(config)
+        with as_theirs(config), apply(_datasets()) if SESSION.extends_model else nullcontext():
+            loaders = bulid_dataloader(config, data)
+        assert SESSION.settings is not None
+        if SESSION.settings.item_domain_path:
             SESSION.open(data.id2token["item_id"], _Occurring(data))
             _check_top(config, data.item_num)
+        if SESSION.settings.model == HLLM_MODEL and SESSION.settings.scopes_negatives:
+            loaders[0].dataset.xd_catalog = SESSION.catalog
         return loaders
 
     return xd_bulid_dataloader
 
 
-def _timed_datasets() -> tuple[Rebinding, ...]:
-    from hstu_xd.plugins.rec.datasets import TimedEvalDataset, TimedTrainDataset
+def _datasets() -> tuple[Rebinding, ...]:
+    from hstu_xd.plugins.rec import datasets
 
     assert SESSION.settings is not None
-    rebindings = (Rebinding(DATASETS, "SeqEvalDataset", lambda _: TimedEvalDataset),)
-    if SESSION.settings.reads_time:
-        rebindings += (Rebinding(DATASETS, "SEQTrainDataset", lambda _: TimedTrainDataset),)
-    return rebindings
+    ours: dict[str, Any] = {"SeqEvalDataset": datasets.TimedEvalDataset}
+    if SESSION.settings.model == HLLM_MODEL:
+        ours["TextSEQTrainDataset"] = datasets.ScopedTextDataset
+    elif SESSION.settings.reads_time:
+        ours["SEQTrainDataset"] = datasets.TimedTrainDataset
+    return tuple(
+        Rebinding(DATASETS, name, lambda _, dataset=dataset: dataset)
+        for name, dataset in ours.items()
+    )
 
 
 class _Occurring:
@@ -74,15 +77,17 @@ def _check_top(config: Any, item_num: int) -> None:
 
 
 def with_hstu_xd(get_model: Callable[[str], Any]) -> Callable[[str], Any]:
-    """REC's ``get_model`` that knows HSTU_XD, and names the nearest of an unknown one."""
+    """REC's ``get_model`` that knows our models, and names the nearest of an unknown one."""
 
     def xd_get_model(model_name: str) -> Any:
-        if model_name == MODEL:
-            from hstu_xd.plugins.rec.model import HSTU_XD
-
-            return HSTU_XD
-        check_model(model_name)
-        return get_model(model_name)
+        if model_name in MODELS:
+            module = import_module(f"hstu_xd.plugins.rec.{MODELS[model_name].lower()}")
+            model = getattr(module, model_name)
+        else:
+            check_model(model_name)
+            model = get_model(model_name)
+        provide_packed_attention()
+        return model
 
     return xd_get_model
 
@@ -111,7 +116,7 @@ def known_models() -> list[str]:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and _says_input_type(node):
                 names.append(node.name)
-    return [MODEL, *sorted(names)]
+    return [*MODELS, *sorted(names)]
 
 
 def _says_input_type(node: ast.ClassDef) -> bool:

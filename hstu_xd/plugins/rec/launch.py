@@ -145,7 +145,7 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     from hstu_xd.plugins.rec.activate import MODELS
     from hstu_xd.plugins.rec.factories import check_model
     from hstu_xd.plugins.rec.session import SESSION
-    from hstu_xd.plugins.rec.settings import MODEL, RecSettings
+    from hstu_xd.plugins.rec.settings import RecSettings
 
     with apply(MODELS):
         values = dict(_read_by_rec(files))
@@ -153,9 +153,22 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
         values[key.removeprefix("--")] = _converted(value)
     check_model(str(values.get("model")))
     settings = RecSettings.read(values)
-    if settings.model == MODEL and not settings.is_plain:
-        settings.encoder_settings(values, num_domains=1)
+    if settings.is_ours and not settings.is_plain:
+        sizes = _sizes(settings.model, values)
+        if sizes is not None:
+            settings.encoder_settings(sizes, num_domains=1)
     SESSION.configure(settings)
+
+
+def _sizes(model: str, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of the encoder; None for a user LLM that only a hub knows."""
+    from hstu_xd.plugins.rec.settings import HSTU_MODEL
+    from hstu_xd.plugins.rec.sizes import hstu_sizes, llm_sizes, local_llm_config
+
+    if model == HSTU_MODEL:
+        return hstu_sizes(values)
+    llm = local_llm_config(str(values["user_pretrain_dir"]))
+    return llm and llm_sizes(llm, values)
 
 
 def _read_by_rec(files: list[str]) -> Mapping[str, Any]:

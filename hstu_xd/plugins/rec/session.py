@@ -7,7 +7,7 @@ import torch
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.plugins.rec.item_domains import ItemDomains
-from hstu_xd.plugins.rec.settings import MODEL, RecSettings
+from hstu_xd.plugins.rec.settings import RecSettings
 
 
 @dataclass
@@ -56,9 +56,9 @@ class Session:
 
     @property
     def extends_model(self) -> bool:
-        """The model is HSTU_XD and computes something that REC's HSTU does not."""
+        """The model is this package's and computes something that REC's own does not."""
         settings = self.settings
-        return settings is not None and settings.model == MODEL and not settings.is_plain
+        return settings is not None and settings.is_ours and not settings.is_plain
 
     def catalog_on(self, device: torch.device) -> DomainCatalog:
         """The catalogue with its tables on a device; copied there once."""

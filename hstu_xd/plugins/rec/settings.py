@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
@@ -11,13 +12,16 @@ from hstu_xd.modules.settings import EncoderSettings
 
 _logger = logging.getLogger(__name__)
 
-MODEL = "HSTU_XD"
+HSTU_MODEL, HLLM_MODEL = "HSTU_XD", "HLLM_XD"
+# This package's models -> REC's own that they extend.
+MODELS = {HSTU_MODEL: "HSTU", HLLM_MODEL: "HLLM"}
 PATH_KEY = "item_domain_path"
 PREFIX = "xd_"
 NEGATIVES = ("auto", "domain", "catalogue")
 CANDIDATES = ("domain", "catalogue")
 SWITCHES = ("domain_mask", "tape", "ddsr", "target_domain_embedding", "target_view_heads")
-# Settings of the encoder that are keys here; its sizes are REC's own (n_layers, n_heads, ...).
+# Settings of the encoder that are keys here; its sizes are REC's own (n_layers, n_heads, ...) or
+# the user LLM's.
 ENCODER_KEYS = (
     *SWITCHES,
     "full_attention_layers",
@@ -29,6 +33,8 @@ ENCODER_KEYS = (
     "normalization",
     "impl",
 )
+# What a user LLM's layers have no place for.
+_HSTU_ONLY = ("target_view_heads", "state_from", "combine", "impl", "relative_bias")
 _NEEDS_SWITCH = {
     "ddsr": (
         "state_from",
@@ -38,6 +44,9 @@ _NEEDS_SWITCH = {
         "state_age_bias",
     ),
     "domain_mask": ("full_attention_layers",),
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(EncoderSettings)} | {
+    "relative_bias": False
 }
 
 
@@ -50,14 +59,15 @@ class RecSettings:
         item_domain_path: item -> domain file; empty: no domains are known.
         encoder: ``xd_<name>`` for the names of :data:`ENCODER_KEYS`, only those that were given.
         relative_bias: ``xd_relative_bias``; apply the relative attention bias, which REC builds
-            and never applies.
+            and never applies; HSTU_XD only.
         negatives: ``xd_negatives``; "domain" (the positive's own), "catalogue" (as REC), or "auto":
-            "domain" where a switch of the encoder is on, so that all off is REC's HSTU.
+            "domain" where a switch of the encoder is on, so that all off is REC's own model.
         candidates: ``xd_candidates``; whom the target is ranked against, "domain" (its own) or
             "catalogue" (as REC); for every model.
 
     Raises:
-        InputError: a value that is not one of those named.
+        InputError: a value that is not one of those named, a switch without domains, or a setting
+            that the model does not have.
     """
 
     model: str
@@ -79,11 +89,27 @@ class RecSettings:
                 f"{PREFIX}{on} needs to know every item's domain; name a file with columns item "
                 f"and domain: --{PATH_KEY} FILE"
             )
+        if self.model == HLLM_MODEL:
+            self._refuse_hstu_only()
+
+    def _refuse_hstu_only(self) -> None:
+        given = {**self.encoder, "relative_bias": self.relative_bias}
+        for name in _HSTU_ONLY:
+            if name in given and given[name] != _DEFAULTS[name]:
+                raise InputError(
+                    f"{PREFIX}{name}: {given[name]!r}; {HLLM_MODEL} has no such setting, leave it "
+                    f"at {_DEFAULTS[name]!r}"
+                )
+
+    @property
+    def is_ours(self) -> bool:
+        """The model is one of this package's."""
+        return self.model in MODELS
 
     @property
     def is_cross_domain(self) -> bool:
-        """HSTU_XD is asked for something that needs domains."""
-        return self.model == MODEL and any(map(self._asks, (*SWITCHES, "negatives")))
+        """A model of this package is asked for something that needs domains."""
+        return self.is_ours and any(map(self._asks, (*SWITCHES, "negatives")))
 
     @property
     def scopes_negatives(self) -> bool:
@@ -94,7 +120,7 @@ class RecSettings:
 
     @property
     def is_plain(self) -> bool:
-        """HSTU_XD with everything off: REC's own HSTU, its own code included."""
+        """Everything off: REC's own model, its own code included."""
         return not (
             any(map(self._asks, SWITCHES))
             or self.relative_bias
@@ -110,15 +136,15 @@ class RecSettings:
 
     @property
     def reads_time(self) -> bool:
-        """HSTU_XD needs the times of the events."""
+        """The model needs the times of the events."""
         ages = self.encoder.get("state_age_bias", EncoderSettings.state_age_bias)
         return self.relative_bias or bool(self.encoder.get("ddsr") and ages)
 
-    def encoder_settings(self, config: Any, num_domains: int) -> EncoderSettings:
-        """The encoder's settings, with the sizes of REC's HSTU.
+    def encoder_settings(self, sizes: Mapping[str, Any], num_domains: int) -> EncoderSettings:
+        """The encoder's settings.
 
         Args:
-            config: REC's configuration, or a mapping like it.
+            sizes: of :mod:`hstu_xd.plugins.rec.sizes`.
             num_domains: of the catalogue.
 
         Raises:
@@ -131,23 +157,15 @@ class RecSettings:
         impl = self.encoder.get("impl", "auto")
         if impl not in impls:
             raise InputError(f"{PREFIX}impl: {impl!r}; available here: {', '.join(impls)}")
-        width, heads = config["hstu_embedding_size"], config["n_heads"]
         try:
             return EncoderSettings(
                 num_domains=num_domains,
-                norm_length=config["MAX_ITEM_LIST_LENGTH"],
-                embedding_dim=width,
-                num_blocks=config["n_layers"],
-                num_heads=heads,
-                dqk=width // heads,
-                dv=width // heads,
-                linear_dropout_rate=config["hidden_dropout_prob"],
-                linear_activation=config["hidden_act"] or "silu",
                 enable_relative_attention_bias=self.relative_bias,
+                **sizes,
                 **self.encoder,
             )
         except InputError as error:
-            raise InputError(f"the keys of {MODEL}: {error}") from error
+            raise InputError(f"the keys of {self.model}: {error}") from error
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "RecSettings":
@@ -178,18 +196,17 @@ class RecSettings:
         return settings
 
     def _warn_inert(self) -> None:
-        if self.model != MODEL:
+        if not self.is_ours:
             unused = [f"{PREFIX}{name}" for name in self.encoder if self.encoder[name]]
             unused += [f"{PREFIX}relative_bias"] * self.relative_bias
             unused += [f"{PREFIX}negatives"] * (self.negatives == "domain")
             if unused:
                 _logger.warning("%s: no effect on model %s", ", ".join(unused), self.model)
             return
-        defaults = {field.name: field.default for field in dataclasses.fields(EncoderSettings)}
         for switch, names in _NEEDS_SWITCH.items():
             for name in names:
-                value = self.encoder.get(name, defaults[name])
-                if not self.encoder.get(switch) and value != defaults[name]:
+                value = self.encoder.get(name, _DEFAULTS[name])
+                if not self.encoder.get(switch) and value != _DEFAULTS[name]:
                     _logger.warning(
                         "%s%s: %r does nothing while %s%s is False",
                         PREFIX,
@@ -226,3 +243,14 @@ def _typed(key: str, value: Any, wanted: type) -> Any:
         needed = "list of layer numbers" if wanted is tuple else wanted.__name__
         raise InputError(f"{key}: {value!r} is a {type(value).__name__}; a {needed} is needed")
     return value
+
+
+@contextmanager
+def as_theirs(config: Any) -> Iterator[None]:
+    """A configuration that names REC's own model which ours extends, for REC to look it up by."""
+    name = config["model"]
+    config["model"] = MODELS.get(name, name)
+    try:
+        yield
+    finally:
+        config["model"] = name

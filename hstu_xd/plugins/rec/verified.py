@@ -24,12 +24,28 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "data/dataset/trainset.py": {
         "SEQTrainDataset": ("308761a481dac56d", "d70598c2c98464f1"),
+        "TextSEQTrainDataset": ("d822a9e7965a2fee", "069bb5585e853f5d"),
+    },
+    "model/HLLM/hllm.py": {
+        "HLLM": ("de7bb9235002f224", "350898457ce13ca7"),
+    },
+    "model/HLLM/modeling_llama.py": {
+        "LlamaAttention": ("a9db6ef75d82e03a", "468545414fec5898"),
+        "LlamaDecoderLayer": ("188830fd0b7b1246",),
+        "LlamaModel": ("89c78d649c7777b6", "974479d3748cf5ab"),
+        "LlamaForCausalLM": ("903ea8b910c4c69a",),
+    },
+    "model/HLLM/modeling_mistral.py": {
+        "MistralAttention": ("81308d07b43785f9",),
+        "MistralDecoderLayer": ("855d4088f5363723",),
+        "MistralModel": ("ad24bb14e49b209d",),
     },
     "data/dataset/evalset.py": {
         "SeqEvalDataset": ("a4172bd731f408e9", "94c952f1515c77d9"),
     },
     "data/dataset/collate_fn.py": {
         "seq_eval_collate": ("6b16cd2fc580c179", "eac1cc70e80f65bf"),
+        "customize_rmpad_collate": ("8628addab0665e02",),
     },
     "evaluator/evaluator.py": {
         "Evaluator": ("31f5de3791a0ab89",),

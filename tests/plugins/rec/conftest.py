@@ -1,5 +1,6 @@
 """The codebases that the tests run in, and a small log for them."""
 
+import csv
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_llms import write_llms, write_texts
 
 from hstu_xd.data.synthetic import synthesize
 from hstu_xd.data.world import SynthOptions
@@ -29,6 +31,20 @@ MAX_ITEM_LIST_LENGTH: 10
 item_embedding_size: 32
 hstu_embedding_size: 32
 n_heads: 4
+"""
+SMALL_HLLM = """\
+topk: [5, 10, 50]
+valid_metric: NDCG@10
+train_batch_size: 16
+eval_batch_size: 64
+MAX_ITEM_LIST_LENGTH: 10
+MAX_TEXT_LENGTH: 12
+loss: nce
+precision: "32"
+gradient_checkpointing: False
+item_prompt: "Compress "
+text_keys: ["title"]
+show_progress: False
 """
 
 
@@ -54,13 +70,19 @@ def _is_importable(name: str) -> bool:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """store/, data/synth.csv and small.yaml."""
+    """store/, data/synth.csv, small.yaml; two LLMs, texts of the items and small_hllm.yaml."""
     path = tmp_path_factory.mktemp("rec")
     options = SynthOptions(users=80, domains=3, items_per_domain=60, mean_length=14)
     synthesize(path / "store", options)
     (path / "data").mkdir()
     write_interactions(path / "store", path / "data" / "synth.csv")
     (path / "small.yaml").write_text(SMALL, encoding="utf-8")
+    with (path / "data" / "synth.csv").open(encoding="utf-8") as file:
+        items = list(dict.fromkeys(row["item_id"] for row in csv.DictReader(file)))
+    write_llms(path, items)
+    write_texts(path, items)
+    folders = "".join(f"{x}_pretrain_dir: {path / x}_llm\n" for x in ("item", "user"))
+    (path / "small_hllm.yaml").write_text(SMALL_HLLM + folders, encoding="utf-8")
     return path
 
 
@@ -86,30 +108,46 @@ def launch() -> Launch:
     return run
 
 
-_probed: dict[str, Any] = {}
+_probed: dict[tuple[str, str], Any] = {}
 
 
 @pytest.fixture
 def probed(request: pytest.FixtureRequest, work: Path) -> dict[str, Any]:
-    """What probe.py found in a codebase; it runs once for each."""
-    codebase = request.param
+    """What probe_hstu.py found in a codebase."""
+    return _probe("hstu", request.param, work)
+
+
+@pytest.fixture
+def probed_hllm(request: pytest.FixtureRequest, work: Path) -> dict[str, Any]:
+    """What probe_hllm.py found in a codebase."""
+    return _probe("hllm", request.param, work)
+
+
+def _probe(model: str, codebase: str, work: Path) -> dict[str, Any]:
+    """The probe's figures; it runs once for each codebase."""
     folder = code_folder(codebase)
-    if codebase not in _probed:
-        out = work / f"{codebase}.json"
+    key = model, codebase
+    if key not in _probed:
         before = _files(folder)
-        done = subprocess.run(
-            [sys.executable, str(HERE / "probe.py"), str(out), str(work)],
-            cwd=folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        _probed[codebase] = json.loads(out.read_text(encoding="utf-8"))
-        _probed[codebase]["output"] = done.stdout + done.stderr
-        _probed[codebase]["written"] = sorted(_files(folder) - before)
-    return _probed[codebase]
+        found = _figures(model, folder, work / f"{model}.{codebase}.json", work)
+        _probed[key] = found | {"written": sorted(_files(folder) - before)}
+    if "error" in _probed[key]:
+        pytest.fail(_probed[key]["error"], pytrace=False)
+    return _probed[key]
+
+
+def _figures(model: str, folder: Path, out: Path, work: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / f"probe_{model}.py"), str(out), str(work)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        return {"error": done.stderr[-3000:]}
+    return json.loads(out.read_text(encoding="utf-8")) | {"output": done.stdout + done.stderr}
 
 
 def _files(folder: Path) -> set[str]:

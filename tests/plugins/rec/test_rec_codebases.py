@@ -47,7 +47,7 @@ def test_negatives_come_from_the_positives_domain(probed: dict[str, Any]) -> Non
 @in_codebases
 def test_metrics_of_their_trainer_equal_a_brute_force(probed: dict[str, Any]) -> None:
     found = probed["end_to_end"]
-    assert found["differs"] == found["hstu_differs"] == found["unexpected"] == []
+    assert found["differs"] == found["theirs_differs"] == found["unexpected"] == []
     groups = {name.partition("[")[2].rstrip("]") for name in found["metrics"]}
     assert groups == {"", "books", "films", "groceries", "switch", "stay"}
 

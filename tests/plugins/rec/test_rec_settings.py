@@ -6,6 +6,7 @@ import pytest
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.rec.launch import _converted
 from hstu_xd.plugins.rec.settings import ENCODER_KEYS, RecSettings
+from hstu_xd.plugins.rec.sizes import hstu_sizes
 
 SIZES = {
     "MAX_ITEM_LIST_LENGTH": 10,
@@ -56,7 +57,9 @@ def test_time_is_read_for_the_bias_and_the_age_of_states_only() -> None:
 
 
 def test_sizes_are_theirs() -> None:
-    settings = read(xd_full_attention_layers=[1], xd_domain_mask=True).encoder_settings(SIZES, 3)
+    settings = read(xd_full_attention_layers=[1], xd_domain_mask=True).encoder_settings(
+        hstu_sizes(SIZES), 3
+    )
     assert (settings.num_blocks, settings.dqk, settings.norm_length) == (2, 8, 10)
     assert settings.full_attention_layers == (1,)
     assert settings.linear_activation == "silu"
@@ -91,7 +94,7 @@ def test_faults_are_named(keys: dict[str, Any], said: str) -> None:
 )
 def test_values_out_of_range_are_named(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        read(**keys).encoder_settings(SIZES, 3)
+        read(**keys).encoder_settings(hstu_sizes(SIZES), 3)
 
 
 def test_inert_keys_are_told(caplog: pytest.LogCaptureFixture) -> None:

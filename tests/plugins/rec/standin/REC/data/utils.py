@@ -36,9 +36,10 @@ def load_data(config):
 
 
 def bulid_dataloader(config, dataload):
-    table = {"HSTU": ("SEQTrainDataset", "SeqEvalDataset", "seq_eval_collate")}
+    table = {"HSTU": ("SEQTrainDataset", None), "HLLM": ("TextSEQTrainDataset", "rmpad")}
     module = importlib.import_module("REC.data.dataset")
-    train, evaluated, collate = (getattr(module, name) for name in table[config["model"]])
+    train_name, packing = table[config["model"]]
+    train, evaluated = getattr(module, train_name), module.SeqEvalDataset
     dataload.build()
     samples = train(config, dataload)
     loaders = [
@@ -48,6 +49,7 @@ def bulid_dataloader(config, dataload):
             num_workers=11,
             pin_memory=True,
             sampler=DistributedSampler(samples),
+            collate_fn=packing and module.customize_rmpad_collate,
         )
     ]
     loaders += [
@@ -56,7 +58,7 @@ def bulid_dataloader(config, dataload):
             batch_size=config["eval_batch_size"],
             num_workers=11,
             pin_memory=True,
-            collate_fn=collate,
+            collate_fn=module.seq_eval_collate,
         )
         for phase in ("valid", "test")
     ]

@@ -4,7 +4,9 @@ from pathlib import Path
 import deepspeed  # noqa: F401
 import numpy as np
 import torch
+from REC.data.dataset import BatchTextDataset, customize_rmpad_collate
 from REC.evaluator import DataStruct, Evaluator
+from torch.utils.data import DataLoader
 
 
 class Fabric:
@@ -37,7 +39,7 @@ class Trainer:
             train_data.sampler.set_epoch(epoch)
             self.model.train()
             for batch in train_data:
-                loss = self.model(tuple(x.to(self.device) for x in batch))["loss"]
+                loss = self.model(self.to_device(batch))["loss"]
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -50,21 +52,44 @@ class Trainer:
                 torch.save(state, self.file)
         return self.best
 
+    def to_device(self, data):
+        if isinstance(data, dict):
+            return {name: value.to(self.device) for name, value in data.items()}
+        return tuple(value.to(self.device) for value in data)
+
     @torch.no_grad()
     def _full_sort_batch_eval(self, batched_data):
         user, time_seq, history_index, positive_u, positive_i = batched_data
-        user, time_seq = user.to(self.device), time_seq.to(self.device)
-        scores = self.model.module.predict(user, time_seq, self.item_feature)
+        entries = (*self.to_device((user, time_seq)), self.item_feature)
+        if self.config["model"] == "HLLM":
+            scores = self.model(entries, mode="predict")
+        else:
+            scores = self.model.module.predict(*entries)
         scores[:, 0] = -np.inf
         scores[history_index] = -np.inf
         return scores, positive_u, positive_i
+
+    @torch.no_grad()
+    def compute_item_feature(self, config, data):
+        if not config["use_text"]:
+            self.item_feature = self.model.module.compute_item_all()
+            return
+        loader = DataLoader(
+            BatchTextDataset(config, data),
+            batch_size=64,
+            num_workers=14,
+            pin_memory=True,
+            collate_fn=customize_rmpad_collate,
+        )
+        features = [self.model(self.to_device(batch), mode="compute_item") for batch in loader]
+        self.item_feature = torch.cat(features)
 
     @torch.no_grad()
     def evaluate(self, eval_data, load_best_model=True):
         if load_best_model:
             self.model.load_state_dict(torch.load(self.file, map_location="cpu")["model"])
         self.model.eval()
-        self.item_feature = self.model.module.compute_item_all()
+        self.compute_item_feature(self.config, eval_data.dataset.dataload)
         rows = []
         for batch in eval_data:
             scores, positive_u, positive_i = self._full_sort_batch_eval(batch)

@@ -5,26 +5,23 @@ from typing import Any
 import torch
 from REC.model.basemodel import all_gather
 from REC.model.IDNet.hstu import HSTU
-from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.modules.encoder import CrossDomainEncoder
-from hstu_xd.modules.plan import EncoderPlan
-from hstu_xd.modules.tape import TransitionAwarePositionalEmbedding
 from hstu_xd.plugins.rec.loss import draw_within, sampled_softmax
-from hstu_xd.plugins.rec.session import SESSION
-from hstu_xd.plugins.rec.settings import RecSettings
+from hstu_xd.plugins.rec.parts import CrossDomainParts
+from hstu_xd.plugins.rec.settings import HSTU_MODEL
+from hstu_xd.plugins.rec.sizes import hstu_sizes
 
 
-class HSTU_XD(HSTU):
+class HSTU_XD(HSTU, CrossDomainParts):
     """REC's HSTU that may attend inside domains, know the next domain and read domain states.
 
     With everything off it runs REC's own code. Otherwise this package's layers hold REC's
     parameters and see the valid tokens only, end to end: REC fills the left of short histories
-    with random items when it trains. What attention is divided by stays the padded length. Names
-    of this class begin with ``_xd_``, so as not to override one of REC's.
+    with random items when it trains. What attention is divided by stays the padded length.
 
     Args:
         config: REC's configuration.
@@ -33,27 +30,12 @@ class HSTU_XD(HSTU):
 
     def __init__(self, config: Any, *args: Any) -> None:
         super().__init__(config, *args)
-        self._xd_settings = SESSION.settings or RecSettings("HSTU_XD")
-        self._xd_is_plain = self._xd_settings.is_plain
-        self._tape: nn.Module | None = None
-        self._target_domain_emb: nn.Embedding | None = None
+        self._xd_configure(HSTU_MODEL)
         if self._xd_is_plain:
             return
-        known = SESSION.catalog
-        domains = torch.zeros(self.item_num) if known is None else known.item_domains
-        names = ["all"] if known is None else known.domain_names
-        self._xd_catalog = DomainCatalog(domains, names)
-        width = self._hstu_embedding_dim
-        self._xd_encoder_settings = self._xd_settings.encoder_settings(
-            config, self._xd_catalog.num_domains
-        )
+        self._xd_add_parts(hstu_sizes(config))
         self._xd_check_length(config["MAX_ITEM_LIST_LENGTH_TEST"])
         self._xd_take_over_layers()
-        if self._xd_encoder_settings.tape:
-            self._tape = TransitionAwarePositionalEmbedding(self._xd_catalog.num_domains, width)
-        if self._xd_encoder_settings.target_domain_embedding:
-            self._target_domain_emb = nn.Embedding(self._xd_catalog.num_domains, width)
-            nn.init.zeros_(self._target_domain_emb.weight)
 
     def _xd_check_length(self, evaluated: int | None) -> None:
         if evaluated and evaluated != self._max_sequence_length:
@@ -122,18 +104,11 @@ class HSTU_XD(HSTU):
         """
         if self._xd_is_plain:
             return super().predict(item_seq, time_seq, item_feature, *args)
-        users, columns = item_seq.shape
-        if time_seq.shape != (users, columns + 2):
-            raise InputError(
-                f"time_seq has shape {tuple(time_seq.shape)}; HSTU_XD needs ({users}, "
-                f"{columns + 2}): the history's times, the request's time and its domain, see "
-                "hstu_xd.plugins.rec.evaluation.with_request"
-            )
-        domains = torch.cat([self._xd_domains_of(item_seq), time_seq[:, -1:]], dim=1)
+        domains, times = self._xd_request(item_seq, time_seq)
         valid = item_seq != 0
-        hidden = self._xd_encode(item_seq, valid, domains, time_seq[:, :-1])
+        hidden = self._xd_encode(item_seq, valid, domains, times)
         # Of an empty history REC encodes the padding item, to which no attention is paid.
-        last = self._xd_inputs(item_seq[:, -1], columns - 1)
+        last = self._xd_inputs(item_seq[:, -1], item_seq.shape[1] - 1)
         ends = valid.sum(1).cumsum(0) - 1
         last[valid[:, -1]] = hidden[ends[valid[:, -1]]].to(last.dtype)
         return normalize(last, dim=-1) @ item_feature.t()
@@ -150,22 +125,10 @@ class HSTU_XD(HSTU):
         Returns:
             (L, K) float.
         """
-        present = valid.flatten().nonzero().squeeze(1)
-        plan = EncoderPlan(
-            domains=domains[:, :-1].flatten()[present],
-            target_domains=domains[:, 1:].flatten()[present],
-            timestamps=times[:, :-1].flatten()[present],
-            next_timestamps=times[:, 1:].flatten()[present],
-            offsets=pad(valid.sum(1).cumsum(0), (1, 0)),
-            num_domains=self._xd_catalog.num_domains,
-            states_per_domain=self._xd_encoder_settings.states_per_domain,
-        )
-        x = self._xd_inputs(items.flatten()[present], present % items.shape[1])
-        if self._tape is not None:
-            x = x + self._tape(plan.domains, plan.target_domains)
-        if self._target_domain_emb is not None:
-            x = x + self._target_domain_emb(plan.target_domains)
-        return self._hstu(x, plan)
+        batch = self._xd_jagged(valid, domains, times)
+        x = self._xd_inputs(batch.gather(items), batch.present % items.shape[1])
+        signal = self._xd_signal(batch)
+        return self._hstu(x if signal is None else x + signal, batch.plan)
 
     def _xd_inputs(self, items: Tensor, columns: Tensor | int) -> Tensor:
         """Item and position: REC counts positions in the padded history, from its left end."""
@@ -174,10 +137,6 @@ class HSTU_XD(HSTU):
 
     def _xd_vectors(self, items: Tensor) -> Tensor:
         return self.item_id_proj_tower(self.item_embedding(items))
-
-    def _xd_domains_of(self, items: Tensor) -> Tensor:
-        """Domain of each item, 0 where it has none: random padding may lack one."""
-        return self._xd_catalog.item_domains[items].clamp(min=0)
 
     def _xd_negatives(
         self, items: Tensor, drawn: Tensor, targets: Tensor
@@ -189,16 +148,16 @@ class HSTU_XD(HSTU):
         the batch's item there, so that a domain has as many draws as items, and a target is
         compared with those of its own domain.
         """
-        scoped = self._xd_settings.scopes_negatives
+        catalog = self._xd_catalog if self._xd_settings.scopes_negatives else None
         if self.num_negatives:
-            if scoped:
+            if catalog is not None:
                 domains = self._xd_domains_of(targets)
-                return draw_within(domains, self._xd_catalog, self.num_negatives), None
+                return draw_within(domains, catalog, self.num_negatives), None
             shape = (targets.numel(), self.num_negatives)
             return torch.randint(1, self.item_num, shape, device=items.device), None
-        if not scoped:
+        if catalog is None:
             return all_gather(drawn).flatten(), None
-        drawn = draw_within(self._xd_domains_of(items), self._xd_catalog, 1).squeeze(-1)
+        drawn = draw_within(self._xd_domains_of(items), catalog, 1).squeeze(-1)
         shared = all_gather(drawn).flatten()
         other = self._xd_domains_of(targets).unsqueeze(1) != self._xd_domains_of(shared)
         return shared, other

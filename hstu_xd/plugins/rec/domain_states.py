@@ -1,0 +1,43 @@
+"""DDSR as a sublayer of its own behind any encoder."""
+
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from hstu_xd.modules.ddsr import DynamicDomainState
+from hstu_xd.modules.plan import EncoderPlan
+from hstu_xd.modules.settings import EncoderSettings
+
+
+class DomainStateSublayer(nn.Module):
+    """``Wo DDSR(LN(x))``, to be added to ``x``: what the domains' latest hidden states say to each.
+
+    It starts at zero, as DDSR's values do.
+
+    Args:
+        settings: sizes of the encoder, and those of DDSR.
+
+    Source: arXiv 2508.20945, dynamic domain state representation; a sublayer behind a transformer
+        in place of a gate's term inside HSTU is this project's.
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        s = settings
+        self._states = DynamicDomainState(
+            s.embedding_dim,
+            s.num_domains,
+            s.num_heads,
+            s.dqk,
+            s.dv,
+            states_per_domain=s.states_per_domain,
+            query_target_domain=s.query_target_domain,
+            age_bias=s.state_age_bias,
+        )
+        self._output = nn.Linear(s.num_heads * s.dv, s.embedding_dim, bias=False)
+        nn.init.xavier_uniform_(self._output.weight)
+
+    def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
+        """(L, K) float -> (L, K) float."""
+        normed = layer_norm(x, x.shape[-1:])
+        answer = self._states(normed, normed, plan.state_tiles, plan.target_domains)
+        return self._output(answer)

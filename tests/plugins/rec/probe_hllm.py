@@ -1,0 +1,241 @@
+"""HLLM_XD inside a codebase, with tiny LLMs: figures as JSON for the tests. See probe_runs.py."""
+
+import json
+
+import torch
+from probe_runs import (
+    ARGUMENTS,
+    IS_PERSREC,
+    OUT,
+    TOKENS,
+    USERS,
+    WORK,
+    alone,
+    compared,
+    histories,
+    words,
+    worst_gradient,
+)
+from REC.config import Config
+from REC.utils import get_model
+
+from hstu_xd.errors import InputError
+from hstu_xd.plugins.rec.evaluation import with_request
+from hstu_xd.plugins.rec.factories import with_hstu_xd
+from hstu_xd.plugins.rec.session import SESSION
+from hstu_xd.plugins.rec.settings import RecSettings
+
+TEXTS = WORK / ("texts_persrec.yaml" if IS_PERSREC else "texts.yaml")
+FILES = ["overall/LLM_ddp.yaml", "HLLM/HLLM.yaml", str(WORK / "small_hllm.yaml"), str(TEXTS)]
+ZERO_INIT = {"tape": True, "ddsr": True, "target_domain_embedding": True}
+MODELS = with_hstu_xd(get_model)
+
+
+def models(keys, **changes):
+    """REC's HLLM and HLLM_XD with the same, large, parameters."""
+    made = Config(config_file_list=FILES)
+    for key, value in changes.items():
+        made[key] = value
+    SESSION.configure(RecSettings("HLLM_XD", str(WORK / "store"), **keys))
+    SESSION.open(TOKENS, None)
+    one, other = (MODELS(name)(made, *ARGUMENTS) for name in ("HLLM", "HLLM_XD"))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in one.named_parameters():
+            if "logit_scale" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    left = other.load_state_dict(one.state_dict(), strict=False)
+    assert not left.unexpected_keys, left.unexpected_keys
+    return one, other
+
+
+def packed(items, kind):
+    """Texts of items, each of one to four words that the item alone has."""
+    texts = [[(item + 7 * word) % 200 for word in range(1 + item % 4)] for item in items.tolist()]
+    parts = {
+        "input_ids": [number for text in texts for number in [*text, 0]],
+        "cu_input_lens": [len(text) + 1 for text in texts],
+        "position_ids": [place for text in texts for place in range(len(text) + 1)],
+    }
+    return {f"{kind}_{name}": torch.tensor(part) for name, part in parts.items()}
+
+
+def batch(padding_seed=0):
+    items, drawn, valid, times = histories(padding_seed)
+    return {
+        "pos_item_ids": items,
+        "neg_item_ids": drawn,
+        **packed(items.flatten(), "pos"),
+        **packed(drawn.flatten(), "neg"),
+        "attention_mask": valid,
+        "xd_times": times,
+    }
+
+
+def predicted(model):
+    items, _, valid, times = histories()
+    torch.manual_seed(9)
+    features = torch.randn(len(TOKENS), 32)
+    if getattr(model, "_xd_is_plain", True):
+        request = torch.zeros(USERS, valid.shape[1], 6, dtype=torch.int64)
+    else:
+        request = with_request(times, torch.arange(USERS) % 3)
+    user = (torch.arange(USERS),) if IS_PERSREC else ()
+    return model.predict(items[:, :-1] * valid, request, features, *user)
+
+
+def differences(one, other):
+    losses = [model(batch())["loss"] for model in (one, other)]
+    for loss in losses:
+        loss.backward()
+    gradient = worst_gradient(one, other)
+    scores = float((predicted(one.eval()) - predicted(other.eval())).abs().max())
+    return {"loss": abs(float(losses[0] - losses[1])), "gradient": gradient, "scores": scores}
+
+
+def parity():
+    zero_init = {"encoder": ZERO_INIT, "negatives": "catalogue"}
+    unmasked = {"encoder": {"domain_mask": True, "full_attention_layers": (0, 1)}}
+    cases = {
+        "all_off": ({}, {}),
+        "zero_initialised": (zero_init, {}),
+        "zero_initialised_without_flash": (zero_init, {"use_ft_flash_attn": False}),
+        "no_layer_masked": (unmasked | {"negatives": "catalogue"}, {}),
+    }
+    return {name: differences(*models(keys, **changes)) for name, (keys, changes) in cases.items()}
+
+
+def hidden_states(model, embeds, valid, domains, times):
+    model._xd_take(valid.bool(), domains, times)
+    return model.user_llm(inputs_embeds=embeds, attention_mask=valid).hidden_states[-1]
+
+
+def mask():
+    """What masked layers see of the first domain; which layers are masked; which LLMs can be."""
+    plain, second = models({"encoder": {"domain_mask": True, "full_attention_layers": (0,)}})
+    items, _, valid, times = histories()
+    domains = SESSION.catalog.item_domains[items]
+    torch.manual_seed(5)
+    embeds = torch.randn(*valid.shape, 32)
+    found = hidden_states(second, embeds, valid, domains, times)
+    expected = by_explicit_masks(plain.user_llm.model, embeds, valid, domains[:, :-1])
+    return {
+        "change": {kind: change(f"user_{kind}", embeds) for kind in ("llm", "mistral")},
+        "second_layer_only": float((found - expected)[valid.bool()].abs().max()),
+        "checkpointing": checkpointing(),
+        "bert": refusal("user_bert"),
+    }
+
+
+def change(folder, embeds):
+    """How much other items of the first domain move the states of the others, and of their own."""
+    keys = {"encoder": {"domain_mask": True}}
+    _, model = models(keys, user_pretrain_dir=str(WORK / folder))
+    items, _, valid, times = histories()
+    domains = SESSION.catalog.item_domains[items]
+    first = (domains[:, :-1] == 0) & (torch.arange(valid.shape[1]) < 8)
+    others = torch.where(first.unsqueeze(2), torch.randn_like(embeds), embeds)
+    before, after = (hidden_states(model, x, valid, domains, times) for x in (embeds, others))
+    moved = (before - after).abs().amax(2)[valid.bool()]
+    elsewhere = (domains[:, :-1] != 0)[valid.bool()]
+    return float(moved[elsewhere].max()), float(moved[~elsewhere].max())
+
+
+def refusal(folder):
+    try:
+        models({"encoder": {"domain_mask": True}}, user_pretrain_dir=str(WORK / folder))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def by_explicit_masks(llm, x, valid, domains):
+    """Two layers, the first over the whole history, the second over the own domain; by loops."""
+    full, own = (torch.full((USERS, 1, *valid.shape[1:] * 2), -1e30) for _ in range(2))
+    for user in range(USERS):
+        for query in range(valid.shape[1]):
+            for key in range(query + 1):
+                is_padding = not valid[user, key]
+                if is_padding and key != query:
+                    continue
+                full[user, 0, query, key] = 0
+                if domains[user, key] == domains[user, query]:
+                    own[user, 0, query, key] = 0
+    positions = torch.arange(valid.shape[1]).unsqueeze(0)
+    if hasattr(llm, "positions"):  # the stand-in's, where Llama rotates inside its layers
+        x = x + llm.positions(positions)
+    for layer, allowed in zip(llm.layers, (full, own)):
+        layer.self_attn.use_ft_flash_attn = False
+        x = layer(x, attention_mask=allowed, position_ids=positions)
+        x = x[0] if isinstance(x, tuple) else x
+    return llm.norm(x)
+
+
+def checkpointing():
+    """Loss and gradients with activations computed twice."""
+    keys = {"encoder": {"domain_mask": True, **ZERO_INIT}}
+    (_, one), (_, other) = models(keys), models(keys)
+    other.load_state_dict(one.state_dict())
+    other.user_llm.model.gradient_checkpointing = True
+    return differences(one, other)
+
+
+def semantics():
+    """Random padding changes nothing, and negatives of other domains do not count."""
+    _, other = models({"encoder": {"domain_mask": True, **ZERO_INIT}})
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "logit_scale" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    padding = [float(other(batch(seed))["loss"]) for seed in (0, 5)]
+    return {"padding": abs(padding[0] - padding[1]), "negatives": negatives()}
+
+
+def negatives():
+    """Domain-scoped logits against REC's own, one pair at a time."""
+    plain, scoped = models({"negatives": "domain"})
+    interaction = batch()
+    scoped(interaction)
+    torch.manual_seed(6)
+    valid = interaction["attention_mask"]
+    vectors = [torch.randn(USERS, valid.shape[1] + i, 32) for i in (0, 0, 1)]
+    before, _ = plain.nce_loss(*vectors, valid)
+    after, _ = scoped.nce_loss(*vectors, valid)
+    domains = SESSION.catalog.item_domains
+    targets = interaction["pos_item_ids"][:, 1:][valid.bool()].tolist()
+    drawn = interaction["neg_item_ids"].flatten().tolist()
+    wrong = 0
+    for row, target in enumerate(targets):
+        wrong += int(before[row, 0] != after[row, 0])
+        for column, item in enumerate(drawn, 1):
+            if domains[item] == domains[target]:
+                wrong += int(before[row, column] != after[row, column])
+            else:
+                wrong += int(after[row, column] > -1e30)
+    return wrong
+
+
+def drawn(dataset):
+    """Whether samples draw negatives from their events' domains: one a place, or a number."""
+    domains = dataset.xd_catalog.item_domains
+    found = []
+    for number in (None, 6):
+        dataset.num_negatives = number
+        for index in range(5):
+            sample = dataset[index]
+            items, own = domains[sample["pos_item_ids"]], domains[sample["neg_item_ids"]]
+            events = items[-1 - int(sample["attention_mask"].sum()) :]
+            expected = set(events.tolist())
+            found.append(
+                bool((own == items).all()) if not number else set(own.tolist()) <= expected
+            )
+    return found
+
+
+if __name__ == "__main__":
+    figures = alone(lambda: {"parity": parity(), "mask": mask(), "semantics": semantics()})
+    switches = words(ZERO_INIT | {"domain_mask": True})
+    found = compared(FILES, "HLLM", "HLLM_XD", *switches)
+    figures["end_to_end"] = found
+    figures["drawn"] = drawn(found.pop("train_data"))
+    OUT.write_text(json.dumps(figures, indent=1), encoding="utf-8")
