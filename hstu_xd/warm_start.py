@@ -8,6 +8,8 @@ from hstu_xd.errors import InputError
 
 # A buffer of upstream's HSTU that every model of its size computes anew.
 _ATTENTION_MASK = "_attn_mask"
+# Modules and parameters that HSTU does not have.
+_OURS = {"_tape", "_target_domain_emb", "_ddsr", "_history_tokens"}
 
 
 def load_hstu(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -48,7 +50,4 @@ def load_hstu(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 def is_cross_domain(name: str) -> bool:
     """Whether a parameter is one that this package adds to HSTU."""
-    return (
-        name.startswith(("_tape.", "_target_domain_emb.", "_hstu._history_tokens"))
-        or "._ddsr." in name
-    )
+    return not _OURS.isdisjoint(name.split("."))

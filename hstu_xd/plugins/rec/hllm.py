@@ -45,12 +45,15 @@ class HLLM_XD(HLLM, CrossDomainParts):
         super().__init__(config, *args)
         self._xd_configure(HLLM_MODEL)
         self._ddsr: nn.Module | None = None
-        if self._xd_is_plain:
-            return
-        self._xd_add_parts(llm_sizes(self.user_llm.config.to_dict(), config))
         self._xd_batch: JaggedBatch
         self._xd_domains: Tensor
         self._xd_negative_ids: Tensor
+        if not self._xd_is_plain:
+            self._xd_add_parts(llm_sizes(self.user_llm.config.to_dict(), config))
+            self._xd_extend_user_llm()
+        self._xd_warm_start()
+
+    def _xd_extend_user_llm(self) -> None:
         settings = self._xd_encoder_settings
         if settings.ddsr:
             self._ddsr = DomainStateSublayer(settings)

@@ -31,11 +31,11 @@ class HSTU_XD(HSTU, CrossDomainParts):
     def __init__(self, config: Any, *args: Any) -> None:
         super().__init__(config, *args)
         self._xd_configure(HSTU_MODEL)
-        if self._xd_is_plain:
-            return
-        self._xd_add_parts(hstu_sizes(config))
-        self._xd_check_length(config["MAX_ITEM_LIST_LENGTH_TEST"])
-        self._xd_take_over_layers()
+        if not self._xd_is_plain:
+            self._xd_add_parts(hstu_sizes(config))
+            self._xd_check_length(config["MAX_ITEM_LIST_LENGTH_TEST"])
+            self._xd_take_over_layers()
+        self._xd_warm_start()
 
     def _xd_check_length(self, evaluated: int | None) -> None:
         if evaluated and evaluated != self._max_sequence_length:

@@ -146,6 +146,7 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     from hstu_xd.plugins.rec.factories import check_model
     from hstu_xd.plugins.rec.session import SESSION
     from hstu_xd.plugins.rec.settings import RecSettings
+    from hstu_xd.plugins.rec.warm_start import check_checkpoint
 
     with apply(MODELS):
         values = dict(_read_by_rec(files))
@@ -153,6 +154,8 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
         values[key.removeprefix("--")] = _converted(value)
     check_model(str(values.get("model")))
     settings = RecSettings.read(values)
+    if settings.is_ours and settings.warm_start:
+        check_checkpoint(Path(settings.warm_start))
     if settings.is_ours and not settings.is_plain:
         sizes = _sizes(settings.model, values)
         if sizes is not None:

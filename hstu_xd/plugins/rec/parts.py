@@ -1,6 +1,8 @@
 """What HSTU_XD and HLLM_XD share: domains, signals of the next one, an evaluation's request."""
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from hstu_xd.modules.tape import TransitionAwarePositionalEmbedding
 from hstu_xd.plugins.rec.jagged import JaggedBatch
 from hstu_xd.plugins.rec.session import SESSION
 from hstu_xd.plugins.rec.settings import RecSettings
+from hstu_xd.plugins.rec.warm_start import start_from
+
+_logger = logging.getLogger(__name__)
 
 
 class CrossDomainParts:
@@ -51,6 +56,22 @@ class CrossDomainParts:
         if settings.target_domain_embedding:
             self._target_domain_emb = nn.Embedding(settings.num_domains, settings.embedding_dim)
             nn.init.zeros_(self._target_domain_emb.weight)
+
+    def _xd_warm_start(self) -> None:
+        """Take the parameters of ``xd_warm_start``, where there is one; the last thing to do.
+
+        Raises:
+            InputError: not a checkpoint, or one of another model or size.
+        """
+        if not self._xd_settings.warm_start:
+            return
+        assert isinstance(self, nn.Module)
+        start_from(self, Path(self._xd_settings.warm_start))
+        if self._xd_settings.relative_bias:
+            _logger.warning(
+                "xd_relative_bias: REC never applies the bias that its HSTU holds, so of such a "
+                "checkpoint it is noise, and step 0 differs from it"
+            )
 
     def _xd_domains_of(self, items: Tensor) -> Tensor:
         """Domain of each item, 0 where it has none, as random padding may, or none is known."""

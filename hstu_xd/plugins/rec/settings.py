@@ -64,6 +64,7 @@ class RecSettings:
             "domain" where a switch of the encoder is on, so that all off is REC's own model.
         candidates: ``xd_candidates``; whom the target is ranked against, "domain" (its own) or
             "catalogue" (as REC); for every model.
+        warm_start: ``xd_warm_start``; a checkpoint of REC's trainer to continue from. Empty: none.
 
     Raises:
         InputError: a value that is not one of those named, a switch without domains, or a setting
@@ -76,6 +77,7 @@ class RecSettings:
     relative_bias: bool = False
     negatives: str = "auto"
     candidates: str = "domain"
+    warm_start: str = ""
 
     def __post_init__(self) -> None:
         for name, known in (("negatives", NEGATIVES), ("candidates", CANDIDATES)):
@@ -200,6 +202,7 @@ class RecSettings:
             unused = [f"{PREFIX}{name}" for name in self.encoder if self.encoder[name]]
             unused += [f"{PREFIX}relative_bias"] * self.relative_bias
             unused += [f"{PREFIX}negatives"] * (self.negatives == "domain")
+            unused += [f"{PREFIX}warm_start"] * bool(self.warm_start)
             if unused:
                 _logger.warning("%s: no effect on model %s", ", ".join(unused), self.model)
             return
@@ -220,7 +223,7 @@ class RecSettings:
 def _key_types() -> dict[str, type]:
     """Every key of this package but the path, with its type."""
     encoder = get_type_hints(EncoderSettings)
-    own = {"relative_bias": bool, "negatives": str, "candidates": str}
+    own = {"relative_bias": bool, "negatives": str, "candidates": str, "warm_start": str}
     types = {name: getattr(encoder[name], "__origin__", encoder[name]) for name in ENCODER_KEYS}
     return {PREFIX + name: type_ for name, type_ in (types | own).items()}
 

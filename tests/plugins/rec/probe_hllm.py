@@ -13,7 +13,6 @@ from probe_runs import (
     alone,
     compared,
     histories,
-    words,
     worst_gradient,
 )
 from REC.config import Config
@@ -177,7 +176,7 @@ def checkpointing():
     (_, one), (_, other) = models(keys), models(keys)
     other.load_state_dict(one.state_dict())
     other.user_llm.model.gradient_checkpointing = True
-    return differences(one, other)
+    return differences(one.train(), other.train())
 
 
 def semantics():
@@ -234,8 +233,7 @@ def drawn(dataset):
 
 if __name__ == "__main__":
     figures = alone(lambda: {"parity": parity(), "mask": mask(), "semantics": semantics()})
-    switches = words(ZERO_INIT | {"domain_mask": True})
-    found = compared(FILES, "HLLM", "HLLM_XD", *switches)
+    found = compared(FILES, "HLLM", "HLLM_XD", {"domain_mask": True, **ZERO_INIT}, ZERO_INIT)
     figures["end_to_end"] = found
     figures["drawn"] = drawn(found.pop("train_data"))
     OUT.write_text(json.dumps(figures, indent=1), encoding="utf-8")

@@ -15,7 +15,6 @@ from probe_runs import (
     alone,
     compared,
     histories,
-    words,
     worst_gradient,
 )
 from REC.config import Config
@@ -28,6 +27,9 @@ from hstu_xd.plugins.rec.settings import RecSettings
 from hstu_xd.plugins.rec.verified import unverified_sources
 
 FILES = ["overall/ID.yaml", "IDNet/hstu.yaml", str(WORK / "small.yaml")]
+
+ZERO_INIT = {"tape": True, "ddsr": True, "target_domain_embedding": True}
+EVERYTHING = {"domain_mask": True, "target_view_heads": 2, **ZERO_INIT}
 
 
 def config(**changes):
@@ -87,12 +89,11 @@ def scores(one, other):
 
 def parity():
     found = {}
-    zero_init = {"tape": True, "ddsr": True, "target_domain_embedding": True}
     cases = {
         "all_off": {},
         "eager": {"encoder": {"impl": "eager"}},
         "reference": {"encoder": {"impl": "reference"}},
-        "zero_initialised": {"encoder": zero_init, "negatives": "catalogue"},
+        "zero_initialised": {"encoder": ZERO_INIT, "negatives": "catalogue"},
     }
     for name, keys in cases.items():
         one, other = models(**keys)
@@ -146,15 +147,6 @@ def _biased(layer, x, mask, bias):
     return layer._o(parts[0] * layer_norm(attended, [width], eps=1e-6)) + x
 
 
-EVERYTHING = {
-    "domain_mask": True,
-    "target_view_heads": 2,
-    "tape": True,
-    "ddsr": True,
-    "target_domain_embedding": True,
-}
-
-
 def semantics():
     """Random padding changes nothing; another domain's items change nothing under the mask."""
     _, other = models(encoder=EVERYTHING, negatives="catalogue")
@@ -206,6 +198,6 @@ if __name__ == "__main__":
         }
     )
     figures["unverified"] = unverified_sources(Path("REC"))
-    figures["end_to_end"] = compared(FILES, "HSTU", "HSTU_XD", *words(EVERYTHING))
+    figures["end_to_end"] = compared(FILES, "HSTU", "HSTU_XD", EVERYTHING, ZERO_INIT)
     del figures["end_to_end"]["train_data"]
     OUT.write_text(json.dumps(figures, indent=1), encoding="utf-8")

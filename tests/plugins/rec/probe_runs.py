@@ -109,7 +109,7 @@ def launched(files: list[str], model: str, out: str, *keys: str) -> tuple[Any, A
     ]
     with apply(rebindings):
         run_keys = {"model": model, "data_path": WORK / "data", "dataset": "synth", "epochs": 1}
-        run_keys["checkpoint_dir"] = WORK / out
+        run_keys["checkpoint_dir"] = WORK / OUT.stem / out
         pairs = [word for key, value in run_keys.items() for word in (f"--{key}", str(value))]
         code = main(["--config_file", *files, *keys, *pairs])
     assert code == 0, code
@@ -170,18 +170,30 @@ def brute_force(trainer: Any, eval_data: Any) -> dict[str, float]:
     }
 
 
-def compared(files: list[str], theirs: str, ours: str, *switches: str) -> dict[str, Any]:
-    """Ours with switches, theirs, and ours with everything off, trained and tested."""
-    trainer, train_data, test_data, result = launched(files, ours, "xd", *STORE, *switches)
+def compared(
+    files: list[str], theirs: str, ours: str, switches: dict[str, Any], zero_init: dict[str, Any]
+) -> dict[str, Any]:
+    """Trained and tested: ours with switches, theirs, ours with everything off.
+
+    And not trained: ours with what starts at zero, from the checkpoint of theirs.
+    """
+    trainer, train_data, test_data, result = launched(files, ours, "xd", *STORE, *words(switches))
     expected = brute_force(trainer, test_data)
     plain, _, plain_data, plain_result = launched(files, theirs, "plain", *STORE)
     plain_expected = brute_force(plain, plain_data)
     off = launched(files, ours, "off", *STORE)[-1]
+    (checkpoint,) = (WORK / OUT.stem / "plain").rglob("*.pth")
+    keys = [*words(zero_init | {"warm_start": checkpoint}), "--need_training", "False"]
+    continued, _, _, continued_result = launched(files, ours, "continued", *STORE, *keys)
+    same = dict(continued.model.module.named_parameters())
+    new = sorted(set(same) - {name for name, _ in plain.model.module.named_parameters()})
     return {
         "metrics": result,
         "differs": differing(expected, result),
         "unexpected": sorted(set(result) ^ set(expected)),
         "theirs_differs": differing(plain_expected, plain_result),
         "off_differs": differing(plain_result, off),
+        "continued_differs": differing(plain_result, continued_result),
+        "new_parameters": new,
         "train_data": train_data,
     }

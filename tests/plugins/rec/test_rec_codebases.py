@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from hstu_xd.warm_start import is_cross_domain
+
 in_codebases = pytest.mark.parametrize("probed", ["standin", "hllm", "persrec"], indirect=True)
 
 
@@ -55,6 +57,15 @@ def test_metrics_of_their_trainer_equal_a_brute_force(probed: dict[str, Any]) ->
 @in_codebases
 def test_everything_off_trains_to_the_metrics_of_their_hstu(probed: dict[str, Any]) -> None:
     assert probed["end_to_end"]["off_differs"] == []
+
+
+@in_codebases
+def test_their_checkpoint_continues_with_equal_metrics(probed: dict[str, Any]) -> None:
+    found = probed["end_to_end"]
+    assert found["continued_differs"] == []
+    assert found["new_parameters"]
+    assert all(is_cross_domain(name) for name in found["new_parameters"])
+    assert "; new parameters: ['_" in probed["output"]
 
 
 @in_codebases

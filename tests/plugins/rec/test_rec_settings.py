@@ -118,5 +118,8 @@ def test_every_key_is_in_the_yaml_file_or_has_a_default() -> None:
 
     text = (yaml_folder() / "xd.yaml").read_text(encoding="utf-8")
     keys = [line.split(":")[0] for line in text.splitlines() if line.startswith("xd_")]
-    known = {f"xd_{name}" for name in (*ENCODER_KEYS, "relative_bias", "negatives", "candidates")}
+    known = {
+        f"xd_{name}"
+        for name in (*ENCODER_KEYS, "relative_bias", "negatives", "candidates", "warm_start")
+    }
     assert set(keys) <= known

@@ -38,7 +38,7 @@ class Trainer:
         for epoch in range(self.config["epochs"]):
             train_data.sampler.set_epoch(epoch)
             self.model.train()
-            for batch in train_data:
+            for batch in train_data if self.config["need_training"] is not False else ():
                 loss = self.model(self.to_device(batch))["loss"]
                 optimizer.zero_grad()
                 loss.backward()
