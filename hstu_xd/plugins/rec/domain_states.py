@@ -39,5 +39,5 @@ class DomainStateSublayer(nn.Module):
     def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
         """(L, K) float -> (L, K) float."""
         normed = layer_norm(x, x.shape[-1:])
-        answer = self._states(normed, normed, plan.state_tiles, plan.target_domains)
+        answer = self._states(normed, normed, plan.state_reads, plan.target_domains)
         return self._output(answer)
