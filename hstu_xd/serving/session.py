@@ -34,6 +34,7 @@ class EncoderSession:
     when it arrives. The last event of a user is therefore kept pending and recomputed for every
     request, per requested domain; everything before it is computed once. An ``append`` mostly
     records: the next ``query`` runs what is new and the pending event through the layers together.
+    A session belongs to one thread at a time.
 
     A window of W events slides by quarters: of n events the oldest ``q * ceil((n - W) / q)`` have
     left, with ``q = max(1, W // 4)``, and whenever some leave the rest is encoded anew. So the
@@ -41,8 +42,8 @@ class EncoderSession:
     it holds ``W - q + 1`` to ``W`` events. Answers equal the full encoder on exactly these events.
 
     Args:
-        model: a trained model on the CPU; put into evaluation mode. Its weights are read now: later
-            changes are not seen.
+        model: a trained model, float32 on the CPU; put into evaluation mode. Its weights are read
+            now: later changes are not seen.
         window: longest history ``W`` that is read, in events; default: all the model has positions
             for. For a trained run give its ``max_sequence_length``.
         dtype: of the kept keys and values; half precisions halve the memory and are not exact.
@@ -78,16 +79,7 @@ class EncoderSession:
         history: History | None = None,
         store: StateStore | None = None,
     ) -> None:
-        if model.settings.normalization != "silu":
-            raise InputError(
-                f"the model's normalization is {model.settings.normalization!r}; a session "
-                "computes 'silu' only: encode whole histories with model.encode"
-            )
-        if model.settings.has_segments:
-            raise InputError(
-                f"the model cuts histories into segments by {model.settings.segment_by!r}; a "
-                "session keeps whole runs: encode whole histories with model.encode"
-            )
+        _check_model(model)
         longest = model.settings.norm_length
         if window is not None and not 4 <= window <= longest:
             raise InputError(f"window is {window}; 4..{longest} events, the model's positions")
@@ -382,3 +374,23 @@ def _check_order(user: Hashable, state: UserState, events: Tensor) -> None:
                 f"user {user!r}: an event at {time} after one at {last}; append events in order of "
                 "time"
             )
+
+
+def _check_model(model: CrossDomainHSTU) -> None:
+    """Refuse a model that a session would not compute as the full encoder does."""
+    weight, settings = next(model.parameters()), model.settings
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        raise InputError(
+            f"model is {weight.dtype} on {weight.device}; a session needs torch.float32 on the "
+            "CPU: model.float().cpu()"
+        )
+    if settings.normalization != "silu":
+        raise InputError(
+            f"the model's normalization is {settings.normalization!r}; a session computes 'silu' "
+            "only: encode whole histories with model.encode"
+        )
+    if settings.has_segments:
+        raise InputError(
+            f"the model cuts histories into segments by {settings.segment_by!r}; a session keeps "
+            "whole runs: encode whole histories with model.encode"
+        )

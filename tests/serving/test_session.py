@@ -288,6 +288,10 @@ def test_bad_requests_name_the_value() -> None:
         session.query(["ann"], [0, 1])
     with pytest.raises(InputError, match="k is 0"):
         session.recommend(["ann"], [0], k=0)
+    with pytest.raises(InputError, match=r"model is torch\.float64 on cpu; .*model\.float"):
+        EncoderSession(tiny_model().double())
+    with pytest.raises(InputError, match=r"model is torch\.float32 on meta"):
+        EncoderSession(tiny_model().to("meta"))
     with pytest.raises(InputError, match="window is 3"):
         EncoderSession(model("everything"), window=3)
 
