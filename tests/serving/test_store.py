@@ -3,11 +3,14 @@
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -271,6 +274,28 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     store._connection.execute("PRAGMA max_page_count = 100000")
     append(session, "ann", 5, 20)
     close(session.query(["ann"], [0])[0], expected(history(20), 0))
+
+
+class Contended(sqlite3.Connection):
+    """Another process is just making the file: the first attempts fail at once."""
+
+    refusals = 3
+
+    def execute(self, command: str, *arguments: Any) -> sqlite3.Cursor:
+        if "journal_mode" in command and self.refusals:
+            self.refusals -= 1
+            raise sqlite3.OperationalError("database is locked")
+        return super().execute(command, *arguments)
+
+
+def test_a_file_that_another_process_is_making_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Contended))
+    store = SQLiteStore(tmp_path / "states.sqlite")
+    assert store._connection.refusals == 0
+    append(EncoderSession(MODEL, store=store), "ann", 0, 2)
+    assert store.revisions(["ann"])[0]
 
 
 def test_what_is_no_database_is_said(tmp_path: Path) -> None:

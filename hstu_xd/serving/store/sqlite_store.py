@@ -1,6 +1,7 @@
 """States in a SQLite file: the embedded store on disk."""
 
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +33,7 @@ class SQLiteStore:
         self._path = path
         with self._explained():
             self._connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.execute(_TABLE)
+            self._prepare()
 
     def revisions(self, users: Sequence[str]) -> list[bytes]:
         """Revision of each user's value, empty where there is none."""
@@ -58,6 +57,20 @@ class SQLiteStore:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+    def _prepare(self) -> None:
+        # Of several that switch a new file to the log at once, SQLite lets none wait for another.
+        patient_until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > patient_until:
+                    raise
+                time.sleep(0.01)
+        self._connection.execute("PRAGMA synchronous=NORMAL")
+        self._connection.execute(_TABLE)
 
     def _column(self, name: str, users: Sequence[str]) -> list[bytes | None]:
         query = f"SELECT {name} FROM states WHERE user = ?"
