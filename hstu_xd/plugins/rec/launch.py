@@ -193,7 +193,14 @@ def _converted(text: str) -> Any:
             value = json.loads(text)
         except ValueError as error:
             raise InputError(f"{text!r} is not JSON: {error}") from error
-        return [_converted(str(x)) for x in value] if isinstance(value, list) else value
+        if not isinstance(value, list):
+            return value
+        if not all(isinstance(x, str) for x in value):
+            raise InputError(
+                f"{text!r}: REC's run.py wants the entries of a list in quotes, as in "
+                '["1", "2"]; or put the key into a yaml file'
+            )
+        return [_converted(x) for x in value]
     words = {"none": None, "true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]

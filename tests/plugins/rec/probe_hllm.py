@@ -19,10 +19,12 @@ from REC.config import Config
 from REC.utils import get_model
 
 from hstu_xd.errors import InputError
+from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.plugins.rec.evaluation import with_request
 from hstu_xd.plugins.rec.factories import with_hstu_xd
 from hstu_xd.plugins.rec.session import SESSION
 from hstu_xd.plugins.rec.settings import RecSettings
+from hstu_xd.warm_start import is_cross_domain
 
 TEXTS = WORK / ("texts_persrec.yaml" if IS_PERSREC else "texts.yaml")
 FILES = ["overall/LLM_ddp.yaml", "HLLM/HLLM.yaml", str(WORK / "small_hllm.yaml"), str(TEXTS)]
@@ -106,6 +108,10 @@ def parity():
 
 def hidden_states(model, embeds, valid, domains, times):
     model._xd_take(valid.bool(), domains, times)
+    return last_states(model, embeds, valid)
+
+
+def last_states(model, embeds, valid):
     return model.user_llm(inputs_embeds=embeds, attention_mask=valid).hidden_states[-1]
 
 
@@ -179,15 +185,62 @@ def checkpointing():
     return differences(one.train(), other.train())
 
 
-def semantics():
-    """Random padding changes nothing, and negatives of other domains do not count."""
-    _, other = models({"encoder": {"domain_mask": True, **ZERO_INIT}})
+def enlarge_parts(model):
+    """Away from zero: the parameters that HLLM has not."""
+    torch.manual_seed(7)
     with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if "logit_scale" not in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    padding = [float(other(batch(seed))["loss"]) for seed in (0, 5)]
-    return {"padding": abs(padding[0] - padding[1]), "negatives": negatives()}
+        for name, parameter in model.named_parameters():
+            if is_cross_domain(name):
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+
+
+def semantics():
+    """What random padding and the times change, what each part adds, which negatives count."""
+    _, other = models({"encoder": {"domain_mask": True, **ZERO_INIT}})
+    enlarge_parts(other)
+    usual, padded = (batch(seed) for seed in (0, 5))
+    older = usual | {"xd_times": usual["xd_times"] // 1000}
+    loss, padding, times = (float(other(x)["loss"]) for x in (usual, padded, older))
+    return {
+        "padding": abs(loss - padding),
+        "times": abs(loss - times),
+        "parts": parts(),
+        "negatives": negatives(),
+    }
+
+
+def parts():
+    """Hidden states against the parts put around REC's user LLM by hand, one user at a time."""
+    plain, model = models({"encoder": ZERO_INIT})
+    enlarge_parts(model)
+    items, _, valid, times = histories()
+    domains = SESSION.catalog.item_domains[items]
+    torch.manual_seed(5)
+    embeds = torch.randn(*valid.shape, 32)
+    found = hidden_states(model, embeds, valid, domains, times)
+    difference, effect = [], []
+    for user, length in enumerate(valid.sum(1).tolist()):
+        here, following = slice(-length - 1, -1), slice(-length, None)
+        own, target = domains[user, here], domains[user, following]
+        told = embeds[user].clone()
+        told[following] += model._tape(own, target) + model._target_domain_emb(target)
+        before, after = (
+            last_states(plain, x.unsqueeze(0), valid[user : user + 1])[0, following]
+            for x in (embeds[user], told)
+        )
+        plan = EncoderPlan(
+            domains=own,
+            target_domains=target,
+            timestamps=times[user, here],
+            next_timestamps=times[user, following],
+            offsets=torch.tensor([0, length]),
+            num_domains=3,
+            states_per_domain=4,
+        )
+        answer = model._ddsr(after, plan)
+        difference.append((found[user, following] - after - answer).abs().max())
+        effect += [(before - after).abs().max(), answer.abs().max()]
+    return {"difference": float(max(difference)), "effect": float(min(effect))}
 
 
 def negatives():
@@ -215,7 +268,7 @@ def negatives():
 
 
 def drawn(dataset):
-    """Whether samples draw negatives from their events' domains: one a place, or a number."""
+    """Whether samples draw negatives from their events' domains, and bring the events' times."""
     domains = dataset.xd_catalog.item_domains
     found = []
     for number in (None, 6):
@@ -228,6 +281,8 @@ def drawn(dataset):
             found.append(
                 bool((own == items).all()) if not number else set(own.tolist()) <= expected
             )
+            times = [int(time) for time in dataset.train_time_seq[index]][-len(items) :]
+            found.append(sample["xd_times"].tolist() == [0] * (len(items) - len(times)) + times)
     return found
 
 

@@ -45,7 +45,8 @@ def test_wrong_folder(launch: Any, tmp_path: Path) -> None:
 
 def test_unknown_model(launch: Any, code: Path) -> None:
     line = refused(launch(code, *FILES, "--model", "HSTUXD"), code)
-    assert "model: 'HSTUXD' is unknown; known: HSTU_XD, HSTU; did you mean HSTU_XD?" in line
+    assert "model: 'HSTUXD' is unknown; known: HSTU_XD, HLLM_XD, HLLM, HSTU; " in line
+    assert line.endswith("did you mean HSTU_XD?")
 
 
 def test_missing_item(launch: Any, code: Path, work: Path) -> None:
@@ -60,6 +61,27 @@ def test_missing_item(launch: Any, code: Path, work: Path) -> None:
         code,
     )  # fmt: skip
     assert f"2 of the log's {len(items)} items are missing, first {items[3]!r}" in line
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"user_pretrain_dir": "{work}/user_llm", "xd_full_attention_layers": '["7"]'},
+            "the keys of HLLM_XD: full_attention_layers names layer 7; the last layer is 1",
+        ),
+        ({"user_pretrain_dir": "{work}/store"}, "no config.json here; give the folder of a pretra"),
+        ({"xd_warm_start": "none.pth"}, "xd_warm_start: none.pth: no such file"),
+        ({"item_domain_path": "none"}, "xd_domain_mask needs to know every item's domain"),
+    ],
+)
+def test_faulty_hllm(launch: Any, code: Path, work: Path, keys: dict[str, str], said: str) -> None:
+    given = {"item_domain_path": str(work / "store"), **keys}
+    pairs = [
+        x for k, value in given.items() for x in (f"--{k}", value.replace("{work}", str(work)))
+    ]
+    files = ("--config_file", "overall/LLM_ddp.yaml", "HLLM/HLLM.yaml", "xd_hllm.yaml")
+    assert said in refused(launch(code, *files, *pairs), code)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,6 @@ def test_their_checkpoint_continues_with_equal_metrics(probed: dict[str, Any]) -
     assert found["continued_differs"] == []
     assert found["new_parameters"]
     assert all(is_cross_domain(name) for name in found["new_parameters"])
-    assert "; new parameters: ['_" in probed["output"]
 
 
 @in_codebases

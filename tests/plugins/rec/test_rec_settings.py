@@ -1,4 +1,6 @@
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,7 +8,7 @@ import pytest
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.rec.launch import _converted
 from hstu_xd.plugins.rec.settings import ENCODER_KEYS, RecSettings
-from hstu_xd.plugins.rec.sizes import hstu_sizes
+from hstu_xd.plugins.rec.sizes import hstu_sizes, llm_sizes, local_llm_config
 
 SIZES = {
     "MAX_ITEM_LIST_LENGTH": 10,
@@ -56,6 +58,15 @@ def test_time_is_read_for_the_bias_and_the_age_of_states_only() -> None:
     assert not read(xd_ddsr=True, xd_state_age_bias=False).reads_time
 
 
+def test_an_llm_gives_the_sizes_of_hllm(tmp_path: Path) -> None:
+    llm = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6}
+    (tmp_path / "config.json").write_text(json.dumps(llm), encoding="utf-8")
+    sizes = llm_sizes(local_llm_config(str(tmp_path)) or {}, SIZES)
+    settings = read(model="HLLM_XD", xd_ddsr=True).encoder_settings(sizes, 2)
+    assert (settings.num_blocks, settings.embedding_dim, settings.dv) == (3, 48, 8)
+    assert local_llm_config("hub/name") is None
+
+
 def test_sizes_are_theirs() -> None:
     settings = read(xd_full_attention_layers=[1], xd_domain_mask=True).encoder_settings(
         hstu_sizes(SIZES), 3
@@ -77,6 +88,15 @@ def test_sizes_are_theirs() -> None:
         ({"xd_negatives": "all"}, "xd_negatives: 'all'; known: auto, domain, catalogue"),
         ({"xd_candidates": "all"}, "xd_candidates: 'all'; known: domain, catalogue"),
         ({"xd_tape": True, "item_domain_path": None}, "xd_tape needs to know every item's domain"),
+        (
+            {"model": "HLLM_XD", "xd_domain_mask": True, "item_domain_path": None},
+            "xd_domain_mask needs to know every item's domain",
+        ),
+        (
+            {"model": "HLLM_XD", "xd_target_view_heads": 2},
+            "xd_target_view_heads: 2; HLLM_XD has no such setting, leave it at 0",
+        ),
+        ({"model": "HLLM_XD", "xd_relative_bias": True}, "HLLM_XD has no such setting"),
     ],
 )
 def test_faults_are_named(keys: dict[str, Any], said: str) -> None:
@@ -101,8 +121,10 @@ def test_inert_keys_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read(xd_states_per_domain=2)
         RecSettings.read({"model": "HSTU", "xd_tape": True, "item_domain_path": "x"})
+        RecSettings.read({"model": "HLLM", "xd_warm_start": "HLLM-0.pth"})
     assert "xd_states_per_domain: 2 does nothing while xd_ddsr is False" in caplog.text
     assert "xd_tape: no effect on model HSTU" in caplog.text
+    assert "xd_warm_start: no effect on model HLLM" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -113,11 +135,19 @@ def test_values_of_the_command_line(text: str, value: Any) -> None:
     assert _converted(text) == value
 
 
-def test_every_key_is_in_the_yaml_file_or_has_a_default() -> None:
+def test_lists_of_the_command_line_are_of_words() -> None:
+    with pytest.raises(InputError, match=r"wants the entries of a list in quotes"):
+        _converted("[1, 2]")
+
+
+@pytest.mark.parametrize("name", ["xd.yaml", "xd_hllm.yaml"])
+def test_keys_of_the_yaml_files_are_known(name: str) -> None:
     from hstu_xd.files import yaml_folder
 
-    text = (yaml_folder() / "xd.yaml").read_text(encoding="utf-8")
-    keys = [line.split(":")[0] for line in text.splitlines() if line.startswith("xd_")]
+    text = (yaml_folder() / name).read_text(encoding="utf-8")
+    lines = [line.removeprefix("# ") for line in text.splitlines()]
+    keys = [line.split(":")[0] for line in lines if line.startswith("xd_") and ":" in line]
+    assert "xd_warm_start" in keys
     known = {
         f"xd_{name}"
         for name in (*ENCODER_KEYS, "relative_bias", "negatives", "candidates", "warm_start")
