@@ -31,10 +31,15 @@ ENCODER_KEYS = (
     "states_per_domain",
     "state_age_bias",
     "normalization",
+    "segment_by",
+    "segment_length",
+    "segment_gap",
+    "history_tokens",
     "impl",
 )
+_SEGMENTS = ("segment_by", "segment_length", "segment_gap", "history_tokens")
 # What a user LLM's layers have no place for.
-_HSTU_ONLY = ("target_view_heads", "state_from", "combine", "impl", "relative_bias")
+_HSTU_ONLY = ("target_view_heads", "state_from", "combine", "impl", "relative_bias", *_SEGMENTS)
 _NEEDS_SWITCH = {
     "ddsr": (
         "state_from",
@@ -128,6 +133,7 @@ class RecSettings:
             or self.relative_bias
             or self.scopes_negatives
             or self.encoder.get("normalization", "silu") != "silu"
+            or self.encoder.get("segment_by", "none") != "none"
             or self.encoder.get("impl", "auto") != "auto"
         )
 
@@ -140,7 +146,11 @@ class RecSettings:
     def reads_time(self) -> bool:
         """The model needs the times of the events."""
         ages = self.encoder.get("state_age_bias", EncoderSettings.state_age_bias)
-        return self.relative_bias or bool(self.encoder.get("ddsr") and ages)
+        return (
+            self.relative_bias
+            or bool(self.encoder.get("ddsr") and ages)
+            or self.encoder.get("segment_by") in ("time_gap", "session")
+        )
 
     def encoder_settings(self, sizes: Mapping[str, Any], num_domains: int) -> EncoderSettings:
         """The encoder's settings.

@@ -39,6 +39,7 @@ def test_nothing_asked_is_their_hstu() -> None:
         {"xd_impl": "eager"},
         {"xd_normalization": "softmax"},
         {"xd_target_view_heads": 1},
+        {"xd_segment_by": "count"},
     ],
 )
 def test_any_request_is_not(keys: dict[str, Any]) -> None:
@@ -56,6 +57,8 @@ def test_time_is_read_for_the_bias_and_the_age_of_states_only() -> None:
     assert read(xd_relative_bias=True).reads_time
     assert read(xd_ddsr=True).reads_time
     assert not read(xd_ddsr=True, xd_state_age_bias=False).reads_time
+    assert not read(xd_segment_by="count").reads_time
+    assert read(xd_segment_by="session").reads_time
 
 
 def test_an_llm_gives_the_sizes_of_hllm(tmp_path: Path) -> None:
