@@ -91,7 +91,8 @@ class _StateAttention(torch.autograd.Function):
             # One column more than the bias has rows: what is not seen.
             sums = grad_scores.new_zeros(heads, len(bias) + 1)
             sums.index_add_(1, pairs.flatten().long(), grad_scores.view(heads, -1))
-            grad_bias = sums[:, :-1].t().to(bias.dtype)
+            # Laid out as the table is, or DDP would copy it in every step.
+            grad_bias = sums[:, :-1].t().to(bias.dtype).contiguous()
         return grad_query, grad_key, grad_value, grad_bias, None, None, None
 
 
