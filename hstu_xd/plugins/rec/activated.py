@@ -1,4 +1,4 @@
-"""Make HSTU_XD known to REC by being imported: the line that ``patches/`` puts into run.py."""
+"""Make this package's models known to REC by being imported: what ``patches/`` add to run.py."""
 
 import sys
 

@@ -70,13 +70,16 @@ class HLLM_XD(HLLM, CrossDomainParts):
                 f"xd_domain_mask: the user LLM is a {kind}, whose attention takes no mask here; "
                 f"known: {', '.join(_MASKED_LLMS)}"
             )
-        for number, layer in enumerate(self.user_llm.model.layers):
-            if number not in self._xd_encoder_settings.full_attention_layers:
-                attention = layer.self_attn
-                if attention.use_ft_flash_attn:
-                    _logger.warning("user LLM, layer %d: no flash-attn, it takes no mask", number)
-                    attention.use_ft_flash_attn = False
-                attention.register_forward_pre_hook(self._xd_hide_domains, with_kwargs=True)
+        full = self._xd_encoder_settings.full_attention_layers
+        masked = [i for i in range(len(self.user_llm.model.layers)) if i not in full]
+        if self.use_ft_flash_attn:
+            _logger.warning(
+                "flash-attn takes no mask: layers %s of the user LLM go without", masked
+            )
+        for number in masked:
+            attention = self.user_llm.model.layers[number].self_attn
+            attention.use_ft_flash_attn = False
+            attention.register_forward_pre_hook(self._xd_hide_domains, with_kwargs=True)
 
     def forward(self, interaction: Any, mode: str = "train") -> Any:
         """Loss of a batch, or what REC asks for by ``mode``.

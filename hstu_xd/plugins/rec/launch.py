@@ -1,4 +1,4 @@
-"""The launcher: checks a command line, makes HSTU_XD known to REC, runs REC's run.py."""
+"""The launcher: checks a command line, makes our models known to REC, runs REC's run.py."""
 
 import argparse
 import ast
