@@ -10,9 +10,9 @@ from hstu_xd.errors import InputError
 from hstu_xd.modules.encoder import CrossDomainEncoder
 from hstu_xd.modules.hstu_layer import Written
 from hstu_xd.modules.inputs import ItemEmbedding, PositionalInput
+from hstu_xd.modules.next_domain import next_domain_modules, next_domain_signal
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
-from hstu_xd.modules.tape import TransitionAwarePositionalEmbedding
 from hstu_xd.warm_start import load_hstu
 
 _L2_EPS = 1e-6
@@ -54,15 +54,7 @@ class CrossDomainHSTU(nn.Module):
         self._embedding_module = ItemEmbedding(catalog.num_items, width)
         self._input_features_preproc = PositionalInput(settings.norm_length, width, dropout_rate)
         self._hstu = CrossDomainEncoder(settings)
-        self._tape = (
-            TransitionAwarePositionalEmbedding(catalog.num_domains, width)
-            if settings.tape
-            else None
-        )
-        self._target_domain_emb: nn.Embedding | None = None
-        if settings.target_domain_embedding:
-            self._target_domain_emb = nn.Embedding(catalog.num_domains, width)
-            nn.init.zeros_(self._target_domain_emb.weight)
+        self._tape, self._target_domain_emb = next_domain_modules(settings)
 
     def forward(self, batch: JaggedBatch, written: list[Written] | None = None) -> Tensor:
         """Encode every token of a jagged batch.
@@ -81,12 +73,9 @@ class CrossDomainHSTU(nn.Module):
         if batch.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_lengths(batch)
         plan = self.plan(batch)
-        extra = None
-        if self._tape is not None:
-            extra = self._tape(plan.domains, plan.target_domains)
-        if self._target_domain_emb is not None:
-            embedded = self._target_domain_emb(plan.target_domains)
-            extra = embedded if extra is None else extra + embedded
+        extra = next_domain_signal(
+            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+        )
         x = self._input_features_preproc(
             self._embedding_module(batch.item_ids), plan.positions, extra
         )

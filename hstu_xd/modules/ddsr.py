@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
+from hstu_xd.modules.settings import EncoderSettings
 from hstu_xd.modules.state_reads import StateReads
 from hstu_xd.modules.state_tiles import StateTiles
 from hstu_xd.ops import fused
@@ -71,6 +72,21 @@ class DynamicDomainState(nn.Module):
         nn.init.zeros_(self._value.weight)
         if self._target_emb is not None:
             nn.init.normal_(self._target_emb.weight, std=0.02)
+
+    @classmethod
+    def of(cls, settings: EncoderSettings) -> "DynamicDomainState":
+        """As the settings have it, whether they switch it on or not."""
+        return cls(
+            settings.embedding_dim,
+            settings.num_domains,
+            settings.num_heads,
+            settings.dqk,
+            settings.dv,
+            states_per_domain=settings.states_per_domain,
+            query_target_domain=settings.query_target_domain,
+            age_bias=settings.state_age_bias,
+            impl=settings.impl,
+        )
 
     def forward(
         self, hidden: Tensor, states: Tensor, reads: StateReads, target_domains: Tensor

@@ -50,21 +50,7 @@ class HSTULayer(nn.Module):
             if s.enable_relative_attention_bias
             else None
         )
-        self._ddsr = (
-            DynamicDomainState(
-                s.embedding_dim,
-                s.num_domains,
-                s.num_heads,
-                s.dqk,
-                s.dv,
-                states_per_domain=s.states_per_domain,
-                query_target_domain=s.query_target_domain,
-                age_bias=s.state_age_bias,
-                impl=s.impl,
-            )
-            if s.ddsr
-            else None
-        )
+        self._ddsr = DynamicDomainState.of(s) if s.ddsr else None
 
     def forward(
         self, x: Tensor, plan: EncoderPlan | TokenPlan, written: list[Written] | None = None

@@ -10,16 +10,15 @@ import torch._dynamo.testing
 from tiny_models import NORM_LENGTH, NUM_DOMAINS, draw_histories, tiny_catalog, to_batch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from triton_marks import needs_triton, on_a_cpu, on_a_gpu
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.modules.hstu_layer import HSTULayer
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
-from hstu_xd.ops import available_impls
 
-pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
-on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about Triton's interpreter")
+pytestmark = needs_triton
 
 EVERYTHING: dict[str, Any] = {
     "domain_mask": True,
@@ -151,7 +150,7 @@ def test_layers_can_be_checkpointed(impl: str, monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: waits for it are not covered")
+@on_a_gpu
 def test_a_training_step_does_not_wait_on_a_gpu() -> None:
     model, batch = small_model("auto", **EVERYTHING).cuda(), batch_of(5, 0, 6)
     batch = batch.to(torch.device("cuda"))
@@ -163,10 +162,7 @@ def test_a_training_step_does_not_wait_on_a_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="no GPU: capture into a CUDA graph and its replay on other histories are not covered",
-)
+@on_a_gpu
 def test_a_cuda_graph_serves_other_histories_of_the_same_size() -> None:
     """As many users and tokens, other lengths, items and domains: forward and backward."""
     device = torch.device("cuda")

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from triton_marks import needs_triton
 
-from hstu_xd.ops import available_impls
-
-pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
+pytestmark = needs_triton
 
 HERE = Path(__file__).parent
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from attention_cases import Spec, draw, errors_against_oracle, implementation, whole_tensor
 from kernel_cases import OWN, TARGET, check_against_oracle, check_bucket_edges, poisoned_memory
+from triton_marks import needs_triton
 
-from hstu_xd.ops import available_impls
-
-pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
+pytestmark = needs_triton
 
 SPECS = [
     *(replace(s, biased=b) for s in (OWN, TARGET) for b in (True, False)),

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from kernel_cases import OWN, TARGET, check_against_oracle, check_bucket_edges
 from source_mutants import load
+from triton_marks import needs_triton
 
-from hstu_xd.ops import available_impls, fused
+from hstu_xd.ops import fused
 
-pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
+pytestmark = needs_triton
 
 
 def own_view() -> None:

@@ -9,13 +9,13 @@ import torch
 import torch._dynamo.testing
 from attention_cases import Case, Spec, draw
 from torch import Tensor
+from triton_marks import needs_triton, on_a_cpu, on_a_gpu
 
 from hstu_xd.errors import InputError
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import RelativeBias, available_impls, domain_attention, fused, triton_ops
 
-pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
-on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about Triton's interpreter")
+pytestmark = needs_triton
 
 SPEC = Spec((9, 0, 3), 2, heads=1)
 
@@ -107,7 +107,7 @@ def test_no_step_asks_for_contents(target_view: bool) -> None:
     assert [x.shape for x in gradients] == list(shapes)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@on_a_gpu
 def test_nothing_waits_on_a_gpu() -> None:
     case = draw(SPEC)
     leaves = {name: x.detach().cuda() for name, x in case.tensors(torch.float32).items()}

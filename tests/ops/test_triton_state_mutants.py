@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from source_mutants import load
 from state_cases import Spec, check_against_definition
+from triton_marks import needs_triton
 
 from hstu_xd import ops
-from hstu_xd.ops import available_impls, state_table
+from hstu_xd.ops import state_table
 
-pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
+pytestmark = needs_triton
 
 # Several tiles, a domain that nobody visits, more visits than states; short enough to interpret.
 SPEC = Spec((0, 21, 4), num_domains=4, num_states=2, visited=3, heads=2, dqk=6, dv=6)

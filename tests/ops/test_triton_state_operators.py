@@ -8,18 +8,18 @@ from state_cases import Case, Spec, draw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton_marks import needs_triton, on_a_cpu
 
 from hstu_xd.errors import InputError
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.modules import ddsr
 from hstu_xd.modules.ddsr import DynamicDomainState
 from hstu_xd.modules.state_reads import StateReads
-from hstu_xd.ops import available_impls, fused, triton_state_ops
+from hstu_xd.ops import fused, triton_state_ops
 from hstu_xd.ops.fused_states import fused_state_attention
 from hstu_xd.ops.state_table import StateTable
 
-pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
-on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about Triton's interpreter")
+pytestmark = needs_triton
 
 SPEC = Spec((5, 0, 3), 2, 2, heads=1, dqk=2, dv=3)
 

@@ -7,10 +7,9 @@ import torch
 from attention_cases import whole_tensor
 from kernel_cases import poisoned_memory
 from state_cases import Spec, check_against_definition, draw
+from triton_marks import needs_triton
 
-from hstu_xd.ops import available_impls
-
-pytestmark = pytest.mark.skipif("triton" not in available_impls(), reason="triton is not installed")
+pytestmark = needs_triton
 
 MANY = Spec((40, 1, 17), 5, 4)
 SPECS = [

@@ -161,7 +161,8 @@ def test_recommendations_are_the_best_unseen_items() -> None:
     _, items, times = zip(*log(4, 20, users=1))
     session.append(["ann"] * 20, items, times)
     vector = session.query(["ann"], [1])[0]
-    scores = {int(i): float(vector @ net.item_vectors(i)) for i in net.catalog.items_of(1)}
+    with torch.no_grad():
+        scores = {int(i): float(vector @ net.item_vectors(i)) for i in net.catalog.items_of(1)}
     unseen = sorted((i for i in scores if i not in items), key=lambda i: -scores[i])
     (found,) = session.recommend(["ann"], [1], k=3)
     assert [item for item, _ in found] == unseen[:3]

@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.modules.encoder import CrossDomainEncoder
+from hstu_xd.modules.next_domain import next_domain_modules, next_domain_signal
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
-from hstu_xd.modules.tape import TransitionAwarePositionalEmbedding
 from hstu_xd.plugins.gr.features import NEXT_DOMAINS, required_payload
 
 _TIMESTAMPS = "timestamps"
@@ -85,13 +85,7 @@ class HSTU_XD(HSTU):
         stack = CrossDomainEncoder(settings)
         stack.take_parameters(self._hstu._attention_layers)
         self._hstu = stack
-        if settings.tape:
-            self._tape = TransitionAwarePositionalEmbedding(
-                settings.num_domains, settings.embedding_dim
-            )
-        if settings.target_domain_embedding:
-            self._target_domain_emb = nn.Embedding(settings.num_domains, settings.embedding_dim)
-            nn.init.zeros_(self._target_domain_emb.weight)
+        self._tape, self._target_domain_emb = next_domain_modules(settings)
 
     def debug_str(self) -> str:
         """Upstream's description with this model's name and switches; a part of its paths."""
@@ -193,12 +187,9 @@ class HSTU_XD(HSTU):
 
     def _with_signals(self, embeddings: Tensor, plan: EncoderPlan, tokens: Tensor) -> Tensor:
         """Add TAPE and the target domain so that upstream's preprocessor sees sqrt(K) e + them."""
-        signal: Tensor | None = None
-        if self._tape is not None:
-            signal = self._tape(plan.domains, plan.target_domains)
-        if self._target_domain_emb is not None:
-            embedded = self._target_domain_emb(plan.target_domains)
-            signal = embedded if signal is None else signal + embedded
+        signal = next_domain_signal(
+            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+        )
         if signal is None:
             return embeddings
         users, columns, width = embeddings.shape

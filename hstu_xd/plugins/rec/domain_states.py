@@ -23,16 +23,7 @@ class DomainStateSublayer(nn.Module):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         s = settings
-        self._states = DynamicDomainState(
-            s.embedding_dim,
-            s.num_domains,
-            s.num_heads,
-            s.dqk,
-            s.dv,
-            states_per_domain=s.states_per_domain,
-            query_target_domain=s.query_target_domain,
-            age_bias=s.state_age_bias,
-        )
+        self._states = DynamicDomainState.of(s)
         self._output = nn.Linear(s.num_heads * s.dv, s.embedding_dim, bias=False)
         nn.init.xavier_uniform_(self._output.weight)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
+from hstu_xd.modules.next_domain import next_domain_modules, next_domain_signal
 from hstu_xd.modules.settings import EncoderSettings
-from hstu_xd.modules.tape import TransitionAwarePositionalEmbedding
 from hstu_xd.plugins.rec.jagged import JaggedBatch
 from hstu_xd.plugins.rec.session import SESSION
 from hstu_xd.plugins.rec.settings import RecSettings
@@ -49,13 +49,7 @@ class CrossDomainParts:
         self._xd_catalog = known and DomainCatalog(known.item_domains, known.domain_names)
         settings = self._xd_settings.encoder_settings(sizes, known.num_domains if known else 1)
         self._xd_encoder_settings = settings
-        if settings.tape:
-            self._tape = TransitionAwarePositionalEmbedding(
-                settings.num_domains, settings.embedding_dim
-            )
-        if settings.target_domain_embedding:
-            self._target_domain_emb = nn.Embedding(settings.num_domains, settings.embedding_dim)
-            nn.init.zeros_(self._target_domain_emb.weight)
+        self._tape, self._target_domain_emb = next_domain_modules(settings)
 
     def _xd_warm_start(self) -> None:
         """Take the parameters of ``xd_warm_start``, where there is one; the last thing to do.
@@ -92,12 +86,9 @@ class CrossDomainParts:
     def _xd_signal(self, batch: JaggedBatch) -> Tensor | None:
         """What the input is told of the next domain: (L, K) float; None with those switches off."""
         plan = batch.plan
-        signals: list[Tensor] = []
-        if self._tape is not None:
-            signals.append(self._tape(plan.domains, plan.target_domains))
-        if self._target_domain_emb is not None:
-            signals.append(self._target_domain_emb(plan.target_domains))
-        return torch.stack(signals).sum(0) if signals else None
+        return next_domain_signal(
+            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+        )
 
     def _xd_request(self, item_seq: Tensor, time_seq: Tensor) -> tuple[Tensor, Tensor]:
         """Domains and times of histories and of what is asked after them.
