@@ -5,7 +5,7 @@ from itertools import count
 from pathlib import Path
 
 from store_cases import open_store
-from test_store import MODEL, event
+from test_state_stores import MODEL, event
 
 from hstu_xd.serving import EncoderSession
 
