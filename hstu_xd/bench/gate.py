@@ -13,8 +13,10 @@ GRADIENT_BUDGET = 2e-5
 # Rows below this share of the average are measured against that: their terms cancel. Where softmax
 # sees a single key, the exact gradient of the query is zero, the difference of two equal terms.
 _SHORT_ROW = {"silu": 1e-3, "softmax": 0.1}
-# In half precisions: times the error of the definition in the same precision.
-HALF_BUDGET = 2.0
+# Times the error of the definition in the same precision: the budget in half precisions, and in
+# float32 of rows that nobody gets closer to. Where a query sees one key alone and SiLU is flat
+# there, its gradient is a rest of terms that cancel.
+SAME_PRECISION_BUDGET = 2.0
 
 
 def largest_error(provider: str, case: Case) -> float:
@@ -22,7 +24,8 @@ def largest_error(provider: str, case: Case) -> float:
 
     The provider runs the small version of the case through the code that is timed, and is compared
     with the definition of what it computes: with or without bias, inside domains or not, SiLU or
-    softmax. In float32 every row counts; half precisions are judged by whole tensors.
+    softmax. In float32 every row counts; half precisions are judged by whole tensors. See
+    :data:`SAME_PRECISION_BUDGET`.
 
     Returns:
         A fraction; above 1 the provider is wrong.
@@ -35,12 +38,18 @@ def largest_error(provider: str, case: Case) -> float:
     if dtype == torch.float32:
         budgets = dict.fromkeys(truth, GRADIENT_BUDGET) | {"out": FORWARD_BUDGET}
         short = _SHORT_ROW[computes.normalization]
-        return max(row_error(found[name], truth[name], short) / budgets[name] for name in truth)
+        errors = {name: row_error(found[name], truth[name], short) for name in truth}
+        if any(errors[name] > budgets[name] for name in truth):
+            alike = definition(draw, dtype, computes)(unmarked)
+            for name, budget in budgets.items():
+                own = SAME_PRECISION_BUDGET * row_error(alike[name], truth[name], short)
+                budgets[name] = max(budget, own)
+        return max(errors[name] / budgets[name] for name in truth)
     alike = definition(draw, dtype, computes)(unmarked)
     smallest = torch.finfo(dtype).eps / 4  # the definition may hit the truth by chance
     return max(
         _tensor_error(found[name], truth[name])
-        / (HALF_BUDGET * max(_tensor_error(alike[name], truth[name]), smallest))
+        / (SAME_PRECISION_BUDGET * max(_tensor_error(alike[name], truth[name]), smallest))
         for name in truth
     )
 
