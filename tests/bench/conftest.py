@@ -1,19 +1,9 @@
-"""No test of a benchmark measures the machine or starts a process unless it says so.
-
-Without a GPU the fused kernels run under Triton's interpreter, which has to be told before it
-loads.
-"""
-
-import os
+"""No test of a benchmark measures the machine or starts a process unless it says so."""
 
 import pytest
-import torch
 
 from hstu_xd.bench import memory
 from hstu_xd.bench.ceilings import Ceilings
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
