@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hstu_xd.bench.cases import Case, Draw
+from hstu_xd.ops.pairs import num_pairs
 
 # The backward pass of attention computes the scores again and four more products: 5 for 2.
 _BACKWARD_OF_ATTENTION = 2.5
@@ -49,8 +50,7 @@ class Work:
 
 def visible_pairs(draw: Draw, *, masked: bool) -> int:
     """Pairs of a query and a key that it may see, itself included, over the whole batch."""
-    lengths = draw.grouping(masked=masked).lengths
-    return int((lengths * (lengths + 1) // 2).sum())
+    return num_pairs(draw.grouping(masked=masked))
 
 
 def delta(draw: Draw) -> float:

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.modules.plan import EncoderPlan
 from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.ops.tile_table import rank, ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,11 +176,9 @@ class _Segments:
 
     def open_segment(self, runs: DomainGrouping, targets: Tensor) -> Tensor:
         """Segment of each event's target run that is open at the event; ``bound + 1`` if none."""
-        length = runs.num_tokens
-        rows = runs.group_of * length + torch.arange(length, device=targets.device)
         group = runs.group_of // runs.num_domains * runs.num_domains + targets
-        wanted = group * length + torch.arange(length, device=targets.device)
-        at = torch.searchsorted(rows[runs.permutation], wanted, right=True) - 1
+        now = rank(group, runs.positions, runs.num_tokens)
+        at = torch.searchsorted(ranks(runs), now, right=True) - 1
         found = runs.permutation[at.clamp(min=0)]
         met = (at >= 0) & (runs.group_of[found] == group)
         return torch.where(met, self.segments[found], self.bound + 1)

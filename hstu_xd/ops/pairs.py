@@ -3,6 +3,7 @@
 import torch
 
 from hstu_xd.grouping import DomainGrouping
+from hstu_xd.ops.tile_table import ranks
 
 
 def num_pairs(grouping: DomainGrouping) -> int:
@@ -19,13 +20,6 @@ def num_pairs(grouping: DomainGrouping) -> int:
         4
     """
     keys = grouping.keys
-    ranks = _ranks(keys)
     first = keys.offsets[:-1][grouping.group_of[grouping.permutation]]
-    seen = torch.searchsorted(ranks, _ranks(grouping), right=True) - first
+    seen = torch.searchsorted(ranks(keys), ranks(grouping), right=True) - first
     return int(seen.clamp(min=0).sum())
-
-
-def _ranks(grouping: DomainGrouping) -> torch.Tensor:
-    """(L,) one number that orders rows by group, then by position, in grouped order."""
-    order = grouping.permutation
-    return grouping.group_of[order] * (grouping.num_tokens + 1) + grouping.positions[order]

@@ -109,13 +109,13 @@ class EncoderSession:
     ) -> None:
         """Take events in the order given; a user may occur several times.
 
+        Where another session writes to the same user in a store at the same time, the events of the
+        slower one come after those of the faster one.
+
         Args:
             users: one an event.
             item_ids: item of each event.
             timestamps: time of each event, not before the same user's last one.
-
-        Where another session writes to the same user in a store at the same time, the events of the
-        slower one come after those of the faster one.
 
         Raises:
             InputError: lengths that differ, an unknown item, or a time that goes back; no state
