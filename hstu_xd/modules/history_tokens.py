@@ -2,12 +2,13 @@
 
 A run (a user's events of one domain under the domain mask, else all of a user's events) is cut into
 segments. When the first event after a segment arrives, ``K`` tokens are laid before it: they close
-the segment. From then on its events are hidden; later events and tokens read its tokens. Nothing
-here knows the future: an event is laid out the same whatever follows it.
+the segment. Later events and tokens read its tokens; its events are hidden, from tokens at once,
+from events when ``segment_lookback`` more segments have closed. Nothing here knows the future: an
+event is laid out the same whatever follows it.
 
-SiLU attention is a sum over keys, so what a token sees is the sum of two grouped attentions: over
-the events of the segment that is open, and over the tokens of the run. Neither touches a hidden
-pair.
+SiLU attention is a sum over keys, so what a row sees is a sum of grouped attentions: over the
+events of the segment that is open, of each one looked back at, and over the tokens of the run. None
+touches a hidden pair.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class TokenPlan:
         positions: (L',) int64, of the event; a token has that of its segment's last event.
         timestamps: (L',) int64, likewise.
         next_timestamps: (L',) int64; for a token the time of its segment's last event.
-        is_open: (L,) bool, the event's segment is the last of its run: later events may read it.
+        is_readable: (L,) bool, events after the batch's may read this one.
         own: groupings whose attentions add up to what a row reads of its own run.
         target: the same of the run of its target domain; empty without target view.
     """
@@ -47,7 +48,7 @@ class TokenPlan:
     positions: Tensor
     timestamps: Tensor
     next_timestamps: Tensor
-    is_open: Tensor
+    is_readable: Tensor
     own: tuple[DomainGrouping, ...]
     target: tuple[DomainGrouping, ...]
 
@@ -74,13 +75,17 @@ class TokenPlan:
         is_token = torch.zeros_like(source, dtype=torch.bool)
         is_token[token_rows] = True
         layout = _Layout(
-            source, is_token, events.offsets + before[events.offsets], token_rows.numel() > 0
+            source,
+            is_token,
+            events.offsets + before[events.offsets],
+            token_rows.numel() > 0,
+            settings.segment_lookback,
         )
         run = runs.group_of % runs.num_domains
         target: tuple[DomainGrouping, ...] = ()
         if settings.target_view_heads:
             targets = events.target_domains
-            target = layout.views(cut, runs, run, targets, cut.open_segment(runs, targets))
+            target = layout.views(cut, runs, targets, _latest(runs, targets))
         return cls(
             events=events,
             places=places,
@@ -90,15 +95,15 @@ class TokenPlan:
             next_timestamps=torch.where(
                 is_token, events.timestamps[source], events.next_timestamps[source]
             ),
-            is_open=cut.is_open,
-            own=layout.views(cut, runs, run, run, cut.segments),
+            is_readable=cut.is_readable,
+            own=layout.views(cut, runs, run, torch.arange(runs.num_tokens, device=run.device)),
             target=target,
         )
 
     @property
     def num_kept(self) -> int:
         """Rows that an event after the batch's may read."""
-        return int(self.is_open.sum()) + self.token_rows.numel()
+        return int(self.is_readable.sum()) + self.token_rows.numel()
 
     def own_views(self, *, masked: bool) -> tuple[DomainGrouping, ...]:
         """See :meth:`EncoderPlan.own_views`; segments are cut for all layers alike."""
@@ -130,17 +135,19 @@ class _Segments:
     """Where the runs of a batch are cut.
 
     Attributes:
-        segments: (L,) int64, segment of every event, counted from 0 for each user.
+        segments: (L,) int64, segment of every event, counted from 0 for each user, run by run.
+        earlier: (L,) int64, segments of its run before it.
         closes: (L,) bool, the event opens a segment and thereby closes the one before it.
         previous: (L,) int64, the event before it in its run; itself if it is the first.
-        is_open: (L,) bool, the event's segment is the last of its run.
+        is_readable: (L,) bool, events after the batch's may read this one.
         bound: no user has more segments.
     """
 
     segments: Tensor
+    earlier: Tensor
     closes: Tensor
     previous: Tensor
-    is_open: Tensor
+    is_readable: Tensor
     bound: int
 
     @classmethod
@@ -149,7 +156,11 @@ class _Segments:
     ) -> "_Segments":
         order, length = runs.permutation, runs.num_tokens
         row = torch.arange(length, device=order.device)
-        rank = row - torch.repeat_interleave(runs.offsets[:-1], runs.lengths, output_size=length)
+        start, end = (
+            torch.repeat_interleave(offsets, runs.lengths, output_size=length)
+            for offsets in (runs.offsets[:-1], runs.offsets[1:])
+        )
+        rank = row - start
         previous = order[(row - 1).clamp(min=0)]
         previous = torch.where(rank > 0, previous, order)
         bound = settings.norm_length
@@ -169,19 +180,26 @@ class _Segments:
             users = torch.arange(first.numel(), device=order.device)
             owner = torch.repeat_interleave(users, events.offsets.diff(), output_size=length)
             segment = segment - segment[first][owner]
-        last = segment[(runs.offsets[1:] - 1).clamp(min=0)] if length else segment
-        is_open = segment == last.repeat_interleave(runs.lengths, output_size=length)
+        is_readable = segment >= segment[end - 1] - settings.segment_lookback
         inverse = runs.inverse
-        return cls(segment[inverse], closes[inverse], previous[inverse], is_open[inverse], bound)
+        return cls(
+            segment[inverse],
+            (segment - segment[start])[inverse],
+            closes[inverse],
+            previous[inverse],
+            is_readable[inverse],
+            bound,
+        )
 
-    def open_segment(self, runs: DomainGrouping, targets: Tensor) -> Tensor:
-        """Segment of each event's target run that is open at the event; ``bound + 1`` if none."""
-        group = runs.group_of // runs.num_domains * runs.num_domains + targets
-        now = rank(group, runs.positions, runs.num_tokens)
-        at = torch.searchsorted(ranks(runs), now, right=True) - 1
-        found = runs.permutation[at.clamp(min=0)]
-        met = (at >= 0) & (runs.group_of[found] == group)
-        return torch.where(met, self.segments[found], self.bound + 1)
+    def at(self, events: Tensor, back: int) -> Tensor:
+        """Segment ``back`` segments before that of an event; a number of its own where none is.
+
+        Args:
+            events: (n,) int64, -1 for none.
+            back: number of segments.
+        """
+        found = (events >= 0) & (self.earlier[events] >= back)
+        return torch.where(found, self.segments[events] - back, self.bound + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,41 +211,55 @@ class _Layout:
         is_token: (L',) bool.
         offsets: (B + 1,) int64, rows of every user.
         has_tokens: whether there is a token among the rows.
+        lookback: closed segments whose events are read by events.
     """
 
     source: Tensor
     is_token: Tensor
     offsets: Tensor
     has_tokens: bool
+    lookback: int
 
     def views(
-        self, cut: _Segments, runs: DomainGrouping, run: Tensor, read_run: Tensor, read: Tensor
+        self, cut: _Segments, runs: DomainGrouping, read_run: Tensor, latest: Tensor
     ) -> tuple[DomainGrouping, ...]:
-        """Groupings over the events of a segment and over the tokens of a run.
+        """Groupings over the events of each segment that is read and over the tokens of a run.
 
         Args:
             cut: the segments.
             runs: the runs.
-            run: (L,) int64, run of every event.
-            read_run: (L,) int64, run that it reads.
-            read: (L,) int64, segment of that run that it reads.
+            read_run: (L,) int64, run that every event reads.
+            latest: (L,) int64, latest event of that run at that event; -1 if there is none.
         """
         # Keys that a view leaves out stand in a group that nobody reads.
-        nobody = cut.bound
-        keys = self._rows(cut.segments).masked_fill(self.is_token, nobody)
-        queries = torch.where(self.is_token, self._rows(cut.segments), self._rows(read))
+        own, nobody = self._rows(cut.segments), cut.bound
+        keys = own.masked_fill(self.is_token, nobody)
         # One group more: where there is nothing to read yet.
         events = DomainGrouping.from_jagged(keys, self.offsets, cut.bound + 2)
-        if not self.has_tokens:
-            return (events.target_view(queries),)
-        nobody = runs.num_domains
-        keys = self._rows(run).masked_fill(~self.is_token, nobody)
-        tokens = DomainGrouping.from_jagged(keys, self.offsets, nobody + 1)
-        read_runs = torch.where(self.is_token, self._rows(run), self._rows(read_run))
-        return events.target_view(queries), tokens.target_view(read_runs)
+        views = []
+        for back in range(self.lookback + 1):
+            of_token = own if not back else own.new_full((), cut.bound + 1)
+            queries = torch.where(self.is_token, of_token, self._rows(cut.at(latest, back)))
+            views.append(events.target_view(queries))
+        if self.has_tokens:
+            run, nobody = self._rows(runs.group_of % runs.num_domains), runs.num_domains
+            keys = run.masked_fill(~self.is_token, nobody)
+            tokens = DomainGrouping.from_jagged(keys, self.offsets, nobody + 1)
+            queries = torch.where(self.is_token, run, self._rows(read_run))
+            views.append(tokens.target_view(queries))
+        return tuple(views)
 
     def _rows(self, of_events: Tensor) -> Tensor:
         return of_events[self.source]
+
+
+def _latest(runs: DomainGrouping, targets: Tensor) -> Tensor:
+    """(L,) int64, latest event of each event's target run, itself included; -1 if none yet."""
+    group = runs.group_of // runs.num_domains * runs.num_domains + targets
+    now = rank(group, runs.positions, runs.num_tokens)
+    at = torch.searchsorted(ranks(runs), now, right=True) - 1
+    found = runs.permutation[at.clamp(min=0)]
+    return torch.where((at >= 0) & (runs.group_of[found] == group), found, -1)
 
 
 def _sessions(events: EncoderPlan, gap: int) -> Tensor:

@@ -40,6 +40,7 @@ class EncoderSettings:
             segment are hidden once another one begins in the run.
         segment_length: events of a segment.
         segment_gap: pause, in the log's unit of time.
+        segment_lookback: segments of the run before an event's own that it reads all the same.
         history_tokens: learnable tokens ``K`` that stand for a segment from then on; 0: nothing
             does.
         normalization: of the attention's scores, "silu" as in HSTU or "softmax".
@@ -74,6 +75,7 @@ class EncoderSettings:
     segment_by: str = "none"
     segment_length: int = 64
     segment_gap: int = 86_400
+    segment_lookback: int = 0
     history_tokens: int = 0
     normalization: str = "silu"
     impl: str = "auto"
@@ -118,17 +120,16 @@ class EncoderSettings:
         self._check_segments()
 
     def _check_segments(self) -> None:
-        if self.history_tokens < 0 or self.segment_gap < 0:
-            raise InputError(
-                f"history_tokens is {self.history_tokens} and segment_gap {self.segment_gap}; "
-                "neither can be below 0"
-            )
+        for name in ("history_tokens", "segment_gap", "segment_lookback"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; 0 or more is needed")
         if self.segment_by == "none":
-            if self.history_tokens:
-                raise InputError(
-                    f"history_tokens is {self.history_tokens} but segment_by is 'none'; say where "
-                    "segments end: count, time_gap or session"
-                )
+            for name in ("history_tokens", "segment_lookback"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"{name} is {getattr(self, name)} but segment_by is 'none'; say where "
+                        "segments end: count, time_gap or session"
+                    )
         elif self.full_attention_layers:
             raise InputError(
                 "full_attention_layers cannot be cut into a domain's segments; drop it"

@@ -10,7 +10,16 @@ _VIEW = ("xd_encoder.target_view_heads = 2",)
 _TAPE = ("xd_encoder.tape = True",)
 _DDSR = ("xd_encoder.ddsr = True",)
 _ALL = (*_MASK, *_VIEW, *_TAPE, *_DDSR)
-_SEGMENTS = ('xd_encoder.segment_by = "count"',)
+
+
+def _segments(length: int, tokens: int, lookback: int) -> tuple[str, ...]:
+    return (
+        'xd_encoder.segment_by = "count"',
+        f"xd_encoder.segment_length = {length}",
+        f"xd_encoder.history_tokens = {tokens}",
+        f"xd_encoder.segment_lookback = {lookback}",
+    )
+
 
 # What an ablation compares unless told otherwise.
 SWITCHES: dict[str, tuple[str, ...]] = {
@@ -23,15 +32,17 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "mask+view": (*_MASK, *_VIEW),
     "all": _ALL,
 }
-# Long histories in segments of 64 events: the open one alone, or with tokens for those before.
+# Long histories: the latest 33 to 64 events of a run alone; tokens for what went before the open
+# segment of at most 64; shorter segments, the latest of them read beside their tokens.
+_SHORTENED = {
+    "recent": _segments(32, 0, 1),
+    **{f"tokens{tokens}": _segments(64, tokens, 0) for tokens in (1, 4, 16)},
+    "tokens1+lookback": _segments(16, 1, 1),
+}
 LONG_HISTORIES: dict[str, tuple[str, ...]] = {
-    f"{name}+tokens{tokens}" if tokens else f"{name}+recent": (
-        *switches,
-        *_SEGMENTS,
-        f"xd_encoder.history_tokens = {tokens}",
-    )
+    f"{name}+{shortened}": (*switches, *segments)
     for name, switches in (("hstu", ()), ("all", _ALL))
-    for tokens in (0, 1, 4, 16)
+    for shortened, segments in _SHORTENED.items()
 }
 VARIANTS = SWITCHES | LONG_HISTORIES
 

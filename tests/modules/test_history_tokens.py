@@ -36,6 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
     "target_view": VIEW | COUNT | {"history_tokens": 1},
     "target_view_alone": VIEW | COUNT | {"target_view_heads": 4, "history_tokens": 1},
     "no_token": VIEW | COUNT,
+    "lookback_per_user": COUNT | {"history_tokens": 1, "segment_lookback": 1},
+    "lookback_per_domain": VIEW | COUNT | {"history_tokens": 2, "segment_lookback": 2},
+    "sliding_window": VIEW | COUNT | {"segment_lookback": 1},
     "gap_per_user": {"segment_by": "time_gap", "segment_gap": 40_000, "history_tokens": 1},
     "gap_per_domain": VIEW | {"segment_by": "time_gap", "segment_gap": 90_000, "history_tokens": 2},
     "session_per_domain": VIEW
@@ -85,15 +88,16 @@ def lay_out(history: History, settings: EncoderSettings) -> list[Row]:
     return rows
 
 
-def reads(rows: list[Row], query: int, run: int, key: int) -> bool:
+def reads(rows: list[Row], query: int, run: int, key: int, lookback: int) -> bool:
     """Whether a row, reading some run, sees another row."""
     if key > query or rows[key].run != run:
         return False
     if rows[key].token >= 0:
         return True
-    own = rows[query].segment if rows[query].token >= 0 else None
+    if rows[query].token >= 0:
+        return rows[key].segment == rows[query].segment
     opened = [r.segment for r in rows[: query + 1] if r.token < 0 and r.run == run]
-    return rows[key].segment == (own if own is not None else opened[-1])
+    return rows[key].segment >= opened[-1] - lookback
 
 
 def target_run(history: History, row: Row) -> int:
@@ -108,8 +112,10 @@ def visible_pairs(history: History, settings: EncoderSettings) -> tuple[Tensor, 
     own, target = torch.zeros(2, len(rows), len(rows), dtype=torch.bool)
     for query, row in enumerate(rows):
         for key in range(len(rows)):
-            own[query, key] = reads(rows, query, row.run, key)
-            target[query, key] = reads(rows, query, target_run(history, row), key)
+            own[query, key] = reads(rows, query, row.run, key, settings.segment_lookback)
+            target[query, key] = reads(
+                rows, query, target_run(history, row), key, settings.segment_lookback
+            )
     return own, target
 
 
@@ -182,7 +188,8 @@ def test_kept_rows_are_those_that_later_ones_read(name: str) -> None:
     for history in HISTORIES:
         laid = lay_out(history, model.settings)
         last = {row.run: row.segment for row in laid if row.token < 0}
-        expected += sum(row.token >= 0 or row.segment == last[row.run] for row in laid)
+        back = model.settings.segment_lookback
+        expected += sum(row.token >= 0 or row.segment >= last[row.run] - back for row in laid)
     assert rows.num_kept == expected
 
 
@@ -247,6 +254,8 @@ def test_gradients_by_difference() -> None:
     [
         ({"history_tokens": 2}, "history_tokens is 2 but segment_by is 'none'"),
         ({"history_tokens": -1}, "history_tokens is -1"),
+        (COUNT | {"segment_lookback": -1}, "segment_lookback is -1; 0 or more"),
+        ({"segment_lookback": 1}, "segment_lookback is 1 but segment_by is 'none'"),
         ({"segment_by": "day"}, "segment_by is 'day'; one of none, count, time_gap, session"),
         ({"segment_by": "count", "segment_length": 0}, "segment_length is 0"),
         (COUNT | {"domain_mask": True, "full_attention_layers": (0,)}, "full_attention_layers"),

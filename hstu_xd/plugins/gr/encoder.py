@@ -100,6 +100,7 @@ class HSTU_XD(HSTU):
         if s.has_segments:
             size = s.segment_length if s.segment_by == "count" else s.segment_gap
             parts += [f"{s.segment_by}{size}", f"tokens{s.history_tokens}"]
+            parts += [f"lookback{s.segment_lookback}"] * bool(s.segment_lookback)
         return "-".join(parts)
 
     def generate_user_embeddings(

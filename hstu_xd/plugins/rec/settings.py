@@ -34,10 +34,17 @@ ENCODER_KEYS = (
     "segment_by",
     "segment_length",
     "segment_gap",
+    "segment_lookback",
     "history_tokens",
     "impl",
 )
-_SEGMENTS = ("segment_by", "segment_length", "segment_gap", "history_tokens")
+_SEGMENTS = (
+    "segment_by",
+    "segment_length",
+    "segment_gap",
+    "segment_lookback",
+    "history_tokens",
+)
 # What a user LLM's layers have no place for.
 _HSTU_ONLY = ("target_view_heads", "state_from", "combine", "impl", "relative_bias", *_SEGMENTS)
 _NEEDS_SWITCH = {
