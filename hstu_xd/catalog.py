@@ -77,6 +77,8 @@ class DomainCatalog(nn.Module):
         self._has_holes = unborne > 0
         items = torch.argsort(domains[1:], stable=True)[unborne:] + 1
         offsets = torch.tensor([0, *counts], device=domains.device).cumsum(0)
+        # Of domain_offsets, where reading them waits for no device.
+        self._bounds: list[int] = offsets.tolist()
         self.register_buffer("item_domains", domains, persistent=False)
         self.register_buffer("domain_items", items, persistent=False)
         self.register_buffer("domain_offsets", offsets, persistent=False)
@@ -110,8 +112,7 @@ class DomainCatalog(nn.Module):
 
     def items_of(self, domain: int) -> Tensor:
         """Ids of a domain's items in ascending order: (n_d,) int64."""
-        start, end = self.domain_offsets[domain], self.domain_offsets[domain + 1]
-        return self.domain_items[start:end]
+        return self.domain_items[self._bounds[domain] : self._bounds[domain + 1]]
 
     def token(self, item_id: int) -> str:
         """Raw id of an item as in the log; the number itself where the catalogue has no tokens."""

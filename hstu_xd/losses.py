@@ -1,5 +1,7 @@
 """Sampled softmax whose negatives come from the positive's own domain."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,17 @@ def sample_negatives(
         else [catalog.items_of(d) for d in range(catalog.num_domains)]
     )
     return [
-        pool.sort().values
-        if pool.numel() <= num_negatives
-        else _draw(pool, num_negatives, generator)
+        (pool if pool.numel() <= num_negatives else _draw(pool, num_negatives, generator))
+        .sort()
+        .values
         for pool in pools
     ]
 
 
 def _draw(pool: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A uniform sample of distinct items, ascending; a few fewer than asked where draws repeat."""
-    drawn = torch.randint(pool.numel(), (size,), generator=generator)
-    return pool[drawn.to(pool.device)].unique()
+    """A uniform sample of distinct items; a few fewer than asked where draws repeat."""
+    drawn = torch.randint(pool.numel(), (size,), generator=generator).unique()
+    return pool[drawn.to(pool.device, non_blocking=True)]
 
 
 def sampled_softmax_loss(
@@ -48,6 +50,7 @@ def sampled_softmax_loss(
     negatives: list[Tensor],
     *,
     temperature: float,
+    targets_per_domain: Sequence[int] | None = None,
 ) -> Tensor:
     """Sum over tokens of ``-log softmax`` of the positive against its sampled negatives.
 
@@ -59,6 +62,8 @@ def sampled_softmax_loss(
         target_ids: (L,) int64.
         negatives: of :func:`sample_negatives`.
         temperature: dot products of unit vectors are divided by it.
+        targets_per_domain: (D,) numbers of targets, where they are known; else they are counted,
+            for which a GPU's work is waited for.
 
     Returns:
         Scalar float32; divide by the number of tokens for the mean.
@@ -68,11 +73,10 @@ def sampled_softmax_loss(
     if len(negatives) == 1:
         members = [torch.arange(target_ids.numel(), device=target_ids.device)]
     else:
-        order = torch.argsort(model.catalog.domain_of(target_ids), stable=True)
-        counts = torch.bincount(
-            model.catalog.domain_of(target_ids), minlength=model.catalog.num_domains
-        )
-        members = list(order.split(counts.tolist()))
+        domains = model.catalog.domain_of(target_ids)
+        if targets_per_domain is None:
+            targets_per_domain = count_per_domain(domains, len(negatives))
+        members = list(torch.argsort(domains, stable=True).split(list(targets_per_domain)))
     total = user_vectors.new_zeros(())
     for ids, vectors, tokens in zip(negatives, pools, members):
         if tokens.numel() == 0:
@@ -83,6 +87,11 @@ def sampled_softmax_loss(
     return total
 
 
+def count_per_domain(domains: Tensor, num_domains: int) -> list[int]:
+    """How many of (L,) domain ids each domain has: D numbers."""
+    return torch.bincount(domains, minlength=num_domains).tolist()
+
+
 def _softmax_loss(
     queries: Tensor, positives: Tensor, negatives: Tensor, target_ids: Tensor, ids: Tensor
 ) -> Tensor:
@@ -91,7 +100,8 @@ def _softmax_loss(
     logits = queries @ negatives.T
     # Negatives are distinct and ascending, so a positive stands among them once or not at all.
     column = torch.searchsorted(ids, target_ids).clamp(max=ids.numel() - 1)
-    row = torch.nonzero(ids[column] == target_ids).squeeze(1)
     # Finite, or a domain of one item would have no softmax to differentiate.
-    logits[row, column[row]] = torch.finfo(logits.dtype).min / 2
+    far = torch.finfo(logits.dtype).min / 2
+    out = logits.new_zeros(len(logits), 1).masked_fill_((ids[column] == target_ids)[:, None], far)
+    logits = logits.scatter_add_(1, column[:, None], out)
     return (torch.logaddexp(logits.logsumexp(1), positive) - positive).sum()

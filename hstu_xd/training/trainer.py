@@ -24,7 +24,7 @@ from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.evaluate import RankedTargets, rank_targets
 from hstu_xd.evaluation.metrics import grouped_metrics
-from hstu_xd.losses import sample_negatives, sampled_softmax_loss
+from hstu_xd.losses import count_per_domain, sample_negatives, sampled_softmax_loss
 from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
@@ -69,12 +69,23 @@ class _Loss(nn.Module):
         self.model = model
         self._settings = settings
 
-    def forward(self, batch: JaggedBatch, targets: Tensor, negatives: list[Tensor]) -> Tensor:
+    def forward(
+        self,
+        batch: JaggedBatch,
+        targets: Tensor,
+        negatives: list[Tensor],
+        targets_per_domain: list[int],
+    ) -> Tensor:
         device = targets.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._settings.main_module_bf16):
             vectors = self.model(batch)
         return sampled_softmax_loss(
-            self.model, vectors, targets, negatives, temperature=self._settings.temperature
+            self.model,
+            vectors,
+            targets,
+            negatives,
+            temperature=self._settings.temperature,
+            targets_per_domain=targets_per_domain,
         )
 
 
@@ -173,7 +184,8 @@ class Trainer:
         )
         tokens = int(data.lengths(users).sum())
         batch, targets = data.batch(users[self.world.rank :: self.world.size])
-        loss = self._loss(batch.to(device), targets.to(device), negatives)
+        counts = count_per_domain(batch.target_domains, self.model.catalog.num_domains)
+        loss = self._loss(batch.to(device), targets.to(device), negatives, counts)
         self._optimizer.zero_grad(set_to_none=True)
         # DDP averages gradients over processes; the mean is over the tokens of all of them.
         (loss * (self.world.size / tokens)).backward()

@@ -1,10 +1,13 @@
 """The sampled softmax against its formula, and where its negatives come from."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.losses import sample_negatives, sampled_softmax_loss
+from hstu_xd.losses import count_per_domain, sample_negatives, sampled_softmax_loss
 from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.modules.settings import EncoderSettings
 
@@ -70,3 +73,30 @@ def test_domain_of_one_item_has_no_loss_and_finite_gradients() -> None:
     assert loss.item() == 0
     assert users.grad is not None
     assert bool(torch.isfinite(users.grad).all())
+
+
+class NothingIsReadBack(TorchDispatchMode):
+    """Refuses operators whose result's value or shape a host must wait for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"}
+        if name in {"index", "index_put_"}:
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_no_device(model: CrossDomainHSTU) -> None:
+    """With the counts at hand; the draws themselves are the host's."""
+    catalog = model.catalog
+    targets = torch.randint(1, 61, (40,))
+    counts = count_per_domain(catalog.domain_of(targets), 3)
+    users = torch.nn.functional.normalize(torch.randn(40, 8), dim=1).requires_grad_()
+    negatives = sample_negatives(catalog, 5, torch.Generator().manual_seed(1), scope="domain")
+    plain = sampled_softmax_loss(model, users, targets, negatives, temperature=0.05)
+    with NothingIsReadBack():
+        loss = sampled_softmax_loss(
+            model, users, targets, negatives, temperature=0.05, targets_per_domain=counts
+        )
+        loss.backward()
+    assert loss.item() == plain.item()
