@@ -13,6 +13,8 @@ from hstu_xd.errors import InputError
 METRICS = ("hr@1", "hr@10", "hr@100", "ndcg@10", "ndcg@100", "mrr")
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+# What a variant costs: numbers of a row beside its metrics.
+COSTS = ("seconds_per_step", "attention_pairs", "state_bytes")
 SUMMARY_FILE = "summary.json"
 ABLATION_FILE = "ablation.json"
 # Parts of run.json that say how a run was trained; the seed among them is told apart.
@@ -122,11 +124,13 @@ class VariantResult:
         seeds: seeds of its runs, in the order given.
         metrics: metric name, e.g. ``hr@100[switch]``, to its mean and spread over the seeds that
             report it. Fractions stay fractions.
+        costs: mean over the seeds of each of :data:`COSTS` that is reported.
     """
 
     variant: str
     seeds: tuple[int, ...]
     metrics: dict[str, Spread] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
 
 
 def aggregate(rows: Iterable[Mapping[str, Any]], split: str = "test") -> list[VariantResult]:
@@ -153,6 +157,7 @@ def aggregate(rows: Iterable[Mapping[str, Any]], split: str = "test") -> list[Va
             variant,
             tuple(row["seed"] for row in members),
             _spreads([row.get(split) or {} for row in members]),
+            _means(members, COSTS),
         )
         for variant, members in by_variant.items()
     ]
@@ -166,6 +171,11 @@ def _spreads(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
         if values:
             spreads[name] = spread(values)
     return spreads
+
+
+def _means(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    known = {name: [row[name] for row in rows if is_number(row.get(name))] for name in names}
+    return {name: statistics.fmean(values) for name, values in known.items() if values}
 
 
 def spread(values: Sequence[float]) -> Spread:

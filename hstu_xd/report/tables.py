@@ -14,6 +14,12 @@ LABELS = {
     "mrr": "MRR",
 }
 MISSING = "-"
+# Cost of a variant -> head of its column, unit, format.
+_COSTS = {
+    "attention_pairs": ("pairs", 1, ",.0f"),
+    "state_bytes": ("state KiB", 1024, ",.1f"),
+    "seconds_per_step": ("s/step", 1, ".2f"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,9 @@ def markdown_table(
 ) -> str:
     """A Markdown table in percent: mean, spread over seeds and difference to the first variant.
 
+    Where attention's pairs were counted, what a variant costs stands beside: pairs and state bytes
+    of a user, seconds of a training step.
+
     Args:
         results: variants as :func:`hstu_xd.report.runs.aggregate` returns them.
         metrics: columns, e.g. ``("hr@100[switch]", "hr@100[stay]")``.
@@ -103,10 +112,17 @@ def markdown_table(
     columns = [compare(results, metric) for metric in metrics]
     lines = ["Synthetic data.", ""] if synthetic else []
     heads = [_escape(f"{metric_label(metric)} %") for metric in metrics]
+    counted = any("attention_pairs" in result.costs for result in results)
+    costs = _COSTS if counted else {}
+    heads += [head for head, _, _ in costs.values()]
     lines.append("| " + " | ".join(["variant", "seeds", *heads]) + " |")
-    lines.append("|---|---:|" + "---:|" * len(metrics))
+    lines.append("|---|---:|" + "---:|" * len(heads))
     for i, result in enumerate(results):
         cells = [_markdown_cell(column[i]) for column in columns]
+        cells += [
+            format(result.costs[name] / unit, form) if name in result.costs else MISSING
+            for name, (_, unit, form) in costs.items()
+        ]
         lines.append(
             "| " + " | ".join([_escape(result.variant), str(len(result.seeds)), *cells]) + " |"
         )

@@ -47,6 +47,18 @@ def test_markdown_table():
     assert markdown_table(results(a=[0.1]), synthetic=True).startswith("Synthetic data.\n\n|")
 
 
+def test_costs_stand_beside_the_metrics_where_pairs_were_counted():
+    row = {"variant": "hstu", "test": {"mrr": 0.1}, "seconds_per_step": 1.25}
+    told = [row | {"seed": 1}, row | {"seed": 2, "attention_pairs": 1234.4, "state_bytes": 2048}]
+    text = markdown_table(aggregate(told), metrics=["mrr"])
+    assert text.splitlines() == [
+        "| variant | seeds | MRR % | pairs | state KiB | s/step |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| hstu | 2 | 10.00 \u00b1 0.00 | 1,234 | 2.0 | 1.25 |",
+    ]
+    assert "pairs" not in markdown_table(aggregate(told[:1]), metrics=["mrr"])
+
+
 def test_wording_of_numbers():
     assert points(-0.000001) == "0.00"
     assert points(0.0041) == "+0.41"
