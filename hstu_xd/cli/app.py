@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "report",
     "ablate": "ablate",
     "demo": "demo",
+    "serve": "serve",
     "bench": "bench",
     "init": "init",
     "patch": "patch",
@@ -32,7 +33,7 @@ def build_app() -> typer.Typer:
     """Assemble the command line; command modules import their libraries only when they run."""
     app = typer.Typer(
         name="hstu-xd",
-        help="Cross-domain HSTU: prepare logs, train, evaluate, compare, benchmark.",
+        help="Cross-domain HSTU: prepare logs, train, evaluate, serve, compare, benchmark.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,

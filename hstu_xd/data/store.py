@@ -113,8 +113,7 @@ class InteractionStore:
         Raises:
             InputError: unknown user; the message names the nearest.
         """
-        users = self._users
-        at = users.search_sorted(token)
+        users, at = self._users, self._place(token)
         if at < len(users) and users[at] == token:
             return at
         # Neighbours in sorted order share the longest beginnings; all of millions is too slow.
@@ -123,6 +122,14 @@ class InteractionStore:
         raise InputError(
             f"{self.path}: no user {token!r} among {len(users)}; did you mean {near[0]!r}?"
         )
+
+    def has_user(self, token: str) -> bool:
+        """Whether there is a user with this id in the log."""
+        return self.users_from(token, 1) == [token]
+
+    def users_from(self, token: str, limit: int) -> list[str]:
+        """Ids of at most so many users, in order, from the first one that is not below a text."""
+        return self._users.slice(self._place(token), limit).to_list()
 
     def user_token(self, index: int) -> str:
         """Id in the log of the user with this number.
@@ -142,6 +149,10 @@ class InteractionStore:
         self._check_index(index)
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.item_ids[rows], self.timestamps[rows]
+
+    def _place(self, token: str) -> int:
+        """How many users' ids are below this one: they are sorted."""
+        return self._users.search_sorted(token)
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self.num_users:

@@ -89,7 +89,7 @@ def decode_state(
     if len(value) < _ARRAYS or value[_CHECKSUM] != _checksum(head, body):
         raise RefusedState("is damaged")
     if _KIND.unpack_from(value)[:2] != (_MAGIC, _FORMAT) or value[_FINGERPRINT] != checkpoint:
-        raise RefusedState("belongs to another checkpoint, window or number type")
+        raise RefusedState("belongs to another checkpoint, window, number type or history")
     length, committed, forgotten = _SIZES.unpack_from(value, _FINGERPRINT.stop)
     state = UserState.empty(settings, dtype)
     rest = np.frombuffer(bytearray(value), np.uint8, offset=_ARRAYS)

@@ -12,9 +12,10 @@ from hstu_xd.errors import InputError
 from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.modules.hstu_layer import Written
 from hstu_xd.serving.prepared import PreparedModel
+from hstu_xd.serving.request import Answer, Request
 from hstu_xd.serving.residents import ResidentStates
 from hstu_xd.serving.retrieval import ItemIndex
-from hstu_xd.serving.shared import SharedStates
+from hstu_xd.serving.shared import SharedStates, Versions
 from hstu_xd.serving.sight import Tokens
 from hstu_xd.serving.state import UserState
 from hstu_xd.serving.step import run_step
@@ -55,6 +56,11 @@ class EncoderSession:
             them, see :mod:`hstu_xd.serving.store`; users are strings then. Every ``append`` is
             stored before it returns; memory holds what was read of late. Without a store the
             states are in memory alone.
+        versions: of the histories that stored states are made of; a state of another version is
+            refused and rebuilt. None: a stored state of the same checkpoint is always believed.
+
+    Attributes:
+        index: the items, to find or score those that are nearest to a vector.
 
     Example:
         >>> import torch
@@ -78,6 +84,7 @@ class EncoderSession:
         max_bytes: int | None = None,
         history: History | None = None,
         store: StateStore | None = None,
+        versions: Versions | None = None,
     ) -> None:
         _check_model(model)
         longest = model.settings.norm_length
@@ -88,10 +95,10 @@ class EncoderSession:
         self._dtype, self._history = dtype, history
         self._residents = ResidentStates(max_bytes)
         with torch.inference_mode():
-            self._prepared, self._index = PreparedModel.of(model), ItemIndex(model)
+            self._prepared, self.index = PreparedModel.of(model), ItemIndex(model)
         self._shared = None
         if store is not None:
-            self._shared = SharedStates(store, model, self.window, dtype)
+            self._shared = SharedStates(store, model, self.window, dtype, versions)
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -156,7 +163,7 @@ class EncoderSession:
             InputError: an unknown domain, or shapes that do not fit.
         """
         with self._bounded():
-            vectors, _ = self._answer(users, target_domains, request_timestamps)
+            vectors, _ = self._vectors(users, target_domains, request_timestamps)
         return vectors.clone()  # an ordinary tensor
 
     def recommend(
@@ -183,10 +190,10 @@ class EncoderSession:
         if k < 1:
             raise InputError(f"k is {k}; at least 1 is needed")
         with self._bounded():
-            vectors, states = self._answer(users, target_domains, request_timestamps)
-            seen = [torch.cat([s.item_ids, s.forgotten]) for s in states] if exclude_seen else None
+            vectors, states = self._vectors(users, target_domains, request_timestamps)
+            seen = [state.seen for state in states] if exclude_seen else None
             return [
-                self._index.best(vector, domain, k, None if seen is None else seen[row])
+                self.index.best(vector, domain, k, None if seen is None else seen[row])
                 for row, (vector, domain) in enumerate(zip(vectors, target_domains))
             ]
 
@@ -210,16 +217,31 @@ class EncoderSession:
         """
         self._check_items(candidates.flatten().tolist())
         with self._bounded():
-            vectors, _ = self._answer(users, target_domains, request_timestamps)
+            vectors, _ = self._vectors(users, target_domains, request_timestamps)
             scores = torch.einsum("bk,bck->bc", vectors, self.model.item_vectors(candidates))
         return scores.clone()
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer requests of any users, for any domains and at any times, in one step.
+
+        Raises:
+            InputError: an unknown domain.
+            StoreError: as :meth:`append`.
+        """
+        with self._bounded():
+            self._check_domains([request.target_domains for request in requests])
+            vectors, states = self._answer(requests)
+            return [
+                Answer(found.clone(), state.seen, state.last_time)
+                for found, state in zip(vectors, states)
+            ]
 
     def forget(self, user: Hashable) -> bool:
         """Drop all that is kept of a user, in the store too; returns whether anything was."""
         dropped = self._residents.drop(user)
         return self._shared.delete(user) or dropped if self._shared is not None else dropped
 
-    def _answer(
+    def _vectors(
         self,
         users: Sequence[Hashable],
         target_domains: Sequence[int] | Sequence[Sequence[int]] | Tensor,
@@ -237,14 +259,24 @@ class EncoderSession:
         times: Sequence[int | None] = [None] * len(users)
         if request_timestamps is not None:
             times = torch.as_tensor(request_timestamps, dtype=torch.int64).tolist()
-        states = self._load(users)
-        if len(states) < len(users):
+        rows, states = self._answer([Request(*row) for row in zip(users, requested, times)])
+        vectors = torch.stack(rows)
+        return vectors if targets.ndim == 2 else vectors.squeeze(1), states
+
+    def _answer(self, requests: Sequence[Request]) -> tuple[list[Tensor], list[UserState]]:
+        """(V, K) vectors for each request, and the states they were computed from."""
+        states = self._load(request.user for request in requests)
+        if len(states) < len(requests):
             # Who is asked for in several places has nothing left to commit in any of them.
             self._commit(list(states.values()))
-        tokens = [Tokens.of(states[u], d, t) for u, d, t in zip(users, requested, times)]
-        vectors = torch.stack(run_step(self._prepared, tokens))
+        read = [states[request.user] for request in requests]
+        tokens = [
+            Tokens.of(state, list(request.target_domains), request.timestamp)
+            for state, request in zip(read, requests)
+        ]
+        vectors = run_step(self._prepared, tokens)
         self._keep({user: state for user, state in states.items() if user in self._residents})
-        return vectors if targets.ndim == 2 else vectors.squeeze(1), [states[u] for u in users]
+        return vectors, read
 
     def _load(self, users: Iterable[Hashable]) -> dict[Hashable, UserState]:
         """The states of users, rebuilt or empty where there is none; now the most recent."""
@@ -358,7 +390,7 @@ class EncoderSession:
             if not 1 <= item <= known:
                 raise InputError(f"unknown item {item}; the catalogue has items 1..{known}")
 
-    def _check_domains(self, requested: list[list[int]]) -> None:
+    def _check_domains(self, requested: Sequence[Sequence[int]]) -> None:
         known = self.model.catalog.num_domains
         for domains in requested:
             for domain in domains:

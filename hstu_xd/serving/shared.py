@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Protocol
 
 import torch
 
@@ -15,6 +17,22 @@ from hstu_xd.serving.store.base import StateStore, Write
 _log = logging.getLogger(__name__)
 
 
+class Versions(Protocol):
+    """Names for what users' histories are now, kept beside the histories themselves.
+
+    By them a session tells a stored state that is ahead of its history, or behind it, after a
+    crash of one of the two.
+    """
+
+    def present(self, user: str) -> bytes:
+        """Of a user's history as it is."""
+        ...
+
+    def following(self, user: str) -> bytes:
+        """Of a user's history once it has the events that are being appended."""
+        ...
+
+
 class SharedStates:
     """A store, as a session of one checkpoint reads and writes it.
 
@@ -23,12 +41,19 @@ class SharedStates:
         model: whose states; those of another are refused.
         window: of the session, likewise.
         dtype: of keys and values, likewise.
+        versions: of the histories, likewise; None: they are not compared.
     """
 
     def __init__(
-        self, store: StateStore, model: CrossDomainHSTU, window: int, dtype: torch.dtype
+        self,
+        store: StateStore,
+        model: CrossDomainHSTU,
+        window: int,
+        dtype: torch.dtype,
+        versions: Versions | None = None,
     ) -> None:
         self._store, self._settings, self._dtype = store, model.settings, dtype
+        self._versions = versions
         self._checkpoint = fingerprint(model, window, dtype)
 
     def refresh(
@@ -56,7 +81,7 @@ class SharedStates:
             if value is None:
                 continue
             try:
-                state = decode_state(value, self._checkpoint, self._settings, self._dtype)
+                state = decode_state(value, self._present(user), self._settings, self._dtype)
             except RefusedState as reason:
                 _log.warning("the stored state of user %r %s; it is not used", user, reason)
                 refused[user] = stale[user]
@@ -74,8 +99,8 @@ class SharedStates:
             StoreError: the store failed.
         """
         writes = [
-            Write(_checked(user), encode_state(state, self._checkpoint), state.revision)
-            for user, state in states.items()
+            Write(user, encode_state(state, self._following(user)), state.revision)
+            for user, state in zip(map(_checked, states), states.values())
         ]
         lost: list[Hashable] = []
         for write, stored in zip(writes, self._store.put(writes)):
@@ -88,6 +113,16 @@ class SharedStates:
     def delete(self, user: Hashable) -> bool:
         """Remove a user from the store; returns whether there was one."""
         return self._store.delete(_checked(user))
+
+    def _present(self, user: str) -> bytes:
+        return self._of(self._versions.present(user)) if self._versions else self._checkpoint
+
+    def _following(self, user: str) -> bytes:
+        return self._of(self._versions.following(user)) if self._versions else self._checkpoint
+
+    def _of(self, version: bytes) -> bytes:
+        """The checkpoint's fingerprint and a history's version in one."""
+        return blake2b(version, key=self._checkpoint, digest_size=len(self._checkpoint)).digest()
 
 
 def _checked(user: Hashable) -> str:

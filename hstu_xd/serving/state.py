@@ -80,6 +80,16 @@ class UserState:
         return self.events[2, : self.length]
 
     @property
+    def seen(self) -> Tensor:
+        """(n + f,) int64, items of all events, those that left the window too."""
+        return torch.cat([self.item_ids, self.forgotten])
+
+    @property
+    def last_time(self) -> int | None:
+        """Time of the last event; None without events."""
+        return int(self.timestamps[-1]) if self.length else None
+
+    @property
     def uncommitted(self) -> int:
         """Events before the pending one that are not committed yet."""
         return max(0, self.length - 1 - self.committed)

@@ -1,0 +1,226 @@
+"""The routes, and a description of them that is true."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from hstu_xd import __version__
+from hstu_xd.errors import InputError
+from hstu_xd.serving.http import schemas
+from hstu_xd.serving.http.batching import Busy
+from hstu_xd.serving.http.event_log import Event, LogError
+from hstu_xd.serving.http.guard import RETRY_AFTER, Guard
+from hstu_xd.serving.http.jobs import Append, Forget, ListUsers, ReadHistory, Recommend, Score
+from hstu_xd.serving.http.schemas import User
+from hstu_xd.serving.http.service import Service
+from hstu_xd.serving.store import StoreError
+
+PAGE = Path(__file__).parent / "page"
+
+_ERRORS: dict[int, dict[str, Any]] = {
+    400: {"description": "A value is wrong; nothing has changed."},
+    413: {"description": "The body is too large."},
+    503: {
+        "description": "Busy, stopping, or event log or state store fail. Nothing was taken.",
+        "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+    },
+}
+
+
+def build_app(service: Service) -> Guard:
+    """The ASGI application of a service."""
+    app = FastAPI(
+        title="hstu-xd",
+        version=__version__,
+        description="Recommendations for any domain from histories that cross domains.",
+        redoc_url=None,
+    )
+    _handle_errors(app)
+    _add_writes(app, service)
+    _add_reads(app, service)
+    _add_operation(app, service)
+    _describe(app, service)
+    return Guard(app, service)
+
+
+def _add_writes(app: FastAPI, service: Service) -> None:
+    bodies = schemas.RequestBodies(service.settings.limits, service.catalog.num_domains)
+
+    @app.post("/v1/events", response_model=schemas.Accepted, responses=_errors(400, 413, 503))
+    async def events(body: bodies.events) -> Response:
+        """Take events. Once they are answered they are safe on disk."""
+        events = [Event(each.user, each.item, each.timestamp) for each in body.events]
+        await service.run(Append(events, [service.items.id_of(each.item) for each in events]))
+        return JSONResponse({"accepted": len(events)})
+
+    @app.post(
+        "/v1/recommend", response_model=schemas.Recommendations, responses=_errors(400, 413, 503)
+    )
+    async def recommend(body: bodies.recommend) -> Response:
+        """Best items of domains; of an unknown user from what the model starts with."""
+        domains = [service.catalog.domain_index(name) for name in body.domains]
+        found = await service.run(
+            Recommend(body.user, domains, body.timestamp, body.k, body.exclude_seen)
+        )
+        rows = [
+            {
+                "domain": name,
+                "items": [
+                    {"item": service.catalog.token(item), "score": score} for item, score in pairs
+                ],
+            }
+            for name, pairs in zip(body.domains, found)
+        ]
+        return JSONResponse({"user": body.user, "recommendations": rows})
+
+    @app.post("/v1/score", response_model=schemas.Scores, responses=_errors(400, 413, 503))
+    async def score(body: bodies.score) -> Response:
+        """Scores of given items of a domain; they do not see each other."""
+        domain = service.catalog.domain_index(body.domain)
+        item_ids = [service.items.id_in(token, domain) for token in body.items]
+        found = await service.run(Score(body.user, domain, body.timestamp, item_ids))
+        return JSONResponse({"scores": found})
+
+    @app.delete(
+        "/v1/users/{user:path}", response_model=schemas.Forgotten, responses=_errors(400, 413, 503)
+    )
+    async def forget(user: User) -> Response:
+        """Forget a user: states, events, and what was known before the service."""
+        return JSONResponse({"forgotten": await service.run(Forget(user))})
+
+
+def _add_reads(app: FastAPI, service: Service) -> None:
+    catalog = service.catalog
+    counts = catalog.domain_offsets.diff().tolist()
+    facts = [{"name": name, "items": count} for name, count in zip(catalog.domain_names, counts)]
+
+    @app.get("/v1/domains", response_model=schemas.Domains, responses=_errors(400, 413, 503))
+    async def domains() -> Response:
+        """All domains, and how many items they have."""
+        return JSONResponse({"domains": facts})
+
+    @app.get("/v1/users", response_model=schemas.Users, responses=_errors(400, 413, 503))
+    async def users(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        prefix: Annotated[str, Query(max_length=256)] = "",
+    ) -> Response:
+        """Users whose names begin with a text, in order."""
+        return JSONResponse({"users": await service.run(ListUsers(prefix, limit))})
+
+    @app.get(
+        "/v1/users/{user:path}/history",
+        response_model=schemas.UserHistory,
+        responses=_errors(400, 413, 503),
+    )
+    async def history(user: User, limit: Annotated[int, Query(ge=1, le=10_000)] = 200) -> Response:
+        """A user's last events, oldest first; none of an unknown user."""
+        rows = [
+            {
+                "item": event.item,
+                "domain": catalog.domain_names[
+                    service.items.domain_of(service.items.id_of(event.item))
+                ],
+                "timestamp": event.timestamp,
+            }
+            for event in await service.run(ReadHistory(user, limit))
+        ]
+        return JSONResponse({"user": user, "events": rows})
+
+
+def _add_operation(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
+    async def healthz() -> Response:
+        """Whether requests are taken: 200, or 503 while the service stops."""
+        status = "draining" if service.draining else "ready"
+        health = {"status": status, "model": service.model_name, "store": service.store_state}
+        return JSONResponse(health, 503 if service.draining else 200)
+
+    @app.get("/metrics", response_class=Response, include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", response_class=FileResponse, include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def wrong(_: Request, error: Exception) -> Response:
+        return JSONResponse({"error": str(error)}, 400)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return JSONResponse({"error": "; ".join(map(_sentence, error.errors()[:3]))}, 400)
+
+    async def unavailable(_: Request, error: Exception) -> Response:
+        return JSONResponse({"error": str(error)}, 503, headers=RETRY_AFTER)
+
+    async def other(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+
+    async def broken(_: Request, error: Exception) -> Response:
+        text = f"the service failed ({type(error).__name__}); its log on stderr says more"
+        return JSONResponse({"error": text}, 500)
+
+    app.add_exception_handler(InputError, wrong)
+    app.add_exception_handler(RequestValidationError, invalid)
+    for kind in (Busy, StoreError, LogError):
+        app.add_exception_handler(kind, unavailable)
+    app.add_exception_handler(HTTPException, other)
+    app.add_exception_handler(Exception, broken)
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    """Which field is wrong, and how."""
+    kind, *place = problem["loc"]
+    field = ".".join(map(str, place)) or str(kind)
+    given = problem.get("input")
+    if isinstance(given, float) and not math.isfinite(given):
+        return f"{field} is {given}; a finite whole number is needed"
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']}"
+    if isinstance(given, int | float | bool | str | None):
+        text = repr(given)
+        return f"{field} is {text if len(text) < 100 else text[:100] + '...'}: {problem['msg']}"
+    return f"{field}: {problem['msg']}"
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Descriptions of what may go wrong."""
+    return {status: {"model": schemas.ErrorBody} | _ERRORS[status] for status in statuses}
+
+
+def _describe(app: FastAPI, service: Service) -> None:
+    """Correct what FastAPI says by itself: bad input is 400 here, and there may be a token."""
+    description = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    for name in ("HTTPValidationError", "ValidationError"):
+        description["components"]["schemas"].pop(name, None)
+    for path in description["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    if service.settings.token is not None:
+        description["components"]["securitySchemes"] = {
+            "token": {"type": "http", "scheme": "bearer"}
+        }
+        error = {"schema": {"$ref": "#/components/schemas/ErrorBody"}}
+        for name, path in description["paths"].items():
+            for operation in path.values():
+                if name != "/healthz":
+                    operation["security"] = [{"token": []}]
+                    operation["responses"]["401"] = {
+                        "description": "The token is missing or wrong.",
+                        "content": {"application/json": error},
+                    }
+    app.openapi_schema = description

@@ -1,0 +1,185 @@
+"""The events that the service has accepted, in one SQLite file: what states are rebuilt from."""
+
+import secrets
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from hstu_xd.errors import HstuXdError, InputError
+
+_FORMAT = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY, user TEXT NOT NULL, item TEXT NOT NULL, timestamp INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS events_of_users ON events (user, number);
+CREATE TABLE IF NOT EXISTS users (
+    user TEXT PRIMARY KEY, version BLOB NOT NULL, restarted INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+# Bytes of a version: two batches of events never get the same.
+_VERSION = 16
+
+
+class LogError(HstuXdError):
+    """The log cannot be read or written; nothing was taken."""
+
+
+class Event(NamedTuple):
+    """An event as it is logged: the item is the catalogue's raw token."""
+
+    user: str
+    item: str
+    timestamp: int
+
+
+class EventLog:
+    """Append-only but for users who are forgotten; safe on disk before :meth:`add` returns.
+
+    One process at a time owns the file, and one thread at a time uses it.
+
+    Args:
+        path: the file, on a local disk; made where it is not there.
+
+    Attributes:
+        upcoming: the version that users of the next :meth:`add` will have.
+
+    Raises:
+        InputError: another process owns the file, or it is no such log.
+        LogError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.upcoming = secrets.token_bytes(_VERSION)
+        with self._explained():
+            self._connection = sqlite3.connect(
+                path, timeout=1.0, isolation_level=None, check_same_thread=False
+            )
+            self._prepare()
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Write events and the new versions of their users: all of them, or none.
+
+        Raises:
+            LogError: there is no room, or the disk fails.
+        """
+        version, self.upcoming = self.upcoming, secrets.token_bytes(_VERSION)
+        with self._explained(), self._transaction():
+            self._connection.executemany(
+                "INSERT INTO events (user, item, timestamp) VALUES (?, ?, ?)", events
+            )
+            self._connection.executemany(
+                "INSERT INTO users VALUES (?, ?, 0) "
+                "ON CONFLICT (user) DO UPDATE SET version = excluded.version",
+                [(user, version) for user in {event.user for event in events}],
+            )
+
+    def forget(self, user: str, *, restart: bool) -> bool:
+        """Remove a user's events; the bytes are overwritten. Returns whether there were any.
+
+        Args:
+            user: whose.
+            restart: keep a note that the user starts over, and that older histories are hidden.
+
+        Raises:
+            LogError: as :meth:`add`.
+        """
+        with self._explained(), self._transaction():
+            done = self._connection.execute("DELETE FROM events WHERE user = ?", (user,))
+            self._connection.execute("DELETE FROM users WHERE user = ?", (user,))
+            if restart:
+                row = user, secrets.token_bytes(_VERSION)
+                self._connection.execute("INSERT INTO users VALUES (?, ?, 1)", row)
+        return done.rowcount > 0
+
+    def events(self, user: str, last: int = -1) -> list[Event]:
+        """A user's events, oldest first; all of them, or the last ones."""
+        rows = self._rows(
+            "SELECT user, item, timestamp FROM events WHERE user = ? ORDER BY number DESC LIMIT ?",
+            user,
+            last,
+        )
+        return [Event(*row) for row in reversed(rows)]
+
+    def version(self, user: str) -> bytes:
+        """Of the user's events; empty where there never were any."""
+        rows = self._rows("SELECT version FROM users WHERE user = ?", user)
+        return rows[0][0] if rows else b""
+
+    def restarted(self, user: str) -> bool:
+        """Whether the user was forgotten with ``restart``."""
+        return bool(self._rows("SELECT 1 FROM users WHERE user = ? AND restarted", user))
+
+    def users_from(self, user: str, limit: int) -> list[str]:
+        """Names of at most so many users with events, in order, none below a text."""
+        found: list[str] = []
+        query = "SELECT min(user) FROM events WHERE user {} ?"
+        ((name,),) = self._rows(query.format(">="), user)
+        while name is not None and len(found) < limit:
+            found.append(name)
+            ((name,),) = self._rows(query.format(">"), name)
+        return found
+
+    def num_bytes(self) -> int:
+        """Bytes on disk, of what is not merged into the file yet too."""
+        files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def close(self) -> None:
+        """Merge everything into the one file and close it."""
+        with self._explained():
+            self._connection.close()
+
+    def _prepare(self) -> None:
+        run = self._connection.execute
+        # Exclusive: what another process wrote would be missing from the states here.
+        run("PRAGMA locking_mode = EXCLUSIVE")
+        try:
+            run("PRAGMA journal_mode = WAL")
+            run("PRAGMA synchronous = FULL")
+            run("PRAGMA secure_delete = ON")
+            ((found,),) = run("PRAGMA user_version")
+            ((tables,),) = run("SELECT count(*) FROM sqlite_master")
+            if found == 0 and not tables:
+                self._connection.executescript(_TABLES)
+                run(f"PRAGMA user_version = {_FORMAT}")
+            elif found != _FORMAT:
+                raise InputError(
+                    f"{self.path}: not an event log of this hstu-xd (format {found}, {_FORMAT} is "
+                    "needed); give another --events"
+                )
+            with self._transaction():
+                pass
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise InputError(
+                    f"{self.path}: another process serves from this log; stop it, or give another "
+                    "--events"
+                ) from error
+            raise
+
+    def _rows(self, query: str, *values: str | int) -> list[tuple]:
+        with self._explained():
+            return self._connection.execute(query, values).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            # Some failures have ended the transaction already.
+            with suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise LogError(f"the event log {self.path}: {error}") from error

@@ -1,0 +1,145 @@
+"""What a request passes before anything of it is read: token, drain, queue, size of its body."""
+
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from hstu_xd.serving.http.service import Service
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+RETRY_AFTER = {"Retry-After": "1"}
+
+# Open without a token: the state of the service, and a page that holds no data.
+_OPEN = ("/healthz", "/", "/page/")
+# How much of a body that is too large is read and thrown away, in bodies of the largest size that
+# is taken: a client that is still writing could not read the answer otherwise.
+_LINGER = 16
+
+
+class Guard:
+    """An ASGI application around another; counts what is under way, and how it ended.
+
+    Args:
+        app: of the service.
+        service: whose state decides.
+    """
+
+    def __init__(self, app: App, service: Service) -> None:
+        self._app, self._service = app, service
+        token = service.settings.token
+        self._token = None if token is None else f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, refuse, or hand on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        self._service.active += 1
+        try:
+            await self._pass(scope, receive, watched)
+        finally:
+            self._service.active -= 1
+            seconds = time.perf_counter() - start
+            self._service.metrics.answered(route_of(scope["path"]), status, seconds)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        path, service = scope["path"], self._service
+        if not self._may(path, headers):
+            await _refuse(
+                send,
+                401,
+                "a bearer token is needed: send the header Authorization: Bearer TOKEN",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        elif path == "/healthz":
+            await self._app(scope, receive, send)
+        elif service.draining:
+            closing = RETRY_AFTER | {"Connection": "close"}
+            await _refuse(send, 503, "the service is stopping; repeat the request later", closing)
+        elif path.startswith("/v1/") and path != "/v1/domains" and service.full:
+            await _refuse(send, 503, "the service is busy; repeat the request later", RETRY_AFTER)
+        else:
+            body = await self._body(headers, receive, send)
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send)
+
+    def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        if self._token is None or path in _OPEN or path.startswith(_OPEN[-1]):
+            return True
+        return hmac.compare_digest(headers.get(b"authorization", b""), self._token)
+
+    async def _body(
+        self, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> bytes | None:
+        """The body; None where it is too large, which has been said, or the client is gone."""
+        limit = self._service.settings.limits.max_body
+        announced = headers.get(b"content-length", b"0")
+        body, too_large = bytearray(), announced.isdigit() and int(announced) > limit
+        while not too_large:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            too_large = len(body) > limit
+            if not message.get("more_body", False):
+                break
+        if not too_large:
+            return bytes(body)
+        text = f"the body has more than {limit} bytes; send less at a time"
+        await _refuse(send, 413, text, {"Connection": "close"}, more=True)
+        thrown, more = 0, True
+        while more and thrown < _LINGER * limit:
+            message = await receive()
+            thrown += len(message.get("body", b""))
+            more = message.get("more_body", False)
+        await send({"type": "http.response.body", "body": b""})
+        return None
+
+
+def route_of(path: str) -> str:
+    """The route of a path, as metrics name it: what users are called is no part of it."""
+    if path.startswith("/v1/users/"):
+        return "/v1/users/{user}" + ("/history" if path.endswith("/history") else "")
+    if path.startswith("/page/"):
+        return "/page"
+    known = ("/", "/healthz", "/metrics", "/docs", "/openapi.json", "/v1/users", "/v1/domains")
+    return path if path in (*known, "/v1/events", "/v1/recommend", "/v1/score") else "other"
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that tells the body first."""
+    told = False
+
+    async def replayed() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _refuse(
+    send: Send, status: int, error: str, headers: dict[str, str], *, more: bool = False
+) -> None:
+    body = json.dumps({"error": error}).encode()
+    named = {"Content-Type": "application/json", "Content-Length": str(len(body))} | headers
+    encoded = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body, "more_body": more})

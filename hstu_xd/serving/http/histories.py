@@ -1,0 +1,157 @@
+"""What is known of every user: the prepared store's history, then what the log has on top."""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Hashable
+
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
+from hstu_xd.serving.http.event_log import Event, EventLog
+
+_log = logging.getLogger(__name__)
+
+
+class Items:
+    """Item ids by the catalogue's raw tokens.
+
+    Args:
+        catalog: of the model.
+    """
+
+    def __init__(self, catalog: DomainCatalog) -> None:
+        self._catalog = catalog
+        borne = sorted(catalog.domain_items.tolist())
+        self._ids = {catalog.token(item_id): item_id for item_id in borne}
+        self._domains: list[int] = catalog.item_domains.tolist()
+
+    def find(self, token: str) -> int | None:
+        """The item's id; None where the catalogue has no such item."""
+        return self._ids.get(token)
+
+    def id_of(self, token: str) -> int:
+        """The item's id.
+
+        Raises:
+            InputError: an unknown item.
+        """
+        found = self._ids.get(token)
+        if found is None:
+            raise InputError(
+                f"unknown item {token!r}; take one of the {len(self._ids)} items of the catalogue "
+                "the model was trained on"
+            )
+        return found
+
+    def domain_of(self, item_id: int) -> int:
+        """The item's domain id."""
+        return self._domains[item_id]
+
+    def id_in(self, token: str, domain: int) -> int:
+        """The item's id.
+
+        Raises:
+            InputError: an unknown item, or one of another domain.
+        """
+        found, names = self.id_of(token), self._catalog.domain_names
+        if self.domain_of(found) != domain:
+            raise InputError(
+                f"item {token!r} is of domain {names[self.domain_of(found)]!r}, not "
+                f"{names[domain]!r}; score items of one domain at a time"
+            )
+        return found
+
+
+class Histories:
+    """Events by user: a session rebuilds states from them, and checks stored states by them.
+
+    Args:
+        log: of the service.
+        catalog: of the model.
+        items: of the same catalogue.
+        prepared: store with earlier histories; None: there are none.
+
+    Attributes:
+        rebuilt: how often the events of a user who has some were read to rebuild a state.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        catalog: DomainCatalog,
+        items: Items,
+        prepared: InteractionStore | None = None,
+    ) -> None:
+        self._log, self._catalog, self._items, self._prepared = log, catalog, items, prepared
+        self._origin = b"" if prepared is None else repr(prepared.manifest["hashes"]).encode()
+        self._unknown: set[str] = set()
+        self.rebuilt = 0
+
+    def all_of(self, user: Hashable) -> tuple[list[int], list[int]]:
+        """Item ids and timestamps of a user's events, oldest first: a session's ``history``."""
+        events = self._events(str(user))
+        self.rebuilt += bool(events)
+        return [item for item, _ in events], [time for _, time in events]
+
+    def last_of(self, user: str, limit: int) -> list[Event]:
+        """A user's last events, oldest first."""
+        events = self._events(user)[-limit:]
+        return [Event(user, self._catalog.token(item), time) for item, time in events]
+
+    def users(self, prefix: str, limit: int) -> list[str]:
+        """Names of at most so many users, in order, whose names begin with a text."""
+        names = set(self._log.users_from(prefix, limit))
+        start = prefix
+        while self._prepared is not None:
+            some = self._prepared.users_from(start, limit)
+            names |= {name for name in some if not self._log.restarted(name)}
+            if len(some) < limit or len(names) >= limit:
+                break
+            start = some[-1] + "\0"
+        found = sorted(names)
+        return [name for name in found[bisect_left(found, prefix) :] if name.startswith(prefix)][
+            :limit
+        ]
+
+    def forget(self, user: str) -> bool:
+        """Remove a user from the log, and hide the prepared history; whether there was either."""
+        known = bool(self._earlier(user))
+        hidden = self._prepared is not None and self._prepared.has_user(user)
+        return self._log.forget(user, restart=hidden) or known
+
+    def present(self, user: str) -> bytes:
+        """Version of a user's history, see :class:`hstu_xd.serving.shared.Versions`."""
+        return self._log.version(user) + self._origin
+
+    def following(self, user: str) -> bytes:
+        """Version of a user's history after the next batch of events."""
+        return self._log.upcoming + self._origin
+
+    def _events(self, user: str) -> list[tuple[int, int]]:
+        """(item id, timestamp) pairs, oldest first."""
+        earlier, logged = self._earlier(user), self._logged(user)
+        events = earlier + logged
+        if earlier and logged and logged[0][1] < earlier[-1][1]:
+            # They were logged by a service that did not know the earlier history.
+            events.sort(key=lambda event: event[1])
+        return events
+
+    def _earlier(self, user: str) -> list[tuple[int, int]]:
+        prepared = self._prepared
+        if prepared is None or not prepared.has_user(user) or self._log.restarted(user):
+            return []
+        items, times = prepared.history(prepared.user_index(user))
+        return list(zip(items.tolist(), times.tolist()))
+
+    def _logged(self, user: str) -> list[tuple[int, int]]:
+        known: list[tuple[int, int]] = []
+        for event in self._log.events(user):
+            found = self._items.find(event.item)
+            if found is not None:
+                known.append((found, event.timestamp))
+            elif event.item not in self._unknown:
+                self._unknown.add(event.item)
+                _log.warning(
+                    "the catalogue has no item %r; its logged events are skipped", event.item
+                )
+        return known

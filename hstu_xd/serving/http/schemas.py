@@ -1,0 +1,155 @@
+"""Bodies of requests and responses, as the OpenAPI description shows them."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hstu_xd.serving.http.settings import Limits
+
+# Beyond it a JSON number is not exact in every client.
+MAX_TIMESTAMP = 2**53 - 1
+
+User = Annotated[str, Field(min_length=1, max_length=256, examples=["u1"])]
+Item = Annotated[str, Field(min_length=1, max_length=1024, examples=["B00X"])]
+Domain = Annotated[str, Field(max_length=1024, examples=["books"])]
+Timestamp = Annotated[
+    int,
+    Field(
+        strict=True, ge=0, le=MAX_TIMESTAMP, description="In the unit of the log.", examples=[123]
+    ),
+]
+
+
+class Body(BaseModel):
+    """A request; unknown fields are refused, as they are misspelt ones."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class EventBody(Body):
+    """One event."""
+
+    user: User
+    item: Item
+    timestamp: Timestamp
+
+
+class ErrorBody(BaseModel):
+    """Why a request was not answered, and how to mend it."""
+
+    error: str
+
+
+class Accepted(BaseModel):
+    """How many events are now safe."""
+
+    accepted: int
+
+
+class Recommendation(BaseModel):
+    """An item and its score, a cosine in -1..1."""
+
+    item: str
+    score: float
+
+
+class DomainRecommendations(BaseModel):
+    """Items of one domain, best first."""
+
+    domain: str
+    items: list[Recommendation]
+
+
+class Recommendations(BaseModel):
+    """Recommendations of the requested domains, in their order."""
+
+    user: str
+    recommendations: list[DomainRecommendations]
+
+
+class Scores(BaseModel):
+    """Scores of the requested items, in their order; cosines in -1..1."""
+
+    scores: list[float]
+
+
+class DomainFacts(BaseModel):
+    """A domain of the catalogue."""
+
+    name: str
+    items: int
+
+
+class Domains(BaseModel):
+    """All domains of the catalogue."""
+
+    domains: list[DomainFacts]
+
+
+class Users(BaseModel):
+    """Names of users, in order."""
+
+    users: list[str]
+
+
+class HistoryEvent(BaseModel):
+    """An event of a user."""
+
+    item: str
+    domain: str
+    timestamp: int
+
+
+class UserHistory(BaseModel):
+    """A user's last events, oldest first."""
+
+    user: str
+    events: list[HistoryEvent]
+
+
+class Forgotten(BaseModel):
+    """Whether anything was known of the user."""
+
+    forgotten: bool
+
+
+class Health(BaseModel):
+    """State of the service: status is "ready" or "draining", store "memory", "ok" or "gone"."""
+
+    status: str
+    model: str
+    store: str
+
+
+class RequestBodies:
+    """Bodies whose bounds are the service's own.
+
+    Args:
+        limits: of a request.
+        num_domains: of the catalogue.
+    """
+
+    def __init__(self, limits: Limits, num_domains: int) -> None:
+        class Events(Body):
+            """Events of any users, in the order in which they happened; all are taken or none."""
+
+            events: Annotated[list[EventBody], Field(min_length=1, max_length=limits.max_events)]
+
+        class RecommendBody(Body):
+            """Who is to be recommended what."""
+
+            user: User
+            domains: Annotated[list[Domain], Field(min_length=1, max_length=num_domains)]
+            k: Annotated[int, Field(strict=True, ge=1, le=limits.max_k)] = 10
+            exclude_seen: Annotated[bool, Field(strict=True)] = True
+            timestamp: Timestamp | None = None
+
+        class ScoreBody(Body):
+            """Items of a domain to score for a user."""
+
+            user: User
+            domain: Domain
+            items: Annotated[list[Item], Field(min_length=1, max_length=limits.max_items)]
+            timestamp: Timestamp | None = None
+
+        self.events, self.recommend, self.score = Events, RecommendBody, ScoreBody

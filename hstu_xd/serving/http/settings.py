@@ -1,0 +1,91 @@
+"""What the service is told when it starts, with the defaults of the command."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hstu_xd.errors import InputError
+
+
+@dataclass(frozen=True)
+class QueueSettings:
+    """Bounds of the queue in front of the session, and of its batches.
+
+    Attributes:
+        max_batch: jobs that are handled together.
+        max_wait: seconds that a batch waits for more jobs once there is one.
+        max_queue: jobs that wait, at most.
+        max_delay: seconds that a job may be expected to wait; one more is refused beyond it.
+    """
+
+    max_batch: int = 32
+    max_wait: float = 0.0
+    max_queue: int = 1024
+    max_delay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or self.max_queue < 1:
+            raise InputError(
+                f"max_batch is {self.max_batch} and max_queue {self.max_queue}; at least 1 each"
+            )
+        if self.max_wait < 0 or self.max_delay <= 0:
+            raise InputError(
+                f"max_wait is {self.max_wait} s and max_delay {self.max_delay} s; at least 0, and "
+                "more than 0"
+            )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a single request.
+
+    Attributes:
+        max_body: bytes of a request's body.
+        max_k: recommended items of a domain.
+        max_events: events of a request.
+        max_items: scored items of a request.
+    """
+
+    max_body: int = 1 << 20
+    max_k: int = 1000
+    max_events: int = 1000
+    max_items: int = 1000
+
+
+@dataclass(frozen=True)
+class StateSettings:
+    """Where states of users are kept; they can be rebuilt from the events at any time.
+
+    Attributes:
+        store: "memory", "sqlite:FILE" or "redis://...".
+        when_store_fails: "refuse" requests, or "rebuild" states in memory until it is back.
+        max_bytes: bound on the states in memory.
+        threads: of PyTorch, for rebuilding long histories; None: all cores.
+    """
+
+    store: str = "memory"
+    when_store_fails: Literal["refuse", "rebuild"] = "refuse"
+    max_bytes: int = 1 << 30
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """Everything the service needs beside a trained run.
+
+    Attributes:
+        events: file of the event log.
+        data: prepared store with earlier histories; None: the run's own, where it is there.
+        use_data: whether earlier histories are read at all.
+        token: what clients must present; None: nothing.
+        drain_seconds: how long accepted requests may take once the service is to stop.
+    """
+
+    events: Path
+    data: Path | None = None
+    use_data: bool = True
+    token: str | None = None
+    drain_seconds: float = 30.0
+    queue: QueueSettings = field(default_factory=QueueSettings)
+    limits: Limits = field(default_factory=Limits)
+    states: StateSettings = field(default_factory=StateSettings)
