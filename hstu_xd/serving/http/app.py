@@ -1,14 +1,12 @@
 """The routes, and a description of them that is true."""
 
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from hstu_xd import __version__
@@ -18,11 +16,10 @@ from hstu_xd.serving.http.batching import Busy
 from hstu_xd.serving.http.event_log import Event, LogError
 from hstu_xd.serving.http.guard import RETRY_AFTER, Guard
 from hstu_xd.serving.http.jobs import Append, Forget, ListUsers, ReadHistory, Recommend, Score
+from hstu_xd.serving.http.page_files import page_files
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
 from hstu_xd.serving.store import StoreError
-
-PAGE = Path(__file__).parent / "page"
 
 _ERRORS: dict[int, dict[str, Any]] = {
     400: {"description": "A value is wrong; nothing has changed."},
@@ -46,6 +43,7 @@ def build_app(service: Service) -> Guard:
     _add_writes(app, service)
     _add_reads(app, service)
     _add_operation(app, service)
+    _add_page(app)
     _describe(app, service)
     return Guard(app, service)
 
@@ -146,11 +144,16 @@ def _add_operation(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/", response_class=FileResponse, include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(PAGE / "index.html")
 
-    app.mount("/page", StaticFiles(directory=PAGE))
+def _add_page(app: FastAPI) -> None:
+    """The files of the page, each at its name; they hold no data, so that they need no token."""
+    files = page_files()
+
+    async def page(request: Request) -> Response:
+        return FileResponse(files[request.url.path])
+
+    for path in files:
+        app.add_api_route(path, page, include_in_schema=False)
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -223,4 +226,4 @@ def _describe(app: FastAPI, service: Service) -> None:
                         "description": "The token is missing or wrong.",
                         "content": {"application/json": error},
                     }
-    app.openapi_schema = description
+    app.openapi = lambda: description

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -160,9 +161,7 @@ class Batcher(Generic[J]):
                 self._on_batch(len(batch))
                 taken = (time.perf_counter() - start) / len(batch)
                 self._seconds_per_job += _LATEST * (taken - self._seconds_per_job)
-                for loop in {ticket.done.get_loop() for ticket in batch}:
-                    mine = [ticket for ticket in batch if ticket.done.get_loop() is loop]
-                    loop.call_soon_threadsafe(_reply, mine)
+                _reply(batch)
         finally:
             handler.close()
 
@@ -181,5 +180,14 @@ class Batcher(Generic[J]):
 
 
 def _reply(tickets: Sequence[Ticket[Any]]) -> None:
-    for ticket in tickets:
-        ticket.reply()
+    """Hand the outcomes over, in the event loops that wait for them."""
+    for loop in {ticket.done.get_loop() for ticket in tickets}:
+        replies = [ticket.reply for ticket in tickets if ticket.done.get_loop() is loop]
+        # A loop that is closed has nobody left who waits.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_call_all, replies)
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from hstu_xd.serving.http.page_files import page_files
 from hstu_xd.serving.http.service import Service
 
 Message = MutableMapping[str, Any]
@@ -16,8 +17,18 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER = {"Retry-After": "1"}
 
-# Open without a token: the state of the service, and a page that holds no data.
-_OPEN = ("/healthz", "/", "/page/")
+_ROUTES = (
+    "/",
+    "/docs",
+    "/healthz",
+    "/metrics",
+    "/openapi.json",
+    "/v1/domains",
+    "/v1/events",
+    "/v1/recommend",
+    "/v1/score",
+    "/v1/users",
+)
 # How much of a body that is too large is read and thrown away, in bodies of the largest size that
 # is taken: a client that is still writing could not read the answer otherwise.
 _LINGER = 16
@@ -35,6 +46,8 @@ class Guard:
         self._app, self._service = app, service
         token = service.settings.token
         self._token = None if token is None else f"Bearer {token}".encode()
+        # Open without a token: the state of the service, and a page that holds no data.
+        self._open = {"/healthz", *page_files()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on."""
@@ -79,7 +92,7 @@ class Guard:
                 await self._app(scope, _replay(body, receive), send)
 
     def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        if self._token is None or path in _OPEN or path.startswith(_OPEN[-1]):
+        if self._token is None or path in self._open:
             return True
         return hmac.compare_digest(headers.get(b"authorization", b""), self._token)
 
@@ -115,10 +128,7 @@ def route_of(path: str) -> str:
     """The route of a path, as metrics name it: what users are called is no part of it."""
     if path.startswith("/v1/users/"):
         return "/v1/users/{user}" + ("/history" if path.endswith("/history") else "")
-    if path.startswith("/page/"):
-        return "/page"
-    known = ("/", "/healthz", "/metrics", "/docs", "/openapi.json", "/v1/users", "/v1/domains")
-    return path if path in (*known, "/v1/events", "/v1/recommend", "/v1/score") else "other"
+    return path if path in _ROUTES else "other"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

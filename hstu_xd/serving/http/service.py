@@ -1,6 +1,5 @@
 """A service without its HTTP: a trained run, its events and the thread that answers."""
 
-import asyncio
 import logging
 import os
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from hstu_xd.serving.http.jobs import Job
 from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.sessions import Sessions
 from hstu_xd.serving.http.settings import ServiceSettings
+from hstu_xd.serving.request import Request
 from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.store import StateStore
 from hstu_xd.training.run import load, open_data, read_run
@@ -102,11 +102,6 @@ class Service:
         """
         return await self._batcher.submit(job)
 
-    async def drained(self) -> bool:
-        """Whether nothing is under way any more."""
-        await asyncio.sleep(0)
-        return not self.active
-
     def stop(self) -> None:
         """Finish what waits; close store and log."""
         self._batcher.stop()
@@ -129,10 +124,17 @@ class Service:
 
         try:
             self._sessions = Sessions(session, states)
+            self._warm_up()
         except Exception:
             log.close()
             raise
         return Engine(self._sessions, histories, log)
+
+    def _warm_up(self) -> None:
+        """Answer nobody once: the first call takes longer than those that follow."""
+        nobody, domains = "", range(self.catalog.num_domains)
+        self._sessions.run(lambda session: session.answer([Request(nobody, domains)]))
+        self._sessions.forget(nobody)
 
     def _numbers(self) -> dict[str, tuple[str, float]]:
         session = self._sessions.session

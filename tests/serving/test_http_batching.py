@@ -1,0 +1,185 @@
+"""Requests of many connections in one batch, and what happens to those that find it full."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service_client import (
+    DOMAINS,
+    PATIENT,
+    Client,
+    Gate,
+    event,
+    events,
+    recommend,
+    score,
+    scores,
+    serving,
+)
+
+from hstu_xd.errors import InputError
+from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
+from hstu_xd.serving.http.engine import Engine
+from hstu_xd.serving.http.settings import QueueSettings
+
+USERS = [f"u{number}" for number in range(6)]
+
+
+def fill(client: Client) -> None:
+    for number, user in enumerate(USERS[:-1]):  # nothing is known of the last one
+        client.append(*events(2 + 3 * number, user))
+
+
+def requests() -> list[tuple[str, str, Any]]:
+    """32 reads of different kinds; users and domains occur several times."""
+    return [
+        ("POST", "/v1/score", score(USERS[n % 6], n % 3, [str(1 + n % 3), str(4 + n % 3)]))
+        if n % 4 == 0
+        else ("POST", "/v1/recommend", recommend(USERS[n % 6], *DOMAINS[: 1 + n % 3], k=1 + n))
+        for n in range(32)
+    ]
+
+
+def numbers(answer: Any) -> list[float]:
+    """All scores of an answer, in order."""
+    if "scores" in answer:
+        return answer["scores"]
+    rows = [row for domain in answer["recommendations"] for row in domain["items"]]
+    return [row["score"] for row in rows]
+
+
+def test_requests_of_one_batch_are_answered_as_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path / "alone", queue=replace(PATIENT, max_batch=1)) as client:
+        fill(client)
+        alone = [client.ask(*request).json() for request in requests()]
+    with serving(tmp_path / "together") as client:
+        fill(client)
+        gate = Gate(monkeypatch)
+        answers = client.ask_all(requests(), gate)
+        assert gate.sizes == [1, 32]
+    for found, wanted in zip(answers, alone):
+        assert found.status_code == 200
+        assert numbers(found.json()) == pytest.approx(numbers(wanted), abs=1e-5)
+        names = [list(row) for row in found.json().get("recommendations", [])]
+        assert names == [list(row) for row in wanted.get("recommendations", [])]
+
+
+def test_events_of_one_batch_keep_their_order_and_a_bad_one_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path) as client:
+        gate = Gate(monkeypatch)
+        sent = [[event(n)] for n in range(5)]
+        sent.insert(3, [event(9, "bob"), event(0)])  # a time that goes back
+        sent.append([event(1, "bob")])
+        bodies = [("POST", "/v1/events", {"events": rows}) for rows in sent]
+        answers = client.ask_all(bodies, gate)
+        assert gate.sizes == [1, 7]
+        assert [a.status_code for a in answers] == [200, 200, 200, 400, 200, 200, 200]
+        assert [row["timestamp"] for row in client.history()] == [0, 1000, 2000, 3000, 4000]
+        assert [row["timestamp"] for row in client.history("bob")] == [1000]
+        assert client.score_all() == pytest.approx(scores(events(5), 0), abs=1e-5)
+        assert client.score_all("bob") == pytest.approx(scores([event(1)], 0), abs=1e-5)
+
+
+def test_a_read_that_fails_by_itself_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = Engine._result
+
+    def broken(engine: Engine, job: Any, found: Any) -> Any:
+        if job.user == "u3":
+            raise RuntimeError("out of luck")
+        return answer(engine, job, found)
+
+    monkeypatch.setattr(Engine, "_result", broken)
+    with serving(tmp_path) as client:
+        fill(client)
+        answers = client.ask_all(requests())
+        for (_, _, body), found in zip(requests(), answers):
+            assert found.status_code == (500 if body["user"] == "u3" else 200)
+        assert "RuntimeError" in answers[3].json()["error"]
+        assert "out of luck" in caplog.text
+
+
+def test_a_full_queue_refuses_at_once_and_the_accepted_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path, queue=replace(PATIENT, max_queue=4)) as client:
+        gate = Gate(monkeypatch)
+        sent = [("POST", "/v1/events", {"events": [event(n, f"u{n}")]}) for n in range(12)]
+        answers = client.ask_all(sent, gate)
+        accepted = [n for n, answer in enumerate(answers) if answer.status_code == 200]
+        assert len(accepted) == 4
+        for n, answer in enumerate(answers):
+            if n not in accepted:
+                assert answer.status_code == 503
+                assert int(answer.headers["retry-after"]) >= 1
+                assert "busy" in answer.json()["error"]
+        known = client.ask("GET", "/v1/users").json()["users"]
+        assert known == sorted(f"u{n}" for n in accepted)
+        assert client.append(event(0)).status_code == 200
+
+
+class Slow:
+    """Handles nothing before it is told to."""
+
+    def handle(self, tickets: Sequence[Ticket[int]]) -> None:
+        for ticket in tickets:
+            ticket.result = ticket.job
+
+    def close(self) -> None:
+        pass
+
+
+def test_jobs_are_refused_where_they_would_wait_too_long() -> None:
+    async def waits(seconds_per_job: float, waiting: int) -> bool:
+        batcher = Batcher(Slow, QueueSettings(max_delay=0.1))
+        batcher._seconds_per_job = seconds_per_job
+        batcher._waiting.extend(Ticket(0, done=asyncio.Future()) for _ in range(waiting))
+        full = batcher.full
+        if full:
+            with pytest.raises(Busy, match="repeat the request later"):
+                batcher.submit(1)
+        else:
+            assert await batcher.submit(1) == 1
+        batcher.stop()
+        return not full
+
+    assert asyncio.run(waits(0.010, 9))
+    assert not asyncio.run(waits(0.010, 11))
+    assert asyncio.run(waits(0.001, 99))
+
+
+def test_what_waits_is_done_before_a_stop() -> None:
+    async def run() -> list[int]:
+        batcher = Batcher(Slow, QueueSettings(max_batch=2))
+        waiting = [batcher.submit(job) for job in range(9)]
+        batcher.stop()
+        with pytest.raises(Busy):
+            batcher.submit(9)
+        assert not batcher.alive
+        return await asyncio.gather(*waiting)
+
+    assert asyncio.run(run()) == list(range(9))
+
+
+def test_a_handler_that_cannot_be_made_says_why() -> None:
+    def broken() -> Any:
+        raise InputError("no such thing")
+
+    with pytest.raises(InputError, match="no such thing"):
+        Batcher(broken, QueueSettings())
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_batch": 0}, {"max_queue": 0}, {"max_wait": -1.0}, {"max_delay": 0.0}]
+)
+def test_bounds_that_bound_nothing_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        QueueSettings(**bad)

@@ -1,0 +1,194 @@
+"""``hstu-xd serve`` as a process: drained, killed, and told what it cannot do."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service_client import events, scores, write_run
+
+from hstu_xd.cli import app
+from hstu_xd.serving.http.event_log import Event, EventLog
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+class Process:
+    """A running service."""
+
+    def __init__(self, run: Path, *options: str, **environment: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hstu_xd", "serve", str(run), "--port", "0", *options],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        said = self._process.stdout.readline()
+        assert said.startswith("serving "), said + self._process.communicate()[1]
+        self.port = int(said.rpartition(":")[2])
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"content-type": "application/json"} | headers)
+        answer = connection.getresponse()
+        found = answer.status, json.loads(answer.read())
+        connection.close()
+        return found
+
+    def send(self, which: signal.Signals) -> None:
+        self._process.send_signal(which)
+
+    def end(self, which: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Exit status, and what was said on stderr."""
+        if self._process.poll() is None:
+            self.send(which)
+        _, said = self._process.communicate(timeout=60)
+        return self._process.returncode, said
+
+
+@contextmanager
+def process(run: Path, *options: str, **environment: str) -> Iterator[Process]:
+    service = Process(run, *options, **environment)
+    try:
+        yield service
+    finally:
+        service.end(signal.SIGKILL)
+
+
+def logged(path: Path, user: str) -> list[Event]:
+    log = EventLog(path)
+    found = log.events(user)
+    log.close()
+    return found
+
+
+def test_a_service_drains_and_goes_on_where_it_stopped(run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "events.sqlite"
+    with process(run, "--events", str(log), HSTU_XD_TOKEN="s3cret") as service:
+        token = {"authorization": "Bearer s3cret"}
+        assert service.ask("GET", "/v1/users")[0] == 401
+        assert service.ask("GET", "/healthz")[1]["status"] == "ready"
+        ten = {"events": events(10)}
+        assert service.ask("POST", "/v1/events", ten, **token) == (200, {"accepted": 10})
+        status, answer = service.ask("POST", "/v1/events", "x" * 10_000_000, **token)
+        assert status == 413
+        assert "more than 1048576 bytes" in answer["error"]
+        # One request is accepted, and half of it is still to come.
+        body = json.dumps({"events": events(1, first=10)}).encode()
+        slow = socket.create_connection(("127.0.0.1", service.port))
+        slow.sendall(
+            b"POST /v1/events HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"authorization: Bearer s3cret\r\nexpect: 100-continue\r\n"
+            + f"content-length: {len(body)}\r\n\r\n".encode()
+        )
+        assert b" 100 " in slow.recv(1000)
+        slow.sendall(body[:9])
+        service.send(signal.SIGTERM)
+        status = 200
+        while status == 200:
+            status, health = service.ask("GET", "/healthz")
+        assert (status, health["status"]) == (503, "draining")
+        status, answer = service.ask("POST", "/v1/events", ten, **token)
+        assert status == 503
+        assert "stopping" in answer["error"]
+        slow.sendall(body[9:])
+        answered = b""
+        while not answered.endswith(b"}"):
+            answered += slow.recv(1000)
+        assert answered.startswith(b"HTTP/1.1 200 ")
+        assert answered.endswith(b'{"accepted":1}')
+        code, said = service.end()
+    assert code == 0
+    assert "serving without earlier histories" in said
+    assert len(logged(log, "ann")) == 11
+    assert [file.name for file in tmp_path.iterdir()] == ["events.sqlite"]
+
+
+def test_what_was_acknowledged_survives_a_kill(run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "events.sqlite"
+    options = ["--events", str(log), "--store", f"sqlite:{tmp_path}/states.sqlite"]
+    users = ["ann", "bob", "eve"]
+    with process(run, *options) as service:
+
+        def append(user: str) -> int:
+            for number, event in enumerate(events(10_000, user)):
+                try:
+                    status, _ = service.ask("POST", "/v1/events", {"events": [event]})
+                except (OSError, http.client.HTTPException):
+                    return number
+                assert status == 200
+                if number == 40:
+                    service.send(signal.SIGKILL)
+            raise AssertionError("the service was not killed")
+
+        with ThreadPoolExecutor() as pool:
+            acknowledged = list(pool.map(append, users))
+        assert service.end()[0] == -signal.SIGKILL
+    assert min(acknowledged) > 0
+    with process(run, *options) as service:
+        for user, count in zip(users, acknowledged):
+            known = service.ask("GET", f"/v1/users/{user}/history?limit=10000")[1]["events"]
+            assert count <= len(known) <= count + 1
+            wanted = scores(events(len(known), user), 1)
+            body = {"user": user, "domain": "films", "items": list(wanted)}
+            found = service.ask("POST", "/v1/score", body)[1]["scores"]
+            assert found == pytest.approx(list(wanted.values()), abs=1e-5)
+        assert service.end(signal.SIGINT)[0] == 0
+
+
+def test_what_the_command_refuses(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    taken = socket.create_server(("127.0.0.1", 0))
+    for options, message in (
+        ([str(tmp_path)], "not a run folder"),
+        ([str(run), "--store", "disk"], "store 'disk'"),
+        ([str(run), "--token-file", str(empty)], "the token must be"),
+        ([str(run), "--token-file", str(tmp_path / "none")], "give a file with the token"),
+        ([str(run), "--data", str(tmp_path)], "no prepared store here"),
+        ([str(run), "--data", str(tmp_path), "--no-data"], "drop one of them"),
+        ([str(run), "--port", str(taken.getsockname()[1])], "give another --host or --port"),
+        ([str(run), "--events", str(empty / "log")], "give --events a place to write to"),
+        ([str(run), "--when-store-fails", "pray"], "pray"),
+    ):
+        # Of an option that is given twice the last one counts.
+        assert app.run(["serve", "--port", "0", "--events", str(tmp_path / "e"), *options])
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("hstu-xd: "), said
+        assert message in said
+    taken.close()
+
+
+def test_a_package_that_is_missing_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hstu_xd.cli import serve
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    assert app.run(["serve", str(run)]) == 1
+    assert 'pip install "hstu-xd[serving]"' in capsys.readouterr().err
+
+
+def test_nothing_of_it_is_imported_by_the_rest() -> None:
+    program = (
+        "import sys, hstu_xd, hstu_xd.serving; from hstu_xd.cli.app import run; run(['--version']);"
+        "sys.exit(bool({'fastapi', 'starlette', 'uvicorn', 'prometheus_client'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
