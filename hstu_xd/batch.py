@@ -1,6 +1,6 @@
-"""The jagged batch that flows through the model: one entry a token, no padding anywhere."""
+"""The jagged batch that flows through the model: one entry a token, padding only if kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ class JaggedBatch:
         next_timestamps: (L,) int64, time of the event that the token predicts.
         target_domains: (L,) int64, domain of the event that the token predicts.
         offsets: (B + 1,) int64, user ``b`` owns tokens ``offsets[b]:offsets[b + 1]``.
+        padded_length: tokens of every user, padding included, where padding was kept; else None.
     """
 
     item_ids: Tensor
@@ -25,10 +26,12 @@ class JaggedBatch:
     next_timestamps: Tensor
     target_domains: Tensor
     offsets: Tensor
+    padded_length: int | None = None
 
     def to(self, device: torch.device) -> "JaggedBatch":
         """The same batch on another device."""
-        return JaggedBatch(*(getattr(self, name).to(device) for name in self.__annotations__))
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
     @classmethod
     def from_padded(
@@ -59,9 +62,7 @@ class JaggedBatch:
                 f"item_ids row {row} holds padding (0) before its last item; move the items to the "
                 "left and the zeros to the end"
             )
-        next_times = torch.cat([timestamps[:, 1:], request_timestamps.unsqueeze(1)], dim=1)
-        last = column == (lengths - 1).unsqueeze(1)
-        next_times = torch.where(last, request_timestamps.unsqueeze(1), next_times)
+        next_times = _next_times(timestamps, lengths, request_timestamps)
         return cls(
             item_ids=item_ids[present],
             timestamps=timestamps[present],
@@ -69,3 +70,38 @@ class JaggedBatch:
             target_domains=next_domains[present],
             offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
         )
+
+    @classmethod
+    def with_padding(
+        cls,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        request_timestamps: Tensor,
+        next_domains: Tensor,
+    ) -> "JaggedBatch":
+        """Keep the padding of right-padded histories: all sizes follow from shapes alone.
+
+        Padding comes after all events, which never read what is later: it costs time and changes
+        nothing. What stands at padding is to be ignored.
+
+        Args:
+            item_ids, timestamps, request_timestamps, next_domains: see :meth:`from_padded`;
+                domain -1 at padding.
+        """
+        users, columns = item_ids.shape
+        next_times = _next_times(timestamps, (item_ids != 0).sum(1), request_timestamps)
+        return cls(
+            item_ids=item_ids.flatten(),
+            timestamps=timestamps.flatten(),
+            next_timestamps=next_times.flatten(),
+            target_domains=next_domains.flatten().clamp(min=0),
+            offsets=torch.arange(users + 1, device=item_ids.device) * columns,
+            padded_length=columns,
+        )
+
+
+def _next_times(timestamps: Tensor, lengths: Tensor, request_timestamps: Tensor) -> Tensor:
+    """(B, N) time of the event after each one; after a user's last one that of the request."""
+    column = torch.arange(timestamps.shape[1], device=timestamps.device)
+    last = column == (lengths - 1).unsqueeze(1)
+    return torch.where(last, request_timestamps.unsqueeze(1), timestamps.roll(-1, 1))

@@ -98,10 +98,10 @@ class DomainCatalog(nn.Module):
 
         Raises:
             InputError: an id that no item bears (checked on CPU only, where it costs no
-                synchronisation; elsewhere its domain is -1).
+                synchronisation, and not in compiled code; elsewhere its domain is -1).
         """
         domains = self.item_domains[item_ids]
-        if self._has_holes and item_ids.device.type == "cpu":
+        if self._has_holes and item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             unknown = item_ids[(domains < 0) & (item_ids != 0)]
             if unknown.numel():
                 raise InputError(

@@ -33,6 +33,8 @@ class DomainGrouping:
         num_domains: number of domains ``D``.
         key_grouping: for a target view, the grouping of the keys that these queries read; None
             when queries and keys are grouped alike.
+        padded_length: tokens of every user where all have as many, so that sizes follow from shapes
+            alone; else None.
     """
 
     permutation: Tensor
@@ -41,15 +43,19 @@ class DomainGrouping:
     batch_offsets: Tensor
     num_domains: int
     key_grouping: "DomainGrouping | None" = None
+    padded_length: int | None = None
 
     @classmethod
-    def from_jagged(cls, domains: Tensor, offsets: Tensor, num_domains: int) -> "DomainGrouping":
+    def from_jagged(
+        cls, domains: Tensor, offsets: Tensor, num_domains: int, padded_length: int | None = None
+    ) -> "DomainGrouping":
         """Group the tokens of each user by domain.
 
         Args:
             domains: (L,) int64, domain id of every token, ``0..num_domains - 1``.
             offsets: (B + 1,) int64, user ``b`` owns tokens ``offsets[b]:offsets[b + 1]``.
             num_domains: number of domains ``D``.
+            padded_length: tokens of every user, if all have as many and that is known.
 
         Returns:
             The plan. Nothing in it loops over users or domains.
@@ -81,13 +87,16 @@ class DomainGrouping:
             positions=positions,
             batch_offsets=offsets,
             num_domains=num_domains,
+            padded_length=padded_length,
         )
 
     @classmethod
-    def single(cls, offsets: Tensor, length: int) -> "DomainGrouping":
+    def single(
+        cls, offsets: Tensor, length: int, padded_length: int | None = None
+    ) -> "DomainGrouping":
         """One group a user, all domains together: the full attention of plain HSTU."""
         domains = torch.zeros(length, dtype=torch.int64, device=offsets.device)
-        return cls.from_jagged(domains, offsets, 1)
+        return cls.from_jagged(domains, offsets, 1, padded_length)
 
     def target_view(self, target_domains: Tensor) -> "DomainGrouping":
         """The grouping under which every query reads its *target* domain's run.
@@ -105,6 +114,7 @@ class DomainGrouping:
             batch_offsets=queries.batch_offsets,
             num_domains=self.num_domains,
             key_grouping=self,
+            padded_length=self.padded_length,
         )
 
     @property
@@ -116,6 +126,14 @@ class DomainGrouping:
     def num_tokens(self) -> int:
         """Number of tokens ``L`` in the batch."""
         return self.permutation.numel()
+
+    @lazy_property
+    def longest(self) -> int:
+        """Tokens of the longest history; unless all are padded to it, the host reads lengths."""
+        if self.padded_length is not None:
+            return self.padded_length
+        lengths = self.batch_offsets.diff()
+        return int(lengths.max()) if lengths.numel() else 0
 
     @lazy_property
     def inverse(self) -> Tensor:

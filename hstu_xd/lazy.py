@@ -22,7 +22,7 @@ class lazy_property(Generic[T]):
 
     def __get__(self, instance: Any, owner: type | None = None) -> T:
         value = self._compute(instance)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             # Kept in the instance, where the next look-up finds it before this descriptor.
             instance.__dict__[self._name] = value
         return value

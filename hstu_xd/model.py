@@ -83,14 +83,18 @@ class CrossDomainHSTU(nn.Module):
 
     def plan(self, batch: JaggedBatch) -> EncoderPlan:
         """The plan that all layers share for this batch."""
+        domains = self.catalog.domain_of(batch.item_ids)
+        if batch.padded_length is not None:
+            domains = domains.clamp(min=0)  # padding is later than all that is read
         return EncoderPlan(
-            domains=self.catalog.domain_of(batch.item_ids),
+            domains=domains,
             target_domains=batch.target_domains,
             timestamps=batch.timestamps,
             next_timestamps=batch.next_timestamps,
             offsets=batch.offsets,
             num_domains=self.catalog.num_domains,
             states_per_domain=self.settings.states_per_domain,
+            padded_length=batch.padded_length,
         )
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:
@@ -120,15 +124,42 @@ class CrossDomainHSTU(nn.Module):
                 before items.
         """
         self._check_request(item_ids, timestamps, target_domains, request_timestamps)
+        following = self._following(item_ids, timestamps, target_domains, request_timestamps)
+        batch = JaggedBatch.from_padded(item_ids, timestamps, *following)
+        return self(batch)[batch.offsets[1:] - 1]
+
+    def encode_padded(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> Tensor:
+        """As :meth:`encode`, by steps whose sizes follow from shapes alone: what is exported.
+
+        Nothing is checked, and the padding is encoded with the rest.
+
+        Args:
+            item_ids: (B, N) int64, oldest first, padded with 0 at the end.
+            timestamps: (B, N) int64, in the log's unit.
+            target_domains: (B,) int64, the domain to recommend from.
+
+        Returns:
+            (B, K) float, unit vectors; zeros for a row without events.
+        """
+        following = self._following(item_ids, timestamps, target_domains, None)
+        batch = JaggedBatch.with_padding(item_ids, timestamps, *following)
         lengths = (item_ids != 0).sum(1)
-        last = (lengths - 1).clamp(min=0).unsqueeze(1)
+        vectors = self(batch)[batch.offsets[:-1] + (lengths - 1).clamp(min=0)]
+        return vectors * (lengths > 0).unsqueeze(1)
+
+    def _following(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        target_domains: Tensor,
+        request_timestamps: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) times of the requests and (B, N) domains of the events after each one."""
+        last = ((item_ids != 0).sum(1) - 1).clamp(min=0).unsqueeze(1)
         if request_timestamps is None:
             request_timestamps = timestamps.gather(1, last).squeeze(1)
-        next_items = torch.cat([item_ids[:, 1:], torch.zeros_like(item_ids[:, :1])], dim=1)
-        next_domains = self.catalog.domain_of(next_items)
-        next_domains = next_domains.scatter(1, last, target_domains.unsqueeze(1))
-        batch = JaggedBatch.from_padded(item_ids, timestamps, request_timestamps, next_domains)
-        return self(batch)[batch.offsets[1:] - 1]
+        next_domains = self.catalog.domain_of(item_ids).roll(-1, 1)
+        return request_timestamps, next_domains.scatter(1, last, target_domains.unsqueeze(1))
 
     def _check_lengths(self, batch: JaggedBatch) -> None:
         longest = max(batch.offsets.diff().tolist(), default=0)

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train",
     "evaluate": "evaluate",
     "recommend": "recommend",
+    "export": "export",
     "report": "report",
     "ablate": "ablate",
     "demo": "demo",

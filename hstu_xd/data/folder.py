@@ -1,5 +1,6 @@
 """Output folders that appear whole or not at all."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hstu_xd.errors import HstuXdError, InputError
+
+_BLOCK = 1 << 20
 
 
 def check_output(out: Path, *, force: bool, ours: Callable[[Path], bool], kind: str) -> None:
@@ -63,3 +66,12 @@ def replaced_folder(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Writes the files of a prepared store."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 
 from hstu_xd import __version__
 from hstu_xd.data import layout
+from hstu_xd.data.folder import sha256_of
 from hstu_xd.data.statistics import describe
 
 if TYPE_CHECKING:
     import polars as pl
 
 ROW_GROUP = 1 << 18
-BLOCK = 1 << 20
 
 
 @dataclass
@@ -92,12 +91,4 @@ def _save_and_hash(arrays: dict[str, NDArray], files: Sequence[Path]) -> list[st
     """Write the arrays into the folder of ``files``; return the hash of every file."""
     for name, array in arrays.items():
         np.save(files[0].with_name(name), array)
-    return [_sha256(file) for file in files]
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return [sha256_of(file) for file in files]

@@ -115,13 +115,12 @@ class DynamicDomainState(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, tiles: StateTiles
     ) -> Tensor:
         """(L, H * dqk) queries over (L + D, H d) keys and values -> (L, H * dv)."""
-        height, num_keys = tiles.tokens.shape[1], tiles.rows.shape[1]
         queries = query.index_select(0, tiles.tokens.flatten())
-        queries = queries.view(-1, height, queries.shape[1])
+        queries = queries.view(-1, tiles.tokens.shape[1], queries.shape[1])
         pairs = tiles.unseen if self._age_w is None else tiles.ages
-        floats = self._heads * num_keys * (2 * (self._dqk + self._dv) + 3 * height)
-        step = max(1, _CHUNK_FLOATS // floats)
-        if step >= len(queries):
+        # With padding kept one graph serves all sizes, so none of them may shape it.
+        step = None if tiles.padded else self._tiles_of_a_chunk(tiles)
+        if step is None or step >= len(queries):
             answers = self._attend(queries, key, value, tiles.rows, pairs)
         else:
             answers = torch.cat(
@@ -131,6 +130,11 @@ class DynamicDomainState(nn.Module):
                 ]
             )
         return answers.flatten(0, 1).index_select(0, tiles.slots)
+
+    def _tiles_of_a_chunk(self, tiles: StateTiles) -> int:
+        height, num_keys = tiles.tokens.shape[1], tiles.rows.shape[1]
+        floats = self._heads * num_keys * (2 * (self._dqk + self._dv) + 3 * height)
+        return max(1, _CHUNK_FLOATS // floats)
 
     def queries(self, hidden: Tensor, target_domains: Tensor) -> Tensor:
         """Scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""

@@ -21,6 +21,7 @@ class EncoderPlan:
         offsets: (B + 1,) int64.
         num_domains: number of domains ``D``.
         states_per_domain: states that DDSR reads per domain ``M``.
+        padded_length: tokens of every user where padding was kept, see :class:`JaggedBatch`.
     """
 
     domains: Tensor
@@ -30,16 +31,19 @@ class EncoderPlan:
     offsets: Tensor
     num_domains: int
     states_per_domain: int = 1
+    padded_length: int | None = None
 
     @lazy_property
     def full_view(self) -> DomainGrouping:
         """One group a user: full attention."""
-        return DomainGrouping.single(self.offsets, self.domains.numel())
+        return DomainGrouping.single(self.offsets, self.domains.numel(), self.padded_length)
 
     @lazy_property
     def own_view(self) -> DomainGrouping:
         """Queries read the run of their own domain."""
-        return DomainGrouping.from_jagged(self.domains, self.offsets, self.num_domains)
+        return DomainGrouping.from_jagged(
+            self.domains, self.offsets, self.num_domains, self.padded_length
+        )
 
     @lazy_property
     def target_view(self) -> DomainGrouping:

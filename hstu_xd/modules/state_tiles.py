@@ -37,6 +37,7 @@ class StateTiles:
         timestamps: (L,) int64.
         next_timestamps: (L,) int64.
         states_per_domain: latest states ``M`` of each domain that a token sees.
+        padded: all histories are as long and each is one tile: sizes follow from shapes alone.
     """
 
     tokens: Tensor
@@ -46,6 +47,7 @@ class StateTiles:
     timestamps: Tensor
     next_timestamps: Tensor
     states_per_domain: int
+    padded: bool = False
 
     @classmethod
     def build(
@@ -86,6 +88,7 @@ class StateTiles:
             timestamps=timestamps,
             next_timestamps=next_timestamps,
             states_per_domain=states_per_domain,
+            padded=grouping.padded_length is not None,
         )
 
     @lazy_property
@@ -133,6 +136,8 @@ class _Cut:
 
     @classmethod
     def of(cls, grouping: DomainGrouping, height: int | None, carried: int) -> "_Cut":
+        if grouping.padded_length is not None:
+            return cls._one_tile_a_user(grouping, grouping.padded_length)
         offsets = grouping.batch_offsets
         lengths = offsets.diff()
         on_host = lengths.numpy(force=True)
@@ -156,6 +161,21 @@ class _Cut:
             users=users,
             first_tiles=first[users],
             carries=num_tiles > int((on_host > 0).sum()),
+        )
+
+    @classmethod
+    def _one_tile_a_user(cls, grouping: DomainGrouping, length: int) -> "_Cut":
+        """Where all users have as many tokens: no size depends on what the lengths are."""
+        slots = torch.arange(grouping.num_tokens, device=grouping.permutation.device)
+        tokens = slots.view(-1, length)
+        users = torch.arange(tokens.shape[0], device=slots.device)
+        return cls(
+            tokens=tokens,
+            copies=torch.zeros_like(tokens, dtype=torch.bool),
+            slots=slots,
+            users=users,
+            first_tiles=users,
+            carries=False,
         )
 
 

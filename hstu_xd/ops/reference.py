@@ -20,8 +20,7 @@ def reference_domain_attention(
 ) -> Tensor:
     """See :func:`hstu_xd.ops.domain_attention`: the same arguments, the same result."""
     offsets = grouping.batch_offsets
-    lengths = offsets.diff()
-    n = int(lengths.max()) if lengths.numel() else 0
+    lengths, n = offsets.diff(), grouping.longest
     if n == 0:
         return v.clone()  # no tokens: (0, H, dv), still part of the graph
     column = torch.arange(n, device=q.device)
@@ -42,4 +41,5 @@ def reference_domain_attention(
     else:
         attention = silu(scores) / norm_length * mask
     out = torch.einsum("bhij,bjhd->bihd", attention, v[token])
-    return out[present]
+    owner = grouping.group_of // grouping.num_domains
+    return out[owner, grouping.positions]

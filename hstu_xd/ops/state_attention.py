@@ -66,7 +66,7 @@ class _StateAttention(torch.autograd.Function):
             scores = table.index_select(1, pairs.flatten().long())
             scores = scores.view(-1, *pairs.shape[1:]).baddbmm_(queries, keys.transpose(1, 2))
         weights = scores.softmax(2)
-        ctx.num_heads, ctx.num_rows = num_heads, len(key)
+        ctx.num_heads, ctx.num_rows = num_heads, key.shape[0]
         ctx.save_for_backward(queries, keys, values, bias, rows, pairs, weights)
         return _heads_last(weights.bmm(values), num_heads)
 
@@ -105,7 +105,7 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
 
 def _heads_last(x: Tensor, heads: int) -> Tensor:
     """(H * G, n, d) -> (G, n, H * d), contiguous."""
-    groups, n, width = len(x) // heads, x.shape[1], x.shape[2]
+    groups, n, width = x.shape[0] // heads, x.shape[1], x.shape[2]
     return x.view(heads, groups, n, width).permute(1, 2, 0, 3).reshape(groups, n, heads * width)
 
 
