@@ -20,7 +20,9 @@ class AttentionCost:
     Attributes:
         pairs: query-key pairs of one layer and head, averaged over both.
         state_bytes: float32 keys and values, in all layers, of what a next event may read: events,
-            or the tokens of closed segments and the events of open ones; and DDSR's states.
+            or the tokens of closed segments and the events of open ones and of those looked back
+            at; and DDSR's states. A serving session keeps these but for the last event's, which
+            it computes afresh for every request.
     """
 
     pairs: float

@@ -60,8 +60,8 @@ class TokenPlan:
             events: the plan of the batch.
             settings: how segments are cut, and the number of tokens.
         """
-        runs = events.own_view if settings.domain_mask else events.full_view
-        cut = _Segments.cut(events, runs, settings)
+        cut = Segments.cut(events, settings)
+        runs = cut.runs
         kept, closed = settings.history_tokens, torch.nonzero(cut.closes).squeeze(1)
         # Tokens laid before event i, those right before it included.
         before = pad(kept * cut.closes.long().cumsum(0), (1, 0))
@@ -131,10 +131,11 @@ class TokenPlan:
 
 
 @dataclass(frozen=True, eq=False)
-class _Segments:
+class Segments:
     """Where the runs of a batch are cut.
 
     Attributes:
+        runs: what is cut: a user's events of a domain, or all of a user's.
         segments: (L,) int64, segment of every event, counted from 0 for each user, run by run.
         earlier: (L,) int64, segments of its run before it.
         closes: (L,) bool, the event opens a segment and thereby closes the one before it.
@@ -143,6 +144,7 @@ class _Segments:
         bound: no user has more segments.
     """
 
+    runs: DomainGrouping
     segments: Tensor
     earlier: Tensor
     closes: Tensor
@@ -151,9 +153,9 @@ class _Segments:
     bound: int
 
     @classmethod
-    def cut(
-        cls, events: EncoderPlan, runs: DomainGrouping, settings: EncoderSettings
-    ) -> "_Segments":
+    def cut(cls, events: EncoderPlan, settings: EncoderSettings) -> "Segments":
+        """Cut the runs of a batch; what they are and where they end follows from the settings."""
+        runs = events.own_view if settings.domain_mask else events.full_view
         order, length = runs.permutation, runs.num_tokens
         row = torch.arange(length, device=order.device)
         start, end = (
@@ -183,6 +185,7 @@ class _Segments:
         is_readable = segment >= segment[end - 1] - settings.segment_lookback
         inverse = runs.inverse
         return cls(
+            runs,
             segment[inverse],
             (segment - segment[start])[inverse],
             closes[inverse],
@@ -221,7 +224,7 @@ class _Layout:
     lookback: int
 
     def views(
-        self, cut: _Segments, runs: DomainGrouping, read_run: Tensor, latest: Tensor
+        self, cut: Segments, runs: DomainGrouping, read_run: Tensor, latest: Tensor
     ) -> tuple[DomainGrouping, ...]:
         """Groupings over the events of each segment that is read and over the tokens of a run.
 

@@ -1,8 +1,9 @@
 """A user's state as one binary value, which knows its checkpoint and whether it is whole.
 
 Layout, little-endian: magic, format, item size (bytes 0..7); the revision, which is a counter and a
-checksum of everything else (8..31); the checkpoint's fingerprint (32..47); three sizes (48..71);
-then the arrays, without their spare places.
+checksum of everything else (8..31); the checkpoint's fingerprint (32..47); four sizes (48..79);
+then the arrays, without their spare places. So a value takes 80 bytes more than
+:func:`hstu_xd.serving.state.expected_bytes`.
 """
 
 import struct
@@ -17,14 +18,14 @@ from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.modules.settings import EncoderSettings
 from hstu_xd.serving.state import UserState
 
-_MAGIC, _FORMAT = b"HXUS", 1
-_KIND, _COUNTER, _SIZES = struct.Struct("<4sHH"), struct.Struct("<Q"), struct.Struct("<3Q")
+_MAGIC, _FORMAT = b"HXUS", 2
+_KIND, _COUNTER, _SIZES = struct.Struct("<4sHH"), struct.Struct("<Q"), struct.Struct("<4Q")
 _DIGEST = 16
 
 # Where a value says which one of a user's values it is.
 REVISION = slice(8, 32)
 _CHECKSUM, _FINGERPRINT = slice(16, 32), slice(32, 48)
-_ARRAYS = 72
+_ARRAYS = 80
 
 
 class RefusedState(Exception):
@@ -56,13 +57,14 @@ def encode_state(state: UserState, checkpoint: bytes) -> bytes:
         checkpoint: of :func:`fingerprint`.
     """
     number = _COUNTER.unpack_from(state.revision)[0] if state.revision else 0
-    sizes = state.length, state.committed, len(state.forgotten)
+    sizes = state.length, state.committed, state.kept, len(state.forgotten)
     arrays = (
         state.events[:, : state.length],
         state.forgotten,
         state.state_times,
         state.state_counts,
-        state.memory[..., : state.committed],
+        state.memory[..., : state.kept],
+        state.rows[:, : state.kept],
         state.state_memory,
     )
     head = _KIND.pack(_MAGIC, _FORMAT, state.memory.element_size())
@@ -90,7 +92,7 @@ def decode_state(
         raise RefusedState("is damaged")
     if _KIND.unpack_from(value)[:2] != (_MAGIC, _FORMAT) or value[_FINGERPRINT] != checkpoint:
         raise RefusedState("belongs to another checkpoint, window, number type or history")
-    length, committed, forgotten = _SIZES.unpack_from(value, _FINGERPRINT.stop)
+    length, committed, kept, forgotten = _SIZES.unpack_from(value, _FINGERPRINT.stop)
     state = UserState.empty(settings, dtype)
     rest = np.frombuffer(bytearray(value), np.uint8, offset=_ARRAYS)
 
@@ -107,7 +109,9 @@ def decode_state(
         forgotten=take(state.forgotten, forgotten),
         state_times=take(state.state_times, *state.state_times.shape),
         state_counts=take(state.state_counts, *state.state_counts.shape),
-        memory=take(state.memory, *state.memory.shape[:-1], committed),
+        memory=take(state.memory, *state.memory.shape[:-1], kept),
+        rows=take(state.rows, len(state.rows), kept),
+        kept=kept,
         committed=committed,
         state_memory=take(state.state_memory, *state.state_memory.shape),
         revision=revision(value),

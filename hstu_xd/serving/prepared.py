@@ -1,4 +1,4 @@
-"""A model's weights laid out for tokens that arrive one at a time, once a session."""
+"""A model's weights laid out for rows that arrive one at a time, once a session."""
 
 from dataclasses import dataclass
 
@@ -90,6 +90,7 @@ class PreparedModel:
             row, for tokens whose domain stays.
         destinations: (D, K), a domain's factor in the embedding of a switch to it.
         requests: (D, K), the embedding of a target domain.
+        history_tokens: (., K), their input; None without.
         positions: (layers, 2 N - 1), the tables of the relative position bias; None without bias.
         times: (layers, buckets + 1), those of the time bias.
         state_ages: (layers, H, buckets + 1), of DDSR's age bias; None without it.
@@ -106,6 +107,7 @@ class PreparedModel:
     sources: Tensor
     destinations: Tensor
     requests: Tensor
+    history_tokens: Tensor | None
     positions: Tensor | None
     times: Tensor | None
     state_ages: Tensor | None
@@ -143,6 +145,7 @@ class PreparedModel:
             sources=sources,
             destinations=destinations,
             requests=requests,
+            history_tokens=model._hstu._history_tokens,
             positions=torch.stack([x._pos_w for x in biases]) if biases else None,
             times=torch.stack([x._ts_w for x in biases]) if biases else None,
             state_ages=torch.stack(ages) if ages else None,
@@ -152,20 +155,27 @@ class PreparedModel:
             domain_scores=scores.fill_diagonal_(0),
         )
 
-    def memories(self, written: list[Written]) -> tuple[Tensor, Tensor | None]:
-        """What the full encoder's tokens left behind, as a user's state keeps it.
+    def memories(
+        self, written: list[Written], kept: Tensor, events: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the full encoder's rows left behind, as a user's state keeps it.
 
         Args:
             written: of every layer.
+            kept: (R,) int64, rows to remember.
+            events: (n,) int64, rows that write states.
 
         Returns:
-            (layers, H, dqk + dv, L) keys and values of the tokens, and (layers, H, L, dqk + dv)
+            (layers, H, dqk + dv, R) keys and values of the rows, and (layers, H, n, dqk + dv)
             those of the states they write; None without DDSR.
         """
         heads = self.model.settings.num_heads
-        memory = [columns_by_head(side_by_side(w.keys, w.values, heads), heads) for w in written]
+        memory = [
+            columns_by_head(side_by_side(w.keys[kept], w.values[kept], heads), heads)
+            for w in written
+        ]
         states = [
-            by_head(w.states @ layer.state_projection, heads)
+            by_head(w.states[events] @ layer.state_projection, heads)
             for w, layer in zip(written, self.layers)
             if layer.state_projection is not None
         ]

@@ -15,8 +15,9 @@ from hstu_xd.serving.prepared import PreparedModel
 from hstu_xd.serving.request import Answer, Request
 from hstu_xd.serving.residents import ResidentStates
 from hstu_xd.serving.retrieval import ItemIndex
+from hstu_xd.serving.rows import Rows
+from hstu_xd.serving.segments import EVENT, CutWindow
 from hstu_xd.serving.shared import SharedStates, Versions
-from hstu_xd.serving.sight import Tokens
 from hstu_xd.serving.state import UserState
 from hstu_xd.serving.step import run_step
 from hstu_xd.serving.store.base import StateStore, StoreError
@@ -269,12 +270,12 @@ class EncoderSession:
         if len(states) < len(requests):
             # Who is asked for in several places has nothing left to commit in any of them.
             self._commit(list(states.values()))
-        read = [states[request.user] for request in requests]
-        tokens = [
-            Tokens.of(state, list(request.target_domains), request.timestamp)
+        read, settings = [states[request.user] for request in requests], self.model.settings
+        rows = [
+            Rows.of(state, settings, list(request.target_domains), request.timestamp)
             for state, request in zip(read, requests)
         ]
-        vectors = run_step(self._prepared, tokens)
+        vectors = run_step(self._prepared, rows)
         self._keep({user: state for user, state in states.items() if user in self._residents})
         return vectors, read
 
@@ -331,7 +332,8 @@ class EncoderSession:
         """Commit all events but the last: few in one step, many by the full encoder."""
         few = [state for state in states if 0 < state.uncommitted <= _BLOCK]
         if few:
-            run_step(self._prepared, [Tokens.of(state, [0], None) for state in few])
+            settings = self.model.settings
+            run_step(self._prepared, [Rows.of(state, settings, [0], None) for state in few])
         for state in states:
             if state.uncommitted:
                 self._encode(state)
@@ -339,18 +341,29 @@ class EncoderSession:
     def _encode(self, state: UserState) -> None:
         """Commit all events but the last, whatever was committed before, by the full encoder."""
         written: list[Written] = []
-        items, times, domains = state.events[:, : state.length]
+        window = state.events[:, : state.length]
+        items, times, domains = window
+        # The pending event goes along, so that history tokens are laid before it; whatever it is
+        # asked for, nothing of it is kept.
         batch = JaggedBatch(
-            item_ids=items[:-1],
-            timestamps=times[:-1],
-            next_timestamps=times[1:],
-            target_domains=domains[1:],
-            offsets=torch.tensor([0, len(items) - 1]),
+            item_ids=items,
+            timestamps=times,
+            next_timestamps=torch.cat([times[1:], times[-1:]]),
+            target_domains=torch.cat([domains[1:], domains[-1:]]),
+            offsets=torch.tensor([0, len(items)]),
         )
         self.model(batch, written=written)
-        memory, states = self._prepared.memories(written)
-        state.restart(memory.to(self._dtype))
-        state.commit(len(items) - 1, states)
+        events = kept = torch.arange(len(items) - 1)
+        rows = state.rows[:, :0]
+        if self.model.settings.has_segments:
+            cut = CutWindow.of(window, self.model.settings)
+            laid = cut.lay_out(0)[:, :-1]
+            (events,) = (laid[1] == EVENT).nonzero(as_tuple=True)
+            (kept,) = cut.is_readable(laid).nonzero(as_tuple=True)
+            rows = laid[:, kept]
+        memory, states = self._prepared.memories(written, kept, events)
+        state.restart(memory.to(self._dtype), rows)
+        state.commit(len(events), len(kept), states)
 
     @contextmanager
     def _bounded(self) -> Iterator[None]:
@@ -420,9 +433,4 @@ def _check_model(model: CrossDomainHSTU) -> None:
         raise InputError(
             f"the model's normalization is {settings.normalization!r}; a session computes 'silu' "
             "only: encode whole histories with model.encode"
-        )
-    if settings.has_segments:
-        raise InputError(
-            f"the model cuts histories into segments by {settings.segment_by!r}; a session keeps "
-            "whole runs: encode whole histories with model.encode"
         )

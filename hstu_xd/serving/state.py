@@ -20,14 +20,21 @@ class UserState:
     they leave to later ones is final. That is done when it is first needed, so that some of the
     newest events may not be committed yet.
 
+    Memory holds a row of every committed event. Where the model cuts histories into segments, it
+    holds rows of the events that can still be read, and of the history tokens laid before the first
+    event that is not committed; the others are gone.
+
     Arrays have spare places behind what they hold; a step uses them for its own tokens.
 
     Attributes:
         events: (3, capacity) int64, item ids, timestamps and domains of the window's events.
         length: number of events ``n``.
         forgotten: (f,) int64, items of events that left the window.
-        memory: (layers, H, dqk + dv, capacity), keys and values of committed events, events last:
-            so they are read fastest.
+        memory: (layers, H, dqk + dv, capacity), keys and values of rows, rows last: so they are
+            read fastest.
+        rows: (2, capacity) int64, what the rows in memory are, see :class:`CutWindow`; (0,
+            capacity) where the model does not cut histories: they are the committed events.
+        kept: number of rows in memory ``R``.
         committed: number of committed events, ``n - 1`` at most.
         state_memory: (layers, H, D * M, dqk + dv), DDSR's keys and values of each domain's latest
             states, the ``i``-th of a domain in place ``i mod M``; empty without DDSR.
@@ -40,6 +47,8 @@ class UserState:
     length: int
     forgotten: Tensor
     memory: Tensor
+    rows: Tensor
+    kept: int
     committed: int
     state_memory: Tensor
     state_times: Tensor
@@ -58,6 +67,8 @@ class UserState:
             length=0,
             forgotten=torch.zeros(0, dtype=torch.int64),
             memory=torch.zeros(s.num_blocks, s.num_heads, width, 0, dtype=dtype),
+            rows=torch.zeros(2 if s.has_segments else 0, 0, dtype=torch.int64),
+            kept=0,
             committed=0,
             state_memory=torch.zeros(s.num_blocks, s.num_heads, kept, width, dtype=dtype),
             state_times=torch.zeros(kept, dtype=torch.int64),
@@ -98,7 +109,8 @@ class UserState:
     def num_bytes(self) -> int:
         """Bytes of all arrays: :func:`expected_bytes`, and spare places.
 
-        Those are at most ``max(8, n / 32)`` events' and as many as domains were requested at once.
+        Those are at most ``max(8, n / 32)`` rows' and events', and as many as there were rows in a
+        step.
         """
         tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -110,22 +122,25 @@ class UserState:
         self.events[:, self.length : end] = events
         self.length = end
 
-    def reserve(self, tokens: int) -> None:
-        """Have room for so many tokens behind the committed ones, and for their events."""
-        end = self.committed + tokens
-        self.events = _with_room(self.events, end)
+    def reserve(self, rows: int, variants: int) -> None:
+        """Have room for so many rows behind those in memory, and variants of the pending event."""
+        end = self.kept + rows
         self.memory = _with_room(self.memory, end)
+        self.rows = _with_room(self.rows, end)
+        self.events = _with_room(self.events, max(1, self.length) + variants - 1)
 
-    def commit(self, tokens: int, states: Tensor | None) -> None:
+    def commit(self, events: int, rows: int, states: Tensor | None) -> None:
         """The first uncommitted events, whose keys and values are in memory, are now committed.
 
         Args:
-            tokens: number of events ``m``.
+            events: number of events ``m``.
+            rows: number of rows that have been added to memory for them, behind those it had.
             states: (layers, H, m, dqk + dv), DDSR's keys and values of the states that they write;
                 None without DDSR.
         """
-        first, self.committed = self.committed, self.committed + tokens
-        if states is None or not tokens:
+        self.kept += rows
+        first, self.committed = self.committed, self.committed + events
+        if states is None or not events:
             return
         counts = self.state_counts.tolist()
         kept = len(self.state_times) // len(counts)
@@ -139,33 +154,54 @@ class UserState:
             self.state_times[place] = self.events[1, event]
         self.state_counts = torch.tensor(counts)
 
+    def keep_only(self, readable: Tensor) -> None:
+        """Free the rows in memory that are not readable: (R,) bool."""
+        if bool(readable.all()):
+            return
+        (rows,) = readable.nonzero(as_tuple=True)
+        self.memory, self.rows = self.memory.index_select(3, rows), self.rows.index_select(1, rows)
+        self.kept = len(rows)
+
     def drop_oldest(self, leaving: int) -> None:
         """Forget all of the oldest events but their items; none is committed any more."""
         gone = self.item_ids[:leaving]
         self.forgotten = torch.cat([self.forgotten, gone]).unique()
         self.events = self.events[:, leaving : self.length].clone()
         self.length -= leaving
-        self.restart(self.memory[..., :0].clone())
+        self.restart(self.memory[..., :0].clone(), self.rows[:, :0].clone())
 
-    def restart(self, memory: Tensor) -> None:
-        """Start over with other memory; no event is committed yet."""
-        self.memory, self.committed = memory, 0
+    def restart(self, memory: Tensor, rows: Tensor) -> None:
+        """Start over with room for other memory; no event is committed yet."""
+        self.memory, self.rows = memory, rows
+        self.kept = self.committed = 0
         self.state_times.zero_()
         self.state_counts.zero_()
 
 
-def expected_bytes(settings: EncoderSettings, events: int, dtype: torch.dtype) -> int:
+def expected_bytes(
+    settings: EncoderSettings, events: int, dtype: torch.dtype, *, rows: int | None = None
+) -> int:
     """Bytes of a state whose ``n`` events are committed but for the last.
 
-    ``24 n + (n - 1) E + D * M * E + 8 D (M + 1) + 8 f`` with ``E = layers * H * (dqk + dv) *
-    itemsize``: three integers an event, keys and values of every committed one, DDSR's states (none
-    without it), and here no items ``f`` that left the window.
+    ``24 n + R E + D * M * E + 8 D (M + 1) + 8 f`` with ``E = layers * H * (dqk + dv) * itemsize``:
+    three integers an event, keys and values of the ``R = n - 1`` committed ones, DDSR's states
+    (none without it), and here no items ``f`` that left the window. A model that cuts histories
+    into segments adds ``16 R``, two integers a row, and has fewer of them.
+
+    Args:
+        settings: of the model.
+        events: number ``n``.
+        dtype: of keys and values.
+        rows: number ``R``, where it is not ``n - 1``: one less than ``TokenPlan.num_kept`` of the
+            window, in which the pending event counts.
     """
     s = settings
-    event = s.num_blocks * s.num_heads * (s.dqk + s.dv) * dtype.itemsize
+    row = s.num_blocks * s.num_heads * (s.dqk + s.dv) * dtype.itemsize
     states = s.num_domains * s.states_per_domain if s.ddsr else 0
     counts = s.num_domains if s.ddsr else 0
-    return 24 * events + (max(1, events) - 1 + states) * event + 8 * (states + counts)
+    rows = max(1, events) - 1 if rows is None else rows
+    kept = rows * (row + (16 if s.has_segments else 0))
+    return 24 * events + kept + states * row + 8 * (states + counts)
 
 
 def _with_room(values: Tensor, length: int) -> Tensor:

@@ -14,6 +14,7 @@ from hstu_xd.data.world import SynthOptions
 from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.serving import EncoderSession
 
 WINDOW = 10
 
@@ -56,6 +57,30 @@ def test_segments_of_the_whole_history(data: SequenceData) -> None:
     assert cost.pairs == pytest.approx(pairs / users)
     per_row = 2 * 4 * 32 * 4
     assert cost.state_bytes == pytest.approx(rows / users * per_row + 3 * 4 * per_row)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"segment_by": "count", "segment_length": 2, "history_tokens": 1},
+        {"domain_mask": True, "segment_by": "count", "segment_length": 2, "segment_lookback": 1},
+    ],
+)
+def test_a_session_keeps_these_bytes(data: SequenceData, switches: dict[str, Any]) -> None:
+    """All but the row of each user's last event, which it computes afresh for every request."""
+    net, batch = model(**switches, ddsr=True), data.batch(data.users)[0]
+    session, found = EncoderSession(net), 0
+    for user, (first, end) in enumerate(zip(batch.offsets[:-1], batch.offsets[1:])):
+        items, times = batch.item_ids[first:end].tolist(), batch.timestamps[first:end].tolist()
+        session.append([user] * len(items), items, times)
+        session.query([user], [0])
+        state = session._residents.get(user)
+        assert state is not None
+        found += (state.memory[..., : state.kept].numel() + state.state_memory.numel()) * 4
+    users = len(data.users)
+    per_row = 2 * 4 * 32 * 4
+    assert found / users + per_row == pytest.approx(attention_cost(net, data).state_bytes)
 
 
 def test_heads_and_layers_are_averaged(data: SequenceData) -> None:

@@ -15,7 +15,7 @@ from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
 
 ITEMS = NUM_DOMAINS * ITEMS_PER_DOMAIN
-SERVED = sorted(name for name, switches in SWITCHES.items() if "segment_by" not in switches)
+SERVED = sorted(SWITCHES)
 MODELS: dict[str, CrossDomainHSTU] = {}
 
 
@@ -49,16 +49,9 @@ def log(seed: int, events: int, users: int) -> list[tuple[int, int, int]]:
     return [(u, 1 + i, t) for u, i, t in zip(draw(users), draw(ITEMS), times)]
 
 
-@given(
-    name=st.sampled_from(SERVED),
-    seed=st.integers(0, 10**6),
-    cuts=st.lists(st.integers(1, 23), min_size=1, max_size=6),
-)
-@settings(max_examples=60)
-def test_every_prefix_equals_the_full_encoder_however_the_events_arrive(
-    name: str, seed: int, cuts: list[int]
-) -> None:
-    net, events = model(name), log(seed, sum(cuts), users=2)
+def follow(net: CrossDomainHSTU, seed: int, cuts: Sequence[int]) -> None:
+    """Two users' events in appends of some sizes, compared with the full encoder after each."""
+    events = log(seed, sum(cuts), users=2)
     session = EncoderSession(net)
     done: dict[int, list[tuple[int, int]]] = {0: [], 1: []}
     for size in cuts:
@@ -78,7 +71,21 @@ def test_every_prefix_equals_the_full_encoder_however_the_events_arrive(
             close(late[row], encode(net, done[user], 0, 10**6))
 
 
-@pytest.mark.parametrize("name", ["everything", "hstu", "ddsr_reads_output"])
+@given(
+    name=st.sampled_from(SERVED),
+    seed=st.integers(0, 10**6),
+    cuts=st.lists(st.integers(1, 23), min_size=1, max_size=6),
+)
+@settings(max_examples=60)
+def test_every_prefix_equals_the_full_encoder_however_the_events_arrive(
+    name: str, seed: int, cuts: list[int]
+) -> None:
+    follow(model(name), seed, cuts)
+
+
+@pytest.mark.parametrize(
+    "name", ["everything", "hstu", "ddsr_reads_output", "history_tokens_and_everything"]
+)
 @pytest.mark.parametrize("window", [4, 9, 20])
 def test_a_sliding_window_equals_the_full_encoder_on_the_window(name: str, window: int) -> None:
     net = model(name)
@@ -295,8 +302,3 @@ def test_bad_requests_name_the_value() -> None:
         EncoderSession(tiny_model().to("meta"))
     with pytest.raises(InputError, match="window is 3"):
         EncoderSession(model("everything"), window=3)
-
-
-def test_a_model_that_cuts_histories_is_refused() -> None:
-    with pytest.raises(InputError, match="segments by 'count'"):
-        EncoderSession(model("history_tokens"))
