@@ -2,19 +2,16 @@
 
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from service_client import events, scores, write_run
+from service_process import ServiceProcess
 
 from hstu_xd.cli import app
 from hstu_xd.serving.http.event_log import Event, EventLog
@@ -23,51 +20,6 @@ from hstu_xd.serving.http.event_log import Event, EventLog
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "tiny")
-
-
-class Process:
-    """A running service."""
-
-    def __init__(self, run: Path, *options: str, **environment: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hstu_xd", "serve", str(run), "--port", "0", *options],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        said = self._process.stdout.readline()
-        assert said.startswith("serving "), said + self._process.communicate()[1]
-        self.port = int(said.rpartition(":")[2])
-
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = None if body is None else json.dumps(body)
-        connection.request(method, path, data, {"content-type": "application/json"} | headers)
-        answer = connection.getresponse()
-        found = answer.status, json.loads(answer.read())
-        connection.close()
-        return found
-
-    def send(self, which: signal.Signals) -> None:
-        self._process.send_signal(which)
-
-    def end(self, which: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """Exit status, and what was said on stderr."""
-        if self._process.poll() is None:
-            self.send(which)
-        _, said = self._process.communicate(timeout=60)
-        return self._process.returncode, said
-
-
-@contextmanager
-def process(run: Path, *options: str, **environment: str) -> Iterator[Process]:
-    service = Process(run, *options, **environment)
-    try:
-        yield service
-    finally:
-        service.end(signal.SIGKILL)
 
 
 def logged(path: Path, user: str) -> list[Event]:
@@ -79,13 +31,12 @@ def logged(path: Path, user: str) -> list[Event]:
 
 def test_a_service_drains_and_goes_on_where_it_stopped(run: Path, tmp_path: Path) -> None:
     log = tmp_path / "events.sqlite"
-    with process(run, "--events", str(log), HSTU_XD_TOKEN="s3cret") as service:
-        token = {"authorization": "Bearer s3cret"}
-        assert service.ask("GET", "/v1/users")[0] == 401
+    with ServiceProcess(run, "--events", str(log), token="s3cret") as service:
+        assert service.ask("GET", "/v1/users", headers={})[0] == 401
         assert service.ask("GET", "/healthz")[1]["status"] == "ready"
         ten = {"events": events(10)}
-        assert service.ask("POST", "/v1/events", ten, **token) == (200, {"accepted": 10})
-        status, answer = service.ask("POST", "/v1/events", "x" * 10_000_000, **token)
+        assert service.ask("POST", "/v1/events", ten) == (200, {"accepted": 10})
+        status, answer = service.ask("POST", "/v1/events", "x" * 10_000_000)
         assert status == 413
         assert "more than 1048576 bytes" in answer["error"]
         # One request is accepted, and half of it is still to come.
@@ -103,7 +54,7 @@ def test_a_service_drains_and_goes_on_where_it_stopped(run: Path, tmp_path: Path
         while status == 200:
             status, health = service.ask("GET", "/healthz")
         assert (status, health["status"]) == (503, "draining")
-        status, answer = service.ask("POST", "/v1/events", ten, **token)
+        status, answer = service.ask("POST", "/v1/events", ten)
         assert status == 503
         assert "stopping" in answer["error"]
         slow.sendall(body[9:])
@@ -123,7 +74,7 @@ def test_what_was_acknowledged_survives_a_kill(run: Path, tmp_path: Path) -> Non
     log = tmp_path / "events.sqlite"
     options = ["--events", str(log), "--store", f"sqlite:{tmp_path}/states.sqlite"]
     users = ["ann", "bob", "eve"]
-    with process(run, *options) as service:
+    with ServiceProcess(run, *options) as service:
 
         def append(user: str) -> int:
             for number, event in enumerate(events(10_000, user)):
@@ -140,7 +91,7 @@ def test_what_was_acknowledged_survives_a_kill(run: Path, tmp_path: Path) -> Non
             acknowledged = list(pool.map(append, users))
         assert service.end()[0] == -signal.SIGKILL
     assert min(acknowledged) > 0
-    with process(run, *options) as service:
+    with ServiceProcess(run, *options) as service:
         for user, count in zip(users, acknowledged):
             known = service.ask("GET", f"/v1/users/{user}/history?limit=10000")[1]["events"]
             assert count <= len(known) <= count + 1

@@ -1,0 +1,84 @@
+"""``hstu-xd serve`` as a real process, asked over a real connection."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_PATIENCE = 120.0
+
+
+class ServiceProcess:
+    """A running service; it can be ended at any moment and started again on the same port.
+
+    Args:
+        run: run folder.
+        options: of the command.
+        token: that the service asks for and clients send, unless they send headers of their own.
+    """
+
+    def __init__(self, run: Path, *options: str, token: str | None = None) -> None:
+        self._command = [sys.executable, "-m", "hstu_xd", "serve", str(run), *options]
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self._headers = {}
+        if token is not None:
+            self._environment["HSTU_XD_TOKEN"] = token
+            self._headers["authorization"] = f"Bearer {token}"
+        self.port = 0
+        self.start()
+
+    def __enter__(self) -> "ServiceProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(signal.SIGKILL)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self._process = subprocess.Popen(
+            [*self._command, "--port", str(self.port)],
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line.startswith("serving "), line + self.end()[1]
+        self.port = int(line.rpartition(":")[2])
+
+    def send(self, which: signal.Signals) -> None:
+        self._process.send_signal(which)
+
+    def end(self, which: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Exit status, and what was said on stderr."""
+        if self._process.poll() is None:
+            self.send(which)
+        _, said = self._process.communicate(timeout=_PATIENCE)
+        return self._process.returncode, said
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """Status and content of the answer.
+
+        Raises:
+            OSError, http.client.HTTPException: the service ended meanwhile.
+        """
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
+        try:
+            text = None if body is None else json.dumps(body)
+            sent = self._headers if headers is None else headers
+            connection.request(method, path, text, {"content-type": "application/json"} | sent)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
