@@ -11,7 +11,7 @@ import typer
 
 from hstu_xd.errors import HstuXdError, InputError
 
-BENCHMARKS = ("encoder", "attention", "train-step", "serving", "prepare", "sampler")
+BENCHMARKS = ("encoder", "attention", "train-step", "serving", "service", "prepare", "sampler")
 
 
 def bench(
@@ -19,7 +19,11 @@ def bench(
         str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}; or plot, of stored rows.")
     ],
     stored: Annotated[
-        list[Path] | None, typer.Argument(help="Files of rows (plot).", metavar="[ROWS]...")
+        list[Path] | None,
+        typer.Argument(
+            help="Files of rows (plot). Run folder (service) [default: random weights].",
+            metavar="[ROWS]...",
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the rows as one JSON array.")
@@ -77,9 +81,12 @@ def bench(
     dv: Annotated[int, typer.Option(help="Width of values a head.")] = 16,
     width: Annotated[int, typer.Option(help="Model width (encoder).")] = 64,
     layers: Annotated[
-        int | None, typer.Option(help="Layers (encoder). [default: 2; serving 4]")
+        int | None, typer.Option(help="Layers (encoder). [default: 2; serving, service 4]")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of PyTorch. [default: 2; service as hstu-xd serve]"),
+    ] = None,
     repeats: Annotated[
         int | None,
         typer.Option(min=1, help="Timed passes of each provider. [default: 5; sampler 50]"),
@@ -87,6 +94,9 @@ def bench(
     device: Annotated[
         str, typer.Option(help="cpu or cuda (encoder, attention, train-step).")
     ] = "cpu",
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Of twice the load that can be borne (service).")
+    ] = 60.0,
     rows: Annotated[int, typer.Option(min=100, help="Events of the log (prepare).")] = 1_000_000,
     data: Annotated[
         Path | None, typer.Option(help="Prepared store (sampler). [default: a synthetic one]")
@@ -98,7 +108,7 @@ def bench(
         return
     if what not in BENCHMARKS:
         raise InputError(_unknown("benchmark", what, (*BENCHMARKS, "plot")))
-    if stored:
+    if stored and what != "service":
         raise InputError(f"{stored[0]}: only bench plot reads rows; to write them use --out")
     if what == "prepare":
         _show(_prepare(rows, out), as_json)
@@ -113,6 +123,25 @@ def bench(
         history = (seq_len or [200])[0]
         results = run(data, history=history, batch_size=batch_size or 128, repeats=repeats or 50)
         _show(results, as_json, out)
+        return
+    if what == "service":
+        from hstu_xd.bench import service
+        from hstu_xd.bench.cases import Case
+        from hstu_xd.cli.serve import check_packages
+
+        check_packages()
+        from hstu_xd.serving.http.settings import default_threads
+
+        case = Case(
+            what, (seq_len or [200])[0], (num_domains or [5])[0], heads=heads, dqk=dqk, dv=dv,
+            width=width, layers=layers or 4,
+        )  # fmt: skip
+        run = stored[0] if stored else None
+        _show(
+            service.measure(run, case, seconds=seconds, threads=threads or default_threads()),
+            as_json,
+            out,
+        )
         return
     from hstu_xd.bench import passes, serving, train_step
     from hstu_xd.bench.cases import Case
@@ -139,7 +168,7 @@ def bench(
         from hstu_xd.bench.sweep import sweep as preset
 
         cases = list(preset(base))
-    how_often = {"threads": threads, "repeats": repeats or 5}
+    how_often = {"threads": threads or 2, "repeats": repeats or 5}
     if what == "serving":
         results = serving.measure(cases, chosen, **how_often)
     else:

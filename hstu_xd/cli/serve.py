@@ -56,15 +56,11 @@ def serve(
         float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")
     ] = 30.0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of PyTorch. [default: all cores]")
+        int | None, typer.Option(min=1, help="Threads of PyTorch. [default: all cores but one]")
     ] = None,
 ) -> None:
     """Serve a trained run: take events, recommend items of any domain, over HTTP."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise HstuXdError(
-            f'{missing[0]} is not installed; serving needs pip install "hstu-xd[serving]"'
-        )
+    check_packages()
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.service import Served, Service
     from hstu_xd.serving.http.settings import (
@@ -97,6 +93,19 @@ def serve(
             typer.echo(f"events in {settings.events}")
 
         server.serve(service, sock, announce)
+
+
+def check_packages() -> None:
+    """Refuse to go on without what the service is made of.
+
+    Raises:
+        HstuXdError: a package is not installed.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise HstuXdError(
+            f'{missing[0]} is not installed; serving needs pip install "hstu-xd[serving]"'
+        )
 
 
 def _token(file: Path | None) -> str | None:

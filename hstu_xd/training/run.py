@@ -57,7 +57,7 @@ def train(
             store.catalog, encoder, dropout_rate=settings.train.dropout_rate
         ).to(here.device)
         if here.is_main and not resume:
-            _begin(out, store, settings, model, name or variant_name(settings), here)
+            lay_out(out, store, settings, model, name or variant_name(settings), here)
         here.barrier()
         trainer = Trainer(model, store, settings.train, out, here)
         if resume and (out / STATE_FILE).exists():
@@ -129,7 +129,7 @@ def variant_name(settings: RunSettings) -> str:
     return " + ".join(parts)
 
 
-def _begin(
+def lay_out(
     out: Path,
     store: InteractionStore,
     settings: RunSettings,
@@ -137,7 +137,16 @@ def _begin(
     name: str,
     here: World,
 ) -> None:
-    """Lay out the folder: config, catalogue, and what the run is; run.json comes last."""
+    """Make a run folder: config, catalogue, and what the run is; run.json comes last.
+
+    Args:
+        out: the folder.
+        store: whose catalogue and hashes are noted.
+        settings: of the model and the training.
+        model: as it starts.
+        name: what tables call the run.
+        here: the process.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG_FILE).write_text(settings.to_gin())
     store.catalog.save(out / CATALOG_FILE)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Generic, Protocol, TypeVar
 
 from hstu_xd.errors import HstuXdError
@@ -17,8 +18,8 @@ J = TypeVar("J")
 
 _log = logging.getLogger(__name__)
 
-# Weight of the latest batch in the seconds that a job is expected to take.
-_LATEST = 0.1
+# Batches whose median says how long a job takes: a single slow one turns nobody away.
+_REMEMBERED = 31
 
 
 class Busy(HstuXdError):
@@ -87,6 +88,7 @@ class Batcher(Generic[J]):
         self._waiting: deque[Ticket[J]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
+        self._paces: deque[float] = deque(maxlen=_REMEMBERED)
         self._seconds_per_job = 0.0
         opened: deque[Exception | None] = deque()
         ready = threading.Event()
@@ -159,8 +161,8 @@ class Batcher(Generic[J]):
                 start = time.perf_counter()
                 handler.handle(batch)
                 self._on_batch(len(batch))
-                taken = (time.perf_counter() - start) / len(batch)
-                self._seconds_per_job += _LATEST * (taken - self._seconds_per_job)
+                self._paces.append((time.perf_counter() - start) / len(batch))
+                self._seconds_per_job = median(self._paces)
                 _reply(batch)
         finally:
             handler.close()

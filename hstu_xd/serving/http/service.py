@@ -1,7 +1,6 @@
 """A service without its HTTP: a trained run, its events and the thread that answers."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.jobs import Job
 from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.sessions import Sessions
-from hstu_xd.serving.http.settings import ServiceSettings
+from hstu_xd.serving.http.settings import ServiceSettings, default_threads
 from hstu_xd.serving.request import Request
 from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.store import StateStore
@@ -108,7 +107,7 @@ class Service:
 
     def _open(self) -> Engine:
         states, served = self.settings.states, self._served
-        torch.set_num_threads(states.threads or os.cpu_count() or 1)
+        torch.set_num_threads(states.threads or default_threads())
         self._log = log = EventLog(self.settings.events)
         self._histories = histories = Histories(log, self.catalog, self.items, served.prepared)
 

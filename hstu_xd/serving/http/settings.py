@@ -1,10 +1,16 @@
 """What the service is told when it starts, with the defaults of the command."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from hstu_xd.errors import InputError
+
+
+def default_threads() -> int:
+    """All cores but one: threads of PyTorch that wait for each other must not wait for HTTP."""
+    return max(1, (os.cpu_count() or 1) - 1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class StateSettings:
         store: "memory", "sqlite:FILE" or "redis://...".
         when_store_fails: "refuse" requests, or "rebuild" states in memory until it is back.
         max_bytes: bound on the states in memory.
-        threads: of PyTorch, for rebuilding long histories; None: all cores.
+        threads: of PyTorch, for rebuilding long histories; None: :func:`default_threads`.
     """
 
     store: str = "memory"

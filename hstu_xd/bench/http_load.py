@@ -1,0 +1,135 @@
+"""Load on an HTTP service over raw sockets: as fast as it answers, or at a rate of its own."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# Connections of a load that does not wait for answers; beyond them requests queue here, and their
+# time counts all the same.
+_MOST_CONNECTIONS = 256
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request: a path, and a body to be posted or None to get."""
+
+    path: str
+    body: dict[str, Any] | None = None
+
+    def encode(self) -> bytes:
+        """As HTTP/1.1."""
+        if self.body is None:
+            return f"GET {self.path} HTTP/1.1\r\nhost: load\r\n\r\n".encode()
+        body = json.dumps(self.body).encode()
+        head = (
+            f"POST {self.path} HTTP/1.1\r\nhost: load\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a call.
+
+    Attributes:
+        call: which.
+        status: of HTTP; 0 where the connection broke.
+        seconds: from the time the call was due to the end of its answer.
+        answer: the body.
+    """
+
+    call: Call
+    status: int
+    seconds: float
+    answer: bytes
+
+
+class Load:
+    """Calls a service on this machine and keeps what became of every call.
+
+    Args:
+        port: of the service.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    def closed(
+        self, draw: Callable[[], Call | None], *, seconds: float, connections: int
+    ) -> list[Outcome]:
+        """Each connection sends its next call when the one before is answered.
+
+        Args:
+            draw: makes the next call; None: there are no more.
+            seconds: after which no further call is sent.
+            connections: number of them.
+        """
+
+        async def run() -> list[Outcome]:
+            until, outcomes = time.perf_counter() + seconds, []
+
+            async def keep_asking() -> None:
+                while time.perf_counter() < until and (call := draw()) is not None:
+                    outcomes.append(await self._ask(call, time.perf_counter()))
+
+            await asyncio.gather(*(keep_asking() for _ in range(connections)))
+            self._close()
+            return outcomes
+
+        return asyncio.run(run())
+
+    def open(
+        self, draw: Callable[[], Call], *, rate: float, seconds: float, seed: int = 0
+    ) -> list[Outcome]:
+        """Calls come at random times, whether or not earlier ones are answered.
+
+        Args:
+            draw: makes the next call.
+            rate: calls a second, on average.
+            seconds: of load; answers are waited for beyond it.
+            seed: of the times.
+        """
+        gaps = np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds))
+
+        async def run() -> list[Outcome]:
+            tasks, room = [], asyncio.Semaphore(_MOST_CONNECTIONS)
+
+            async def ask(call: Call, due: float) -> Outcome:
+                async with room:
+                    return await self._ask(call, due)
+
+            start = time.perf_counter()
+            for due in (start + gaps.cumsum()).tolist():
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                tasks.append(asyncio.ensure_future(ask(draw(), due)))
+            outcomes = await asyncio.gather(*tasks)
+            self._close()
+            return outcomes
+
+        return asyncio.run(run())
+
+    async def _ask(self, call: Call, due: float) -> Outcome:
+        try:
+            if not self._idle:
+                self._idle.append(await asyncio.open_connection("127.0.0.1", self._port))
+            reader, writer = self._idle.pop()
+            writer.write(call.encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
+            answer = await reader.readexactly(length)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            return Outcome(call, 0, time.perf_counter() - due, repr(error).encode())
+        self._idle.append((reader, writer))
+        return Outcome(call, int(head.split(b" ", 2)[1]), time.perf_counter() - due, answer)
+
+    def _close(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+        self._idle.clear()

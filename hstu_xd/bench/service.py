@@ -1,0 +1,330 @@
+"""``bench service``: the real service under twice the load that it can bear.
+
+A load is one half events and one half recommendations. What the service can bear is measured first,
+by a few connections that wait for their answers; then calls come at twice that rate and wait for
+nobody. In the end every accepted event must be in the log, no other one may be, and the answers
+must be those of states that are made anew from the log.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from hstu_xd.bench.cases import Case
+from hstu_xd.bench.http_load import Call, Load, Outcome
+from hstu_xd.bench.rows import Row, empty_row
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import HstuXdError
+from hstu_xd.serving import EncoderSession
+
+# Closed loop: connections, and the share of the seconds that it lasts.
+_CONNECTIONS, _SHARE = 8, 0.2
+_OVERLOAD = 2.0
+_USERS, _ITEMS_PER_DOMAIN, _TOP = 300, 2000, 10
+# Not before any event of a log, whatever its unit; events at the same time keep their order.
+_NOW = 2**44
+# Largest difference of a score, a cosine.
+_BUDGET = 1e-5
+
+
+def measure(run: Path | None, case: Case, *, seconds: float, threads: int) -> list[Row]:
+    """The row of a service.
+
+    ``ms_*`` are of accepted requests at twice the capacity, from the time a request was due.
+
+    Args:
+        run: a trained run; None: a model with random weights and a synthetic log.
+        case: sizes of that model; ``seq_len`` is its window and its users' mean history.
+        seconds: of overload.
+        threads: of PyTorch, in the service.
+    """
+    with TemporaryDirectory() as folder, _threads(threads):
+        place = Path(folder)
+        served = _Served.of(run or _synthetic_run(place, case), place / "events.sqlite")
+        with _process(served, threads) as (process, port):
+            traffic = _Traffic(served, _users(port))
+            _warm_up(port, traffic)
+            closed = Load(port).closed(
+                traffic.draw, seconds=max(1.0, _SHARE * seconds), connections=_CONNECTIONS
+            )
+            answered = sum(x.status == 200 for x in closed)
+            capacity = answered / max(1.0, _SHARE * seconds)
+            opened = Load(port).open(traffic.draw, rate=_OVERLOAD * capacity, seconds=seconds)
+            found = _answers(port, traffic)
+            peak = _peak_bytes(process)
+        row = empty_row("service", served.case(case), threads=threads, repeats=1)
+        row |= {"what": "service", "run": None if run is None else str(run), "peak_bytes": peak}
+        row |= _figures(closed, opened, capacity, seconds)
+        row |= served.check([*closed, *opened], found)
+    wrong = row["other_errors"] + row["lost_events"] + row["foreign_events"]
+    row["correct"] = wrong == 0 and row["error_of_budget"] <= 1
+    return [row]
+
+
+@dataclass(frozen=True, eq=False)
+class _Served:
+    """A run that is served, and the log of the service.
+
+    Attributes:
+        run: its folder.
+        log: file of the events.
+        catalog: of the run.
+    """
+
+    run: Path
+    log: Path
+    catalog: DomainCatalog
+
+    @classmethod
+    def of(cls, run: Path, log: Path) -> "_Served":
+        return cls(run, log, DomainCatalog.load(run))
+
+    def case(self, case: Case) -> Case:
+        """The case with the sizes of this run's model."""
+        from hstu_xd.training.run import load, read_run
+
+        s = load(self.run).settings
+        return replace(
+            case,
+            seq_len=min(read_run(self.run)["max_sequence_length"], s.norm_length),
+            num_domains=s.num_domains,
+            heads=s.num_heads,
+            dqk=s.dqk,
+            dv=s.dv,
+            width=s.embedding_dim,
+            layers=s.num_blocks,
+            batch_size=1,
+        )
+
+    def check(self, outcomes: Iterable[Outcome], found: dict[str, dict[str, float]]) -> Row:
+        """Compare log and answers with what was accepted.
+
+        Args:
+            outcomes: of all events.
+            found: by user, items and their scores for the user's domain of :func:`_domain`.
+        """
+        from hstu_xd.serving.http.event_log import EventLog
+        from hstu_xd.serving.http.histories import Histories, Items
+        from hstu_xd.serving.http.service import Served
+        from hstu_xd.serving.http.settings import ServiceSettings
+
+        accepted = Counter(
+            (event["user"], event["item"])
+            for outcome in outcomes
+            if outcome.status == 200
+            for event in (outcome.call.body or {}).get("events", ())
+        )
+        log, served = EventLog(self.log), Served.of(self.run, ServiceSettings(self.log))
+        names = {user for user, _ in accepted} | set(log.users_from("", sys.maxsize))
+        logged = Counter((user, event.item) for user in names for event in log.events(user))
+        items = Items(self.catalog)
+        histories = Histories(log, self.catalog, items, served.prepared)
+        fresh = EncoderSession(served.model, window=served.window, history=histories.all_of)
+        worst = 0.0
+        for user, scores in found.items():
+            ids = torch.tensor([[items.id_of(token) for token in scores]])
+            wanted = fresh.score([user], ids, [_domain(user, self.catalog)])[0]
+            worst = max(worst, float((wanted - torch.tensor([*scores.values()])).abs().max()))
+            fresh.forget(user)
+        log.close()
+        return {
+            "accepted_events": accepted.total(),
+            "lost_events": (accepted - logged).total(),
+            "foreign_events": (logged - accepted).total(),
+            "checked_users": len(found),
+            "error_of_budget": worst / _BUDGET,
+        }
+
+
+class _Traffic:
+    """Calls of users in turn: an event, or recommendations of a domain.
+
+    Args:
+        served: whose items and domains.
+        users: names.
+    """
+
+    def __init__(self, served: _Served, users: list[str]) -> None:
+        self.users, self.catalog = users, served.catalog
+        self._random = random.Random(0)
+        self._items = [served.catalog.token(i) for i in served.catalog.domain_items.tolist()]
+
+    def draw(self) -> Call:
+        """The next call."""
+        user = self._random.choice(self.users)
+        if self._random.random() < 0.5:
+            item = self._random.choice(self._items)
+            event = {"user": user, "item": item, "timestamp": _NOW}
+            return Call("/v1/events", {"events": [event]})
+        return self.recommend(user, self._random.choice(self.catalog.domain_names), _TOP)
+
+    def recommend(self, user: str, domain: str, k: int) -> Call:
+        """Recommendations of a domain, of items the user has seen too."""
+        body = {"user": user, "domains": [domain], "k": k, "exclude_seen": False}
+        return Call("/v1/recommend", body)
+
+
+def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seconds: float) -> Row:
+    """Times and shares of both loads."""
+    accepted = np.array([x.seconds for x in opened if x.status == 200]) * 1e3
+    refused = sum(x.status == 503 for x in opened)
+    others = Counter(x.status for x in (*closed, *opened) if x.status not in (200, 503))
+    if not accepted.size:
+        raise HstuXdError(f"the service accepted nothing; it said {opened[0].answer!r}")
+    low, median, high, late = np.percentile(accepted, [20, 50, 80, 99]).tolist()
+    served = [x.seconds * 1e3 for x in closed if x.status == 200]
+    alone = np.percentile(served, [50, 99]).tolist()
+    return {
+        "ms_median": median,
+        "ms_p20": low,
+        "ms_p80": high,
+        "ms_p99": late,
+        "p99_of_p50": late / median,
+        "seconds": seconds,
+        "capacity_per_second": capacity,
+        "capacity_ms_median": alone[0],
+        "capacity_ms_p99": alone[1],
+        "offered_per_second": len(opened) / seconds,
+        "accepted_per_second": accepted.size / seconds,
+        "refused_share": refused / len(opened),
+        "other_errors": others.total(),
+        "other_statuses": {str(status): count for status, count in sorted(others.items())},
+    }
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _process(served: _Served, threads: int) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """The service, and its port; drained in the end."""
+    command = [sys.executable, "-m", "hstu_xd", "serve", str(served.run), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--events", str(served.log), "--threads", str(threads)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        if not said.startswith("serving "):
+            raise HstuXdError("the service did not start; it says why on stderr")
+        yield process, int(said.rpartition(":")[2])
+        process.send_signal(signal.SIGTERM)
+        if process.wait(60):
+            raise HstuXdError(f"the service ended with status {process.returncode} on SIGTERM")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _users(port: int) -> list[str]:
+    """Users the service knows, or new ones."""
+    (outcome,) = _ask_all(port, [Call(f"/v1/users?limit={_USERS}")])
+    return json.loads(outcome.answer)["users"] or [f"user-{n}" for n in range(_USERS)]
+
+
+def _warm_up(port: int, traffic: _Traffic) -> None:
+    """Every user once: states are made from the histories before anything is measured."""
+    _answers(port, traffic)
+
+
+def _answers(port: int, traffic: _Traffic) -> dict[str, dict[str, float]]:
+    """Recommendations of every user, of the user's domain: items and scores."""
+    names = traffic.catalog.domain_names
+    calls = [
+        traffic.recommend(user, names[_domain(user, traffic.catalog)], _TOP)
+        for user in traffic.users
+    ]
+    found = {}
+    for call, outcome in zip(calls, _ask_all(port, calls)):
+        (rows,) = json.loads(outcome.answer)["recommendations"]
+        assert call.body is not None
+        found[call.body["user"]] = {row["item"]: row["score"] for row in rows["items"]}
+    return found
+
+
+def _ask_all(port: int, calls: list[Call]) -> list[Outcome]:
+    """Outcomes of calls, one after the other."""
+    left = iter(calls)
+    outcomes = Load(port).closed(lambda: next(left, None), seconds=600, connections=1)
+    for outcome in outcomes:
+        if outcome.status != 200:
+            raise HstuXdError(f"{outcome.call.path}: {outcome.status} {outcome.answer!r}")
+    return outcomes
+
+
+def _domain(user: str, catalog: DomainCatalog) -> int:
+    """A domain that has items; another one for another user."""
+    sizes = catalog.domain_offsets.diff()
+    filled = sizes.nonzero().flatten().tolist()
+    return filled[sum(user.encode()) % len(filled)]
+
+
+def _peak_bytes(process: "subprocess.Popen[str]") -> int | None:
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        return None
+    (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
+
+
+def _synthetic_run(folder: Path, case: Case) -> Path:
+    """A run with every switch on and random weights, over a synthetic store."""
+    from hstu_xd.data.store import InteractionStore
+    from hstu_xd.data.synthetic import synthesize
+    from hstu_xd.data.world import SynthOptions
+    from hstu_xd.model import CrossDomainHSTU
+    from hstu_xd.training.checkpoint import MODEL_FILE, save_checkpoint
+    from hstu_xd.training.distributed import World
+    from hstu_xd.training.run import lay_out
+    from hstu_xd.training.settings import RunSettings, TrainSettings
+
+    options = SynthOptions(
+        users=_USERS,
+        domains=case.num_domains,
+        items_per_domain=_ITEMS_PER_DOMAIN,
+        mean_length=max(5, case.seq_len),
+    )
+    synthesize(folder / "data", options)
+    store = InteractionStore.open(folder / "data")
+    encoder = {
+        "num_blocks": case.layers,
+        "num_heads": case.heads,
+        "dqk": case.dqk,
+        "dv": case.dv,
+        "domain_mask": True,
+        "tape": True,
+        "ddsr": True,
+        "target_domain_embedding": True,
+        "target_view_heads": case.heads // 2,
+    }
+    train = TrainSettings(max_sequence_length=case.seq_len, item_embedding_dim=case.width)
+    settings = RunSettings(encoder, train)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = CrossDomainHSTU(store.catalog, settings.encoder_settings(store.num_domains))
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    here = World(0, 1, torch.device("cpu"))
+    lay_out(folder / "run", store, settings, model, "random weights", here)
+    save_checkpoint(folder / "run" / MODEL_FILE, model.state_dict(), {})
+    return folder / "run"

@@ -1,0 +1,77 @@
+"""``bench service``: a real service under load, and what is checked afterwards. No timed claim."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_runs import KEYS
+
+pytest.importorskip("fastapi", reason="no fastapi here: bench service is NOT covered")
+
+from hstu_xd.bench import service
+from hstu_xd.bench.http_load import Call, Load, Outcome
+from hstu_xd.cli.bench import bench
+from hstu_xd.errors import HstuXdError, InputError
+
+TINY = {"heads": 2, "dqk": 4, "dv": 4, "width": 8, "layers": 1, "seq_len": [12], "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_USERS", 12)
+    monkeypatch.setattr(service, "_ITEMS_PER_DOMAIN", 20)
+
+
+def test_a_service_under_load_loses_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Outcome] = []
+    load = Load.open
+
+    def watched(self: Load, *arguments: Any, **options: Any) -> list[Outcome]:
+        kept.extend(load(self, *arguments, **options))
+        # What was refused was not taken, and what was taken is not lost.
+        return kept
+
+    monkeypatch.setattr(Load, "open", watched)
+    bench("service", as_json=True, seconds=1.0, num_domains=[3], **TINY)
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row.keys() >= KEYS
+    assert row["provider"] == row["what"] == "service"
+    assert (row["seq_len"], row["num_domains"], row["layers"]) == (12, 3, 1)
+    assert row["correct"] is True
+    assert (row["other_errors"], row["lost_events"], row["foreign_events"]) == (0, 0, 0)
+    assert 0 <= row["error_of_budget"] <= 1
+    assert row["checked_users"] == 12
+    assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"] <= row["ms_p99"]
+    accepted = [x for x in kept if x.status == 200]
+    assert row["accepted_per_second"] == len(accepted)
+    assert row["offered_per_second"] == len(kept)
+    assert {x.status for x in kept} <= {200, 503}
+
+
+def test_an_event_that_is_lost_or_made_up_is_noticed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = service._Served.check
+
+    def check(self: Any, outcomes: Any, found: Any) -> Any:
+        event = {"user": "nobody", "item": "none", "timestamp": 1}
+        extra = Outcome(Call("/v1/events", {"events": [event]}), 200, 0.1, b"")
+        taken = [x for x in outcomes if x.status == 200 and x.call.path == "/v1/events"]
+        user, scores = next(iter(found.items()))
+        wrong = {item: score + 1e-3 for item, score in scores.items()}
+        return honest(self, [*taken[1:], extra], found | {user: wrong})
+
+    monkeypatch.setattr(service._Served, "check", check)
+    with pytest.raises(HstuXdError, match="service disagrees"):
+        bench("service", as_json=True, seconds=1.0, num_domains=[2], **TINY)
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["lost_events"], row["foreign_events"]) == (1, 1)
+    assert row["error_of_budget"] == pytest.approx(100, rel=0.1)
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no catalogue here"):
+        bench("service", stored=[tmp_path], seconds=1.0, **TINY)
