@@ -29,7 +29,12 @@ LIBRARIES = {
     "gin": ("gin-config",),
     "polars": ("polars",),
     "pyarrow": ("pyarrow",),
+    "fastapi": ("fastapi",),
+    "uvicorn": ("uvicorn",),
+    "prometheus_client": ("prometheus-client",),
 }
+# What only a GPU or `hstu-xd serve` needs.
+OPTIONAL = ("triton", "fastapi", "uvicorn", "prometheus_client")
 FBGEMM = ("fbgemm-gpu-cpu", "fbgemm-gpu", "fbgemm-gpu-nightly-cpu", "fbgemm-gpu-nightly")
 
 
@@ -142,8 +147,8 @@ def _upstream(found: dict[str, Any], plugin: dict[str, Any]) -> dict[str, Any]:
 
 def verdict(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """For the stand-alone trainer and for upstream's: ready or not, and what stands in the way."""
-    needed = {"torch": report["torch"], **report["libraries"]}
-    needed.pop("triton")
+    libraries = {k: v for k, v in report["libraries"].items() if k not in OPTIONAL}
+    needed = {"torch": report["torch"], **libraries}
     missing = [f"{name}: {each['error']}" for name, each in needed.items() if each["error"]]
     upstream, fbgemm = report["generative_recommenders"], report["fbgemm_gpu"]
     blocks = list(missing)
