@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from service_client import (
 )
 
 from hstu_xd.errors import InputError
+from hstu_xd.serving.http import batching
 from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
 from hstu_xd.serving.http.engine import Engine
 from hstu_xd.serving.http.settings import QueueSettings
@@ -154,6 +156,47 @@ def test_jobs_are_refused_where_they_would_wait_too_long() -> None:
     assert asyncio.run(waits(0.010, 9))
     assert not asyncio.run(waits(0.010, 11))
     assert asyncio.run(waits(0.001, 99))
+
+
+def test_one_slow_batch_turns_nobody_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    class Clocked(Slow):
+        def handle(self, tickets: Sequence[Ticket[int]]) -> None:
+            nonlocal now
+            now += sum(ticket.job for ticket in tickets)
+            super().handle(tickets)
+
+    async def run() -> None:
+        batcher = Batcher(Clocked, QueueSettings(max_delay=3.0))
+        for seconds in (1, 1, 100, 1, 1):
+            await batcher.submit(seconds)
+        batcher._waiting.extend(Ticket(0, done=asyncio.Future()) for _ in range(3))
+        assert not batcher.full
+        batcher._waiting.append(Ticket(0, done=asyncio.Future()))
+        assert batcher.full
+        batcher.stop()
+
+    asyncio.run(run())
+
+
+def test_a_handler_that_raises_fails_its_batch_only(caplog: pytest.LogCaptureFixture) -> None:
+    class Brittle(Slow):
+        def handle(self, tickets: Sequence[Ticket[int]]) -> None:
+            if tickets[0].job == 0:
+                raise RuntimeError("out of luck")
+            super().handle(tickets)
+
+    async def run() -> None:
+        batcher = Batcher(Brittle, QueueSettings())
+        with pytest.raises(RuntimeError, match="out of luck"):
+            await batcher.submit(0)
+        assert await batcher.submit(1) == 1
+        batcher.stop()
+
+    asyncio.run(run())
+    assert "a batch of 1 requests failed" in caplog.text
 
 
 def test_what_waits_is_done_before_a_stop() -> None:

@@ -250,6 +250,8 @@ def test_a_token_is_asked_for(tmp_path: Path) -> None:
                 assert answer.headers["www-authenticate"] == "Bearer"
                 assert "bearer token" in answer.json()["error"]
         assert client.append(event(0)).status_code == 401
+        lower = {"authorization": "bearer s3cret"}
+        assert client.ask("GET", "/v1/domains", headers=lower).status_code == 200
         right = {"authorization": "Bearer s3cret"}
         assert client.ask("GET", "/v1/users", headers=right).json() == {"users": []}
         assert client.ask("GET", "/healthz").status_code == 200

@@ -30,7 +30,7 @@ class Handler(Protocol[J]):
     """What the thread runs; made, used and closed there."""
 
     def handle(self, tickets: Sequence["Ticket[J]"]) -> None:
-        """Finish or fail every ticket; must not raise."""
+        """Finish or fail every ticket."""
         ...
 
     def close(self) -> None:
@@ -70,17 +70,17 @@ class Batcher(Generic[J]):
     pace of late, those before it take longer. So under any load the accepted ones wait alike.
 
     Args:
-        open: makes the handler, in the thread.
+        make: makes the handler, in the thread.
         settings: bounds of queue and batches.
         on_batch: told the size of every batch.
 
     Raises:
-        HstuXdError: whatever ``open`` raises.
+        Exception: whatever ``make`` raises.
     """
 
     def __init__(
         self,
-        open: Callable[[], Handler[J]],
+        make: Callable[[], Handler[J]],
         settings: QueueSettings,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
@@ -90,14 +90,14 @@ class Batcher(Generic[J]):
         self._stopping = False
         self._paces: deque[float] = deque(maxlen=_REMEMBERED)
         self._seconds_per_job = 0.0
-        opened: deque[Exception | None] = deque()
+        made: deque[Exception | None] = deque()
         ready = threading.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(open, opened, ready), name="hstu-xd session", daemon=True
+            target=self._run, args=(make, made, ready), name="hstu-xd session", daemon=True
         )
         self._thread.start()
         ready.wait()
-        if (error := opened.pop()) is not None:
+        if (error := made.pop()) is not None:
             raise error
 
     def __len__(self) -> int:
@@ -143,23 +143,23 @@ class Batcher(Generic[J]):
 
     def _run(
         self,
-        open: Callable[[], Handler[J]],
-        opened: deque[Exception | None],
+        make: Callable[[], Handler[J]],
+        made: deque[Exception | None],
         ready: threading.Event,
     ) -> None:
         try:
-            handler = open()
+            handler = make()
         except Exception as error:
-            opened.append(error)
+            made.append(error)
             return
         else:
-            opened.append(None)
+            made.append(None)
         finally:
             ready.set()
         try:
             while batch := self._next():
                 start = time.perf_counter()
-                handler.handle(batch)
+                _handle(handler, batch)
                 self._on_batch(len(batch))
                 self._paces.append((time.perf_counter() - start) / len(batch))
                 self._seconds_per_job = median(self._paces)
@@ -179,6 +179,16 @@ class Batcher(Generic[J]):
                 )
             size = min(len(self._waiting), settings.max_batch)
             return [self._waiting.popleft() for _ in range(size)]
+
+
+def _handle(handler: Handler[J], tickets: Sequence[Ticket[J]]) -> None:
+    """Whatever happens, every ticket has an outcome and the thread goes on."""
+    try:
+        handler.handle(tickets)
+    except Exception as error:
+        _log.exception("a batch of %d requests failed", len(tickets))
+        for ticket in tickets:
+            ticket.error = error
 
 
 def _reply(tickets: Sequence[Ticket[Any]]) -> None:

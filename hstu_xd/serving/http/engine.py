@@ -47,8 +47,10 @@ class Engine:
 
     def handle(self, tickets: Tickets) -> None:
         """Finish or fail every ticket."""
+        for ticket in tickets:
+            if isinstance(ticket.job, Forget):
+                _settle([ticket], self._forget)
         for kinds, handle in (
-            (Forget, self._forget),
             (Append, self._append),
             (Recommend | Score, self._answer),
             (ReadHistory | ListUsers, self._read),

@@ -1,9 +1,11 @@
 """What a request passes before anything of it is read: token, drain, queue, size of its body."""
 
+import asyncio
 import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from hstu_xd.serving.http.page_files import page_files
@@ -30,8 +32,8 @@ _ROUTES = (
     "/v1/users",
 )
 # How much of a body that is too large is read and thrown away, in bodies of the largest size that
-# is taken: a client that is still writing could not read the answer otherwise.
-_LINGER = 16
+# is taken, and for how long: a client that is still writing could not read the answer otherwise.
+_LINGER, _LINGER_SECONDS = 16, 5.0
 
 
 class Guard:
@@ -45,7 +47,7 @@ class Guard:
     def __init__(self, app: App, service: Service) -> None:
         self._app, self._service = app, service
         token = service.settings.token
-        self._token = None if token is None else f"Bearer {token}".encode()
+        self._token = None if token is None else token.encode()
         # Open without a token: the state of the service, and a page that holds no data.
         self._open = {"/healthz", *page_files()}
 
@@ -94,7 +96,8 @@ class Guard:
     def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._token is None or path in self._open:
             return True
-        return hmac.compare_digest(headers.get(b"authorization", b""), self._token)
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given, self._token)
 
     async def _body(
         self, headers: dict[bytes, bytes], receive: Receive, send: Send
@@ -115,13 +118,18 @@ class Guard:
             return bytes(body)
         text = f"the body has more than {limit} bytes; send less at a time"
         await _refuse(send, 413, text, {"Connection": "close"}, more=True)
-        thrown, more = 0, True
-        while more and thrown < _LINGER * limit:
-            message = await receive()
-            thrown += len(message.get("body", b""))
-            more = message.get("more_body", False)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_throw_away(receive, _LINGER * limit), _LINGER_SECONDS)
         await send({"type": "http.response.body", "body": b""})
         return None
+
+
+async def _throw_away(receive: Receive, most: int) -> None:
+    thrown, more = 0, True
+    while more and thrown < most:
+        message = await receive()
+        thrown += len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 def route_of(path: str) -> str:
