@@ -15,6 +15,8 @@ _COLUMNS = {
     "order": ("interleaving", str),
     "delta": ("delta", "{:.3f}".format),
     "rows": ("rows", "{:,}".format),
+    "items": ("items", "{:,}".format),
+    "recall": ("recall", "{:.3f}".format),
     "correct": ("correct", lambda value: "yes" if value else "NO"),
     "ms": ("ms_median", _tenth),
     "ms p20": ("ms_p20", _tenth),

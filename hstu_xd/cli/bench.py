@@ -101,6 +101,12 @@ def bench(
     data: Annotated[
         Path | None, typer.Option(help="Prepared store (sampler). [default: a synthetic one]")
     ] = None,
+    retrieval_items: Annotated[
+        int | None,
+        typer.Option(
+            min=1000, help="Also search the best of so many items, 1000000 say (serving)."
+        ),
+    ] = None,
 ) -> None:
     """Measure a part of hstu-xd. A provider that computes something else gets no time."""
     if what == "plot":
@@ -110,6 +116,10 @@ def bench(
         raise InputError(_unknown("benchmark", what, (*BENCHMARKS, "plot")))
     if stored and what != "service":
         raise InputError(f"{stored[0]}: only bench plot reads rows; to write them use --out")
+    if retrieval_items and what != "serving":
+        raise InputError(
+            f"--retrieval-items belongs to bench serving, not to bench {what}; drop it"
+        )
     if what == "prepare":
         _show(_prepare(rows, out), as_json)
         return
@@ -143,7 +153,7 @@ def bench(
             out,
         )
         return
-    from hstu_xd.bench import passes, serving, train_step
+    from hstu_xd.bench import passes, retrieval, serving, train_step
     from hstu_xd.bench.cases import Case
 
     chosen, rivals = _competitors(what, provider, against)
@@ -171,6 +181,8 @@ def bench(
     how_often = {"threads": threads or 2, "repeats": repeats or 5}
     if what == "serving":
         results = serving.measure(cases, chosen, **how_often)
+        if retrieval_items:
+            results += retrieval.measure(retrieval_items, width=width, **how_often)
     else:
         measure = train_step.measure if what == "train-step" else passes.measure
         results = measure(cases, chosen, **how_often, against=rivals)

@@ -1,9 +1,22 @@
-"""The best items of a domain for a user vector, exactly."""
+"""The best items of a domain for a user vector: exactly, or by an index of what is near."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from hstu_xd.errors import InputError
 from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.serving.inverted_lists import InvertedLists, load_faiss
+
+RETRIEVALS = ("exact", "approximate")
+
+# Items whose scores are computed at once: bounds what a search needs beside the vectors.
+_BLOCK = 1 << 20
+# Smaller domains are searched exactly, which takes some milliseconds.
+_INDEXED_FROM = 100_000
+# So is a domain of which more than this share is asked for: an index looks at a tenth of it.
+_LARGEST_SHARE = 0.01
 
 
 class ItemIndex:
@@ -11,16 +24,30 @@ class ItemIndex:
 
     Args:
         model: the trained model; later changes of its item vectors are not seen.
+        retrieval: "exact", or "approximate" for catalogues of millions: domains from 100,000 items
+            on get an index each, see :class:`InvertedLists`, which takes the memory of their
+            vectors once more and misses some of the best items.
+
+    Raises:
+        InputError: an unknown kind of retrieval, or one whose library is not installed.
     """
 
-    def __init__(self, model: CrossDomainHSTU) -> None:
+    def __init__(self, model: CrossDomainHSTU, retrieval: str = "exact") -> None:
+        if retrieval not in RETRIEVALS:
+            raise InputError(f"retrieval is {retrieval!r}; one of {', '.join(RETRIEVALS)}")
         catalog = model.catalog
         self._items = catalog.domain_items
-        self._vectors = model.item_vectors(self._items)
+        self._vectors = torch.cat([model.item_vectors(x) for x in self._items.split(_BLOCK)])
         self._offsets: list[int] = catalog.domain_offsets.tolist()
         # Where an item stands in the arrays above; ids that no item bears stand nowhere.
         self._places = torch.full((catalog.num_items + 1,), -1)
         self._places[self._items] = torch.arange(len(self._items))
+        self._lists: dict[int, InvertedLists] = {}
+        if retrieval == "approximate":
+            load_faiss()  # that it is missing shows now, not when the catalogue has grown
+            for domain, (start, end) in enumerate(pairwise(self._offsets)):
+                if end - start >= _INDEXED_FROM:
+                    self._lists[domain] = InvertedLists(self._vectors[start:end])
 
     def best(
         self, vector: Tensor, domain: int, k: int, excluded: Tensor | None
@@ -37,11 +64,42 @@ class ItemIndex:
             ``(item id, score)`` pairs, best first.
         """
         start, end = self._offsets[domain], self._offsets[domain + 1]
-        scores = self._vectors[start:end] @ vector
-        if excluded is not None:
-            places = self._places.index_select(0, excluded)
-            places = places[(places >= start) & (places < end)]
-            scores.index_fill_(0, places - start, float("-inf"))
-        best = scores.topk(min(k, end - start))
-        pairs = zip(self._items[best.indices + start].tolist(), best.values.tolist())
-        return [(item, score) for item, score in pairs if score > float("-inf")]
+        left_out = self._items[:0] if excluded is None else self._places.index_select(0, excluded)
+        found = self._near(vector, domain, k, left_out)
+        scores, places = self._exactly(vector, start, end, k, left_out) if found is None else found
+        return list(zip(self._items[places].tolist(), scores.tolist()))
+
+    def _near(
+        self, vector: Tensor, domain: int, k: int, left_out: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Scores and places by a domain's index; None where it has none or finds too few."""
+        if domain not in self._lists:
+            return None
+        start, end = self._offsets[domain], self._offsets[domain + 1]
+        left_out = left_out[(left_out >= start) & (left_out < end)]
+        # So many more are asked for that none of those left out takes the place of another.
+        wanted = k + len(left_out)
+        if wanted > _LARGEST_SHARE * (end - start):
+            return None
+        scores, places = self._lists[domain].nearest(vector, wanted)
+        places = places + start
+        kept = torch.isin(places, left_out, invert=True).nonzero().squeeze(1)[:k]
+        return (scores[kept], places[kept]) if len(kept) == k else None
+
+    def _exactly(
+        self, vector: Tensor, start: int, end: int, k: int, left_out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of the places ``start..end - 1`` by all dot products, block by block."""
+        bests, places = [vector[:0]], [left_out[:0]]
+        for first in range(start, end, _BLOCK):
+            block = self._vectors[first : min(first + _BLOCK, end)]
+            scores = block @ vector
+            inside = left_out[(left_out >= first) & (left_out < first + len(block))]
+            scores.index_fill_(0, inside - first, float("-inf"))
+            top = scores.topk(min(k, len(block)))
+            bests.append(top.values)
+            places.append(top.indices + first)
+        found = torch.cat(bests)
+        found, order = found.topk(min(k, len(found)))
+        seen = int((found > float("-inf")).sum())
+        return found[:seen], torch.cat(places)[order[:seen]]
