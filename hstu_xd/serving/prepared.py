@@ -15,10 +15,10 @@ HIDDEN = torch.finfo(torch.float32).min / 2
 
 @dataclass(frozen=True, eq=False)
 class PreparedLayer:
-    """One layer: what its tokens are multiplied with, merged into one matrix.
+    """One layer: what its rows are multiplied with, merged into one matrix.
 
     Attributes:
-        layer: the layer itself: it computes what is the same for one token as for many.
+        layer: the layer itself: it computes what is the same for one row as for many.
         projection: (K, W), columns of gates, of queries, and of each head's key and value side by
             side; with DDSR further those of its scaled queries and, where a state is the layer's
             input, of its keys and values side by side.
@@ -67,7 +67,7 @@ class PreparedLayer:
         return u, by_head(q, s.num_heads), columns_by_head(kv, s.num_heads), query, states
 
     def states(self, of_input: Tensor, attended: Tensor) -> Tensor:
-        """DDSR's keys and values of what the tokens write: (H, R, dqk + dv).
+        """DDSR's keys and values of what the rows write: (H, R, dqk + dv).
 
         Args:
             of_input: the last result of :meth:`project`.
@@ -87,7 +87,7 @@ class PreparedModel:
         model: in evaluation mode.
         layers: first to last.
         sources: (D + 1, K), a domain's factor in the embedding of a switch from it; 0 in the last
-            row, for tokens whose domain stays.
+            row, for rows whose domain stays.
         destinations: (D, K), a domain's factor in the embedding of a switch to it.
         requests: (D, K), the embedding of a target domain.
         history_tokens: (., K), their input; None without.
@@ -96,7 +96,7 @@ class PreparedModel:
         state_ages: (layers, H, buckets + 1), of DDSR's age bias; None without it.
         added: (layers, D, W), what a target domain adds to a layer's products: to DDSR's queries.
         initial_memory: (layers, H, D, dqk + dv), DDSR's keys and values of the initial states.
-        views: (H,) or (layers * H,) int64, what each head reads: 0 everything, 1 the token's own
+        views: (H,) or (layers * H,) int64, what each head reads: 0 everything, 1 the row's own
             domain, 2 its target domain; once where all layers read alike.
         domain_scores: (D + 1, D), added to scores of events of a domain (column) by a head that
             reads one domain (row), or everything (last row).

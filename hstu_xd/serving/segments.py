@@ -65,7 +65,7 @@ class CutWindow:
         return torch.tensor(laid).T
 
     def is_readable(self, rows: Tensor) -> Tensor:
-        """(R,) bool, events after the window's may read the row: (2, R) int64."""
+        """(R,) bool, whether events after the window's may read a row: (2, R) int64."""
         events, numbers = rows
         return (numbers != EVENT) | self.cut.is_readable[events]
 
@@ -74,18 +74,16 @@ class CutWindow:
 
         Args:
             rows: (2, r) int64.
-            target_domains: (r,) int64, domain of the event after each row.
+            target_domains: (r,) int64, domain of the event after each row; a token's own.
 
         Returns:
             (3, r) int64, for what a head may read, see ``PreparedModel.views``.
         """
         events, numbers = rows
-        is_event = numbers == EVENT
-        lookback = self.settings.segment_lookback * is_event
-        own = self.cut.earlier[events]
-        target = own
+        lookback = self.settings.segment_lookback * (numbers == EVENT)
+        own = target = self.cut.earlier[events]
         if self.settings.target_view_heads:
-            target = torch.where(is_event, self._open_segments(target_domains, events), own)
+            target = self._open_segments(target_domains, events)
         return torch.stack([own, own, target]) - lookback
 
     def segments_of(self, rows: Tensor) -> Tensor:

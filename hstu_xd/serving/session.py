@@ -38,6 +38,10 @@ class EncoderSession:
     records: the next ``query`` runs what is new and the pending event through the layers together.
     A session belongs to one thread at a time.
 
+    Where the model cuts histories into segments, keys and values of an event stay as long as a next
+    event may read them; those of history tokens stand for it from then on. The event that closes a
+    segment brings them about, and they are committed with the events before it.
+
     A window of W events slides by quarters: of n events the oldest ``q * ceil((n - W) / q)`` have
     left, with ``q = max(1, W // 4)``, and whenever some leave the rest is encoded anew. So the
     window follows from the number of events alone, however they arrived, and once it has been full

@@ -24,7 +24,7 @@ class UserState:
     holds rows of the events that can still be read, and of the history tokens laid before the first
     event that is not committed; the others are gone.
 
-    Arrays have spare places behind what they hold; a step uses them for its own tokens.
+    Arrays have spare places behind what they hold; a step uses them for its own rows.
 
     Attributes:
         events: (3, capacity) int64, item ids, timestamps and domains of the window's events.
