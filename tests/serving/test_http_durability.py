@@ -239,7 +239,7 @@ def test_what_is_no_log_is_said(tmp_path: Path) -> None:
 def test_forgotten_events_leave_the_file(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.sqlite")
     log.add([Event("ann", "confidential", number) for number in range(9)])
-    log.forget("ann", restart=False)
+    log.forget("ann")
     log.close()
     for file in tmp_path.iterdir():
         assert b"confidential" not in file.read_bytes()

@@ -345,6 +345,10 @@ def test_prepared_histories_come_before_the_log(tmp_path: Path, store: Interacti
         kept = [name for name in names if name != names[5]]
         assert client.ask("GET", "/v1/users").json()["users"] == sorted([*kept, "new"])
         assert client.ask("GET", "/v1/users?limit=6").json()["users"] == sorted([*kept, "new"])[:6]
-    # Without the prepared store a service knows of what it has taken itself.
+    # Without the prepared store a service knows what it has taken itself; who is forgotten then
+    # stays so with the store.
     with serving(tmp_path, model=model) as client:
         assert len(client.history(user)) == 1
+        assert client.ask("DELETE", f"/v1/users/{user}").json() == {"forgotten": True}
+    with serving(tmp_path, prepared=store, model=model) as client:
+        assert client.history(user) == []

@@ -77,23 +77,18 @@ class EventLog:
                 [(user, version) for user in {event.user for event in events}],
             )
 
-    def forget(self, user: str, *, restart: bool) -> bool:
-        """Remove a user's events; the bytes are overwritten. Returns whether there were any.
+    def forget(self, user: str) -> None:
+        """Remove a user's events; the bytes are overwritten.
 
-        Args:
-            user: whose.
-            restart: keep a note that the user starts over, and that older histories are hidden.
+        The name stays, with the note that histories from elsewhere are hidden.
 
         Raises:
             LogError: as :meth:`add`.
         """
         with self._explained(), self._transaction():
-            done = self._connection.execute("DELETE FROM events WHERE user = ?", (user,))
-            self._connection.execute("DELETE FROM users WHERE user = ?", (user,))
-            if restart:
-                row = user, secrets.token_bytes(_VERSION)
-                self._connection.execute("INSERT INTO users VALUES (?, ?, 1)", row)
-        return done.rowcount > 0
+            self._connection.execute("DELETE FROM events WHERE user = ?", (user,))
+            row = user, secrets.token_bytes(_VERSION)
+            self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?, 1)", row)
 
     def events(self, user: str, last: int = -1) -> list[Event]:
         """A user's events, oldest first; all of them, or the last ones."""
@@ -110,7 +105,7 @@ class EventLog:
         return rows[0][0] if rows else b""
 
     def restarted(self, user: str) -> bool:
-        """Whether the user was forgotten with ``restart``."""
+        """Whether the user was ever forgotten."""
         return bool(self._rows("SELECT 1 FROM users WHERE user = ? AND restarted", user))
 
     def users_from(self, user: str, limit: int) -> list[str]:

@@ -1,7 +1,6 @@
 """What is known of every user: the prepared store's history, then what the log has on top."""
 
 import logging
-from bisect import bisect_left
 from collections.abc import Hashable
 
 from hstu_xd.catalog import DomainCatalog
@@ -108,16 +107,14 @@ class Histories:
             if len(some) < limit or len(names) >= limit:
                 break
             start = some[-1] + "\0"
-        found = sorted(names)
-        return [name for name in found[bisect_left(found, prefix) :] if name.startswith(prefix)][
-            :limit
-        ]
+        return sorted(name for name in names if name.startswith(prefix))[:limit]
 
     def forget(self, user: str) -> bool:
         """Remove a user from the log, and hide the prepared history; whether there was either."""
-        known = bool(self._earlier(user))
-        hidden = self._prepared is not None and self._prepared.has_user(user)
-        return self._log.forget(user, restart=hidden) or known
+        known = bool(self._earlier(user) or self._log.events(user, 1))
+        if known:
+            self._log.forget(user)
+        return known
 
     def present(self, user: str) -> bytes:
         """Version of a user's history, see :class:`hstu_xd.serving.shared.Versions`."""
