@@ -352,3 +352,13 @@ def test_prepared_histories_come_before_the_log(tmp_path: Path, store: Interacti
         assert client.ask("DELETE", f"/v1/users/{user}").json() == {"forgotten": True}
     with serving(tmp_path, prepared=store, model=model) as client:
         assert client.history(user) == []
+
+
+def test_a_forgotten_user_hides_nobody_else(tmp_path: Path, store: InteractionStore) -> None:
+    model = CrossDomainHSTU(store.catalog, MODEL.settings).eval()
+    names = [store.user_token(index) for index in range(store.num_users)]
+    with serving(tmp_path, prepared=store, model=model) as client:
+        item = store.catalog.token(1)
+        client.append(*[event(0, f"z{number}") | {"item": item} for number in range(5)])
+        client.ask("DELETE", f"/v1/users/{names[0]}")
+        assert client.ask("GET", "/v1/users?limit=3").json()["users"] == names[1:4]

@@ -99,14 +99,15 @@ class Histories:
 
     def users(self, prefix: str, limit: int) -> list[str]:
         """Names of at most so many users, in order, whose names begin with a text."""
-        names = set(self._log.users_from(prefix, limit))
+        earlier: list[str] = []
         start = prefix
         while self._prepared is not None:
             some = self._prepared.users_from(start, limit)
-            names |= {name for name in some if not self._log.restarted(name)}
-            if len(some) < limit or len(names) >= limit:
+            earlier += [name for name in some if not self._log.restarted(name)]
+            if len(some) < limit or len(earlier) >= limit:
                 break
             start = some[-1] + "\0"
+        names = {*self._log.users_from(prefix, limit), *earlier}
         return sorted(name for name in names if name.startswith(prefix))[:limit]
 
     def forget(self, user: str) -> bool:
