@@ -236,6 +236,28 @@ def test_what_is_no_log_is_said(tmp_path: Path) -> None:
         EventLog(tmp_path / "none" / "events.sqlite")
 
 
+def test_a_log_that_was_begun_and_not_finished_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(sqlite3.Connection):
+        def execute(self, command: str, *values: Any) -> sqlite3.Cursor:
+            if command.startswith("PRAGMA user_version ="):
+                raise sqlite3.OperationalError("disk I/O error")
+            return super().execute(command, *values)
+
+    path = tmp_path / "events.sqlite"
+    connection = Broken(path, isolation_level=None)
+    with monkeypatch.context() as broken:
+        broken.setattr(sqlite3, "connect", lambda *_, **__: connection)
+        with pytest.raises(LogError, match="disk I/O error"):
+            EventLog(path)
+    connection.close()
+    log = EventLog(path)
+    log.add([Event("ann", "1", 1)])
+    assert len(log.events("ann")) == 1
+    log.close()
+
+
 def test_forgotten_events_leave_the_file(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.sqlite")
     log.add([Event("ann", "confidential", number) for number in range(9)])

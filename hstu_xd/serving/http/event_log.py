@@ -10,15 +10,13 @@ from typing import NamedTuple
 from hstu_xd.errors import HstuXdError, InputError
 
 _FORMAT = 1
-_TABLES = """
-CREATE TABLE IF NOT EXISTS events (
-    number INTEGER PRIMARY KEY, user TEXT NOT NULL, item TEXT NOT NULL, timestamp INTEGER NOT NULL
-);
-CREATE INDEX IF NOT EXISTS events_of_users ON events (user, number);
-CREATE TABLE IF NOT EXISTS users (
-    user TEXT PRIMARY KEY, version BLOB NOT NULL, restarted INTEGER NOT NULL
-) WITHOUT ROWID;
-"""
+_TABLES = (
+    "CREATE TABLE events (number INTEGER PRIMARY KEY, user TEXT NOT NULL, item TEXT NOT NULL, "
+    "timestamp INTEGER NOT NULL)",
+    "CREATE INDEX events_of_users ON events (user, number)",
+    "CREATE TABLE users (user TEXT PRIMARY KEY, version BLOB NOT NULL, "
+    "restarted INTEGER NOT NULL) WITHOUT ROWID",
+)
 # Bytes of a version: two batches of events never get the same.
 _VERSION = 16
 
@@ -139,8 +137,11 @@ class EventLog:
             ((found,),) = run("PRAGMA user_version")
             ((tables,),) = run("SELECT count(*) FROM sqlite_master")
             if found == 0 and not tables:
-                self._connection.executescript(_TABLES)
-                run(f"PRAGMA user_version = {_FORMAT}")
+                # All or nothing: who is killed in between must be able to start again.
+                with self._transaction():
+                    for table in _TABLES:
+                        run(table)
+                    run(f"PRAGMA user_version = {_FORMAT}")
             elif found != _FORMAT:
                 raise InputError(
                     f"{self.path}: not an event log of this hstu-xd (format {found}, {_FORMAT} is "
