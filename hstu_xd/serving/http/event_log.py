@@ -76,7 +76,7 @@ class EventLog:
             )
 
     def forget(self, user: str) -> None:
-        """Remove a user's events; the bytes are overwritten.
+        """Remove a user's events; their bytes are overwritten, on disk too.
 
         The name stays, with the note that histories from elsewhere are hidden.
 
@@ -87,6 +87,9 @@ class EventLog:
             self._connection.execute("DELETE FROM events WHERE user = ?", (user,))
             row = user, secrets.token_bytes(_VERSION)
             self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?, 1)", row)
+        # What is not merged yet holds them as well. Where there is no room to merge, the next time.
+        with suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def events(self, user: str, last: int = -1) -> list[Event]:
         """A user's events, oldest first; all of them, or the last ones."""
