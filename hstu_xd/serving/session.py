@@ -302,7 +302,9 @@ class EncoderSession:
                 if self._history is not None:
                     self._extend(state, self._events(*self._history(user)))
                     self._commit([state])
-                    self._keep({user: state})
+                    # Of strangers nothing is kept: there may be any number of them.
+                    if state.length:
+                        self._keep({user: state})
                 elif user in refused:
                     raise StoreError(
                         f"user {user!r}: the stored state cannot be used, and the session has no "

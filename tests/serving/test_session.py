@@ -215,6 +215,13 @@ def test_the_least_recent_users_leave_and_come_back_from_their_history() -> None
         close(session.query([user], [0])[0], encode(net, done[user], 0))
 
 
+def test_nothing_is_kept_of_strangers() -> None:
+    # The state of nobody takes no counted bytes without DDSR, so no bound would ever drop it.
+    session = EncoderSession(model("hstu"), max_bytes=1_000, history=lambda user: ([], []))
+    session.query([f"stranger {number}" for number in range(99)], [0] * 99)
+    assert len(session) == 0
+
+
 def test_asking_for_dropped_users_keeps_to_the_bound() -> None:
     events = {user: log(user, 20, users=1) for user in range(5)}
     session = EncoderSession(
