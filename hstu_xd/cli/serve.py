@@ -10,7 +10,7 @@ import typer
 
 from hstu_xd.errors import HstuXdError, InputError
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 _TOKEN = "HSTU_XD_TOKEN"
 
 

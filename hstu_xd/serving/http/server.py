@@ -10,6 +10,7 @@ import uvicorn
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http.app import build_app
+from hstu_xd.serving.http.connection import BoundedConnection
 from hstu_xd.serving.http.service import Service
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, announce: Callable[[], None]) -> None:
         config = uvicorn.Config(
             build_app(service),
+            http=BoundedConnection,
+            ws="none",
             lifespan="off",
             log_level="warning",
             access_log=False,

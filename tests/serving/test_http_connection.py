@@ -1,0 +1,155 @@
+"""What a client may do to a connection: heads without end, and requests that never come."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service_client import serving
+
+pytest.importorskip("uvicorn", reason="no uvicorn here: the HTTP service is NOT covered")
+
+import uvicorn
+from uvicorn.server import ServerState
+
+from hstu_xd.serving.http import connection
+from hstu_xd.serving.http.connection import MOST_HEAD, BoundedConnection
+from hstu_xd.serving.http.server import Server
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes]]
+
+
+async def echo(_: Any, receive: Any, send: Any) -> None:
+    """An application that answers with the length of the body."""
+    length, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        length += len(message["body"])
+        more = message["more_body"]
+    answer = str(length).encode()
+    headers = [(b"content-length", str(len(answer)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer})
+
+
+def connected(talk: Talk) -> bytes:
+    """What a client hears that talks to the application."""
+
+    async def run() -> bytes:
+        loop = asyncio.get_running_loop()
+        config = uvicorn.Config(echo, lifespan="off", ws="none", log_level="critical")
+        server = await loop.create_server(
+            lambda: BoundedConnection(config, ServerState(), {}, loop), "127.0.0.1", 0
+        )
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        try:
+            return await asyncio.wait_for(talk(reader, writer), 60)
+        finally:
+            writer.close()
+            server.close()
+
+    return asyncio.run(run())
+
+
+def heard(sent: bytes) -> bytes:
+    """What is answered until the connection is closed."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(sent)
+        return await reader.read()
+
+    return connected(talk)
+
+
+def test_a_head_may_have_a_size_and_a_body_another() -> None:
+    head = b"POST / HTTP/1.1\r\nconnection: close\r\ncontent-length: 1000000\r\nfill: "
+    filled = head + b"a" * (MOST_HEAD - len(head) - 4) + b"\r\n\r\n"
+    assert heard(filled + b"x" * 1_000_000).endswith(b"\r\n\r\n1000000")
+
+
+class Wire(asyncio.Transport):
+    """What a connection writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.closed = b"", False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\nx: ",
+        b"GET /",
+        b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nx: ",
+    ],
+    ids=["header", "path", "trailer"],
+)
+def test_a_head_without_end_is_refused(head: bytes) -> None:
+    async def run() -> tuple[bytes, int]:
+        config = uvicorn.Config(echo, lifespan="off", ws="none", log_level="critical")
+        loop, wire = asyncio.get_running_loop(), Wire()
+        connection = BoundedConnection(config, ServerState(), {}, loop)
+        connection.connection_made(wire)
+        connection.data_received(head)
+        fed = 0
+        while not wire.closed and fed < 1 << 24:
+            connection.data_received(b"a" * 4096)
+            fed += 4096
+        connection.connection_lost(None)
+        return wire.written, fed
+
+    answer, fed = asyncio.run(run())
+    assert MOST_HEAD - 4096 < fed <= MOST_HEAD + 4096
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert answer.endswith(b'{"error":"the request\'s head has more than 65536 bytes; send less"}')
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HT", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nhalf"]
+)
+def test_a_request_that_does_not_come_is_not_waited_for(
+    sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "ARRIVES_WITHIN", 0.1)
+    answer = heard(sent)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert answer.endswith(b'{"error":"the request did not arrive within 0 s; send it at once"}')
+
+
+def test_a_connection_stays_open_between_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "ARRIVES_WITHIN", 1.0)
+    request = b"POST / HTTP/1.1\r\ncontent-length: 2\r\n\r\nhi"
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        answers = b""
+        for _ in range(2):
+            writer.write(request)
+            answers += await reader.readuntil(b"\r\n\r\n2")
+            await asyncio.sleep(1.2)
+        return answers
+
+    assert connected(talk).count(b"HTTP/1.1 200 ") == 2
+
+
+def test_the_service_has_such_connections(tmp_path: Path) -> None:
+    with serving(tmp_path) as client:
+        config = Server(client.service, lambda: None).config
+        config.load()
+        assert config.http_protocol_class is BoundedConnection
+        assert config.ws_protocol_class is None
