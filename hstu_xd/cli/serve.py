@@ -32,12 +32,20 @@ def serve(
     store: Annotated[
         str, typer.Option(help="States of users: memory, sqlite:FILE or redis://HOST:PORT/DB.")
     ] = "memory",
+    store_ttl: Annotated[
+        int | None,
+        typer.Option(min=1, help="Seconds that Redis keeps a state. [default: for good]"),
+    ] = None,
     when_store_fails: Annotated[
         Literal["refuse", "rebuild"],
         typer.Option(help="Answer 503, or rebuild states in memory until it is back."),
     ] = "refuse",
     max_bytes: Annotated[int, typer.Option(min=1 << 20, help="Bytes of states in memory.")] = 1
     << 30,
+    retrieval: Annotated[
+        Literal["exact", "approximate"],
+        typer.Option(help="Search large domains by all dot products, or by FAISS lists."),
+    ] = "exact",
     token_file: Annotated[
         Path | None,
         typer.Option(help=f"File with the token clients must send; or set {_TOKEN}."),
@@ -79,7 +87,7 @@ def serve(
         drain_seconds=drain,
         queue=QueueSettings(max_batch, max_wait / 1e3, max_queue, max_delay / 1e3),
         limits=Limits(max_body=max_body, max_k=max_k),
-        states=StateSettings(store, when_store_fails, max_bytes, threads),
+        states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
     served = Served.of(run, settings)
     _make_folder(settings.events.parent)

@@ -32,6 +32,7 @@ class ItemIndex:
         InputError: an unknown kind of retrieval, or one whose library is not installed.
     """
 
+    @torch.inference_mode()
     def __init__(self, model: CrossDomainHSTU, retrieval: str = "exact") -> None:
         if retrieval not in RETRIEVALS:
             raise InputError(f"retrieval is {retrieval!r}; one of {', '.join(RETRIEVALS)}")

@@ -64,7 +64,8 @@ class EncoderSession:
         versions: of the histories that stored states are made of; a state of another version is
             refused and rebuilt. None: a stored state of the same checkpoint is always believed.
         retrieval: how ``recommend`` searches, "exact" or "approximate", see
-            :class:`hstu_xd.serving.retrieval.ItemIndex`.
+            :class:`hstu_xd.serving.retrieval.ItemIndex`; or such an index of the same model, which
+            several sessions may share.
 
     Attributes:
         index: the items, to find or score those that are nearest to a vector.
@@ -92,7 +93,7 @@ class EncoderSession:
         history: History | None = None,
         store: StateStore | None = None,
         versions: Versions | None = None,
-        retrieval: str = "exact",
+        retrieval: str | ItemIndex = "exact",
     ) -> None:
         _check_model(model)
         longest = model.settings.norm_length
@@ -103,7 +104,8 @@ class EncoderSession:
         self._dtype, self._history = dtype, history
         self._residents = ResidentStates(max_bytes)
         with torch.inference_mode():
-            self._prepared, self.index = PreparedModel.of(model), ItemIndex(model, retrieval)
+            self._prepared = PreparedModel.of(model)
+        self.index = ItemIndex(model, retrieval) if isinstance(retrieval, str) else retrieval
         self._shared = None
         if store is not None:
             self._shared = SharedStates(store, model, self.window, dtype, versions)

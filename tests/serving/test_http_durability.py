@@ -16,7 +16,7 @@ from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.http import sessions
 from hstu_xd.serving.http.event_log import Event, EventLog, LogError
 from hstu_xd.serving.http.histories import Histories, Items
-from hstu_xd.serving.store import MemoryStore, StoreError
+from hstu_xd.serving.store import MemoryStore, RedisStore, StoreError
 
 
 class Unsteady(MemoryStore):
@@ -44,7 +44,7 @@ class Unsteady(MemoryStore):
 def store(monkeypatch: pytest.MonkeyPatch) -> Unsteady:
     """What every service of the test keeps states in; tried again at every request."""
     store = Unsteady()
-    monkeypatch.setattr(sessions, "open_store", lambda name: store)
+    monkeypatch.setattr(sessions, "open_store", lambda name, ttl: store)
     monkeypatch.setattr(sessions, "_RETRY", 0.0)
     return store
 
@@ -135,11 +135,14 @@ def test_a_store_that_is_gone_refuses(tmp_path: Path, store: Unsteady) -> None:
 def test_a_store_that_is_gone_is_done_without(tmp_path: Path, store: Unsteady) -> None:
     with serving(tmp_path, states={"when_store_fails": "rebuild"}) as client:
         client.append(*events(5))
+        index = client.service._sessions.session.index
         store.gone = True
         for count in (5, 6):
             assert client.append(event(count)).status_code == 200
             assert client.ask("GET", "/healthz").json()["store"] == "gone"
             assert right(client, count + 1)
+        # One of millions of items would take its time to build.
+        assert client.service._sessions.session.index is index
         # What it kept meanwhile is behind.
         store.gone = False
         assert right(client, 7)
@@ -175,6 +178,19 @@ def test_a_real_redis_is_killed_and_comes_back_empty(tmp_path: Path) -> None:
             for client, user, count in ((refusing, "ann", 5), (rebuilding, "bob", 6)):
                 assert client.append(event(count, user)).status_code == 200
                 assert right(client, count + 1, user)
+
+
+def test_redis_lets_states_expire_where_asked_to(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as socket:
+        states = {"store": f"unix://{socket}", "ttl": 1000}
+        with serving(tmp_path, states=states) as client:
+            client.append(*events(5))
+            kept = client.service._sessions._store
+            assert isinstance(kept, RedisStore)
+            (key,) = kept._client.keys()
+            assert 0 < kept._client.ttl(key) <= 1000
+            kept._client.flushall()
+            assert right(client, 5)
 
 
 def _ask() -> tuple[str, Any]:

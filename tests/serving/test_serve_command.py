@@ -111,6 +111,8 @@ def test_what_the_command_refuses(
     for options, message in (
         ([str(tmp_path)], "not a run folder"),
         ([str(run), "--store", "disk"], "store 'disk'"),
+        ([str(run), "--store-ttl", "60"], "only Redis lets states expire"),
+        ([str(run), "--retrieval", "hnsw"], "hnsw"),
         ([str(run), "--token-file", str(empty)], "the token must be"),
         ([str(run), "--token-file", str(tmp_path / "none")], "give a file with the token"),
         ([str(run), "--data", str(tmp_path)], "no prepared store here"),

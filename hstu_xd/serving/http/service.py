@@ -20,6 +20,7 @@ from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.sessions import Sessions
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
 from hstu_xd.serving.request import Request
+from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.store import StateStore
 from hstu_xd.training.run import load, open_data, read_run
@@ -111,6 +112,9 @@ class Service:
         self._log = log = EventLog(self.settings.events)
         self._histories = histories = Histories(log, self.catalog, self.items, served.prepared)
 
+        # Of all sessions: one of millions of items takes its time to build.
+        index = ItemIndex(served.model, states.retrieval)
+
         def session(store: StateStore | None) -> EncoderSession:
             return EncoderSession(
                 served.model,
@@ -119,6 +123,7 @@ class Service:
                 history=histories.all_of,
                 store=store,
                 versions=histories,
+                retrieval=index,
             )
 
         try:

@@ -44,7 +44,7 @@ class Sessions:
         self, make: Callable[[StateStore | None], EncoderSession], settings: StateSettings
     ) -> None:
         self._make, self._rebuilds = make, settings.when_store_fails == "rebuild"
-        self._store = open_store(settings.store)
+        self._store = open_store(settings.store, settings.ttl)
         self._retry_at: float | None = None
         if self._store is not None:
             self._store.revisions([""])
@@ -97,8 +97,12 @@ class Sessions:
         self.session, self._retry_at = self._make(self._store), None
 
 
-def open_store(name: str) -> StateStore | None:
+def open_store(name: str, ttl: int | None = None) -> StateStore | None:
     """The store of a name; None for "memory".
+
+    Args:
+        name: see :class:`hstu_xd.serving.http.settings.StateSettings`.
+        ttl: seconds that Redis keeps a state.
 
     Raises:
         InputError: no such kind of store.
@@ -128,5 +132,5 @@ def open_store(name: str) -> StateStore | None:
             )
         except ValueError as error:
             raise InputError(f"store {name!r}: {error}") from error
-        return RedisStore(client)
+        return RedisStore(client, ttl=ttl)
     raise InputError(f"store {name!r}: memory, sqlite:FILE or redis://HOST:PORT/DB is needed")

@@ -60,19 +60,33 @@ class Limits:
 
 @dataclass(frozen=True)
 class StateSettings:
-    """Where states of users are kept; they can be rebuilt from the events at any time.
+    """Where states of users are kept, and how they are read; events rebuild them at any time.
 
     Attributes:
         store: "memory", "sqlite:FILE" or "redis://...".
+        ttl: seconds after its last event that Redis keeps a state; None: for good.
         when_store_fails: "refuse" requests, or "rebuild" states in memory until it is back.
         max_bytes: bound on the states in memory.
         threads: of PyTorch, for rebuilding long histories; None: :func:`default_threads`.
+        retrieval: "exact" or "approximate", see :class:`hstu_xd.serving.retrieval.ItemIndex`.
+
+    Raises:
+        InputError: a lifetime for states that are not in Redis.
     """
 
     store: str = "memory"
+    ttl: int | None = None
     when_store_fails: Literal["refuse", "rebuild"] = "refuse"
     max_bytes: int = 1 << 30
     threads: int | None = None
+    retrieval: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.ttl is not None and not self.store.startswith(("redis", "unix")):
+            raise InputError(
+                f"ttl is {self.ttl} s, but the store is {self.store!r}; only Redis lets states "
+                "expire: drop the one or change the other"
+            )
 
 
 @dataclass(frozen=True)
