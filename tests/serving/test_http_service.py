@@ -26,6 +26,7 @@ from hstu_xd.data.world import SynthOptions
 from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.http import page_files
+from hstu_xd.serving.http.app import build_app
 from hstu_xd.serving.http.settings import Limits
 
 
@@ -289,6 +290,23 @@ def test_metrics_count_what_happened(client: Client) -> None:
     text = client.ask("GET", "/metrics").text
     assert 'route="/v1/users/{user}/history"' in text
     assert "somebody" not in text
+
+
+def test_a_client_that_goes_away_is_no_error_of_the_service(client: Client) -> None:
+    scope = {"type": "http", "method": "POST", "path": "/v1/events", "headers": []}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    client._loop.run_until_complete(build_app(client.service)(scope, receive, send))
+    assert sent == []
+    text = client.ask("GET", "/metrics").text
+    assert 'hstu_xd_requests_total{route="/v1/events",status="499"} 1.0' in text
+    assert "hstu_xd_request_seconds_count" not in text
 
 
 def test_the_page_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

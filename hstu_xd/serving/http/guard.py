@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
+from hstu_xd.serving.http.metrics import NOBODY_LEFT
 from hstu_xd.serving.http.page_files import page_files
 from hstu_xd.serving.http.service import Service
 
@@ -56,7 +57,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        start, status = time.perf_counter(), NOBODY_LEFT
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -66,6 +67,9 @@ class Guard:
         self._service.active += 1
         try:
             await self._pass(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
         finally:
             self._service.active -= 1
             seconds = time.perf_counter() - start
