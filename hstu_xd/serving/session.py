@@ -251,6 +251,11 @@ class EncoderSession:
         dropped = self._residents.drop(user)
         return self._shared.delete(user) or dropped if self._shared is not None else dropped
 
+    def release(self, users: Iterable[Hashable]) -> None:
+        """Let go of states in memory: the next call reads or rebuilds them; no store is asked."""
+        for user in users:
+            self._residents.drop(user)
+
     def _vectors(
         self,
         users: Sequence[Hashable],

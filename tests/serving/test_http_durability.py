@@ -23,21 +23,24 @@ class Unsteady(MemoryStore):
     """A store that can go away."""
 
     gone = False
+    failures = 0
 
     def get(self, users: Any) -> Any:
-        if self.gone:
-            raise StoreError("the store is gone")
+        self._check()
         return super().get(users)
 
     def put(self, writes: Any) -> Any:
-        if self.gone:
-            raise StoreError("the store is gone")
+        self._check()
         return super().put(writes)
 
     def delete(self, user: str) -> bool:
-        if self.gone:
-            raise StoreError("the store is gone")
+        self._check()
         return super().delete(user)
+
+    def _check(self) -> None:
+        if self.gone:
+            self.failures += 1
+            raise StoreError("the store is gone")
 
 
 @pytest.fixture
@@ -130,6 +133,18 @@ def test_a_store_that_is_gone_refuses(tmp_path: Path, store: Unsteady) -> None:
         store.gone = False
         assert right(client, 5)
         assert client.ask("GET", "/healthz").json()["store"] == "ok"
+
+
+def test_a_store_that_is_gone_is_asked_once_for_a_request_of_many_users(
+    tmp_path: Path, store: Unsteady
+) -> None:
+    """Each time may take until a connection is given up."""
+    with serving(tmp_path) as client:
+        store.gone = True
+        assert client.append(*[event(0, f"u{number}") for number in range(20)]).status_code == 503
+        assert store.failures == 1
+        store.gone = False
+        assert right(client, 0, "u7")
 
 
 def test_a_store_that_is_gone_is_done_without(tmp_path: Path, store: Unsteady) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http.batching import Ticket
-from hstu_xd.serving.http.event_log import Event, EventLog, LogError
+from hstu_xd.serving.http.event_log import EventLog, LogError
 from hstu_xd.serving.http.histories import Histories
 from hstu_xd.serving.http.jobs import (
     Append,
@@ -73,14 +73,10 @@ class Engine:
         except InputError:
             raise  # No state has changed.
         except Exception:
-            self._drop(events)
+            # States may have the events: they are made anew from the log. What the store has of
+            # them is of a version that the log never had; one that hangs would hang every user.
+            self._sessions.session.release(users)
             raise
-
-    def _drop(self, events: Sequence[Event]) -> None:
-        """Forget the states of users whose events were not taken: they rebuild from the log."""
-        for user in {event.user for event in events}:
-            with suppress(StoreError):
-                self._sessions.forget(user)
 
     def _answer(self, tickets: Tickets) -> None:
         requests = [_request(ticket.job) for ticket in tickets]
