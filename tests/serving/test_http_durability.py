@@ -3,6 +3,7 @@
 import sqlite3
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.http import sessions
 from hstu_xd.serving.http.event_log import Event, EventLog, LogError
 from hstu_xd.serving.http.histories import Histories, Items
+from hstu_xd.serving.http.settings import StateSettings
 from hstu_xd.serving.store import MemoryStore, RedisStore, StoreError
 
 
@@ -167,6 +169,32 @@ def test_a_store_that_is_gone_is_done_without(tmp_path: Path, store: Unsteady) -
         assert client.metric("hstu_xd_states_rebuilt_total") >= 2
     with serving(tmp_path) as client:
         assert right(client, 8)
+
+
+def test_a_store_that_hangs_holds_up_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waited = 0.0, 0.0
+
+    class Hanging(MemoryStore):
+        hangs = False
+
+        def revisions(self, users: Any) -> Any:
+            nonlocal now, waited
+            if self.hangs:
+                now, waited = now + 2, waited + 2
+                raise StoreError("Redis: timeout")
+            return super().revisions(users)
+
+    store = Hanging()
+    monkeypatch.setattr(sessions, "open_store", lambda name: store)
+    monkeypatch.setattr(sessions, "time", SimpleNamespace(monotonic=lambda: now))
+    settings = StateSettings(store="redis://", when_store_fails="rebuild")
+    served = sessions.Sessions(lambda store: EncoderSession(MODEL, store=store), settings)
+    store.hangs = True
+    while now < 1000:
+        served.run(lambda session: session.query(["ann"], [0]))
+        now += 0.1
+    assert served.store_state == "gone"
+    assert waited <= 50
 
 
 def test_a_real_redis_is_killed_and_comes_back_empty(tmp_path: Path) -> None:

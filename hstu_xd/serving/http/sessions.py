@@ -19,6 +19,8 @@ _log = logging.getLogger(__name__)
 _RETRY = 1.0
 # Seconds that Redis may take to answer: requests wait for it meanwhile.
 _PATIENCE = 2.0
+# So between attempts at least so many times what an attempt took passes.
+_RESPITE = 20
 
 
 class Sessions:
@@ -88,10 +90,12 @@ class Sessions:
 
     def _return(self) -> None:
         assert self._store is not None
+        start = time.monotonic()
         try:
             self._store.revisions([""])
         except StoreError:
-            self._retry_at = time.monotonic() + _RETRY
+            now = time.monotonic()
+            self._retry_at = now + max(_RETRY, _RESPITE * (now - start))
             return
         _log.warning("the state store is back")
         self.session, self._retry_at = self._make(self._store), None
