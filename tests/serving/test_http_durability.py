@@ -236,6 +236,19 @@ def test_redis_lets_states_expire_where_asked_to(tmp_path: Path) -> None:
             assert right(client, 5)
 
 
+def test_a_service_may_start_before_its_redis(tmp_path: Path) -> None:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    states = {"store": f"unix://{folder}/redis.sock"}
+    with pytest.raises(StoreError, match="Redis: "), serving(tmp_path / "a", states=states):
+        pass
+    states["when_store_fails"] = "rebuild"
+    with serving(tmp_path / "a", states=states) as client:
+        assert client.ask("GET", "/healthz").json()["store"] == "gone"
+        assert client.append(*events(5)).status_code == 200
+        assert right(client, 5)
+
+
 def _ask() -> tuple[str, Any]:
     return "/v1/recommend", recommend("ann")
 

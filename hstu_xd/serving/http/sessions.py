@@ -39,7 +39,7 @@ class Sessions:
 
     Raises:
         InputError: no such kind of store.
-        StoreError: the store fails from the start.
+        StoreError: the store fails from the start, and requests are to be refused then.
     """
 
     def __init__(
@@ -48,10 +48,13 @@ class Sessions:
         self._make, self._rebuilds = make, settings.when_store_fails == "rebuild"
         self._store = open_store(settings.store, settings.ttl)
         self._retry_at: float | None = None
-        if self._store is not None:
-            self._store.revisions([""])
-        self.session = make(self._store)
         self.store_state = "memory" if self._store is None else "ok"
+        try:
+            if self._store is not None:
+                self._store.revisions([""])
+            self.session = make(self._store)
+        except StoreError as error:
+            self._go_without(error)
 
     def run(self, call: Callable[[EncoderSession], T]) -> T:
         """Call with the session; again with the one without store where the store fails.
@@ -64,11 +67,7 @@ class Sessions:
         try:
             found = call(self.session)
         except StoreError as error:
-            self.store_state = "gone"
-            if not self._rebuilds:
-                raise
-            _log.warning("%s; states are rebuilt in memory until it is back", error)
-            self.session, self._retry_at = self._make(None), time.monotonic() + _RETRY
+            self._go_without(error)
             return call(self.session)
         if self._retry_at is None and self._store is not None:
             self.store_state = "ok"
@@ -87,6 +86,14 @@ class Sessions:
         close = getattr(self._store, "close", None)
         if close is not None:
             close()
+
+    def _go_without(self, error: StoreError) -> None:
+        """Take a session without store, unless requests are to be refused: then raise."""
+        self.store_state = "gone"
+        if not self._rebuilds:
+            raise error
+        _log.warning("%s; states are rebuilt in memory until it is back", error)
+        self.session, self._retry_at = self._make(None), time.monotonic() + _RETRY
 
     def _return(self) -> None:
         assert self._store is not None
