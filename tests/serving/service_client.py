@@ -49,11 +49,15 @@ def events(count: int, user: str = "ann", first: int = 0) -> list[dict[str, Any]
     return [event(number, user) for number in range(first, first + count)]
 
 
+def window_of(known: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The events that are still in the window, which slides by quarters."""
+    quarter = WINDOW // 4
+    return known[quarter * max(0, -((WINDOW - len(known)) // quarter)) :]
+
+
 def encoded(known: Sequence[dict[str, Any]], domain: int) -> torch.Tensor:
     """The vector of a user with these events, by the full encoder on the window."""
-    quarter = WINDOW // 4
-    left = quarter * max(0, -((WINDOW - len(known)) // quarter))
-    rows = known[left:]
+    rows = window_of(known)
     items = torch.tensor([[int(row["item"]) for row in rows]])
     times = torch.tensor([[row["timestamp"] for row in rows]])
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from service_client import ITEMS, MODEL, WINDOW, write_run
+from service_client import ITEMS, MODEL, WINDOW, window_of, write_run
 from service_process import ServiceProcess
 from store_cases import redis_server
 
@@ -103,10 +103,9 @@ def _event(row: Row) -> tuple[str, int]:
 
 def _vectors(histories: list[list[Row]], domain: int) -> torch.Tensor:
     """(B, K) user vectors by the full encoder, each on its window."""
-    quarter = WINDOW // 4
     items, times = torch.zeros(2, len(histories), WINDOW, dtype=torch.int64)
     for row, known in enumerate(histories):
-        window = known[quarter * max(0, -((WINDOW - len(known)) // quarter)) :]
+        window = window_of(known)
         items[row, : len(window)] = torch.tensor([int(e["item"]) for e in window])
         times[row, : len(window)] = torch.tensor([e["timestamp"] for e in window])
     with torch.inference_mode():
