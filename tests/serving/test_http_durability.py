@@ -185,7 +185,7 @@ def test_a_store_that_hangs_holds_up_little(monkeypatch: pytest.MonkeyPatch) -> 
             return super().revisions(users)
 
     store = Hanging()
-    monkeypatch.setattr(sessions, "open_store", lambda name: store)
+    monkeypatch.setattr(sessions, "open_store", lambda name, ttl: store)
     monkeypatch.setattr(sessions, "time", SimpleNamespace(monotonic=lambda: now))
     settings = StateSettings(store="redis://", when_store_fails="rebuild")
     served = sessions.Sessions(lambda store: EncoderSession(MODEL, store=store), settings)
