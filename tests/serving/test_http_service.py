@@ -244,7 +244,7 @@ def test_a_large_body_is_refused_while_it_streams(tmp_path: Path) -> None:
 
 def test_a_token_is_asked_for(tmp_path: Path) -> None:
     with serving(tmp_path, token="s3cret") as client:
-        for path in ("/v1/domains", "/v1/users", "/metrics", "/docs", "/openapi.json", "/nope"):
+        for path in ("/v1/domains", "/v1/users", "/metrics", "/nope"):
             for header in ("", "Bearer", "Bearer s3cre", "Bearer s3cret ", "Basic s3cret"):
                 answer = client.ask("GET", path, headers={"authorization": header})
                 assert answer.status_code == 401, (path, header)
@@ -380,3 +380,9 @@ def test_a_forgotten_user_hides_nobody_else(tmp_path: Path, store: InteractionSt
         client.append(*[event(0, f"z{number}") | {"item": item} for number in range(5)])
         client.ask("DELETE", f"/v1/users/{names[0]}")
         assert client.ask("GET", "/v1/users?limit=3").json()["users"] == names[1:4]
+
+
+def test_health_tells_of_a_thread_that_has_ended(client: Client) -> None:
+    client.service._batcher.stop()
+    health = client.ask("GET", "/healthz")
+    assert (health.status_code, health.json()["status"]) == (503, "failed")

@@ -135,10 +135,10 @@ def _add_reads(app: FastAPI, service: Service) -> None:
 def _add_operation(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
     async def healthz() -> Response:
-        """Whether requests are taken: 200, or 503 while the service stops."""
-        status = "draining" if service.draining else "ready"
+        """Whether requests are taken: 200, or 503 while the service stops or where it failed."""
+        status = service.status
         health = {"status": status, "model": service.model_name, "store": service.store_state}
-        return JSONResponse(health, 503 if service.draining else 200)
+        return JSONResponse(health, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, include_in_schema=False)
     async def metrics() -> Response:

@@ -49,8 +49,8 @@ class Guard:
         self._app, self._service = app, service
         token = service.settings.token
         self._token = None if token is None else token.encode()
-        # Open without a token: the state of the service, and a page that holds no data.
-        self._open = {"/healthz", *page_files()}
+        # Open without a token: the state of the service, how to ask it, a page that holds no data.
+        self._open = {"/healthz", "/docs", "/openapi.json", *page_files()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on."""

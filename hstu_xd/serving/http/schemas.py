@@ -114,7 +114,10 @@ class Forgotten(BaseModel):
 
 
 class Health(BaseModel):
-    """State of the service: status is "ready" or "draining", store "memory", "ok" or "gone"."""
+    """State of the service.
+
+    The status is "ready", "draining" or "failed", the store is "memory", "ok" or "gone".
+    """
 
     status: str
     model: str

@@ -88,6 +88,13 @@ class Service:
         return self._batcher.full
 
     @property
+    def status(self) -> str:
+        """ "ready", "draining", or "failed" where the thread that answers has ended."""
+        if self.draining:
+            return "draining"
+        return "ready" if self._batcher.alive else "failed"
+
+    @property
     def store_state(self) -> str:
         """Of the state store: "memory", "ok" or "gone"."""
         return self._sessions.store_state
