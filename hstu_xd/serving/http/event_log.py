@@ -91,10 +91,14 @@ class EventLog:
         with suppress(sqlite3.Error):
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def events(self, user: str) -> list[Event]:
-        """A user's events, oldest first."""
-        query = "SELECT user, item, timestamp FROM events WHERE user = ? ORDER BY number"
-        return [Event(*row) for row in self._rows(query, user)]
+    def events(self, user: str, last: int = -1) -> list[Event]:
+        """A user's events, oldest first; all of them, or the last ones."""
+        rows = self._rows(
+            "SELECT user, item, timestamp FROM events WHERE user = ? ORDER BY number DESC LIMIT ?",
+            user,
+            last,
+        )
+        return [Event(*row) for row in reversed(rows)]
 
     def version(self, user: str) -> bytes:
         """Of the user's events; empty where there never were any."""
