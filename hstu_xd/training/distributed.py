@@ -35,6 +35,19 @@ class World:
             dist.barrier()
 
 
+# Process groups that were joined, see :func:`keep_group`.
+_groups: list[object] = []
+
+
+def keep_group() -> None:
+    """Hold on to the process group for as long as the process lives.
+
+    Else a DDP module that outlives ``destroy_process_group`` ends it. That happens under the
+    interpreter's lock and waits for gloo's thread, which may be waiting for this very lock.
+    """
+    _groups.append(dist.group.WORLD)
+
+
 @contextmanager
 def world() -> Iterator[World]:
     """Join the process group that torchrun started (nccl on CUDA, gloo on CPU), or stand alone."""
@@ -52,6 +65,7 @@ def world() -> Iterator[World]:
         yield World(0, 1, device)
         return
     dist.init_process_group("nccl" if cuda else "gloo")
+    keep_group()
     try:
         yield World(rank, size, device)
     finally:

@@ -16,6 +16,7 @@ import gin
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.plugins.gr.verified import RESEARCH, inspect_upstream
 from hstu_xd.plugins.patching import Rebinding, apply
+from hstu_xd.training.distributed import keep_group
 
 TRAINER = f"{RESEARCH}.trainer.train"
 PLUGIN = "hstu_xd.plugins.generative_recommenders"
@@ -119,6 +120,7 @@ def _gloo_setup(upstream: Callable[..., Any]) -> Callable[..., Any]:
     def setup(rank: int, world_size: int, master_port: int) -> None:
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(master_port))
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        keep_group()
 
     return setup
 

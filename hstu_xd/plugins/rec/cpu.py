@@ -10,6 +10,7 @@ import torch
 
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.patching import Rebinding
+from hstu_xd.training.distributed import keep_group
 
 TRAINER = "REC.trainer.trainer"
 
@@ -39,8 +40,9 @@ def _fabric() -> tuple[str, str]:
 
 
 def _gloo(init: Callable[..., Any]) -> Callable[..., Any]:
-    def init_process_group(backend: str | None = None, **others: Any) -> Any:
-        return init(backend="gloo" if backend == "nccl" else backend, **others)
+    def init_process_group(backend: str | None = None, **others: Any) -> None:
+        init(backend="gloo" if backend == "nccl" else backend, **others)
+        keep_group()
 
     return init_process_group
 
