@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,6 +10,14 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
 from hstu_xd.model import CrossDomainHSTU
 from hstu_xd.modules.hstu_layer import Written
+from hstu_xd.serving.checks import (
+    arriving_events,
+    check_domains,
+    check_items,
+    check_model,
+    check_order,
+    checked_events,
+)
 from hstu_xd.serving.prepared import PreparedModel
 from hstu_xd.serving.request import Answer, Request
 from hstu_xd.serving.residents import ResidentStates
@@ -95,7 +102,7 @@ class EncoderSession:
         versions: Versions | None = None,
         retrieval: str | ItemIndex = "exact",
     ) -> None:
-        _check_model(model)
+        check_model(model)
         longest = model.settings.norm_length
         if window is not None and not 4 <= window <= longest:
             raise InputError(f"window is {window}; 4..{longest} events, the model's positions")
@@ -142,11 +149,11 @@ class EncoderSession:
                 history to rebuild it from.
         """
         with self._bounded():
-            arriving = self._arriving(users, item_ids, timestamps)
+            arriving = arriving_events(self.model.catalog, users, item_ids, timestamps)
             while arriving:
                 states = self._load(arriving)
                 for user, events in arriving.items():
-                    _check_order(user, states[user], events)
+                    check_order(user, states[user], events)
                 for user, events in arriving.items():
                     self._extend(states[user], events)
                 self._commit([state for state in states.values() if state.uncommitted >= _BLOCK])
@@ -225,7 +232,7 @@ class EncoderSession:
         Returns:
             (B, C) float.
         """
-        self._check_items(candidates.flatten().tolist())
+        check_items(self.model.catalog, candidates.flatten().tolist())
         with self._bounded():
             vectors, _ = self._vectors(users, target_domains, request_timestamps)
             scores = torch.einsum("bk,bck->bc", vectors, self.model.item_vectors(candidates))
@@ -239,7 +246,7 @@ class EncoderSession:
             StoreError: as :meth:`append`.
         """
         with self._bounded():
-            self._check_domains([request.target_domains for request in requests])
+            check_domains(self.model.catalog, [request.target_domains for request in requests])
             vectors, states = self._answer(requests)
             return [
                 Answer(found.clone(), state.seen, state.last_time)
@@ -270,7 +277,7 @@ class EncoderSession:
                 f"({len(users)}, V) is needed, one row a user"
             )
         requested = (targets if targets.ndim == 2 else targets.unsqueeze(1)).tolist()
-        self._check_domains(requested)
+        check_domains(self.model.catalog, requested)
         times: Sequence[int | None] = [None] * len(users)
         if request_timestamps is not None:
             times = torch.as_tensor(request_timestamps, dtype=torch.int64).tolist()
@@ -307,7 +314,7 @@ class EncoderSession:
                 # What replaces a value that cannot be used.
                 state.revision = refused.get(user, b"")
                 if self._history is not None:
-                    self._extend(state, self._events(*self._history(user)))
+                    self._extend(state, checked_events(self.model.catalog, *self._history(user)))
                     self._commit([state])
                     # Of strangers nothing is kept: there may be any number of them.
                     if state.length:
@@ -389,64 +396,3 @@ class EncoderSession:
                 yield
         finally:
             self._residents.shrink()
-
-    def _arriving(
-        self, users: Sequence[Hashable], item_ids: Sequence[int], timestamps: Sequence[int]
-    ) -> dict[Hashable, Tensor]:
-        """(3, m) events of each user."""
-        if not len(users) == len(item_ids) == len(timestamps):
-            raise InputError(
-                f"{len(users)} users, {len(item_ids)} items and {len(timestamps)} timestamps; one "
-                "of each an event is needed"
-            )
-        columns: dict[Hashable, tuple[list[int], list[int]]] = {}
-        for user, item, time in zip(users, item_ids, timestamps):
-            items, times = columns.setdefault(user, ([], []))
-            items.append(item)
-            times.append(time)
-        return {user: self._events(*events) for user, events in columns.items()}
-
-    def _events(self, item_ids: Sequence[int], timestamps: Sequence[int]) -> Tensor:
-        """(3, m) int64: items, timestamps and domains."""
-        self._check_items(item_ids)
-        items = torch.tensor(item_ids, dtype=torch.int64)
-        times = torch.tensor(timestamps, dtype=torch.int64)
-        return torch.stack([items, times, self.model.catalog.domain_of(items)])
-
-    def _check_items(self, item_ids: Sequence[int]) -> None:
-        known = self.model.catalog.num_items
-        for item in item_ids:
-            if not 1 <= item <= known:
-                raise InputError(f"unknown item {item}; the catalogue has items 1..{known}")
-
-    def _check_domains(self, requested: Sequence[Sequence[int]]) -> None:
-        known = self.model.catalog.num_domains
-        for domains in requested:
-            for domain in domains:
-                if not 0 <= domain < known:
-                    raise InputError(f"unknown domain {domain}; the catalogue has 0..{known - 1}")
-
-
-def _check_order(user: Hashable, state: UserState, events: Tensor) -> None:
-    times = state.timestamps[-1:].tolist() + events[1].tolist()
-    for last, time in pairwise(times):
-        if time < last:
-            raise InputError(
-                f"user {user!r}: an event at {time} after one at {last}; append events in order of "
-                "time"
-            )
-
-
-def _check_model(model: CrossDomainHSTU) -> None:
-    """Refuse a model that a session would not compute as the full encoder does."""
-    weight, settings = next(model.parameters()), model.settings
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        raise InputError(
-            f"model is {weight.dtype} on {weight.device}; a session needs torch.float32 on the "
-            "CPU: model.float().cpu()"
-        )
-    if settings.normalization != "silu":
-        raise InputError(
-            f"the model's normalization is {settings.normalization!r}; a session computes 'silu' "
-            "only: encode whole histories with model.encode"
-        )
