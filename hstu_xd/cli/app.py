@@ -26,6 +26,7 @@ COMMANDS = {
     "patch": "patch",
     "upstream-train": "upstream_train",
     "upstream-evaluate": "upstream_evaluate",
+    "rec-dataset": "rec_dataset",
     "doctor": "doctor",
 }
 

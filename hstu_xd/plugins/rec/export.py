@@ -9,7 +9,9 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 
 
-def write_interactions(store: InteractionStore | Path | str, out: Path | str) -> int:
+def write_interactions(
+    store: InteractionStore | Path | str, out: Path | str, *, force: bool = False
+) -> int:
     """Write ``dataset/NAME.csv`` with columns item_id, user_id, timestamp, oldest first per user.
 
     REC orders events by time with an unstable sort, so that ties may come out in another order.
@@ -18,12 +20,13 @@ def write_interactions(store: InteractionStore | Path | str, out: Path | str) ->
     Args:
         store: the store, or its folder.
         out: the CSV; its folder must exist.
+        force: replace a file that is there.
 
     Returns:
         The number of events.
 
     Raises:
-        InputError: no folder to write to.
+        InputError: no folder to write to, or a file that is there without ``force``.
     """
     import polars as pl
 
@@ -32,6 +35,8 @@ def write_interactions(store: InteractionStore | Path | str, out: Path | str) ->
     out = Path(out)
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder; make it first")
+    if out.exists() and not force:
+        raise InputError(f"{out}: exists; add --force to replace it, or choose another --out")
     tokens = store.catalog.item_tokens
     assert tokens is not None, "a prepared store keeps the tokens"
     items = pl.Series(["", *tokens], dtype=pl.String).gather(np.asarray(store.item_ids))

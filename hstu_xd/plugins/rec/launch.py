@@ -51,6 +51,8 @@ def run(argv: Sequence[str]) -> None:
         sys.path.insert(0, "")
     if not _configures_logging(Path("run.py")):
         _show_logs()
+    # It tells of every metric's name that its file format spells otherwise.
+    logging.getLogger("tensorboardX").setLevel(logging.WARNING)
     _stand_alone()
     stand_in_for_absent()
     _check_configuration(files, extras)
@@ -224,8 +226,6 @@ def _show_logs() -> None:
     handler.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # It tells of every metric's name that its file format spells otherwise.
-    logging.getLogger("tensorboardX").setLevel(logging.WARNING)
 
 
 def _stand_alone() -> None:

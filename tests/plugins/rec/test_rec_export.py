@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from hstu_xd.cli.app import run
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.rec.export import write_interactions
@@ -23,3 +24,19 @@ def test_every_event_with_raw_tokens(work: Path) -> None:
 def test_no_folder(work: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         write_interactions(work / "store", work / "nowhere" / "x.csv")
+
+
+def test_the_command_says_what_comes_next_and_replaces_nothing_unasked(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.csv"
+    command = ["rec-dataset", str(work / "store"), "--out", str(out)]
+    assert run(command) == 0
+    assert out.read_bytes() == (work / "data" / "synth.csv").read_bytes()
+    assert f"--dataset mine --item_domain_path {work / 'store'}" in capsys.readouterr().out
+    out.write_text("of another")
+    assert run(command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert out.read_text() == "of another"
+    assert run([*command, "--force"]) == 0
+    assert out.read_bytes() == (work / "data" / "synth.csv").read_bytes()
