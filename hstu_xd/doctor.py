@@ -15,6 +15,7 @@ from hstu_xd import __version__
 from hstu_xd.errors import HstuXdError
 from hstu_xd.plugins.gr.checkout import MARKERS
 from hstu_xd.plugins.patch_files import inspect_tree
+from hstu_xd.plugins.rec.launch import missing_markers
 from hstu_xd.probes import ask
 
 # Cold caches make the import of torch and upstream take most of a minute on a small machine.
@@ -62,12 +63,21 @@ def examine(*, timeout_s: float = TIME_LIMIT_S) -> dict[str, Any]:
         plugin = about("plugin", path=upstream_path) if found.get("importable") else {}
         return _upstream(found, plugin) | {"through_current_folder": inside}
 
+    def about_rec() -> dict[str, Any]:
+        # The launcher runs in REC's code/ folder and finds it nowhere else.
+        if missing_markers(here):
+            error = "not in this folder; run it in the code/ folder of HLLM or PerSRec"
+            return {"importable": False, "path": "", "error": error}
+        inside = [str(here), *path]
+        return _rec(here, about("rec", path=inside), about("rec_plugin", path=inside))
+
     with ThreadPoolExecutor(max_workers=3) as pool:
-        upstream = pool.submit(about_upstream)
+        upstream, rec = pool.submit(about_upstream), pool.submit(about_rec)
         single = {name: pool.submit(about, name) for name in ("torch", "fbgemm_gpu", "attention")}
-        libraries = {name: pool.submit(about, "library", name) for name in (*LIBRARIES, "REC")}
+        libraries = {name: pool.submit(about, "library", name) for name in LIBRARIES}
         answers = {name: future.result() for name, future in (single | libraries).items()}
-        report = _assemble(answers) | {"generative_recommenders": upstream.result()}
+        report = _assemble(answers)
+        report |= {"generative_recommenders": upstream.result(), "rec": rec.result()}
     return report | {"verdict": verdict(report)}
 
 
@@ -84,7 +94,6 @@ def _assemble(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "error": answers["fbgemm_gpu"]["error"],
         "fits": FBGEMM_FOR_TORCH.get(".".join(torch["version"].split(".")[:2]), ""),
     }
-    rec = answers["REC"]
     return {
         "hstu_xd": {"version": __version__, "path": str(Path(__file__).parent)},
         "python": {"version": platform.python_version(), "path": sys.executable},
@@ -92,11 +101,6 @@ def _assemble(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "libraries": libraries,
         "fbgemm_gpu": fbgemm,
         "attention": _attention(answers["attention"], torch, libraries["triton"]),
-        "rec": {
-            "importable": not rec["error"],
-            "path": str(Path(rec["file"]).parent) if "file" in rec else "",
-            "error": rec["error"],
-        },
     }
 
 
@@ -137,16 +141,35 @@ def _upstream(found: dict[str, Any], plugin: dict[str, Any]) -> dict[str, Any]:
         "patches": {"state": "", "reason": ""},
     }
     if status["importable"]:
-        try:
-            tree = inspect_tree(Path(status["path"]).parent)
-            status["patches"] = {"state": tree.state, "reason": tree.reason}
-        except HstuXdError as problem:
-            status["patches"] = {"state": "unknown", "reason": str(problem)}
+        status["patches"] = _patches(Path(status["path"]).parent)
     return status
 
 
+def _rec(code: Path, found: dict[str, Any], plugin: dict[str, Any]) -> dict[str, Any]:
+    problems = [found["error"]] if found["error"] else found["problems"]
+    return {
+        "importable": not plugin["error"],
+        "path": str(code / "REC"),
+        "error": plugin["error"],
+        "verified": not problems,
+        "problems": problems,
+        "without": plugin.get("without", []),
+        "plugin": {"rebinds": plugin.get("rebinds", []), "error": plugin["error"]},
+        "patches": _patches(code.parent),
+    }
+
+
+def _patches(root: Path) -> dict[str, str]:
+    """Whether the source patches are in a checkout, and why not."""
+    try:
+        tree = inspect_tree(root)
+    except HstuXdError as problem:
+        return {"state": "unknown", "reason": str(problem)}
+    return {"state": tree.state, "reason": tree.reason}
+
+
 def verdict(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For the stand-alone trainer and for upstream's: ready or not, and what stands in the way."""
+    """Of the stand-alone trainer and of each plug-in: ready or not, and what stands in the way."""
     libraries = {k: v for k, v in report["libraries"].items() if k not in OPTIONAL}
     needed = {"torch": report["torch"], **libraries}
     missing = [f"{name}: {each['error']}" for name, each in needed.items() if each["error"]]
@@ -158,9 +181,12 @@ def verdict(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         blocks.append(f"generative_recommenders: {upstream['error'] or 'not importable'}")
     elif upstream["plugin"]["error"] and fbgemm["loads"] and not missing:
         blocks.append(f"plug-in: {upstream['plugin']['error']}")
+    rec = report["rec"]["error"]
+    rec_blocks = [*missing, *([f"REC: {rec}"] if rec else [])]
     return {
         "stand_alone": {"ready": not missing, "blocks": missing},
         "generative_recommenders": {"ready": not blocks, "blocks": blocks},
+        "rec": {"ready": not rec_blocks, "blocks": rec_blocks},
     }
 
 
@@ -178,16 +204,20 @@ def render(report: dict[str, Any]) -> str:
         *(("  problem", problem) for problem in upstream["problems"]),
     ]
     if upstream["importable"]:
-        lines += [("  plug-in", _plugin_line(upstream["plugin"]))]
-        patches = upstream["patches"]
-        lines += [("  source patches", ": ".join(filter(None, patches.values())))]
-    lines += [("REC", rec["path"] or _short(rec["error"], "REC"))]
-    own, theirs = report["verdict"]["stand_alone"], report["verdict"]["generative_recommenders"]
-    remark = "" if report["torch"]["devices"] else " (no GPU: use hstu-xd upstream-train)"
-    lines += [
-        ("verdict, stand-alone", _verdict_line(own)),
-        ("verdict, upstream", _verdict_line(theirs, remark)),
-    ]
+        lines += _plugin_lines(upstream)
+    lines += [("REC", _rec_line(rec))]
+    if rec["path"]:
+        lines += [("  problem", problem) for problem in rec["problems"]]
+        if rec["without"]:
+            lines += [("  without", f"{', '.join(rec['without'])}, which REC mostly does without")]
+        lines += _plugin_lines(rec)
+    remarks = dict.fromkeys(report["verdict"], "")
+    if not report["torch"]["devices"]:
+        remarks["generative_recommenders"] = " (no GPU: use hstu-xd upstream-train)"
+        remarks["rec"] = " (no GPU: on the CPU)"
+    names = {"stand_alone": "stand-alone", "generative_recommenders": "upstream", "rec": "REC"}
+    for key, each in report["verdict"].items():
+        lines += [(f"verdict, {names[key]}", _verdict_line(each, remarks[key]))]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name.ljust(width)}{text}" for name, text in lines)
 
@@ -238,14 +268,25 @@ def _upstream_line(upstream: dict[str, Any]) -> str:
     return f"{upstream['path']}{through}, commit {upstream['commit'][:7] or 'unknown'}, {known}"
 
 
+def _rec_line(rec: dict[str, Any]) -> str:
+    if not rec["path"]:
+        return rec["error"]
+    return f"{rec['path']}, {'verified' if rec['verified'] else 'not verified'}"
+
+
+def _plugin_lines(codebase: dict[str, Any]) -> list[tuple[str, str]]:
+    patches = ": ".join(filter(None, codebase["patches"].values()))
+    return [("  plug-in", _plugin_line(codebase["plugin"])), ("  source patches", patches)]
+
+
 def _plugin_line(plugin: dict[str, Any]) -> str:
     if plugin["error"]:
         return plugin["error"]
-    names = ", ".join(path.rpartition(".")[2] for path in plugin["rebinds"])
-    return f"works; rebinds {names}"
+    names = dict.fromkeys(path.rpartition(".")[2] for path in plugin["rebinds"])
+    return f"works; rebinds {', '.join(names)}"
 
 
-def _verdict_line(verdict: dict[str, Any], remark: str = "") -> str:
+def _verdict_line(verdict: dict[str, Any], remark: str) -> str:
     if verdict["ready"]:
         return f"ready{remark}"
     return f"not ready: {'; '.join(verdict['blocks'])}"

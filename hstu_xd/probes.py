@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 _MARK = "hstu-xd-answer "
@@ -128,6 +129,21 @@ def _upstream() -> dict[str, Any]:
     return {key: value for key, value in asdict(inspect_upstream()).items() if value != ""}
 
 
+def _rec() -> dict[str, Any]:
+    from hstu_xd.plugins.rec.verified import unverified_sources
+
+    return {"problems": unverified_sources(Path.cwd() / "REC")}
+
+
+def _rec_plugin() -> dict[str, Any]:
+    from hstu_xd.plugins.rec.absent import stand_in_for_absent
+    from hstu_xd.plugins.rec.activate import activate
+
+    without = stand_in_for_absent()  # before REC, as the launcher does
+    rebinds = [name for patch in activate() for name in patch.originals]
+    return {"rebinds": rebinds, "without": without}
+
+
 def _plugin() -> dict[str, Any]:
     import_module("fbgemm_gpu")  # before upstream, as its main.py does
     handle = import_module("hstu_xd.plugins.generative_recommenders").HANDLE
@@ -141,4 +157,6 @@ QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "attention": _attention,
     "upstream": _upstream,
     "plugin": _plugin,
+    "rec": _rec,
+    "rec_plugin": _rec_plugin,
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hstu_xd.cli.app import run
 from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import domain_attention
 from hstu_xd.plugins.gr.checkout import MARKERS
+from hstu_xd.plugins.rec.launch import MARKERS as REC_MARKERS
 from hstu_xd.probes import QUESTIONS, ask
 
 BREAKAGES = {
@@ -63,7 +65,8 @@ def answers(**changes: dict[str, Any]) -> Any:
         "attention": {"available": ["reference", "eager"], "auto": "eager"},
         "upstream": {"importable": False, "error": "no module named generative_recommenders"},
         "plugin": {"rebinds": ["generative_recommenders.a.get_reco_dataset"]},
-        "REC": {"error": "ModuleNotFoundError: No module named 'REC'"},
+        "rec": {"problems": []},
+        "rec_plugin": {"rebinds": ["REC.utils.get_model", "REC.data.utils.get_model"]},
     }
 
     def answer(question: str, *arguments: str, timeout_s: float, path: list[str]) -> dict[str, Any]:
@@ -77,6 +80,14 @@ def report(monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> tuple[
     monkeypatch.setattr(doctor, "ask", answers(**changes))
     found = doctor.examine()
     return found, doctor.render(found).splitlines()
+
+
+def sit_among(files: Sequence[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make them, empty, and work in their folder."""
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("")
+    monkeypatch.chdir(folder)
 
 
 def line(lines: list[str], name: str) -> str:
@@ -186,12 +197,35 @@ def test_what_auto_is_said_to_be_is_what_runs(monkeypatch: pytest.MonkeyPatch) -
 def test_a_checkout_in_the_current_folder_is_found_as_main_py_finds_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for marker in MARKERS:
-        (tmp_path / marker).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / marker).write_text("")
-    monkeypatch.chdir(tmp_path)
+    sit_among(MARKERS, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "path", [part for part in sys.path if part])
     upstream = {"importable": True, "path": str(tmp_path / "generative_recommenders")}
     found, lines = report(monkeypatch, upstream=upstream)
     assert found["generative_recommenders"]["through_current_folder"]
     assert "through the current folder" in line(lines, "generative_recommenders")
+
+
+def test_rec_is_looked_for_where_the_launcher_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, lines = report(monkeypatch)
+    assert "code/ folder of HLLM or PerSRec" in line(lines, "REC")
+    assert not found["verdict"]["rec"]["ready"]
+    sit_among(REC_MARKERS, tmp_path / "code", monkeypatch)
+    found, lines = report(monkeypatch)
+    assert line(lines, "REC") == f"{tmp_path / 'code' / 'REC'}, verified"
+    assert line(lines, "  plug-in") == "works; rebinds get_model"
+    assert line(lines, "verdict, REC") == "ready (no GPU: on the CPU)"
+    absent = {"error": "HstuXdError: REC.utils: No module named 'colorlog'"}
+    found, lines = report(monkeypatch, rec={"problems": ["a.py: A"]}, rec_plugin=absent)
+    assert line(lines, "REC").endswith("not verified")
+    assert line(lines, "  problem") == "a.py: A"
+    assert found["verdict"]["rec"] == {"ready": False, "blocks": [f"REC: {absent['error']}"]}
+
+
+def test_rec_is_really_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sit_among(REC_MARKERS, tmp_path, monkeypatch)
+    path = [str(tmp_path), *sys.path]
+    assert "trainer/trainer.py: Trainer" in ask("rec", timeout_s=60, path=path)["problems"]
+    assert "not there to rebind" in ask("rec_plugin", timeout_s=60, path=path)["error"]

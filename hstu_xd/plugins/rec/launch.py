@@ -90,13 +90,18 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
+def missing_markers(folder: Path) -> list[str]:
+    """What the code/ folder of HLLM and PerSRec holds and this one does not."""
+    return [marker for marker in MARKERS if not (folder / marker).is_file()]
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is not the code/ of HLLM or PerSRec.
 
     Raises:
         InputError: the message names what is missing.
     """
-    missing = [marker for marker in MARKERS if not (folder / marker).is_file()]
+    missing = missing_markers(folder)
     if missing:
         raise InputError(
             f"{folder}: no {', '.join(missing)} here; run it from the code/ folder of a checkout "
