@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import METRICS
+from hstu_xd.files import gin_folder
 from hstu_xd.modules.settings import EncoderSettings
 
 _logger = logging.getLogger(__name__)
@@ -126,13 +127,16 @@ class RunSettings:
 def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSettings:
     """Read gin files in order, then bindings; later ones win.
 
+    Args:
+        files: gin files; one that is not in the working folder, such as ``gin/standalone/xd.gin``,
+            is looked up among those of this package.
+        bindings: single settings, ``xd_encoder.ddsr = True``.
+
     Raises:
         InputError: a file that is not there, a line gin cannot parse, an unknown name (the message
             gives the nearest), a value of the wrong type, or a binding that nothing reads.
     """
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"--gin_config_file {file}: no such file")
+    files = [_found(file) for file in files]
     gin = _gin()
     gin.clear_config()
     for file in files:  # so that a file can include its neighbours, wherever the command runs
@@ -152,6 +156,20 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     settings = RunSettings(blocks["xd_encoder"], TrainSettings(**blocks["xd_train"]))
     _warn_inert(settings.encoder_settings(num_domains=1))  # range checks, before any data are read
     return settings
+
+
+def _found(file: Path) -> Path:
+    if file.is_file():
+        return file
+    shipped = gin_folder().parent
+    if (shipped / file).is_file():
+        return shipped / file
+    recipes = sorted(
+        x.relative_to(shipped).as_posix() for x in shipped.glob("gin/standalone/*.gin")
+    )
+    raise InputError(
+        f"--gin_config_file {file}: no such file in {Path.cwd()} (of hstu-xd: {', '.join(recipes)})"
+    )
 
 
 # Settings that act only while a switch is on.

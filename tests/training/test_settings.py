@@ -29,6 +29,17 @@ def test_recipes_load_and_round_trip(recipe: Path, tmp_path: Path) -> None:
     assert again.encoder_settings(3) == settings.encoder_settings(3)
 
 
+def test_the_recipes_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Path("gin/standalone/xd.gin")
+    assert load_settings([recipe]).encoder["ddsr"] is True
+    (tmp_path / "gin" / "standalone").mkdir(parents=True)
+    recipe.write_text("xd_encoder.ddsr = False\n")
+    assert load_settings([recipe]).encoder["ddsr"] is False
+
+
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
