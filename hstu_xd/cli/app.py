@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "recommend": "recommend",
     "export": "export",
+    "compare": "compare",
     "report": "report",
     "ablate": "ablate",
     "demo": "demo",

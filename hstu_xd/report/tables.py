@@ -13,6 +13,8 @@ LABELS = {
     "ndcg@100": "NDCG@100",
     "mrr": "MRR",
 }
+# Columns that tell variants apart at a glance.
+MAIN_METRICS = ("hr@10", "hr@100", "ndcg@100", "mrr", "hr@100[switch]", "hr@100[stay]")
 MISSING = "-"
 # Cost of a variant -> head of its column, unit, format.
 _COSTS = {
@@ -111,22 +113,26 @@ def markdown_table(
     """
     columns = [compare(results, metric) for metric in metrics]
     lines = ["Synthetic data.", ""] if synthetic else []
-    heads = [_escape(f"{metric_label(metric)} %") for metric in metrics]
+    heads = [escape(f"{metric_label(metric)} %") for metric in metrics]
     counted = any("attention_pairs" in result.costs for result in results)
     costs = _COSTS if counted else {}
     heads += [head for head, _, _ in costs.values()]
-    lines.append("| " + " | ".join(["variant", "seeds", *heads]) + " |")
-    lines.append("|---|---:|" + "---:|" * len(heads))
+    rows = []
     for i, result in enumerate(results):
         cells = [_markdown_cell(column[i]) for column in columns]
         cells += [
             format(result.costs[name] / unit, form) if name in result.costs else MISSING
             for name, (_, unit, form) in costs.items()
         ]
-        lines.append(
-            "| " + " | ".join([_escape(result.variant), str(len(result.seeds)), *cells]) + " |"
-        )
+        rows.append([escape(result.variant), str(len(result.seeds)), *cells])
+    lines += markdown_lines(["variant", "seeds", *heads], rows)
     return "\n".join(lines) + "\n"
+
+
+def markdown_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table of which the first column holds names and the others numbers."""
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _markdown_cell(cell: Cell) -> str:
@@ -140,5 +146,6 @@ def _markdown_cell(cell: Cell) -> str:
     return text
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as a cell of a Markdown table."""
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())

@@ -12,12 +12,11 @@ from pathlib import Path
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError
 from hstu_xd.report.runs import ABLATION_FILE, aggregate, read_run
-from hstu_xd.report.tables import markdown_table
+from hstu_xd.report.tables import MAIN_METRICS, markdown_table
 from hstu_xd.training.settings import load_settings
 from hstu_xd.training.variants import variant_bindings
 
 TABLE_FILE = "ablation.md"
-_COLUMNS = ("hr@10", "hr@100", "ndcg@100", "mrr", "hr@100[switch]", "hr@100[stay]")
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> s
     order = list(dict.fromkeys(run.variant for run in runs))
     rows.sort(key=lambda row: order.index(row["variant"]))
     table = markdown_table(
-        aggregate(rows), metrics=_COLUMNS, synthetic=bool(store.manifest.get("synthetic"))
+        aggregate(rows), metrics=MAIN_METRICS, synthetic=bool(store.manifest.get("synthetic"))
     )
     for name, text in ((ABLATION_FILE, json.dumps(rows, indent=1) + "\n"), (TABLE_FILE, table)):
         partial = out / f"{name}.partial"

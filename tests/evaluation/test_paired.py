@@ -1,0 +1,60 @@
+"""Paired differences against a plain loop over users."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from hstu_xd.evaluation.metrics import METRICS, grouped_metrics
+from hstu_xd.evaluation.paired import Difference, paired_differences
+
+NAMES = ("books", "films", "games")  # nobody's target is a game
+DOMAINS = torch.tensor([0, 0, 1, 1, 0, 0])
+SWITCHED = torch.tensor([True, False, True, False, False, True])
+BASE = [torch.tensor([1, 12, 3, 150, 9, 40]), torch.tensor([2, 8, 3, 90, 11, 41])]
+OTHER = [torch.tensor([1, 10, 4, 99, 5, 400])]
+
+
+def ndcg(rank: int) -> float:
+    return 1 / math.log2(rank + 1) if rank <= 100 else 0.0
+
+
+def test_a_users_mean_over_seeds_comes_first() -> None:
+    found = paired_differences(BASE, OTHER, DOMAINS, SWITCHED, NAMES)
+    each = [
+        ndcg(int(OTHER[0][user])) - statistics.fmean(ndcg(int(seed[user])) for seed in BASE)
+        for user in range(6)
+    ]
+    for suffix, members in {"": range(6), "[stay]": (1, 3, 4), "[films]": (2, 3)}.items():
+        some = [each[user] for user in members]
+        difference = found[f"ndcg@100{suffix}"]
+        assert difference.mean == pytest.approx(statistics.fmean(some), rel=1e-12)
+        error = statistics.stdev(some) / math.sqrt(len(some))
+        assert difference.standard_error == pytest.approx(error, rel=1e-12)
+        assert difference.count == len(some)
+
+
+def test_means_are_differences_of_what_evaluate_says() -> None:
+    found = paired_differences(BASE[:1], OTHER, DOMAINS, SWITCHED, NAMES)
+    one, other = (grouped_metrics(r[0], DOMAINS, SWITCHED, NAMES) for r in (BASE, OTHER))
+    assert found.keys() == {name for name in one if not name.startswith("count")}
+    assert "mrr[games]" not in found
+    assert set(METRICS) < found.keys()
+    for name, difference in found.items():
+        assert difference.mean == pytest.approx(other[name] - one[name], abs=1e-12)
+
+
+def test_equal_models_and_single_users_are_never_clear() -> None:
+    same = paired_differences(OTHER, OTHER, DOMAINS, SWITCHED, NAMES)["mrr"]
+    assert (same.mean, same.standard_error, same.is_clear) == (0.0, 0.0, False)
+    only = torch.tensor([0])
+    alone = paired_differences([only + 9], [only + 1], only, only == 1, NAMES)["hr@1"]
+    assert alone.mean == 1.0
+    assert alone.standard_error is None
+    assert not alone.is_clear
+
+
+def test_clear_is_beyond_two_sided_95_percent() -> None:
+    assert Difference(-0.2, 0.1, 9).is_clear
+    assert not Difference(0.19, 0.1, 9).is_clear
