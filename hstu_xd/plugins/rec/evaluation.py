@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -134,7 +135,9 @@ def with_groups(evaluate: Callable[..., Any]) -> Callable[..., Any]:
                 continue
             part = evaluate(self, _rows_of(dataobject, rows)) if bool(rows.any()) else {}
             for metric in result:
-                grouped[f"{metric}[{name}]"] = part.get(metric, 0.0) * (total / size)
+                # Of one type in every process, for REC's trainer gathers it as a tensor.
+                value = np.float64(part.get(metric, 0))
+                grouped[f"{metric}[{name}]"] = value * (total / size)
         return grouped
 
     return xd_evaluate
