@@ -8,6 +8,7 @@ import os
 import runpy
 import socket
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     from hstu_xd.plugins.rec.warm_start import check_checkpoint
 
     with apply(MODELS):
-        values = dict(_read_by_rec(files))
+        values = defaultdict(lambda: None, _read_by_rec(files))  # as REC's answers missing keys
     for key, value in zip(extras[::2], extras[1::2]):
         values[key.removeprefix("--")] = _converted(value)
     check_model(str(values.get("model")))
@@ -177,19 +178,34 @@ def _sizes(model: str, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
     if model == HSTU_MODEL:
         return hstu_sizes(values)
+    if values["user_pretrain_dir"] is None:
+        raise InputError("user_pretrain_dir: None; give the folder or the hub's name of an LLM")
     llm = local_llm_config(str(values["user_pretrain_dir"]))
     return llm and llm_sizes(llm, values)
 
 
 def _read_by_rec(files: list[str]) -> Mapping[str, Any]:
-    """The files' keys and REC's own; its reader imports the model too."""
+    """The files' keys and REC's own; its reader imports the model too.
+
+    Raises:
+        InputError: what REC's reader does not take, or an unknown model.
+        HstuXdError: a package that REC needs is missing.
+    """
     try:
         from REC.config import Config
 
         return Config(config_file_list=files).final_config_dict
+    except HstuXdError:
+        raise
     except ImportError as error:
         raise HstuXdError(
             f"REC does not load: {error}; install what its requirements.txt names"
+        ) from error
+    except Exception as error:  # a faulty file fails in many ways, a missing key in others
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"REC cannot make a configuration of {', '.join(files)}: {cause}; its own two files "
+            "come first: overall/ID.yaml IDNet/hstu.yaml xd.yaml"
         ) from error
 
 

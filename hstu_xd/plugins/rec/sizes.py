@@ -12,17 +12,25 @@ def hstu_sizes(config: Any) -> dict[str, Any]:
     """Of REC's HSTU.
 
     Args:
-        config: REC's configuration, or a mapping like it.
+        config: REC's configuration, or a mapping like it: None for a key that is not there.
+
+    Raises:
+        InputError: a size that is missing or no number.
     """
-    width, heads = config["hstu_embedding_size"], config["n_heads"]
+    width, heads = _size(config, "hstu_embedding_size"), _size(config, "n_heads")
+    rate = config["hidden_dropout_prob"]
+    if not isinstance(rate, int | float):
+        raise InputError(
+            f"hidden_dropout_prob: {rate!r}; a number is needed, IDNet/hstu.yaml has one"
+        )
     return {
-        "norm_length": config["MAX_ITEM_LIST_LENGTH"],
+        "norm_length": _size(config, "MAX_ITEM_LIST_LENGTH"),
         "embedding_dim": width,
-        "num_blocks": config["n_layers"],
+        "num_blocks": _size(config, "n_layers"),
         "num_heads": heads,
         "dqk": width // heads,
         "dv": width // heads,
-        "linear_dropout_rate": config["hidden_dropout_prob"],
+        "linear_dropout_rate": rate,
         "linear_activation": config["hidden_act"] or "silu",
     }
 
@@ -32,17 +40,30 @@ def llm_sizes(llm: Mapping[str, Any], config: Any) -> dict[str, Any]:
 
     Args:
         llm: the LLM's own configuration: its config.json.
-        config: REC's configuration, or a mapping like it.
+        config: REC's configuration, or a mapping like it: None for a key that is not there.
+
+    Raises:
+        InputError: MAX_ITEM_LIST_LENGTH is missing or no number.
     """
     width, heads = llm["hidden_size"], llm["num_attention_heads"]
     return {
-        "norm_length": config["MAX_ITEM_LIST_LENGTH"],
+        "norm_length": _size(config, "MAX_ITEM_LIST_LENGTH"),
         "embedding_dim": width,
         "num_blocks": llm["num_hidden_layers"],
         "num_heads": heads,
         "dqk": width // heads,
         "dv": width // heads,
     }
+
+
+def _size(config: Any, name: str) -> int:
+    value = config[name]
+    if type(value) is not int or value < 1:
+        raise InputError(
+            f"{name}: {value!r}; a whole number from 1 on is needed; REC's own two files come "
+            "first: overall/ID.yaml IDNet/hstu.yaml xd.yaml"
+        )
+    return value
 
 
 def local_llm_config(pretrain_dir: str) -> dict[str, Any] | None:

@@ -85,6 +85,29 @@ def test_faulty_hllm(launch: Any, code: Path, work: Path, keys: dict[str, str], 
 
 
 @pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["overall/ID.yaml", "xd.yaml"], "hstu_embedding_size: None; a whole number from 1 on is"),
+        (["overall/ID.yaml", "IDNet/hstu.yaml", "{few}"], "n_heads: 'four'; a whole number from 1"),
+        (["overall/ID.yaml", "IDNet/hstu.yaml", "{rate}"], "hidden_dropout_prob: 'high'; a number"),
+        (["overall/LLM_ddp.yaml", "xd_hllm.yaml"], "user_pretrain_dir: None; give the folder or"),
+        (["overall/ID.yaml", "xd.yaml", "{binary}"], "cannot make a configuration of overall/ID"),
+    ],
+)
+def test_files_of_theirs_are_missing_or_faulty(
+    launch: Any, code: Path, work: Path, files: list[str], said: str
+) -> None:
+    texts = {"few": b"xd_tape: True\nn_heads: four\nmodel: HSTU_XD\n", "binary": b"\xff\xfe"}
+    texts["rate"] = b"xd_tape: True\nhidden_dropout_prob: high\nmodel: HSTU_XD\n"
+    for name, text in texts.items():
+        (code.parent / f"{name}.yaml").write_bytes(text)
+    paths = {name: str(code.parent / f"{name}.yaml") for name in texts}
+    given = [file.format(**paths) for file in files]
+    done = launch(code, "--config_file", *given, "--item_domain_path", work / "store")
+    assert said in refused(done, code)
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "no --config_file"),
