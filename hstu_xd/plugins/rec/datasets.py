@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from REC.data.dataset import SeqEvalDataset, SEQTrainDataset, TextSEQTrainDataset
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.plugins.rec.loss import draw_within
+from hstu_xd.plugins.rec.loss import draw_within, own_generator
 
 
 class TimedTrainDataset(SEQTrainDataset):
@@ -38,11 +39,13 @@ class ScopedTextDataset(TextSEQTrainDataset):
 
     Attributes:
         xd_catalog: what negatives are drawn by; None draws them as REC does.
+        xd_rank: number of the process, whose draws are its own.
     """
 
     def __init__(self, config: Any, data: Any) -> None:
         super().__init__(config, data)
         self.xd_catalog: DomainCatalog | None = None
+        self.xd_rank = dist.get_rank()
 
     def reconstruct_train_data(self, item_seq: Sequence[int]) -> tuple[Any, ...]:
         """REC's items (N + 1,), negatives (R,) and validity (N,), all int64.
@@ -53,12 +56,13 @@ class ScopedTextDataset(TextSEQTrainDataset):
         items, drawn, valid = super().reconstruct_train_data(item_seq)
         if self.xd_catalog is None:
             return items, drawn, valid
+        draws = own_generator(self.xd_rank)
         places = items
         if self.num_negatives:
             events = items[-1 - int(valid.sum()) :]
-            places = events[torch.randint(len(events), (self.num_negatives,))]
+            places = events[torch.randint(len(events), (self.num_negatives,), generator=draws)]
         domains = self.xd_catalog.item_domains[places]
-        return items, draw_within(domains, self.xd_catalog, 1).squeeze(-1), valid
+        return items, draw_within(domains, self.xd_catalog, 1, draws).squeeze(-1), valid
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """REC's sample and ``xd_times`` (N + 1,) int64, zeros at padding."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from REC.model.basemodel import all_gather
 from REC.model.IDNet.hstu import HSTU
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn.functional import normalize
 
 from hstu_xd.errors import InputError
 from hstu_xd.modules.encoder import CrossDomainEncoder
-from hstu_xd.plugins.rec.loss import draw_within, sampled_softmax
+from hstu_xd.plugins.rec.loss import draw_within, own_generator, sampled_softmax
 from hstu_xd.plugins.rec.parts import CrossDomainParts
 from hstu_xd.plugins.rec.settings import HSTU_MODEL
 from hstu_xd.plugins.rec.sizes import hstu_sizes
@@ -157,7 +158,8 @@ class HSTU_XD(HSTU, CrossDomainParts):
             return torch.randint(1, self.item_num, shape, device=items.device), None
         if catalog is None:
             return all_gather(drawn).flatten(), None
-        drawn = draw_within(self._xd_domains_of(items), catalog, 1).squeeze(-1)
+        draws = own_generator(dist.get_rank(), items.device)
+        drawn = draw_within(self._xd_domains_of(items), catalog, 1, draws).squeeze(-1)
         shared = all_gather(drawn).flatten()
         other = self._xd_domains_of(targets).unsqueeze(1) != self._xd_domains_of(shared)
         return shared, other

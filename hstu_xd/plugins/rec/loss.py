@@ -8,16 +8,35 @@ from hstu_xd.catalog import DomainCatalog
 
 # Large against every number of items: the remainder is uniform to 2^-30 and better.
 _DRAWS = 2**62
+_SEEDS = 2**31
 _TOP = (1, 5, 10, 50, 100)
 
 
-def draw_within(domains: Tensor, catalog: DomainCatalog, num_to_sample: int) -> Tensor:
+def own_generator(rank: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """For draws that all processes of a job share; its seed is torch's next number and the rank.
+
+    REC gives torch the same seed in all of them: each would draw what the others have drawn.
+
+    Args:
+        rank: number of the process.
+        device: of the draws.
+    """
+    return torch.Generator(device).manual_seed(int(torch.randint(_SEEDS, ())) + rank)
+
+
+def draw_within(
+    domains: Tensor,
+    catalog: DomainCatalog,
+    num_to_sample: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Uniform items of given domains.
 
     Args:
         domains: (...) int64; a negative one draws from the first domain.
         catalog: on the device of ``domains``.
         num_to_sample: draws ``R`` for each.
+        generator: on the device of ``domains``; default: torch's.
 
     Returns:
         (..., R) int64 item ids.
@@ -25,7 +44,8 @@ def draw_within(domains: Tensor, catalog: DomainCatalog, num_to_sample: int) -> 
     known = domains.clamp(min=0)
     first = catalog.domain_offsets[known].unsqueeze(-1)
     count = (catalog.domain_offsets[known + 1].unsqueeze(-1) - first).clamp(min=1)
-    draws = torch.randint(_DRAWS, (*domains.shape, num_to_sample), device=domains.device)
+    shape = (*domains.shape, num_to_sample)
+    draws = torch.randint(_DRAWS, shape, device=domains.device, generator=generator)
     place = torch.minimum(first + draws % count, catalog.domain_offsets[-1] - 1)
     return catalog.domain_items[place]
 

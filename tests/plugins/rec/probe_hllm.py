@@ -286,9 +286,21 @@ def drawn(dataset):
     return found
 
 
+def equal_draws(dataset):
+    """Share of the negatives that two processes of a job, seeded alike, draw both at a place."""
+    dataset.num_negatives, found = None, []
+    for rank in (0, 1):
+        dataset.xd_rank = rank
+        torch.manual_seed(3)
+        found.append(torch.cat([dataset[index]["neg_item_ids"] for index in range(5)]))
+    return float((found[0] == found[1]).float().mean())
+
+
 if __name__ == "__main__":
     figures = alone(lambda: {"parity": parity(), "mask": mask(), "semantics": semantics()})
     found = compared(FILES, "HLLM", "HLLM_XD", {"domain_mask": True, **ZERO_INIT}, ZERO_INIT)
     figures["end_to_end"] = found
-    figures["drawn"] = drawn(found.pop("train_data"))
+    dataset = found.pop("train_data")
+    figures["drawn"] = drawn(dataset)
+    figures["equal_draws"] = equal_draws(dataset)
     OUT.write_text(json.dumps(figures, indent=1), encoding="utf-8")

@@ -20,6 +20,7 @@ from probe_runs import (
 from REC.config import Config
 from REC.model.IDNet import hstu as theirs
 
+from hstu_xd.plugins.patching import Rebinding, apply
 from hstu_xd.plugins.rec.evaluation import with_request
 from hstu_xd.plugins.rec.hstu import HSTU_XD
 from hstu_xd.plugins.rec.session import SESSION
@@ -172,7 +173,20 @@ def semantics():
         "other_domain": float(moved[outside].max()),
         "own_domain": float(moved[~outside].max()),
         "negatives": negatives(),
+        "equal_draws": equal_draws(),
     }
+
+
+def equal_draws():
+    """Share of the negatives that two processes of a job, seeded alike, draw both at a place."""
+    items, drawn, valid, _, _ = batch()
+    found = []
+    for rank in (0, 1):
+        _, other = models(encoder=EVERYTHING)
+        torch.manual_seed(3)
+        with apply([Rebinding("torch.distributed", "get_rank", lambda _, rank=rank: lambda: rank)]):
+            found.append(other._xd_negatives(items, drawn, items[:, 1:][valid.bool()])[0])
+    return float((found[0] == found[1]).float().mean())
 
 
 def negatives():

@@ -47,6 +47,11 @@ def test_negatives_come_from_the_positives_domain(probed: dict[str, Any]) -> Non
 
 
 @in_codebases
+def test_processes_draw_negatives_of_their_own(probed: dict[str, Any]) -> None:
+    assert probed["semantics"]["equal_draws"] < 0.1
+
+
+@in_codebases
 def test_metrics_of_their_trainer_equal_a_brute_force(probed: dict[str, Any]) -> None:
     found = probed["end_to_end"]
     assert found["differs"] == found["theirs_differs"] == found["unexpected"] == []

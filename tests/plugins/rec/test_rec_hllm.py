@@ -76,6 +76,11 @@ def test_samples_hold_negatives_of_the_events_domains_and_times(
 
 
 @in_codebases
+def test_processes_draw_negatives_of_their_own(probed_hllm: dict[str, Any]) -> None:
+    assert probed_hllm["equal_draws"] < 0.1
+
+
+@in_codebases
 def test_metrics_of_their_trainer_equal_a_brute_force(probed_hllm: dict[str, Any]) -> None:
     found = probed_hllm["end_to_end"]
     assert found["differs"] == found["theirs_differs"] == found["unexpected"] == []
