@@ -69,9 +69,11 @@ class ItemDomains:
         if missing.size:
             asked = missing if occurring is None else [n for n in missing if n in occurring]
             if len(asked):
+                own = next(iter(self._domains))
                 raise InputError(
                     f"{self.path}: {len(asked)} of the log's {len(names)} items are missing, first "
-                    f"{names[asked[0] - 1]!r}; add a line for each, every item needs a domain"
+                    f"{names[asked[0] - 1]!r} (of this file the first is {own!r}); add a line for "
+                    "each, every item needs a domain"
                 )
             _logger.warning("%d items without events have no domain", missing.size)
         if np.unique(domains[1:]).size == 1:
@@ -94,15 +96,18 @@ def _read(file: Path) -> "pl.DataFrame":
             separator = "\t" if file.suffix == ".tsv" else ","
             table = pl.read_csv(file, infer_schema=False, separator=separator)
     except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), "empty")
-        raise InputError(f"{file}: cannot be read as a table: {reason}") from error
+        raise _unreadable(file, error) from error
     item = next((name for name in ITEM_COLUMNS if name in table.columns), None)
     if item is None or DOMAIN_COLUMN not in table.columns:
         wanted = " or ".join(ITEM_COLUMNS) if item is None else DOMAIN_COLUMN
         raise InputError(f"{file}: no column {wanted}; found {table.columns}; rename one")
-    table = table.select(
-        item=pl.col(item).cast(pl.String), domain=pl.col(DOMAIN_COLUMN).cast(pl.String)
-    )
+    try:
+        table = table.select(
+            item=pl.col(item).cast(pl.String),
+            domain=pl.col(DOMAIN_COLUMN).cast(pl.String).str.strip_chars(),
+        )
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable(file, error) from error
     if file.suffix == ".parquet":  # numbers that no item bears, in a catalogue
         table = table.filter(pl.col("item").is_not_null() | pl.col("domain").is_not_null())
     for column in table.columns:
@@ -113,6 +118,11 @@ def _read(file: Path) -> "pl.DataFrame":
     if table.is_empty():
         raise InputError(f"{file}: no lines after the header; list every item's domain")
     return table
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    reason = next(iter(str(error).splitlines()), "empty")
+    return InputError(f"{file}: cannot be read as a table: {reason}")
 
 
 def _at(file: Path, row: int) -> str:

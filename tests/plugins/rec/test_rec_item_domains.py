@@ -66,6 +66,25 @@ def test_faulty_files(tmp_path: Path, text: str, said: str) -> None:
         ItemDomains(table(tmp_path, text))
 
 
+def test_blanks_around_a_domain_do_not_make_another_one(tmp_path: Path) -> None:
+    domains = ItemDomains(table(tmp_path, "item,domain\na,films \nb,films\nc, books\n"))
+    assert domains.domain_names == ["books", "films"]
+
+
+def test_items_of_another_spelling_are_shown(tmp_path: Path) -> None:
+    file = tmp_path / "items.parquet"
+    pl.DataFrame({"item": [7.0, 8.0], "domain": ["films", "books"]}).write_parquet(file)
+    with pytest.raises(InputError, match=r"first '7' \(of this file the first is '7.0'\)"):
+        ItemDomains(file).catalog(["[PAD]", "7", "8"], None)
+
+
+def test_columns_that_are_no_tokens(tmp_path: Path) -> None:
+    file = tmp_path / "items.parquet"
+    pl.DataFrame({"item": [[7], [8]], "domain": ["films", "books"]}).write_parquet(file)
+    with pytest.raises(InputError, match="cannot be read as a table: cannot cast List type"):
+        ItemDomains(file)
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; it must list every item's domain"):
         ItemDomains(tmp_path / "none.csv")
