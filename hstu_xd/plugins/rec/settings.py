@@ -46,7 +46,17 @@ _SEGMENTS = (
     "history_tokens",
 )
 # What a user LLM's layers have no place for.
-_HSTU_ONLY = ("target_view_heads", "state_from", "combine", "impl", "relative_bias", *_SEGMENTS)
+_HSTU_ONLY = (
+    "target_view_heads",
+    "state_from",
+    "combine",
+    "normalization",
+    "impl",
+    "relative_bias",
+    *_SEGMENTS,
+)
+# Names too common for a key of somebody else's to be taken for ours without its prefix.
+_COMMON = ("combine", "normalization", "impl", "negatives", "candidates", "warm_start")
 _NEEDS_SWITCH = {
     "ddsr": (
         "state_from",
@@ -57,6 +67,8 @@ _NEEDS_SWITCH = {
     ),
     "domain_mask": ("full_attention_layers",),
 }
+# Settings of segments -> ways to cut them that read it.
+_NEEDS_CUT = {"segment_length": ("count",), "segment_gap": ("time_gap", "session")}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(EncoderSettings)} | {
     "relative_bias": False
 }
@@ -139,10 +151,12 @@ class RecSettings:
             any(map(self._asks, SWITCHES))
             or self.relative_bias
             or self.scopes_negatives
-            or self.encoder.get("normalization", "silu") != "silu"
-            or self.encoder.get("segment_by", "none") != "none"
-            or self.encoder.get("impl", "auto") != "auto"
+            or any(map(self._differs, ("normalization", "segment_by", "impl")))
+            or any(map(self._differs, ("history_tokens", "segment_lookback")))
         )
+
+    def _differs(self, name: str) -> bool:
+        return self.encoder.get(name, _DEFAULTS[name]) != _DEFAULTS[name]
 
     def _asks(self, name: str) -> bool:
         if name == "negatives":
@@ -211,6 +225,8 @@ class RecSettings:
             encoder=encoder,
             **given,
         )
+        if config.get(f"{PREFIX}candidates") == "domain" and path is None:
+            _logger.warning("%scandidates: 'domain' does nothing without %s", PREFIX, PATH_KEY)
         settings._warn_inert()
         return settings
 
@@ -225,16 +241,23 @@ class RecSettings:
             return
         for switch, names in _NEEDS_SWITCH.items():
             for name in names:
-                value = self.encoder.get(name, _DEFAULTS[name])
-                if not self.encoder.get(switch) and value != _DEFAULTS[name]:
-                    _logger.warning(
-                        "%s%s: %r does nothing while %s%s is False",
-                        PREFIX,
-                        name,
-                        value,
-                        PREFIX,
-                        switch,
-                    )
+                if not self.encoder.get(switch) and self._differs(name):
+                    self._warn_beside(name, switch, False)
+        cut = self.encoder.get("segment_by", "none")
+        for name, cuts in _NEEDS_CUT.items():
+            if cut not in cuts and self._differs(name):
+                self._warn_beside(name, "segment_by", cut)
+
+    def _warn_beside(self, name: str, other: str, value: object) -> None:
+        _logger.warning(
+            "%s%s: %r does nothing while %s%s is %s",
+            PREFIX,
+            name,
+            self.encoder[name],
+            PREFIX,
+            other,
+            value,
+        )
 
 
 def _key_types() -> dict[str, type]:
@@ -248,7 +271,7 @@ def _key_types() -> dict[str, type]:
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
     known = [*_key_types(), PATH_KEY]
     for key in config:
-        wanted = PREFIX + key if key in SWITCHES else key
+        wanted = PREFIX + key if PREFIX + key in known and key not in _COMMON else key
         if key in known or not wanted.startswith((PREFIX, "item_domain")):
             continue
         near = get_close_matches(wanted, known, n=1, cutoff=0.4)

@@ -40,6 +40,8 @@ def test_nothing_asked_is_their_hstu() -> None:
         {"xd_normalization": "softmax"},
         {"xd_target_view_heads": 1},
         {"xd_segment_by": "count"},
+        {"xd_history_tokens": 4},
+        {"xd_segment_lookback": 1},
     ],
 )
 def test_any_request_is_not(keys: dict[str, Any]) -> None:
@@ -84,6 +86,8 @@ def test_sizes_are_theirs() -> None:
     [
         ({"xd_domain_maks": True}, "unknown key xd_domain_maks; did you mean xd_domain_mask?"),
         ({"tape": True}, "unknown key tape; did you mean xd_tape?"),
+        ({"history_tokens": 4}, "unknown key history_tokens; did you mean xd_history_tokens?"),
+        ({"relative_bias": True}, "unknown key relative_bias; did you mean xd_relative_bias?"),
         ({"item_domains_path": "x"}, "did you mean item_domain_path?"),
         ({"xd_qqqqqqqq": 1}, "unknown key xd_qqqqqqqq; known: xd_domain_mask"),
         ({"xd_tape": "yes"}, "xd_tape: 'yes' is a str; a bool is needed"),
@@ -100,6 +104,7 @@ def test_sizes_are_theirs() -> None:
             "xd_target_view_heads: 2; HLLM_XD has no such setting, leave it at 0",
         ),
         ({"model": "HLLM_XD", "xd_relative_bias": True}, "HLLM_XD has no such setting"),
+        ({"model": "HLLM_XD", "xd_normalization": "softmax"}, "HLLM_XD has no such setting"),
     ],
 )
 def test_faults_are_named(keys: dict[str, Any], said: str) -> None:
@@ -112,6 +117,7 @@ def test_faults_are_named(keys: dict[str, Any], said: str) -> None:
     ("keys", "said"),
     [
         ({"xd_target_view_heads": 9}, "target_view_heads is 9; 0..num_heads=4"),
+        ({"xd_history_tokens": 4}, "history_tokens is 4 but segment_by is 'none'"),
         ({"xd_impl": "fast"}, "xd_impl: 'fast'; available here: auto, reference, eager"),
     ],
 )
@@ -128,6 +134,40 @@ def test_inert_keys_are_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "xd_states_per_domain: 2 does nothing while xd_ddsr is False" in caplog.text
     assert "xd_tape: no effect on model HSTU" in caplog.text
     assert "xd_warm_start: no effect on model HLLM" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"xd_segment_length": 8}, "xd_segment_length: 8 does nothing while xd_segment_by is none"),
+        (
+            {"xd_segment_gap": 60, "xd_segment_by": "count"},
+            "xd_segment_gap: 60 does nothing while xd_segment_by is count",
+        ),
+        (
+            {"xd_segment_length": 8, "xd_segment_by": "session"},
+            "xd_segment_length: 8 does nothing while xd_segment_by is session",
+        ),
+        (
+            {"xd_candidates": "domain", "item_domain_path": None},
+            "xd_candidates: 'domain' does nothing without item_domain_path",
+        ),
+        (
+            {"xd_candidates": "domain", "item_domain_path": None, "model": "HSTU"},
+            "xd_candidates: 'domain' does nothing without item_domain_path",
+        ),
+        ({"xd_segment_length": 8, "xd_segment_by": "count"}, ""),
+        ({"xd_segment_gap": 60, "xd_segment_by": "time_gap"}, ""),
+        ({"xd_candidates": "domain"}, ""),
+    ],
+)
+def test_keys_that_others_make_inert_are_told(
+    keys: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        read(**keys)
+    assert said in caplog.text
+    assert bool(caplog.messages) == bool(said)
 
 
 @pytest.mark.parametrize(
