@@ -50,10 +50,7 @@ def run(argv: Sequence[str]) -> None:
     files, extras = parse(argv)
     if "" not in sys.path:
         sys.path.insert(0, "")
-    if not _configures_logging(Path("run.py")):
-        _show_logs()
-    # It tells of every metric's name that its file format spells otherwise.
-    logging.getLogger("tensorboardX").setLevel(logging.WARNING)
+    show_logs_of(Path("run.py"))
     _stand_alone()
     stand_in_for_absent()
     _check_configuration(files, extras)
@@ -241,8 +238,15 @@ def _configures_logging(script: Path) -> bool:
     return any(isinstance(call, ast.Name) and call.id == "init_logger" for call in calls)
 
 
-def _show_logs() -> None:
-    """Log to stdout; of other processes, warnings. REC sets the levels of its loggers itself."""
+def show_logs_of(script: Path) -> None:
+    """Log to stdout where a run.py does not see to it; of other processes, warnings.
+
+    REC sets the levels of its loggers itself.
+    """
+    # It tells of every metric's name that its file format spells otherwise.
+    logging.getLogger("tensorboardX").setLevel(logging.WARNING)
+    if not script.is_file() or _configures_logging(script):
+        return
     handler = logging.StreamHandler(sys.stdout)
     handler.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

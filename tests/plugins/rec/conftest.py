@@ -108,6 +108,26 @@ def launch() -> Launch:
     return run
 
 
+@pytest.fixture
+def run_script() -> Launch:
+    """A working folder's own run.py, as the one process of a job."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+    def run(folder: Path, *arguments: Any) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "run.py", *map(str, arguments)]
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env=environment() | alone,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
 _probed: dict[tuple[str, str], Any] = {}
 
 
