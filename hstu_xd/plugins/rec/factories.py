@@ -68,7 +68,10 @@ class _Occurring:
 
 
 def _check_top(config: Any, item_num: int) -> None:
-    top = max(config["topk"])
+    places = config["topk"]
+    if not isinstance(places, list):
+        raise InputError(f"topk: {places!r}; a list is needed, topk: [{places}] in a yaml file")
+    top = max(places)
     if top > item_num:
         raise InputError(
             f"topk: {top} places cannot be filled from {item_num} items; give smaller ones, in "

@@ -63,6 +63,12 @@ def test_missing_item(launch: Any, code: Path, work: Path) -> None:
     assert f"2 of the log's {len(items)} items are missing, first {items[3]!r}" in line
 
 
+def test_one_number_of_places(launch: Any, code: Path, work: Path) -> None:
+    keys = ["--item_domain_path", work / "store", "--data_path", work / "data"]
+    done = launch(code, *FILES, *keys, "--dataset", "synth", "--topk", 10)
+    assert "topk: 10; a list is needed, topk: [10] in a yaml file" in refused(done, code)
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
