@@ -19,13 +19,14 @@ def recommend(
 ) -> None:
     """Recommend unseen items of a domain from a user's whole history."""
     from hstu_xd.evaluation.recommend import recommend_items
-    from hstu_xd.training.run import load, open_data
+    from hstu_xd.training.run import load, open_data, read_run
 
     store = open_data(run, data)
     user_index = store.user_index(user)
     model = load(run)
     domain_id = model.catalog.domain_index(domain)
-    found = recommend_items(model, *store.history(user_index), domain_id, k)
+    window = read_run(run)["max_sequence_length"]
+    found = recommend_items(model, *store.history(user_index), domain_id, k, window=window)
     rows = [{"item": model.catalog.token(item), "score": score} for item, score in found]
     if as_json:
         typer.echo(json.dumps({"user": user, "domain": domain, "items": rows}))

@@ -13,6 +13,8 @@ def recommend_items(
     timestamps: np.ndarray,
     domain: int,
     k: int,
+    *,
+    window: int,
 ) -> list[tuple[int, float]]:
     """Best unseen items of a domain, by the dot product of unit vectors.
 
@@ -22,11 +24,12 @@ def recommend_items(
         timestamps: (S,) int64.
         domain: domain id to recommend from.
         k: number of items; fewer come back where the domain has no more unseen ones.
+        window: events that are read, a run's ``max_sequence_length``: later positions, for which
+            the model has room, were never trained.
 
     Returns:
         ``(item id, score)`` pairs, best first.
     """
-    window = model.settings.norm_length
     items = torch.from_numpy(np.array(item_ids, np.int64))
     times = torch.from_numpy(np.array(timestamps, np.int64))
     vector = model.encode(items[None, -window:], times[None, -window:], torch.tensor([domain]))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,27 @@ def test_recommend_gives_unseen_items_of_the_domain(
     assert {row["item"] for row in items} <= allowed - seen
     scores = [row["score"] for row in items]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_recommend_reads_no_more_events_than_training_did(
+    store_path: Path, store: InteractionStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, length = tmp_path / "short", 5
+    short = (f"xd_train.max_sequence_length = {length}", "xd_train.num_epochs = 1")
+    assert app.run(arguments(store_path, run, *short)) == 0
+    user = int(np.diff(store.offsets).argmax())
+    assert np.diff(store.offsets)[user] > length
+    line = ["recommend", str(run), "--user", store.user_token(user), "--domain", "films"]
+    capsys.readouterr()
+    assert app.run([*line, "--k", "1", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["items"][0]
+    model = hstu_xd.load(run)
+    items, times = (torch.tensor(part[None, -length:]).long() for part in store.history(user))
+    domain = torch.tensor([store.domain_names.index("films")])
+    assert model.catalog.item_tokens is not None
+    item = list(model.catalog.item_tokens).index(best["item"]) + 1
+    score = model.encode(items, times, domain)[0] @ model.item_vectors(torch.tensor(item))
+    assert best["score"] == pytest.approx(score.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(
