@@ -6,14 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import HstuXdError
-from hstu_xd.report.runs import ABLATION_FILE, aggregate, read_run
+from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.report.runs import ABLATION_FILE, RUN_FILE, SUMMARY_FILE, aggregate, read_run
 from hstu_xd.report.tables import MAIN_METRICS, markdown_table
-from hstu_xd.training.settings import load_settings
+from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.variants import variant_bindings
 
 TABLE_FILE = "ablation.md"
@@ -28,9 +28,39 @@ class AblationRun:
     folder: Path
 
     @property
+    def begun(self) -> bool:
+        """Whether there is a run to continue or to keep."""
+        return (self.folder / RUN_FILE).is_file()
+
+    @property
     def done(self) -> bool:
         """Whether the run has finished."""
-        return (self.folder / "summary.json").is_file()
+        return (self.folder / SUMMARY_FILE).is_file()
+
+    def check(self, store: InteractionStore, settings: RunSettings) -> None:
+        """Refuse a run that is there already and does not belong beside the others.
+
+        Args:
+            store: what all runs are trained on.
+            settings: of the variant, under any seed.
+
+        Raises:
+            InputError: it was trained on other data or with other settings.
+        """
+        if not self.begun:
+            return
+        recorded = read_run(self.folder).info
+        own = replace(settings, train=replace(settings.train, random_seed=self.seed))
+        if recorded["data_hashes"] != store.manifest["hashes"]:
+            apart = f"on other data than {store.path}"
+        elif unlike := own.unlike(recorded):
+            apart = f"with other settings ({unlike[0]})"
+        else:
+            return
+        raise InputError(
+            f"{self.folder}: was trained {apart}, so one table cannot hold both; remove it, or "
+            "give another --out"
+        )
 
     def command(self, data: Path, files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
         """The command that trains it, or continues it where it stopped."""
@@ -41,7 +71,7 @@ class AblationRun:
             line += ["--gin_config_file", str(file)]
         for binding in every:
             line += ["--gin_bindings", binding]
-        return line + ["--resume"] * (self.folder / "run.json").is_file()
+        return line + ["--resume"] * self.begun
 
 
 def ablate(
@@ -71,14 +101,15 @@ def ablate(
         The Markdown table.
 
     Raises:
-        InputError: unknown variant or setting, not a store.
+        InputError: unknown variant or setting, not a store, or runs in ``out`` that are not comparable.
         HstuXdError: a run failed; the others' rows are kept.
     """
     store = InteractionStore.open(data)
-    for variant in variants:
-        load_settings(files, [*bindings, *variant_bindings(variant)])
-    out.mkdir(parents=True, exist_ok=True)
+    settings = {v: load_settings(files, [*bindings, *variant_bindings(v)]) for v in variants}
     runs = [AblationRun(v, s, out / f"{v}-seed{s}") for s in seeds for v in variants]
+    for run in runs:
+        run.check(store, settings[run.variant])
+    out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     failed = []

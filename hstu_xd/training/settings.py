@@ -123,6 +123,24 @@ class RunSettings:
             lines += [f"{block}.{name} = {values[name]!r}" for name in names] + [""]
         return "\n".join(lines)
 
+    def unlike(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Settings that are not a run's, each as ``xd_train.num_epochs = 5, not 2``.
+
+        Args:
+            recorded: the run's ``run.json``; a setting that it does not know is not compared.
+        """
+        encoder = self.encoder_settings(recorded["encoder"]["num_domains"])
+        pairs = (
+            ("xd_encoder", encoder, recorded["encoder"]),
+            ("xd_train", self.train, recorded["train"]),
+        )
+        return [
+            f"{block}.{name} = {value!r}, not {theirs[name]!r}"
+            for block, ours, theirs in pairs
+            for name, value in dataclasses.asdict(ours).items()
+            if name in theirs and (list(value) if type(value) is tuple else value) != theirs[name]
+        ]
+
 
 def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSettings:
     """Read gin files in order, then bindings; later ones win.

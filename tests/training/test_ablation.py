@@ -1,0 +1,64 @@
+"""Ablations: what may stand in one table, and under which name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hstu_xd.data.synthetic import synthesize
+from hstu_xd.data.world import SynthOptions
+from hstu_xd.errors import InputError
+from hstu_xd.training.ablation import ablate
+from hstu_xd.training.settings import load_settings
+
+QUICK = (
+    "xd_encoder.num_heads = 2",
+    "xd_encoder.dqk = 4",
+    "xd_encoder.dv = 4",
+    "xd_train.item_embedding_dim = 8",
+    "xd_train.num_epochs = 1",
+    "xd_train.num_negatives = 20",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ablation") / "runs"
+    ablate(store_path, ["hstu"], [1], out, bindings=QUICK)
+    return out
+
+
+def test_finished_runs_are_kept(finished: Path, store_path: Path) -> None:
+    before = (finished / "hstu-seed1" / "summary.json").stat().st_mtime_ns
+    table = ablate(store_path, ["hstu"], [1], finished, bindings=QUICK)
+    assert (finished / "hstu-seed1" / "summary.json").stat().st_mtime_ns == before
+    assert table == (finished / "ablation.md").read_text()
+
+
+def test_runs_on_other_data_do_not_come_into_the_table(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    synthesize(other, SynthOptions(users=40, domains=2, items_per_domain=20, mean_length=8))
+    before = (finished / "ablation.json").read_bytes()
+    with pytest.raises(InputError, match=r"hstu-seed1.*other data than.*other.*--out"):
+        ablate(other, ["hstu"], [1], finished, bindings=QUICK)
+    assert (finished / "ablation.json").read_bytes() == before
+
+
+def test_runs_with_other_settings_do_not_come_into_the_table(
+    finished: Path, store_path: Path
+) -> None:
+    longer = [*QUICK, "xd_train.num_epochs = 2"]
+    with pytest.raises(InputError, match=r"hstu-seed1.*xd_train.num_epochs = 2, not 1.*--out"):
+        ablate(store_path, ["hstu", "mask"], [1], finished, bindings=longer)
+    assert not (finished / "mask-seed1").exists()
+
+
+def test_unknown_to_an_older_run_is_not_compared(finished: Path) -> None:
+    recorded = json.loads((finished / "hstu-seed1" / "run.json").read_text())
+    settings = load_settings([], [*QUICK, "xd_train.random_seed = 1"])
+    assert settings.unlike(recorded) == []
+    del recorded["train"]["num_epochs"]
+    assert load_settings([], QUICK[:4]).unlike(recorded) == [
+        "xd_train.num_negatives = 2048, not 20",
+        "xd_train.random_seed = 42, not 1",
+    ]
