@@ -13,6 +13,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.report.runs import ABLATION_FILE, RUN_FILE, SUMMARY_FILE, aggregate, read_run
 from hstu_xd.report.tables import MAIN_METRICS, markdown_table
+from hstu_xd.training.run import SWITCHES
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.variants import variant_bindings
 
@@ -101,11 +102,14 @@ def ablate(
         The Markdown table.
 
     Raises:
-        InputError: unknown variant or setting, not a store, or runs in ``out`` that are not comparable.
+        InputError: unknown variant or setting, a recipe that sets one of the switches that
+            variants are named after, not a store, or runs in ``out`` that are not comparable.
         HstuXdError: a run failed; the others' rows are kept.
     """
     store = InteractionStore.open(data)
     settings = {v: load_settings(files, [*bindings, *variant_bindings(v)]) for v in variants}
+    for variant in variants:
+        _check_name(variant, settings[variant])
     runs = [AblationRun(v, s, out / f"{v}-seed{s}") for s in seeds for v in variants]
     for run in runs:
         run.check(store, settings[run.variant])
@@ -129,6 +133,18 @@ def ablate(
     if failed:
         raise HstuXdError(f"{len(failed)} of {len(runs)} runs failed, first {failed[0]}")
     return table
+
+
+def _check_name(variant: str, settings: RunSettings) -> None:
+    """Refuse a recipe that switches on what the variant's name leaves out."""
+    named = {binding.partition(" = ")[0] for binding in variant_bindings(variant)}
+    for switch in SWITCHES:
+        value = settings.encoder.get(switch)
+        if value and f"xd_encoder.{switch}" not in named:
+            raise InputError(
+                f"variant {variant!r} would have xd_encoder.{switch} = {value!r} from the recipe "
+                "and its row another model's numbers; leave switches out of the recipe"
+            )
 
 
 def _run(command: list[str], environment: dict[str, str]) -> str:

@@ -62,3 +62,14 @@ def test_unknown_to_an_older_run_is_not_compared(finished: Path) -> None:
         "xd_train.num_negatives = 2048, not 20",
         "xd_train.random_seed = 42, not 1",
     ]
+
+
+def test_recipe_with_a_switch_would_give_a_variant_the_wrong_name(
+    store_path: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.gin"
+    recipe.write_text("xd_encoder.ddsr = True\n")
+    message = r"'hstu'.*xd_encoder.ddsr = True.*recipe"
+    with pytest.raises(InputError, match=message):
+        ablate(store_path, ["all", "hstu"], [1], tmp_path / "out", files=[recipe])
+    assert not (tmp_path / "out").exists()
