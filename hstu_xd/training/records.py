@@ -25,7 +25,8 @@ class MetricsLog:
     def rewind(self, size: int, step: int) -> None:
         """Forget what was written after a checkpoint: rows past ``size`` bytes come again."""
         if self._enabled:
-            os.truncate(self._path, size)
+            if self._path.exists():  # a run may stop before it has a row
+                os.truncate(self._path, size)
             self._open(purge_step=step)
 
     def size(self) -> int:

@@ -15,7 +15,7 @@ from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.training.checkpoint import MODEL_FILE, STATE_FILE, load_checkpoint, load_weights
+from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trainer import Trainer
@@ -60,7 +60,7 @@ def train(
             lay_out(out, store, settings, model, name or variant_name(settings), here)
         here.barrier()
         trainer = Trainer(model, store, settings.train, out, here)
-        if resume and (out / STATE_FILE).exists():
+        if resume:
             trainer.resume()
         return trainer.fit()
 

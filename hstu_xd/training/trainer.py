@@ -126,11 +126,15 @@ class Trainer:
         self.progress = Progress()
 
     def resume(self) -> None:
-        """Continue from the run's last checkpoint: weights, optimiser, progress, metrics file."""
-        tensors, metadata = load_checkpoint(self.run / STATE_FILE)
-        load_weights(self.model, model_tensors(tensors), self.run / STATE_FILE)
-        restore_optimizer(self.model, self._optimizer, tensors)
-        self.progress = Progress(**metadata["progress"])
+        """Continue from the run's last checkpoint: weights, optimiser, progress, metrics file.
+
+        Without a checkpoint yet, begin again.
+        """
+        if (self.run / STATE_FILE).exists():
+            tensors, metadata = load_checkpoint(self.run / STATE_FILE)
+            load_weights(self.model, model_tensors(tensors), self.run / STATE_FILE)
+            restore_optimizer(self.model, self._optimizer, tensors)
+            self.progress = Progress(**metadata["progress"])
         self._log.rewind(self.progress.metrics_bytes, self.progress.step)
 
     def fit(self) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""A run folder that a stopped or refused training leaves behind can be used again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hstu_xd.training import run as runs
+from hstu_xd.training.settings import RunSettings, load_settings
+from hstu_xd.training.trainer import Trainer
+
+QUICK = (
+    "xd_encoder.num_heads = 2",
+    "xd_encoder.dqk = 4",
+    "xd_encoder.dv = 4",
+    "xd_train.item_embedding_dim = 8",
+    "xd_train.num_epochs = 1",
+    "xd_train.num_negatives = 20",
+    "xd_train.checkpoint_every = 1",
+)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def settings(*more: str) -> RunSettings:
+    return load_settings([], [*QUICK, *more])
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    runs.train(store_path, settings(), run)
+    return run
+
+
+def kill_after(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die right after the first call of a method of the trainer."""
+    method = getattr(Trainer, name)
+
+    def dies(trainer: Trainer, *arguments: object) -> None:
+        method(trainer, *arguments)
+        raise Killed
+
+    monkeypatch.setattr(Trainer, name, dies)
+
+
+def test_killed_before_the_first_row_of_metrics_it_resumes(
+    whole: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after("_save", patch)
+        runs.train(store_path, settings(), run)
+    assert (run / "last.safetensors").exists()
+    assert not (run / "metrics.jsonl").exists()
+    runs.train(store_path, settings(), run, resume=True)
+    assert rows(run) == rows(whole)
+
+
+def test_killed_before_the_first_checkpoint_no_row_comes_twice(
+    whole: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rare = tmp_path / "run", settings("xd_train.checkpoint_every = 1000")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after("evaluate", patch)
+        runs.train(store_path, rare, run)
+    assert [row["split"] for row in rows(run)] == ["train"]
+    assert not (run / "last.safetensors").exists()
+    runs.train(store_path, settings(), run, resume=True)
+    assert rows(run) == rows(whole)
