@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,24 +40,25 @@ def whole(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def kill_after(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Die right after the first call of a method of the trainer."""
+def killed_after(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    """Train and die right after the first call of a method of the trainer."""
     method = getattr(Trainer, name)
 
     def dies(trainer: Trainer, *arguments: object) -> None:
         method(trainer, *arguments)
         raise Killed
 
-    monkeypatch.setattr(Trainer, name, dies)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, name, dies)
+        with pytest.raises(Killed):
+            runs.train(*arguments)
 
 
 def test_killed_before_the_first_row_of_metrics_it_resumes(
     whole: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after("_save", patch)
-        runs.train(store_path, settings(), run)
+    killed_after("_save", monkeypatch, store_path, settings(), run)
     assert (run / "last.safetensors").exists()
     assert not (run / "metrics.jsonl").exists()
     runs.train(store_path, settings(), run, resume=True)
@@ -67,9 +69,7 @@ def test_killed_before_the_first_checkpoint_no_row_comes_twice(
     whole: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, rare = tmp_path / "run", settings("xd_train.checkpoint_every = 1000")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after("evaluate", patch)
-        runs.train(store_path, rare, run)
+    killed_after("evaluate", monkeypatch, store_path, rare, run)
     assert [row["split"] for row in rows(run)] == ["train"]
     assert not (run / "last.safetensors").exists()
     runs.train(store_path, settings(), run, resume=True)
