@@ -45,6 +45,20 @@ def available_impls(normalization: str = "silu") -> tuple[str, ...]:
     return tuple(x for x in _IMPLS[normalization] if x != "triton" or fused.installed())
 
 
+def check_impl(impl: str, normalization: str) -> None:
+    """Refuse an implementation that cannot run here.
+
+    Raises:
+        InputError: neither "auto" nor one of :func:`available_impls`.
+    """
+    known = available_impls(normalization)
+    if impl not in ("auto", *known):
+        raise InputError(
+            f"impl {impl!r} is not available here; use auto, {', '.join(known)} "
+            f"for normalization {normalization!r}"
+        )
+
+
 def domain_attention(
     q: Tensor,
     k: Tensor,
@@ -94,14 +108,9 @@ def domain_attention(
     attention).
     """
     _check(q, k, v, grouping, norm_length, bias)
-    known = available_impls(normalization)
+    check_impl(impl, normalization)
     if impl == "auto":
         impl = "triton" if normalization == "silu" and fused.suits(q, v) else "eager"
-    elif impl not in known:
-        raise InputError(
-            f"impl {impl!r} is not available here; use auto, {', '.join(known)} "
-            f"for normalization {normalization!r}"
-        )
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
 
 

@@ -15,6 +15,7 @@ from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.ops.domain_attention import check_impl
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.settings import RunSettings, load_settings
@@ -22,6 +23,7 @@ from hstu_xd.training.trainer import Trainer
 
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
+_PARTIAL_FILE = "run.partial"
 SWITCHES = ("domain_mask", "tape", "ddsr", "target_domain_embedding", "target_view_heads")
 
 
@@ -48,21 +50,31 @@ def train(
     with world() as here:
         if resume:
             settings = _settings_to_resume(out, store)
-        elif out.exists() and any(out.iterdir()):
-            raise InputError(f"{out} exists; resume it with --resume or give another --out")
+        else:
+            _check_new(out)
         here.barrier()
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
+        check_impl(encoder.impl, encoder.normalization)
         model = CrossDomainHSTU(
             store.catalog, encoder, dropout_rate=settings.train.dropout_rate
         ).to(here.device)
+        trainer = Trainer(model, store, settings.train, out, here)
         if here.is_main and not resume:
             lay_out(out, store, settings, model, name or variant_name(settings), here)
         here.barrier()
-        trainer = Trainer(model, store, settings.train, out, here)
         if resume:
             trainer.resume()
         return trainer.fit()
+
+
+def _check_new(out: Path) -> None:
+    """Refuse a folder that holds anything but the beginning of one that :func:`lay_out` made."""
+    found = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if RUN_FILE in found:
+        raise InputError(f"{out} exists; resume it with --resume or give another --out")
+    if found - {CONFIG_FILE, CATALOG_FILE, _PARTIAL_FILE} or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out} exists and is not a run folder; give another --out")
 
 
 def load(run: Path | str) -> CrossDomainHSTU:
@@ -171,7 +183,7 @@ def lay_out(
         "train": asdict(settings.train),
         "max_sequence_length": settings.train.max_sequence_length,
     }
-    partial = out / "run.partial"
+    partial = out / _PARTIAL_FILE
     partial.write_text(json.dumps(facts, indent=1) + "\n")
     partial.replace(out / RUN_FILE)
 

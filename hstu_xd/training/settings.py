@@ -72,6 +72,7 @@ class TrainSettings:
         for name in ("temperature", "learning_rate"):
             _require(getattr(self, name) > 0, self, name, "above 0")
         _require(0 <= self.dropout_rate < 1, self, "dropout_rate", "from 0 to below 1")
+        _require(self.random_seed < 1 << 64, self, "random_seed", "at most 2**64 - 1")
         _require(
             self.select_metric in METRICS, self, "select_metric", f"one of {', '.join(METRICS)}"
         )

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.training import run as runs
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trainer import Trainer
@@ -74,3 +76,45 @@ def test_killed_before_the_first_checkpoint_no_row_comes_twice(
     assert not (run / "last.safetensors").exists()
     runs.train(store_path, settings(), run, resume=True)
     assert rows(run) == rows(whole)
+
+
+def test_stopped_before_it_was_a_run_it_can_begin_again(
+    whole: Path, store_path: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.gin", "catalog.parquet"):  # run.json is the last to come
+        (run / name).write_bytes((whole / name).read_bytes()[:20])
+    runs.train(store_path, settings(), run)
+    assert rows(run) == rows(whole)
+
+
+def test_folder_of_something_else_is_refused_and_not_said_to_be_resumable(
+    store_path: Path, tmp_path: Path
+) -> None:
+    for other in (tmp_path / "folder", tmp_path / "file"):
+        if other.name == "folder":
+            other.mkdir()
+            (other / "thesis.tex").write_text("x")
+        else:
+            other.write_text("x")
+        with pytest.raises(InputError, match=rf"{other.name}.*not a run folder.*--out"):
+            runs.train(store_path, settings(), other)
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ('xd_encoder.impl = "fast"', "'fast' is not available here; use auto"),
+        ("xd_train.main_module_bf16 = True", "needs CUDA"),
+        ("xd_train.random_seed = 18446744073709551616", "random_seed.*at most"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    store_path: Path, tmp_path: Path, binding: str, message: str
+) -> None:
+    if "bf16" in binding and torch.cuda.is_available():
+        pytest.skip("there is CUDA: that bfloat16 is refused without it is not covered")
+    with pytest.raises(HstuXdError, match=message):
+        runs.train(store_path, settings(binding), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
