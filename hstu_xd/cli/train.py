@@ -20,13 +20,16 @@ def train(
         typer.Option("--gin_bindings", help='One setting, "xd_encoder.ddsr = True".'),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="What tables call the run.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
+    ] = False,
 ) -> None:
     """Train a model on a prepared store; torchrun starts it on several processes."""
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.settings import load_settings
 
-    settings = load_settings(gin_config_file or [], gin_bindings or [])
+    given = gin_config_file or gin_bindings
+    settings = load_settings(gin_config_file or [], gin_bindings or []) if given else None
     summary = run_training(data, settings, out, name=name, resume=resume)
     test = summary["test"]
     typer.echo(

@@ -1,6 +1,7 @@
 """Run folders: make one by training, continue one, load the model of one."""
 
 import json
+import logging
 import shlex
 import sys
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from hstu_xd.training.distributed import World, world
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trainer import Trainer
 
+_logger = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
 _PARTIAL_FILE = "run.partial"
@@ -28,16 +31,22 @@ SWITCHES = ("domain_mask", "tape", "ddsr", "target_domain_embedding", "target_vi
 
 
 def train(
-    data: Path, settings: RunSettings, out: Path, *, name: str | None = None, resume: bool = False
+    data: Path,
+    settings: RunSettings | None,
+    out: Path,
+    *,
+    name: str | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train one model into a run folder.
 
     Args:
         data: a prepared store.
-        settings: of :func:`hstu_xd.training.settings.load_settings`.
+        settings: of :func:`hstu_xd.training.settings.load_settings`; None: the defaults.
         out: the run folder; new, unless ``resume``.
         name: what tables call the run; default: its switches.
-        resume: continue ``out`` with its own settings where it stopped.
+        resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
+            given and differ, a warning says so.
 
     Returns:
         The summary, as written to ``summary.json``.
@@ -49,8 +58,9 @@ def train(
     store = InteractionStore.open(data)
     with world() as here:
         if resume:
-            settings = _settings_to_resume(out, store)
+            settings = _settings_to_resume(out, store, settings if here.is_main else None)
         else:
+            settings = settings or load_settings([])
             _check_new(out)
         here.barrier()
         torch.manual_seed(settings.train.random_seed)
@@ -199,11 +209,16 @@ _MANIFEST_FACTS = (
 )
 
 
-def _settings_to_resume(out: Path, store: InteractionStore) -> RunSettings:
+def _settings_to_resume(
+    out: Path, store: InteractionStore, given: RunSettings | None
+) -> RunSettings:
     facts = read_run(out)
     if facts["data_hashes"] != store.manifest["hashes"]:
         raise InputError(
             f"{out} was trained on other data than {store.path} (hashes differ); resume it with "
             f"--data {facts['data']}"
         )
+    unlike = given.unlike(facts) if given is not None else []
+    if unlike:
+        _logger.warning("%s goes on with its own settings: %s", out, "; ".join(unlike))
     return load_settings([out / CONFIG_FILE])

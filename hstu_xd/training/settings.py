@@ -125,7 +125,7 @@ class RunSettings:
         return "\n".join(lines)
 
     def unlike(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Settings that are not a run's, each as ``xd_train.num_epochs = 5, not 2``.
+        """Settings that are not a run's, each as ``not xd_train.num_epochs = 5 but 2``.
 
         Args:
             recorded: the run's ``run.json``; a setting that it does not know is not compared.
@@ -136,7 +136,7 @@ class RunSettings:
             ("xd_train", self.train, recorded["train"]),
         )
         return [
-            f"{block}.{name} = {value!r}, not {theirs[name]!r}"
+            f"not {block}.{name} = {value!r} but {theirs[name]!r}"
             for block, ours, theirs in pairs
             for name, value in dataclasses.asdict(ours).items()
             if name in theirs and (list(value) if type(value) is tuple else value) != theirs[name]

@@ -1,6 +1,7 @@
 """A run folder that a stopped or refused training leaves behind can be used again."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,16 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
     with pytest.raises(HstuXdError, match=message):
         runs.train(store_path, settings(binding), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_resume_says_which_settings_it_was_given_in_vain(
+    whole: Path, store_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for given in (None, settings()):
+        runs.train(store_path, given, run, resume=True)
+        assert not caplog.records
+    runs.train(store_path, settings("xd_train.num_epochs = 3"), run, resume=True)
+    assert "goes on with its own settings: not xd_train.num_epochs = 3 but 1" in caplog.text
+    assert rows(run) == rows(whole)
