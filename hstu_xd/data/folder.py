@@ -3,8 +3,9 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from hstu_xd.errors import HstuXdError, InputError
@@ -12,7 +13,14 @@ from hstu_xd.errors import HstuXdError, InputError
 _BLOCK = 1 << 20
 
 
-def check_output(out: Path, *, force: bool, ours: Callable[[Path], bool], kind: str) -> None:
+def check_output(
+    out: Path,
+    *,
+    force: bool,
+    ours: Callable[[Path], bool],
+    kind: str,
+    parts: Sequence[str] = ("*",),
+) -> None:
     """Refuse an output path that may not be written, before any work is done.
 
     Args:
@@ -20,6 +28,7 @@ def check_output(out: Path, *, force: bool, ours: Callable[[Path], bool], kind: 
         force: whether an existing folder of the same kind may be replaced.
         ours: tells whether an existing folder is of the kind that is about to be written.
         kind: what such a folder is called in messages, e.g. ``"prepared store"``.
+        parts: patterns of the names that may be in such a folder when it is replaced.
 
     Raises:
         InputError: ``out`` is a file, is a folder and ``force`` is off, or holds something else.
@@ -38,6 +47,12 @@ def check_output(out: Path, *, force: bool, ours: Callable[[Path], bool], kind: 
         )
     if not force:
         raise InputError(f"{out}: exists; add --force to replace it, or choose another --out")
+    for name in sorted(entry.name for entry in out.iterdir()):
+        if not any(fnmatch(name, part) for part in parts):
+            raise InputError(
+                f"{out}: holds {name!r}, which is no part of a {kind} and would be lost with it; "
+                "move it away, or choose another --out"
+            )
 
 
 @contextmanager
@@ -54,16 +69,17 @@ def replaced_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     retired = out.with_name(f".{out.name}.replaced-{os.getpid()}")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
         partial.mkdir(parents=True)
         yield partial
         if out.exists():
             out.rename(retired)
         partial.rename(out)
     except OSError as error:
-        if retired.exists() and not out.exists():
-            retired.rename(out)
         raise HstuXdError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
+        if retired.exists() and not out.exists():
+            retired.rename(out)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
 

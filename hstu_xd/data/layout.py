@@ -7,4 +7,9 @@ USERS = "users.parquet"
 OFFSETS = "offsets.npy"
 ITEM_IDS = "item_ids.npy"
 TIMESTAMPS = "timestamps.npy"
+SEQUENCES = "sasrec_format.csv"
+ITEM_DOMAINS = "item_domains.csv"
 DATA_FILES = (CATALOG, USERS, OFFSETS, ITEM_IDS, TIMESTAMPS)
+# What generative-recommenders reads, where it was asked for.
+UPSTREAM_FILES = (SEQUENCES, ITEM_DOMAINS)
+ALL_FILES = (MANIFEST, *DATA_FILES, *UPSTREAM_FILES)

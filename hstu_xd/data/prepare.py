@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hstu_xd.data import layout
 from hstu_xd.data.counts import offsets_of
 from hstu_xd.data.encode import Events, read_events
 from hstu_xd.data.filters import Filters, apply_filters
@@ -57,7 +58,7 @@ def prepare_logs(
     """
     filters = filters or Filters()
     filters.check()
-    check_output(out, force=force, ours=is_store, kind="prepared store")
+    check_output(out, force=force, ours=is_store, kind="prepared store", parts=layout.ALL_FILES)
     sources = open_sources(inputs, file_format=file_format, columns=columns)
     events = read_events(sources)
     log, facts = build_log(events, filters)

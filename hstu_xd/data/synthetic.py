@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from hstu_xd.data import layout
 from hstu_xd.data.filters import Filters
 from hstu_xd.data.folder import check_output, replaced_folder
 from hstu_xd.data.prepare import build_log
@@ -28,7 +29,7 @@ def synthesize(out: Path, options: SynthOptions, *, force: bool = False) -> dict
         HstuXdError: the store cannot be written.
     """
     options.check()
-    check_output(out, force=force, ours=is_store, kind="prepared store")
+    check_output(out, force=force, ours=is_store, kind="prepared store", parts=layout.ALL_FILES)
     log, facts = build_log(simulate(options), Filters())
     facts |= {"synthetic": True, "synth": vars(options)}
     with replaced_folder(out) as partial:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hstu_xd.data.layout import ITEM_DOMAINS, SEQUENCES
 from hstu_xd.data.writer import Log
 from hstu_xd.errors import InputError
 
-SEQUENCES = "sasrec_format.csv"
-ITEM_DOMAINS = "item_domains.csv"
 RATING = 5
 # Its training sample of a user leaves the last event out, and needs a target and an event before.
 MIN_EVENTS = 3

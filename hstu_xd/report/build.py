@@ -36,7 +36,7 @@ def write_report(
         InputError: no run at a path, unreadable files, runs on different data, or an existing
             output folder.
     """
-    check_output(out, force=force, ours=is_report, kind="report")
+    check_output(out, force=force, ours=is_report, kind="report", parts=(PAGE, "*.png"))
     groups = group_by_data(read_runs(paths), allow_mixed_data)
     comparisons = [compare_runs(group, data) for group in groups]
     sections = _draw(comparisons)
