@@ -21,7 +21,12 @@ def raise_first_fault(source: Source, *, reason: str) -> NoReturn:
     Raises:
         InputError: always; names file, line, value and mend.
     """
-    fault = first_fault(source)
+    import polars as pl
+
+    try:
+        fault = first_fault(source)
+    except pl.exceptions.PolarsError:  # a column that cannot be read either way
+        fault = None
     raise fault or InputError(f"{source.path}: cannot be read as a log: {one_line(reason)}")
 
 

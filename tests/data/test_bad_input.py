@@ -1,8 +1,10 @@
 """Every kind of bad input: exit code 2, one line that names place, value and mend, nothing left."""
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
+from datetime import time, timedelta
 from pathlib import Path
 
 import pytest
@@ -240,3 +242,45 @@ def test_disk_that_refuses_is_no_user_error(
     assert outcome.code == 1
     assert "No space left" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_parquet_columns_that_are_no_log(cli: Callable, tmp_path: Path) -> None:
+    import polars as pl
+
+    log = tmp_path / "log.parquet"
+    good = pl.DataFrame(
+        {"user_id": ["a", "b"], "item_id": ["c", "d"], "domain": "x", "timestamp": [1, 2]}
+    )
+    odd = {
+        "user_id": [pl.Series([[1], [2]])],
+        "timestamp": [
+            pl.Series([time(1, 2), time(3, 4)]),
+            pl.Series([timedelta(1), timedelta(2)]),
+            pl.Series([[1], [2]]),
+        ],
+    }
+    for name, columns in odd.items():
+        for column in columns:
+            good.with_columns(column.alias(name)).write_parquet(log)
+            words = [str(log), f"column {name!r}", str(column.dtype)]
+            outcome = cli("prepare", log, "--out", tmp_path / "out")
+            assert_refused(outcome, words, tmp_path, "log.parquet")
+    good.with_columns(user_id=pl.Series([b"\xff\xfe", b"a"])).write_parquet(log)
+    outcome = cli("prepare", log, "--out", tmp_path / "out")
+    assert_refused(outcome, [str(log), "cannot be read as a log"], tmp_path, "log.parquet")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [(HEADER + GOOD).replace("\n", "\r"), HEADER.strip() + "," + "x" * 200_000 + "\n" + GOOD],
+    ids=["returns for line ends", "endless field"],
+)
+def test_first_line_that_is_none(content: str, cli: Callable, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_bytes(content.encode())
+    limit = csv.field_size_limit(131_072)  # as it is when Python starts
+    try:
+        outcome = cli("prepare", log, "--out", tmp_path / "out")
+    finally:
+        csv.field_size_limit(limit)
+    assert_refused(outcome, [f"{log}:1", "not readable as a delimited line"], tmp_path, "log.csv")

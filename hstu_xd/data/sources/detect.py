@@ -117,9 +117,21 @@ def _guess_format(one: Input, lines: Sequence[str]) -> str:
         return "recbole"
     if one.kind in JSON or lines[0].lstrip().startswith("{"):
         return "amazon-reviews"
-    fields = next(csv.reader([lines[0]]))
+    fields = _fields(one.path, lines[0])
     headerless = len(fields) == 4 and all(_is_number(text) for text in fields[2:])
     return "amazon-ratings" if headerless else "csv"
+
+
+def _fields(
+    path: Path, first_line: str, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL
+) -> list[str]:
+    try:
+        return next(csv.reader([first_line], delimiter=delimiter, quoting=quoting))
+    except csv.Error as error:
+        raise InputError(
+            f"{path}:1: not readable as a delimited line ({error}): {first_line[:60]!r}; end lines "
+            "with a newline and mend the first one"
+        ) from error
 
 
 def _is_number(text: str) -> bool:
@@ -135,7 +147,7 @@ def _delimited(
 ) -> Source:
     separator = "\t" if recbole else _separator(header_line, one.kind)
     quoting = csv.QUOTE_NONE if recbole else csv.QUOTE_MINIMAL
-    header = next(csv.reader([header_line], delimiter=separator, quoting=quoting))
+    header = _fields(one.path, header_line, delimiter=separator, quoting=quoting)
     names = [name.partition(":")[0] for name in header] if recbole else header
     roles = ("user", "item", "time") if one.domain else ("user", "item", "domain", "time")
     positions: dict[str, int] = {}
@@ -181,6 +193,13 @@ def _parquet(one: Input, options: ColumnOptions, *, alone: bool) -> Source:
             columns[role] = names[at]
         elif role != "domain" or alone:
             raise missing_column(one.path, names, role, options, line=None)
+    for role, name in columns.items():
+        unfit = (pl.Time, pl.Duration) if role == "time" else ()
+        if schema[name].is_nested() or schema[name] in unfit:
+            raise InputError(
+                f"{one.path}: column {name!r} is {schema[name]}, which is no {role}; use "
+                f"--{role}-col with another one, or write it as text or numbers"
+            )
     return ParquetSource(
         path=one.path,
         domain=None if "domain" in columns else one.domain or one.stem,
