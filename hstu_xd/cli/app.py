@@ -70,6 +70,9 @@ def run(argv: list[str]) -> int:
         return _fail("interrupted", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
+    except OSError as error:
+        # A full disk, a path that cannot be: no fault of the package, so no traceback.
+        return _fail(": ".join(str(x) for x in (error.filename, error.strerror or error) if x), 1)
     except Exception as error:
         # Typer's usage errors carry their own one-line text and exit code; anything else is ours
         # to fix and keeps its traceback.

@@ -10,17 +10,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hstu_xd.errors import InputError
+from hstu_xd.errors import HstuXdError, InputError
 
 MODEL_FILE = "best.safetensors"
 STATE_FILE = "last.safetensors"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors with JSON metadata; the old file stays whole until the new one is."""
+    """Write tensors with JSON metadata; the old file stays whole until the new one is.
+
+    Raises:
+        HstuXdError: the disk is full or the file cannot be written.
+    """
     partial = path.with_suffix(".partial")
     whole = {name: value.detach().contiguous() for name, value in tensors.items()}
-    save_file(whole, partial, metadata={"hstu_xd": json.dumps(metadata)})
+    try:
+        save_file(whole, partial, metadata={"hstu_xd": json.dumps(metadata)})
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise HstuXdError(
+            f"{path}: cannot be written ({error}); make room and continue with --resume"
+        ) from error
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
