@@ -122,9 +122,8 @@ def _guess_format(one: Input, lines: Sequence[str]) -> str:
     return "amazon-ratings" if headerless else "csv"
 
 
-def _fields(
-    path: Path, first_line: str, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL
-) -> list[str]:
+def _fields(path: Path, first_line: str, *, delimiter: str = ",", quoted: bool = True) -> list[str]:
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     try:
         return next(csv.reader([first_line], delimiter=delimiter, quoting=quoting))
     except csv.Error as error:
@@ -146,8 +145,7 @@ def _delimited(
     one: Input, header_line: str, options: ColumnOptions, *, recbole: bool, alone: bool
 ) -> Source:
     separator = "\t" if recbole else _separator(header_line, one.kind)
-    quoting = csv.QUOTE_NONE if recbole else csv.QUOTE_MINIMAL
-    header = _fields(one.path, header_line, delimiter=separator, quoting=quoting)
+    header = _fields(one.path, header_line, delimiter=separator, quoted=not recbole)
     names = [name.partition(":")[0] for name in header] if recbole else header
     roles = ("user", "item", "time") if one.domain else ("user", "item", "domain", "time")
     positions: dict[str, int] = {}
