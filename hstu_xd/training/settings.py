@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -158,10 +159,11 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     files = [_found(file) for file in files]
     gin = _gin()
     gin.clear_config()
-    for file in files:  # so that a file can include its neighbours, wherever the command runs
-        gin.add_config_file_search_path(str(file.parent.resolve()))
     try:
-        gin.parse_config_files_and_bindings([str(f) for f in files], list(bindings))
+        for file in files:
+            with _neighbours_first(gin, file):
+                gin.parse_config_file(str(file.resolve()))
+        gin.parse_config_files_and_bindings([], list(bindings))
         _refuse_unread(gin.config_str())
         blocks = {name: dict(gin.get_bindings(name)) for name in _BLOCKS}
     except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
@@ -224,6 +226,20 @@ def _gin() -> Any:
     if not hasattr(gin, "parse_config_files_and_bindings"):
         raise InputError("gin-config is not installed; pip install gin-config")
     return gin
+
+
+@contextmanager
+def _neighbours_first(gin: Any, file: Path) -> Iterator[None]:
+    """Let a file include its neighbours, ahead of their namesakes where the command runs.
+
+    gin can only be told of places to look in after those, and logs an error for each it misses.
+    """
+    places = gin.config._LOCATION_PREFIXES
+    places.insert(0, str(file.parent.resolve()))
+    try:
+        yield
+    finally:
+        places.pop(0)
 
 
 def _register() -> dict[str, Any]:

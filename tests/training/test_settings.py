@@ -81,3 +81,27 @@ def test_setting_without_its_switch_is_said_to_do_nothing(
     assert not caplog.records
     load_settings([], ["xd_encoder.states_per_domain = 3"])
     assert "states_per_domain = 3 does nothing while xd_encoder.ddsr is False" in caplog.text
+
+
+def test_file_includes_its_neighbour_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder, epochs in (("here", 7), ("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        base = tmp_path / folder / "base.gin"
+        base.write_text(f"xd_train.num_epochs = {epochs}\n")
+    for folder in ("a", "b"):
+        (tmp_path / folder / "top.gin").write_text('include "base.gin"\n')
+    monkeypatch.chdir(tmp_path / "here")  # where another base.gin lies
+    a, b = Path("../a/top.gin"), Path("../b/top.gin")
+    assert load_settings([a]).train.num_epochs == 2
+    assert load_settings([a, b]).train.num_epochs == 3
+    assert load_settings([b, a]).train.num_epochs == 2
+    assert not caplog.records
+
+
+def test_included_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    top = tmp_path / "top.gin"
+    top.write_text('include "nowhere.gin"\n')
+    with pytest.raises(InputError, match=r"top\.gin.*nowhere\.gin"):
+        load_settings([top])
