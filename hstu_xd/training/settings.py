@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import METRICS
@@ -193,30 +193,36 @@ def _found(file: Path) -> Path:
     )
 
 
-# Settings that act only while a switch is on.
-_NEEDS_SWITCH = {
-    "ddsr": (
-        "state_from",
-        "combine",
-        "query_target_domain",
-        "states_per_domain",
-        "state_age_bias",
+# A setting, values of it, and others that act only while it has one of these.
+_NEEDED = (
+    (
+        "ddsr",
+        (True,),
+        ("state_from", "combine", "query_target_domain", "states_per_domain", "state_age_bias"),
     ),
-    "domain_mask": ("full_attention_layers",),
-}
+    ("domain_mask", (True,), ("full_attention_layers",)),
+    ("segment_by", ("count",), ("segment_length",)),
+    ("segment_by", ("time_gap", "session"), ("segment_gap",)),
+)
 
 
 def _warn_inert(encoder: EncoderSettings) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(EncoderSettings)}
-    for switch, names in _NEEDS_SWITCH.items():
-        for name in names:
-            if not getattr(encoder, switch) and getattr(encoder, name) != defaults[name]:
+    for needed, values, names in _NEEDED:
+        found = getattr(encoder, needed)
+        for name in names if found not in values else ():
+            if getattr(encoder, name) != defaults[name]:
                 _logger.warning(
-                    "xd_encoder.%s = %r does nothing while xd_encoder.%s is False",
-                    name,
-                    getattr(encoder, name),
-                    switch,
+                    "xd_encoder.%s = %r does nothing while xd_encoder.%s is %r",
+                    *(name, getattr(encoder, name), needed, found),
                 )
+    own_heads = encoder.target_view_heads < encoder.num_heads
+    masked = len(set(encoder.full_attention_layers)) < encoder.num_blocks
+    if encoder.domain_mask and not encoder.has_segments and not (own_heads and masked):
+        _logger.warning(
+            "xd_encoder.domain_mask = True does nothing: every %s",
+            "layer keeps full attention" if own_heads else "head reads the target domain",
+        )
 
 
 def _gin() -> Any:
@@ -293,8 +299,15 @@ def check_types(block: str, values: dict[str, Any]) -> None:
     hints = get_type_hints(_BLOCKS[block])
     for name, value in values.items():
         wanted = getattr(hints[name], "__origin__", hints[name])
-        if wanted is tuple and isinstance(value, list):
+        if wanted is tuple and isinstance(value, list | tuple):
             values[name] = tuple(value)
+            member = get_args(hints[name])[0]
+            for each in value:
+                if type(each) is not member:
+                    raise InputError(
+                        f"gin: {block}.{name} = {value!r}: {each!r} is a {type(each).__name__}; "
+                        f"a {member.__name__} is needed"
+                    )
         elif wanted is float and type(value) is int:
             values[name] = float(value)
         elif type(value) is not wanted:

@@ -49,6 +49,10 @@ def test_the_recipes_are_found_from_anywhere(
         ("xd_encoder.num_domains = 2", "num_domains"),
         ('xd_encoder.ddsr = "yes"', "xd_encoder.ddsr = 'yes' is a str; a bool"),
         ("xd_train.num_epochs = 2.5", "num_epochs = 2.5 is a float; a int"),
+        (
+            "xd_encoder.full_attention_layers = (0, 'b')",
+            "full_attention_layers.*'b' is a str; a int",
+        ),
         ("xd_train.num_epochs = 0", "num_epochs = 0; it must be at least 1"),
         ('xd_train.select_metric = "auc"', "select_metric = 'auc'.*hr@1"),
         ("xd_encoder.target_view_heads = 9", "target_view_heads is 9; 0..num_heads=4"),
@@ -105,3 +109,49 @@ def test_included_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     top.write_text('include "nowhere.gin"\n')
     with pytest.raises(InputError, match=r"top\.gin.*nowhere\.gin"):
         load_settings([top])
+
+
+@pytest.mark.parametrize(
+    ("bindings", "name"),
+    [
+        (["xd_encoder.segment_length = 5"], "segment_length = 5"),
+        (['xd_encoder.segment_by = "session"', "xd_encoder.segment_length = 5"], "segment_length"),
+        (['xd_encoder.segment_by = "count"', "xd_encoder.segment_gap = 5"], "segment_gap = 5"),
+        (
+            ["xd_encoder.domain_mask = True", "xd_encoder.full_attention_layers = (0, 1)"],
+            "domain_mask = True",
+        ),
+        (
+            ["xd_encoder.domain_mask = True", "xd_encoder.target_view_heads = 4"],
+            "domain_mask = True",
+        ),
+    ],
+)
+def test_setting_that_another_one_leaves_nothing_to_do_is_named(
+    bindings: list[str], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_settings([], bindings)
+    assert len(caplog.records) == 1
+    assert f"xd_encoder.{name}" in caplog.text
+    assert "does nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "bindings",
+    [
+        ['xd_encoder.segment_by = "count"', "xd_encoder.segment_length = 5"],
+        ['xd_encoder.segment_by = "time_gap"', "xd_encoder.segment_gap = 5"],
+        ["xd_encoder.domain_mask = True", "xd_encoder.full_attention_layers = (1,)"],
+        # Runs are cut by domain whatever the heads read.
+        [
+            "xd_encoder.domain_mask = True",
+            "xd_encoder.target_view_heads = 4",
+            'xd_encoder.segment_by = "count"',
+        ],
+    ],
+)
+def test_settings_that_act_are_not_warned_of(
+    bindings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    load_settings([], bindings)
+    assert not caplog.records
