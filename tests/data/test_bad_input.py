@@ -123,6 +123,7 @@ JSON_FAULTS = {
         '{"reviewerID": "A1", "unixReviewTime": 5}\n',
         ["{log}:1", "no item column", "reviewerID, unixReviewTime", "--item-col"],
     ),
+    "byte order mark": ("\ufeff" + JSON_GOOD, ["{log}:1", "byte order mark", "save the file"]),
     "word as time": (JSON_GOOD.replace("5", '"x"'), ["{log}:1", "'x'", "seconds"]),
 }
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from hstu_xd.data.sources.base import BYTE_ORDER_MARK, open_bytes
 from hstu_xd.data.sources.columns import ColumnOptions, find_column, missing_column
 from hstu_xd.data.sources.delimited import DelimitedSource
 from hstu_xd.data.sources.json_lines import JsonLinesSource
@@ -84,8 +85,15 @@ def amazon_reviews(
     In 2023 times are milliseconds and the product is ``parent_asin``, else ``asin``.
 
     Raises:
-        InputError: the first line is no JSON object, or a role has no key.
+        InputError: a byte order mark, a first line that is no JSON object, or a role without a
+            key.
     """
+    with open_bytes(path) as file:
+        if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
+            raise InputError(
+                f"{path}:1: begins with a byte order mark, which JSON has none of; save the file "
+                "as UTF-8 without it"
+            )
     number, text = next((n, line) for n, line in enumerate(lines, start=1) if line.strip())
     try:
         event = json.loads(text)

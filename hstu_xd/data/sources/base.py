@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 GZIP_MAGIC = b"\x1f\x8b"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
@@ -75,7 +76,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str | None]]:
         with open_bytes(path) as file:
             for number, raw in enumerate(file, start=1):
                 if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                    raw = raw.removeprefix(BYTE_ORDER_MARK)
                 try:
                     yield number, raw.decode("utf-8")
                 except UnicodeDecodeError:
