@@ -11,7 +11,8 @@ def ablate(
     data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of runs and table; may be continued.")],
     variants: Annotated[
-        str | None, typer.Option("--variants", help="Names, a,b,...; default: all sets of switches.")
+        str | None,
+        typer.Option("--variants", help="Names, a,b,...; default: all sets of switches."),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 1..N.")] = 3,
     gin_config_file: Annotated[

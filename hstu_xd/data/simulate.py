@@ -50,9 +50,11 @@ def simulate(options: SynthOptions) -> Events:
 def _lengths(options: SynthOptions, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
     """Log-normal history lengths, longest first: (count,)."""
     centre = np.log(options.mean_length) - LENGTH_SPREAD**2 / 2
-    lengths = np.exp(rng.normal(centre, LENGTH_SPREAD, count)).round().astype(np.int64)
+    lengths = np.exp(rng.normal(centre, LENGTH_SPREAD, count)).round()
     most = min(LENGTH_CAP * options.mean_length, options.domains * options.items_per_domain / 2)
-    return np.sort(np.clip(lengths, MIN_LENGTH, max(MIN_LENGTH, int(most))))[::-1]
+    # Cut while they are floats: what is too long for an integer would become the shortest.
+    lengths = np.clip(lengths, MIN_LENGTH, max(MIN_LENGTH, int(most))).astype(np.int64)
+    return np.sort(lengths)[::-1]
 
 
 class _Walk:

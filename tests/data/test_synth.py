@@ -1,6 +1,7 @@
 """The synthetic log: labelled, repeatable, adjustable, and with a signal between domains."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,3 +131,14 @@ def test_never_overwrites(cli: Callable, tmp_path: Path) -> None:
     assert cli(*args, "--force").code == 0
     (out / "manifest.json").unlink()
     assert cli(*args, "--force").code == 2
+
+
+def test_length_beyond_the_catalogue_is_cut_to_it(cli: Callable, tmp_path: Path) -> None:
+    args = ("synth", "--users", 20, "--domains", 2, "--items-per-domain", 30)
+    for mean in ("1e300", "inf"):
+        out = tmp_path / mean
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert cli(*args, "--mean-length", mean, "--out", out).code == 0
+        lengths = json.loads((out / "manifest.json").read_text())["history_length"]
+        assert lengths["mean"] == lengths["max"] == 30
