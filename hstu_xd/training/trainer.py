@@ -135,6 +135,8 @@ class Trainer:
             load_weights(self.model, model_tensors(tensors), self.run / STATE_FILE)
             restore_optimizer(self.model, self._optimizer, tensors)
             self.progress = Progress(**metadata["progress"])
+            if not self.world.is_main:
+                self.progress.loss_sum = 0.0  # the first process has taken over all of it
         self._log.rewind(self.progress.metrics_bytes, self.progress.step)
 
     def fit(self) -> dict[str, Any]:
@@ -226,10 +228,7 @@ class Trainer:
     def _finish_epoch(self) -> None:
         progress, settings = self.progress, self.settings
         self._check_finite()
-        total = self.world.sum(
-            torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.world.device)
-        )
-        row = {"loss": float(total) / progress.loss_tokens}
+        row = {"loss": self._total_loss() / progress.loss_tokens}
         self._log.write(Split.TRAIN, progress.epoch, progress.step, row)
         values = self.evaluate(Split.VALID)
         self._log.write(Split.VALID, progress.epoch, progress.step, values)
@@ -260,14 +259,21 @@ class Trainer:
         names = self.model.catalog.domain_names
         return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names)
 
+    def _total_loss(self) -> float:
+        """The epoch's loss so far, summed over all processes."""
+        own = torch.tensor(self.progress.loss_sum, dtype=torch.float64, device=self.world.device)
+        return float(self.world.sum(own))
+
     def _save(self) -> None:
         self._check_finite()
+        total = self._total_loss()
         if not self.world.is_main:
             return
         self.progress.metrics_bytes = self._log.size()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= optimizer_tensors(self.model, self._optimizer)
-        save_checkpoint(self.run / STATE_FILE, tensors, {"progress": asdict(self.progress)})
+        progress = asdict(self.progress) | {"loss_sum": total}
+        save_checkpoint(self.run / STATE_FILE, tensors, {"progress": progress})
 
     def _summarise(self) -> dict[str, Any]:
         """Read the test split once, with the epoch that validation picked."""

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.training import run as runs
+from hstu_xd.training.distributed import World
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trainer import Trainer
 
@@ -132,3 +134,30 @@ def test_resume_says_which_settings_it_was_given_in_vain(
     runs.train(store_path, settings("xd_train.num_epochs = 3"), run, resume=True)
     assert "goes on with its own settings: not xd_train.num_epochs = 3 but 1" in caplog.text
     assert rows(run) == rows(whole)
+
+
+class AsTwo(World):
+    """A process whose twin has always lost as much."""
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        return 2 * value
+
+
+def test_what_several_processes_have_lost_is_resumed_once(
+    whole: Path, store: InteractionStore, tmp_path: Path
+) -> None:
+    run, device = tmp_path / "run", torch.device("cpu")
+    shutil.copytree(whole, run)
+
+    def trainer(world: World) -> Trainer:
+        return Trainer(runs.load(run), store, settings().train, run, world)
+
+    stops = trainer(AsTwo(0, 1, device))
+    stops.resume()
+    stops.progress.loss_sum = 3.0
+    stops._save()
+    assert stops.progress.loss_sum == 3.0
+    for rank, loss in ((0, 6.0), (1, 0.0)):
+        resumed = trainer(World(rank, 1, device))
+        resumed.resume()
+        assert resumed.progress.loss_sum == loss
