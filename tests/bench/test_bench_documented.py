@@ -17,8 +17,8 @@ TEXT = (Path(__file__).parents[2] / "results" / "README.md").read_text()
 
 def commands() -> Iterator[list[str]]:
     """Arguments of every command in the list."""
-    (block,) = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-    assert "--device cuda" in block
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    (block,) = (block for block in blocks if "--device cuda" in block)
     variables: dict[str, str] = {}
     for line in block.replace("--device cuda", "--device cpu").splitlines():
         if assigned := re.fullmatch(r'(\w)="(.*)"', line):
