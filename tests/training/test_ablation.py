@@ -4,21 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from quick_runs import QUICK
 
 from hstu_xd.data.synthetic import synthesize
 from hstu_xd.data.world import SynthOptions
 from hstu_xd.errors import InputError
 from hstu_xd.training.ablation import ablate
 from hstu_xd.training.settings import load_settings
-
-QUICK = (
-    "xd_encoder.num_heads = 2",
-    "xd_encoder.dqk = 4",
-    "xd_encoder.dv = 4",
-    "xd_train.item_embedding_dim = 8",
-    "xd_train.num_epochs = 1",
-    "xd_train.num_negatives = 20",
-)
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from quick_runs import QUICK
 
 from hstu_xd.cli.app import run
 from hstu_xd.data.synthetic import synthesize
 from hstu_xd.data.world import SynthOptions
-
-SMALL = (
-    "xd_encoder.num_heads = 2",
-    "xd_encoder.dqk = 4",
-    "xd_encoder.dv = 4",
-    "xd_train.item_embedding_dim = 8",
-    "xd_train.num_epochs = 1",
-    "xd_train.num_negatives = 20",
-)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +17,7 @@ def runs(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of an ablation: hstu with two seeds, mask with one."""
     out = tmp_path_factory.mktemp("compared") / "runs"
     line = ["ablate", "--data", str(store_path), "--out", str(out), "--jobs", "1"]
-    for binding in SMALL:
+    for binding in QUICK:
         line += ["--gin_bindings", binding]
     assert run([*line, "--variants", "hstu,mask", "--seeds", "2"]) == 0
     shutil.rmtree(out / "mask-seed2")
@@ -64,7 +56,7 @@ def test_what_cannot_be_compared(
     assert "split is 'train'; one of valid, test" in capsys.readouterr().err
     synthesize(tmp_path / "other", SynthOptions(users=30, domains=2, items_per_domain=20))
     line = ["train", "--data", str(tmp_path / "other"), "--out", str(tmp_path / "run")]
-    for binding in SMALL:
+    for binding in QUICK:
         line += ["--gin_bindings", binding]
     assert run(line) == 0
     capsys.readouterr()

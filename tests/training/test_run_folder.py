@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick_runs import QUICK
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError
@@ -15,23 +16,13 @@ from hstu_xd.training.distributed import World
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trainer import Trainer
 
-QUICK = (
-    "xd_encoder.num_heads = 2",
-    "xd_encoder.dqk = 4",
-    "xd_encoder.dv = 4",
-    "xd_train.item_embedding_dim = 8",
-    "xd_train.num_epochs = 1",
-    "xd_train.num_negatives = 20",
-    "xd_train.checkpoint_every = 1",
-)
-
 
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
 def settings(*more: str) -> RunSettings:
-    return load_settings([], [*QUICK, *more])
+    return load_settings([], [*QUICK, "xd_train.checkpoint_every = 1", *more])
 
 
 def rows(run: Path) -> list[dict[str, object]]:
