@@ -7,16 +7,11 @@ from typing import Annotated
 
 import typer
 
+from hstu_xd.cli.report import Runs
+
 
 def compare(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN",
-            help="Folders written by train, or folders of such folders (as ablate writes them). "
-            "The first variant is what the others are compared with.",
-        ),
-    ],
+    runs: Runs,
     split: Annotated[str, typer.Option("--split", help="valid or test.")] = "test",
     data: Annotated[
         Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
@@ -24,12 +19,12 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
     """Differences between variants on the same users, with their standard errors over users."""
-    from hstu_xd.training.comparison import compare_runs, comparison_table
+    from hstu_xd.training.paired_runs import pair_runs, paired_table
 
-    found = compare_runs(
+    found = pair_runs(
         runs, split=split, data=data, announce=lambda line: typer.echo(line, err=True)
     )
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))
     else:
-        typer.echo(comparison_table(found), nl=False)
+        typer.echo(paired_table(found), nl=False)

@@ -5,16 +5,18 @@ from typing import Annotated
 
 import typer
 
+Runs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN",
+        help="Folders written by train, or folders of such folders (as ablate writes them). "
+        "The first variant is what the others are compared with.",
+    ),
+]
+
 
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN",
-            help="Folders written by train, or folders of such folders (as ablate writes them). "
-            "The first variant is what the others are compared with.",
-        ),
-    ],
+    runs: Runs,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
     allow_mixed_data: Annotated[

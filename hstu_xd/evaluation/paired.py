@@ -1,7 +1,7 @@
 """Differences between models on the same targets, with the error that drawing the users makes.
 
 Which users are easy and which are hard is the same for both models, so it cancels: the error of the
-difference is mostly far below that of either metric.
+difference is below that of two metrics taken apart.
 """
 
 import math

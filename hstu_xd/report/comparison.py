@@ -76,7 +76,7 @@ def compare_runs(runs: list[Run], data: Path | None) -> Comparison:
         data: a prepared store to look at before the one that run.json names.
     """
     notes = [f"Run {run.path.name} ({run.variant}) {note}." for run in runs for note in run.notes]
-    notes += _variant_notes(runs)
+    notes += variant_notes(runs)
     stats, synthetic = None, any(run.synthetic for run in runs)
     try:
         stats, store_synthetic = _read_store(runs, data)
@@ -118,7 +118,7 @@ def _read_store(runs: list[Run], data: Path | None) -> tuple[DataStats, bool]:
     raise failure or InputError("run.json does not say where the data lies")
 
 
-def _variant_notes(runs: Sequence[Run]) -> Iterator[str]:
+def variant_notes(runs: Sequence[Run]) -> Iterator[str]:
     """What makes a mean over the runs of one variant doubtful."""
     by_variant: dict[str, list[Run]] = {}
     for run in runs:

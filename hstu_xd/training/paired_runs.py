@@ -1,5 +1,6 @@
 """Runs against one another on the same held-out events."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.evaluate import RankedTargets, rank_targets
 from hstu_xd.evaluation.paired import Difference, paired_differences
+from hstu_xd.report.comparison import group_by_data, variant_notes
 from hstu_xd.report.runs import Run, read_runs
 from hstu_xd.report.tables import (
     MAIN_METRICS,
@@ -21,9 +23,11 @@ from hstu_xd.report.tables import (
 )
 from hstu_xd.training.run import load, open_data
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedResult:
     """One variant against the first.
 
     Attributes:
@@ -39,13 +43,13 @@ class Comparison:
     differences: dict[str, Difference]
 
 
-def compare_runs(
+def pair_runs(
     paths: Sequence[Path],
     *,
     split: str = "test",
     data: Path | None = None,
     announce: Callable[[str], object] = lambda line: None,
-) -> list[Comparison]:
+) -> list[PairedResult]:
     """Rank a split's targets with the best model of every run, and take differences user by user.
 
     Args:
@@ -56,19 +60,25 @@ def compare_runs(
         announce: called with a line before every run.
 
     Raises:
-        InputError: not a run, a single variant, runs on different data, or an unknown split.
+        InputError: not a run or an unfinished one, a single variant, runs on different data, or an
+            unknown split.
     """
     if split not in (known := [one.value for one in (Split.VALID, Split.TEST)]):
         raise InputError(f"split is {split!r}; one of {', '.join(known)}")
     runs = read_runs(paths)
+    _, *others = group_by_data(runs, allow_mixed_data=True)
+    if others:
+        raise InputError(
+            f"{others[0][0].path} was trained on other data than {runs[0].path} (hashes differ); "
+            "their users cannot be paired"
+        )
     variants: dict[str, list[Run]] = {}
     for run in runs:
         variants.setdefault(run.variant, []).append(run)
-        if run.info["data_hashes"] != runs[0].info["data_hashes"]:
-            raise InputError(
-                f"{run.path} was trained on other data than {runs[0].path} (hashes differ); their "
-                "users cannot be paired"
-            )
+        if run.summary is None:
+            raise InputError(f"{run.path}: {run.notes[0]}; finish it, or leave it out")
+    for note in variant_notes(runs):
+        _logger.warning(note)
     if len(variants) == 1:
         raise InputError(
             f"only {runs[0].variant!r} is there; give runs of another variant to compare it with"
@@ -82,9 +92,9 @@ def compare_runs(
         ranked = rank_targets(load(run.path), held_out, held_out.users)
         ranks[run.variant].append(ranked.ranks)
     assert ranked is not None
-    base, *others = variants
+    base, *rest = variants
     return [
-        Comparison(
+        PairedResult(
             variant,
             base,
             tuple(run.seed for run in variants[variant]),
@@ -92,13 +102,13 @@ def compare_runs(
                 ranks[base], ranks[variant], ranked.domains, ranked.switched, store.domain_names
             ),
         )
-        for variant in others
+        for variant in rest
     ]
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> str:
+def paired_table(results: Sequence[PairedResult]) -> str:
     """A Markdown table of differences in points and their standard errors, clear ones in bold."""
-    heads = [f"minus {escape(comparisons[0].base)}", "seeds"]
+    heads = [f"minus {escape(results[0].base)}", "seeds"]
     heads += [escape(f"{metric_label(name)}, points") for name in MAIN_METRICS]
     rows = [
         [
@@ -106,7 +116,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
             str(len(one.seeds)),
             *(_cell(one.differences.get(name)) for name in MAIN_METRICS),
         ]
-        for one in comparisons
+        for one in results
     ]
     return "\n".join(markdown_lines(heads, rows)) + "\n"
 

@@ -62,3 +62,16 @@ def test_what_cannot_be_compared(
     capsys.readouterr()
     assert run(["compare", one, str(tmp_path / "run")]) == 2
     assert "trained on other data" in capsys.readouterr().err
+
+
+def test_what_makes_a_comparison_doubtful(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(runs / "hstu-seed1", again)
+    assert run(["compare", str(runs), str(again)]) == 0
+    assert "Runs of hstu repeat a seed" in caplog.text
+    (again / "summary.json").unlink()
+    capsys.readouterr()
+    assert run(["compare", str(runs), str(again)]) == 2
+    assert "still training or stopped" in capsys.readouterr().err
