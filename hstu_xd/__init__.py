@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hstu_xd import ops
     from hstu_xd.catalog import DomainCatalog
-    from hstu_xd.grouping import DomainGrouping
-    from hstu_xd.model import CrossDomainHSTU
+    from hstu_xd.model.hstu import CrossDomainHSTU
+    from hstu_xd.ops.grouping import DomainGrouping
     from hstu_xd.training.run import load
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __all__ = ["CrossDomainHSTU", "DomainCatalog", "DomainGrouping", "__version__", 
 _HOME = {
     "CrossDomainHSTU": "hstu_xd.model",
     "DomainCatalog": "hstu_xd.catalog",
-    "DomainGrouping": "hstu_xd.grouping",
+    "DomainGrouping": "hstu_xd.ops.grouping",
     "load": "hstu_xd.training.run",
 }
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from hstu_xd import __version__
 from hstu_xd.errors import HstuXdError
-from hstu_xd.plugins.gr.checkout import MARKERS
-from hstu_xd.plugins.patch_files import inspect_tree
+from hstu_xd.plugins.gr.research.gin_files import MARKERS
 from hstu_xd.plugins.rec.launch import missing_markers
-from hstu_xd.probes import ask
+from hstu_xd.plugins.source_patches import inspect_tree
+from hstu_xd.subprocess_checks import ask
 
 # Cold caches make the import of torch and upstream take most of a minute on a small machine.
 TIME_LIMIT_S = 120.0

@@ -6,8 +6,7 @@ It materialises (L, D, M) rows of keys and of values, which is what implementati
 import torch
 from torch import Tensor
 
-from hstu_xd.modules.relative_attention_bias import NUM_TIME_BUCKETS
-from hstu_xd.ops.relative_bias import time_bucket
+from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, time_bucket
 
 
 def last_state_index(

@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from hstu_xd.bench.cases import Draw
 from hstu_xd.bench.computation import Builder, Computation, phased
 from hstu_xd.bench.timing import Pass
-from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import RelativeBias, domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
 
 _TIME_BUCKETS = 128
 

@@ -1,5 +1,9 @@
-"""What is measured: the sizes of one benchmark row and the batch drawn for them."""
+"""What is measured: the sizes of one benchmark row and the batch drawn for them.
 
+The preset of ``--sweep``: one size at a time around a base, so that a curve has one cause.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hstu_xd.errors import InputError
-from hstu_xd.grouping import DomainGrouping
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.ops.grouping import DomainGrouping
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERLEAVINGS = ("random", "blocks")
@@ -159,3 +163,21 @@ class Draw:
         if masked:
             return DomainGrouping.from_jagged(self.domains, self.offsets, self.case.num_domains)
         return DomainGrouping.single(self.offsets, self.num_tokens)
+
+
+SEQ_LENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+NUM_DOMAINS = (1, 2, 4, 8, 16, 32, 64)
+SKEWS = (0.0, 0.4, 0.6, 0.8)
+
+
+def sweep(case: Case) -> Iterator[Case]:
+    """Cases of the preset, each once; everything else is as in ``case``."""
+    base = replace(case, seq_len=4096, num_domains=8)
+    yield from dict.fromkeys(
+        [
+            *(replace(base, seq_len=n) for n in SEQ_LENS),
+            *(replace(base, num_domains=d) for d in NUM_DOMAINS),
+            *(replace(base, skew=s) for s in SKEWS),
+            *(replace(base, interleaving=name) for name in INTERLEAVINGS),
+        ]
+    )

@@ -10,8 +10,8 @@ from hstu_xd.bench import jagged_operators
 from hstu_xd.bench.cases import Draw
 from hstu_xd.bench.computation import Builder, Computation, phased
 from hstu_xd.bench.timing import Pass
-from hstu_xd.modules.encoder import CrossDomainEncoder
-from hstu_xd.modules.plan import EncoderPlan
+from hstu_xd.model.encoder import CrossDomainEncoder
+from hstu_xd.model.plan import EncoderPlan
 
 
 def own(impl: str) -> Builder:

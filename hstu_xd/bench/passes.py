@@ -4,13 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from hstu_xd.bench import gate, memory
+from hstu_xd.bench import correctness, memory
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.ceilings import Ceilings
 from hstu_xd.bench.providers import PROVIDERS
+from hstu_xd.bench.roofline import Ceilings, Work, delta, visible_pairs
 from hstu_xd.bench.rows import Row, empty_row, speed_columns, time_columns, times_faster
 from hstu_xd.bench.timing import noting_failure, take_turns
-from hstu_xd.bench.work import Work, delta, visible_pairs
 
 
 def measure(
@@ -53,7 +52,7 @@ def _rows(
     errors: dict[str, float] = {}
     for name in (name for name in known if name not in absent):
         with noting_failure(name, failed):
-            errors[name] = gate.largest_error(name, case)
+            errors[name] = correctness.largest_error(name, case)
     draw, runs = Draw.of(case), {}
     for name, one in known.items():
         if errors.get(name, 2) <= 1:

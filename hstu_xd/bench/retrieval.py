@@ -10,13 +10,12 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from hstu_xd.bench.conditions import conditions
-from hstu_xd.bench.rows import Row, time_columns, times_faster
+from hstu_xd.bench.rows import Row, conditions, time_columns, times_faster
 from hstu_xd.bench.timing import Mark, Pass, take_turns
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.serving.retrieval import RETRIEVALS, ItemIndex
 
 _TOP, _USERS, _DIRECTIONS = 100, 32, 16

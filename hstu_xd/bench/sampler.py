@@ -30,7 +30,7 @@ def run(data: Path | None, *, history: int, batch_size: int, repeats: int) -> li
     if data is not None:
         return _rows(InteractionStore.open(data), history, batch_size, repeats)
     from hstu_xd.data.synthetic import synthesize
-    from hstu_xd.data.world import SynthOptions
+    from hstu_xd.data.synthetic_catalog import SynthOptions
 
     with TemporaryDirectory() as folder:
         store = Path(folder) / "store"

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_xd.bench import encoder_passes, gate, providers
+from hstu_xd.bench import correctness, encoder_passes, providers
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.rows import Row, empty_row
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.state import expected_bytes
@@ -140,7 +140,7 @@ class _Bench:
         """How wrong a provider is, as a fraction of what is allowed."""
         if name == "upstream":
             with torch.enable_grad():
-                return gate.largest_error(name, replace(self.case, what="encoder"))
+                return correctness.largest_error(name, replace(self.case, what="encoder"))
         if name == "state float16":
             found, expected = self.bytes_of_state()
             allowed = max(_BYTES_BUDGET * expected, self._formula(_SPARE_EVENTS))

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.gate import FORWARD_BUDGET, row_error
+from hstu_xd.bench.correctness import FORWARD_BUDGET, row_error
 from hstu_xd.bench.rows import Row, empty_row, time_columns, times_faster
 from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.losses import sample_negatives, sampled_softmax_loss
-from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.objectives.sampled_softmax import sample_negatives, sampled_softmax_loss
 
 _ALL = {"domain_mask": True, "tape": True, "ddsr": True}
 # Provider -> switches; half of the heads take the target view under "all".

@@ -9,26 +9,26 @@ import typer
 from hstu_xd import __version__
 from hstu_xd.errors import HstuXdError
 
-# Command -> module of hstu_xd.cli that defines a function of the module's name.
+# Command -> module of hstu_xd.cli that defines a function of the command's name.
 COMMANDS = {
-    "prepare": "prepare",
-    "synth": "synth",
-    "train": "train",
-    "evaluate": "evaluate",
-    "recommend": "recommend",
-    "export": "export",
-    "compare": "compare",
-    "report": "report",
-    "ablate": "ablate",
-    "demo": "demo",
+    "prepare": "data",
+    "synth": "data",
+    "train": "runs",
+    "evaluate": "runs",
+    "recommend": "runs",
+    "export": "runs",
+    "compare": "experiments",
+    "report": "experiments",
+    "ablate": "experiments",
+    "demo": "experiments",
     "serve": "serve",
     "bench": "bench",
-    "init": "init",
-    "patch": "patch",
-    "upstream-train": "upstream_train",
-    "upstream-evaluate": "upstream_evaluate",
-    "rec-dataset": "rec_dataset",
-    "doctor": "doctor",
+    "init": "upstream",
+    "patch": "upstream",
+    "upstream-train": "upstream",
+    "upstream-evaluate": "upstream",
+    "rec-dataset": "upstream",
+    "doctor": "upstream",
 }
 
 
@@ -50,7 +50,8 @@ def build_app() -> typer.Typer:
             raise typer.Exit
 
     for name, module in COMMANDS.items():
-        app.command(name)(getattr(import_module(f"hstu_xd.cli.{module}"), module))
+        function = getattr(import_module(f"hstu_xd.cli.{module}"), name.replace("-", "_"))
+        app.command(name)(function)
     return app
 
 

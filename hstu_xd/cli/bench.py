@@ -124,7 +124,7 @@ def bench(
         _show(_prepare(rows, out), as_json)
         return
     if out is not None:
-        from hstu_xd.bench.stored import check_name
+        from hstu_xd.bench.row_files import check_name
 
         check_name(out)
     if what == "sampler":
@@ -175,7 +175,7 @@ def bench(
                 "--sweep chooses lengths, domains, skews and interleavings; drop --seq-len, "
                 "--num-domains, --skew and --interleaving, or --sweep"
             )
-        from hstu_xd.bench.sweep import sweep as preset
+        from hstu_xd.bench.cases import sweep as preset
 
         cases = list(preset(base))
     how_often = {"threads": threads or 2, "repeats": repeats or 5}
@@ -226,7 +226,7 @@ def _prepare(rows: int, out: Path | None) -> list[dict[str, Any]]:
 
 def _plot(stored: list[Path], out: Path | None) -> None:
     from hstu_xd.bench.curves import draw
-    from hstu_xd.bench.stored import read
+    from hstu_xd.bench.row_files import read
 
     if not stored or out is None:
         raise InputError("bench plot needs files of rows and --out FOLDER")
@@ -240,8 +240,7 @@ def _show(results: Iterable[dict[str, Any]], as_json: bool, out: Path | None = N
     Raises:
         HstuXdError: a provider disagrees with the reference, or raised.
     """
-    from hstu_xd.bench.stored import write
-    from hstu_xd.bench.table import render
+    from hstu_xd.bench.row_files import render, write
 
     rows: list[dict[str, Any]] = []
     for row in results:

@@ -71,12 +71,7 @@ def serve(
     check_packages()
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.service import Served, Service
-    from hstu_xd.serving.http.settings import (
-        Limits,
-        QueueSettings,
-        ServiceSettings,
-        StateSettings,
-    )
+    from hstu_xd.serving.http.settings import Limits, QueueSettings, ServiceSettings, StateSettings
 
     logging.basicConfig(level=logging.WARNING, format="hstu-xd: %(message)s")
     settings = ServiceSettings(

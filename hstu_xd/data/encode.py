@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_xd.data.dictionary import TokenDictionary
-from hstu_xd.data.faults import first_fault, raise_first_fault, raise_item_in_two_domains
+from hstu_xd.data.error_location import first_fault, raise_first_fault, raise_item_in_two_domains
 from hstu_xd.data.sources import Source
 from hstu_xd.data.times import to_seconds
 from hstu_xd.errors import InputError

@@ -6,19 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from hstu_xd.data import layout
-from hstu_xd.data.counts import offsets_of
+from hstu_xd.data import store_files
 from hstu_xd.data.encode import Events, read_events
-from hstu_xd.data.filters import Filters, apply_filters
-from hstu_xd.data.folder import check_output, replaced_folder
+from hstu_xd.data.filters import Filters, apply_filters, offsets_of
 from hstu_xd.data.order import Histories, count_duplicates, in_time_order
 from hstu_xd.data.sources import open_sources
 from hstu_xd.data.sources.columns import ColumnOptions
 from hstu_xd.data.store import is_store
+from hstu_xd.data.store_files import Log, domains_of, write_store
 from hstu_xd.data.times import LARGEST_PLAUSIBLE_SECONDS
 from hstu_xd.data.upstream_csv import MIN_EVENTS, SEQUENCES, write_upstream_csv
-from hstu_xd.data.writer import Log, domains_of, write_store
 from hstu_xd.errors import InputError
+from hstu_xd.files import check_output, replaced_folder
 
 # Metrics carry the domain's name in brackets, beside these groups of targets.
 _METRIC_GROUPS = ("switch", "stay")
@@ -58,7 +57,9 @@ def prepare_logs(
     """
     filters = filters or Filters()
     filters.check()
-    check_output(out, force=force, ours=is_store, kind="prepared store", parts=layout.ALL_FILES)
+    check_output(
+        out, force=force, ours=is_store, kind="prepared store", parts=store_files.ALL_FILES
+    )
     sources = open_sources(inputs, file_format=file_format, columns=columns)
     events = read_events(sources)
     log, facts = build_log(events, filters)

@@ -1,11 +1,16 @@
-"""Describes a log in numbers: counts, history lengths, switches, and the cost ratio delta."""
+"""Describes a log in numbers: counts, history lengths, switches, and the cost ratio delta.
 
+Prints what a store holds, for the end of ``prepare`` and ``synth``.
+"""
+
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hstu_xd.data.counts import domain_counts
+from hstu_xd.data.filters import domain_counts
 
 DIGITS = 9
 
@@ -65,3 +70,34 @@ def describe(
         },
         "switch_share": round(switches / neighbours, DIGITS) if neighbours else 0.0,
     }
+
+
+def print_summary(out: Path, manifest: dict[str, Any]) -> None:
+    """Print a few lines about a store that was just written; its warnings go to stderr."""
+    label = " (SYNTHETIC data)" if manifest["synthetic"] else ""
+    length = manifest["history_length"]
+    print(f"wrote {out}{label}")
+    print(
+        f"  {manifest['users']:,} users, {manifest['items']:,} items, "
+        f"{manifest['interactions']:,} interactions, {len(manifest['domains'])} domains"
+    )
+    width = max(len(name) for name in manifest["domains"])
+    for name, counts in manifest["domains"].items():
+        share = counts["interactions"] / manifest["interactions"]
+        print(
+            f"  {name:<{width}}  {counts['users']:>10,} users {counts['items']:>10,} items "
+            f"{counts['interactions']:>12,} interactions {share:6.1%}"
+        )
+    print(
+        f"  history length mean {length['mean']:.1f} median {length['median']:g} "
+        f"max {length['max']}; {manifest['switch_share']:.1%} of neighbours switch domain; "
+        f"attention cost ratio delta {manifest['delta']:.3f}"
+    )
+    dropped = manifest["filters"]["dropped"]
+    if dropped["interactions"]:
+        print(
+            f"  filters dropped {dropped['interactions']:,} interactions, "
+            f"{dropped['users']:,} users, {dropped['items']:,} items"
+        )
+    for warning in manifest["warnings"]:
+        print(f"WARNING: {warning}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hstu_xd.data import layout
+from hstu_xd.data import store_files
 from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ class InteractionStore:
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
-        for name in layout.DATA_FILES:
+        for name in store_files.DATA_FILES:
             _check_size(folder / name, manifest)
         users, events = manifest["users"], manifest["interactions"]
         arrays = (
-            _map(folder / layout.OFFSETS, users + 1, np.dtype("<i8")),
-            _map(folder / layout.ITEM_IDS, events, np.dtype("<i4")),
-            _map(folder / layout.TIMESTAMPS, events, np.dtype("<i8")),
+            _map(folder / store_files.OFFSETS, users + 1, np.dtype("<i8")),
+            _map(folder / store_files.ITEM_IDS, events, np.dtype("<i4")),
+            _map(folder / store_files.TIMESTAMPS, events, np.dtype("<i8")),
         )
         return cls(folder, manifest, *arrays)
 
@@ -99,13 +99,13 @@ class InteractionStore:
         """The item -> domain table, read at first use."""
         from hstu_xd.catalog import DomainCatalog
 
-        return DomainCatalog.load(self.path / layout.CATALOG)
+        return DomainCatalog.load(self.path / store_files.CATALOG)
 
     @cached_property
     def _users(self) -> "pl.Series":
         import polars as pl
 
-        return pl.read_parquet(self.path / layout.USERS)["user"]
+        return pl.read_parquet(self.path / store_files.USERS)["user"]
 
     def user_index(self, token: str) -> int:
         """Number of the user with this id in the log.
@@ -169,17 +169,17 @@ class InteractionStore:
 def is_store(folder: Path) -> bool:
     """Whether a folder holds a prepared store of any format version, damaged or not."""
     try:
-        manifest = json.loads((folder / layout.MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / store_files.MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and "format_version" in manifest and "domains" in manifest
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / layout.MANIFEST
+    file = folder / store_files.MANIFEST
     if not file.is_file():
         raise InputError(
-            f"{folder}: no prepared store here (no {layout.MANIFEST}); make one with "
+            f"{folder}: no prepared store here (no {store_files.MANIFEST}); make one with "
             "hstu-xd prepare or hstu-xd synth"
         )
     try:
@@ -187,13 +187,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: damaged or not a store's manifest; prepare it again") from error
-    if found != layout.FORMAT_VERSION:
+    if found != store_files.FORMAT_VERSION:
         raise InputError(
             f"{file}: store of format version {found!r}; this hstu-xd reads "
-            f"{layout.FORMAT_VERSION}; prepare the log again with --force"
+            f"{store_files.FORMAT_VERSION}; prepare the log again with --force"
         )
     missing = [name for name in REQUIRED if name not in manifest]
-    missing += [name for name in layout.DATA_FILES if name not in manifest.get("sizes", {})]
+    missing += [name for name in store_files.DATA_FILES if name not in manifest.get("sizes", {})]
     if missing:
         raise InputError(f"{file}: damaged, it lacks {missing[0]!r}; prepare the log again")
     return manifest

@@ -1,16 +1,187 @@
-"""Writes a synthetic cross-domain log in which one domain truly tells about another."""
+"""Writes a synthetic cross-domain log in which one domain truly tells about another.
+
+Walks synthetic users through a world: domain, then theme, then item, event by event.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from hstu_xd.data import layout
+import numpy as np
+from numpy.typing import NDArray
+
+from hstu_xd.data import store_files
+from hstu_xd.data.encode import Events, renumber
 from hstu_xd.data.filters import Filters
-from hstu_xd.data.folder import check_output, replaced_folder
 from hstu_xd.data.prepare import build_log
-from hstu_xd.data.simulate import simulate
 from hstu_xd.data.store import is_store
-from hstu_xd.data.world import SynthOptions
-from hstu_xd.data.writer import write_store
+from hstu_xd.data.store_files import write_store
+from hstu_xd.data.synthetic_catalog import (
+    ITEM_STRENGTH,
+    TASTE_STRENGTH,
+    TASTE_WIDTH,
+    SynthOptions,
+    World,
+    domain_names,
+    make_world,
+    stationary,
+)
+from hstu_xd.files import check_output, replaced_folder
+
+BLOCK_USERS = 1024
+SEEN_CELLS = 1 << 27
+COMPANION_CHANCE = 0.5
+DRIFT_CHANCE = 0.6
+MIN_LENGTH = 5
+LENGTH_SPREAD = 0.7
+LENGTH_CAP = 8
+FIRST_SECOND = 1_600_000_000
+DAY = 86_400
+YEAR = 365 * DAY
+
+
+def simulate(options: SynthOptions) -> Events:
+    """Draw all events of a synthetic log; equal options give equal events.
+
+    A user has one taste for themes in all domains. Within a domain themes drift to their
+    neighbours; after a switch the theme just left is often taken up in the new domain, half of
+    the time with the very companion of the last item.
+    """
+    rng = np.random.default_rng(options.seed)
+    world = make_world(options, rng)
+    cells = options.domains * options.items_per_domain
+    size = max(1, min(BLOCK_USERS, SEEN_CELLS // cells))
+    parts = []
+    for first in range(0, options.users, size):
+        walk = _Walk(world, _lengths(options, rng, min(size, options.users - first)), rng)
+        user, item, time = walk.run()
+        parts.append((user + first, item, time))
+    user, item, time = (np.concatenate(columns) for columns in zip(*parts))
+    return _numbered(options, user, item, time)
+
+
+def _lengths(options: SynthOptions, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+    """Log-normal history lengths, longest first: (count,)."""
+    centre = np.log(options.mean_length) - LENGTH_SPREAD**2 / 2
+    lengths = np.exp(rng.normal(centre, LENGTH_SPREAD, count)).round()
+    most = min(LENGTH_CAP * options.mean_length, options.domains * options.items_per_domain / 2)
+    # Cut while they are floats: what is too long for an integer would become the shortest.
+    lengths = np.clip(lengths, MIN_LENGTH, max(MIN_LENGTH, int(most))).astype(np.int64)
+    return np.sort(lengths)[::-1]
+
+
+class _Walk:
+    """A block of users, longest histories first, so that the active ones are a prefix."""
+
+    def __init__(self, world: World, lengths: NDArray[np.int64], rng: np.random.Generator) -> None:
+        self.world, self.lengths, self.rng = world, lengths, rng
+        users, domains, items = len(lengths), *world.log_popularity.shape
+        self.taste = rng.standard_normal((users, TASTE_WIDTH))
+        weights = np.exp(TASTE_STRENGTH * self.taste @ world.themes.T)
+        self.theme_cdf = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
+        self.transition_cdf = np.cumsum(world.transitions, axis=1)
+        start_cdf = np.cumsum(stationary(world.transitions))
+        self.domain = self._draw(np.broadcast_to(start_cdf, (users, domains)))
+        self.theme = self._draw(self.theme_cdf)
+        self.place = np.zeros(users, np.int64)
+        self.last_theme = np.full((users, domains), -1)
+        self.seen = np.zeros((users, domains, items), np.bool_)
+        self.clock = FIRST_SECOND + rng.integers(0, YEAR, users)
+
+    def run(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """User of the block, item (domain * I + number) and time of every event."""
+        longest, items = int(self.lengths[0]), self.world.log_popularity.shape[1]
+        item = np.zeros((len(self.lengths), longest), np.int64)
+        time = np.zeros_like(item)
+        # Lengths fall, so the users still active at a step are counted by one search.
+        active = np.searchsorted(-self.lengths, -np.arange(longest), side="left")
+        for step in range(longest):
+            n = int(active[step])
+            chosen = self._step(n, first=step == 0)
+            item[:n, step] = self.domain[:n] * items + chosen
+            time[:n, step] = self.clock[:n]
+        inside = np.arange(longest) < self.lengths[:, None]
+        return np.nonzero(inside)[0], item[inside], time[inside]
+
+    def _draw(self, cdf: NDArray[np.float64]) -> NDArray[np.int64]:
+        """One category a row of cumulative chances."""
+        drawn = (self.rng.random((len(cdf), 1)) > cdf).sum(1)
+        return np.minimum(drawn, cdf.shape[1] - 1)
+
+    def _step(self, n: int, *, first: bool) -> NDArray[np.int64]:
+        """Advance the first n users by one event; return the item's number in its domain."""
+        rows = np.arange(n)
+        before = self.domain[:n].copy()
+        if not first:
+            self.domain[:n] = self._draw(self.transition_cdf[before])
+        domain = self.domain[:n]
+        switched = domain != before
+        linked = switched & (self.rng.random(n) < self.world.links[before, domain])
+        self._choose_theme(n, rows, linked, first=first)
+        companion = linked & (self.rng.random(n) < COMPANION_CHANCE)
+        chosen = self._choose_item(n, rows, companion)
+        self.last_theme[rows, domain] = self.theme[:n]
+        self.seen[rows, domain, chosen] = True
+        days = np.where(switched, 3.0, 1.0) * self.rng.exponential(size=n)
+        self.clock[:n] += 1 + (days * DAY).astype(np.int64)
+        return chosen
+
+    def _choose_theme(
+        self, n: int, rows: NDArray[np.int64], linked: NDArray[np.bool_], *, first: bool
+    ) -> None:
+        if first:
+            return
+        own = self.last_theme[rows, self.domain[:n]]
+        drifted = (own + self.rng.integers(0, 2, n)) % len(self.world.themes)
+        drifts = (own >= 0) & (self.rng.random(n) < DRIFT_CHANCE)
+        fresh = np.where(drifts, drifted, self._draw(self.theme_cdf[:n]))
+        self.theme[:n] = np.where(linked, self.theme[:n], fresh)
+
+    def _choose_item(
+        self, n: int, rows: NDArray[np.int64], companion: NDArray[np.bool_]
+    ) -> NDArray[np.int64]:
+        world, domain = self.world, self.domain[:n]
+        pool = world.theme_items[domain, self.theme[:n]]
+        vectors = world.item_vectors[domain[:, None], pool]
+        score = world.log_popularity[domain[:, None], pool] + self.rng.gumbel(size=pool.shape)
+        score += ITEM_STRENGTH * np.einsum("nmk,nk->nm", vectors, self.taste[:n])
+        # An item seen before comes again only when its theme is used up.
+        score -= 1e3 * self.seen[rows[:, None], domain[:, None], pool]
+        score[pool < 0] = -np.inf
+        place = score.argmax(1)
+        again = self.seen[rows, domain, pool[rows, self.place[:n]]]
+        follows = companion & ~again & (pool[rows, self.place[:n]] >= 0)
+        place = np.where(follows, self.place[:n], place)
+        self.place[:n] = place
+        return pool[rows, place]
+
+
+def _numbered(
+    options: SynthOptions,
+    user: NDArray[np.int64],
+    item: NDArray[np.int64],
+    time: NDArray[np.int64],
+) -> Events:
+    """Give users and items their tokens and the numbering of a prepared log."""
+    import polars as pl
+
+    width = max(5, len(str(options.users - 1)))
+    users = pl.Series("user", [f"u{u:0{width}d}" for u in range(options.users)])
+    names, count = domain_names(options.domains), options.items_per_domain
+    width = max(5, len(str(count - 1)))
+    catalogue = pl.DataFrame(
+        {
+            "item": [f"d{d:02d}_i{i:0{width}d}" for d in range(len(names)) for i in range(count)],
+            "domain": [name for name in names for _ in range(count)],
+        }
+    )
+    catalogue = catalogue.with_row_index("code").sort("domain", "item")
+    return Events(
+        users=users,
+        items=catalogue.select("item", "domain"),
+        user=user.astype(np.int32),
+        item=renumber([item.astype(np.int32)], catalogue["code"]),
+        time=time,
+    )
 
 
 def synthesize(out: Path, options: SynthOptions, *, force: bool = False) -> dict[str, Any]:
@@ -29,7 +200,9 @@ def synthesize(out: Path, options: SynthOptions, *, force: bool = False) -> dict
         HstuXdError: the store cannot be written.
     """
     options.check()
-    check_output(out, force=force, ours=is_store, kind="prepared store", parts=layout.ALL_FILES)
+    check_output(
+        out, force=force, ours=is_store, kind="prepared store", parts=store_files.ALL_FILES
+    )
     log, facts = build_log(simulate(options), Filters())
     facts |= {"synthetic": True, "synth": vars(options)}
     with replaced_folder(out) as partial:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hstu_xd.data.layout import ITEM_DOMAINS, SEQUENCES
-from hstu_xd.data.writer import Log
+from hstu_xd.data.store_files import ITEM_DOMAINS, SEQUENCES, Log
 from hstu_xd.errors import InputError
 
 RATING = 5

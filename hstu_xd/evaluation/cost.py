@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hstu_xd.data.batches import SequenceData
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.history_tokens import TokenPlan
-from hstu_xd.modules.plan import EncoderPlan
-from hstu_xd.ops.pairs import num_pairs
+from hstu_xd.model.history_tokens import TokenPlan
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.ops.visibility import num_pairs
 
 _FLOAT_BYTES = 4
 

@@ -4,7 +4,7 @@
 implementation in plain PyTorch; ``fused`` leads to Triton kernels, ``flex`` to FlexAttention.
 """
 
-from hstu_xd.ops.domain_attention import available_impls, domain_attention
+from hstu_xd.ops.domain_attention.api import available_impls, domain_attention
 from hstu_xd.ops.relative_bias import RelativeBias
 
 __all__ = ["RelativeBias", "available_impls", "domain_attention"]

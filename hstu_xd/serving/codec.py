@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.serving.state import UserState
 
 _MAGIC, _FORMAT = b"HXUS", 2

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.hstu_layer import Written
-from hstu_xd.serving.checks import (
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.layer import Written
+from hstu_xd.serving.fused_weights import PreparedModel
+from hstu_xd.serving.new_rows import EVENT, CutWindow, Rows
+from hstu_xd.serving.requests import (
+    Answer,
+    Request,
     arriving_events,
     check_domains,
     check_items,
@@ -18,16 +22,12 @@ from hstu_xd.serving.checks import (
     check_order,
     checked_events,
 )
-from hstu_xd.serving.prepared import PreparedModel
-from hstu_xd.serving.request import Answer, Request
-from hstu_xd.serving.residents import ResidentStates
 from hstu_xd.serving.retrieval import ItemIndex
-from hstu_xd.serving.rows import Rows
-from hstu_xd.serving.segments import EVENT, CutWindow
-from hstu_xd.serving.shared import SharedStates, Versions
 from hstu_xd.serving.state import UserState
+from hstu_xd.serving.state_cache import ResidentStates
 from hstu_xd.serving.step import run_step
-from hstu_xd.serving.store.base import StateStore, StoreError
+from hstu_xd.serving.stored_states import SharedStates, Versions
+from hstu_xd.serving.stores import StateStore, StoreError
 
 # Events that are committed by one step; more are encoded together with the whole window.
 _BLOCK = 16
@@ -65,7 +65,7 @@ class EncoderSession:
             without it a dropped user is unknown. It is called before an ``append`` takes its
             events, so it must not include them yet.
         store: where states outlive the session and other sessions of the same checkpoint find
-            them, see :mod:`hstu_xd.serving.store`; users are strings then. Every ``append`` is
+            them, see :mod:`hstu_xd.serving.stores`; users are strings then. Every ``append`` is
             stored before it returns; memory holds what was read of late. Without a store the
             states are in memory alone.
         versions: of the histories that stored states are made of; a state of another version is
@@ -81,7 +81,7 @@ class EncoderSession:
         >>> import torch
         >>> from hstu_xd import DomainCatalog
         >>> from hstu_xd.model import CrossDomainHSTU
-        >>> from hstu_xd.modules.settings import EncoderSettings
+        >>> from hstu_xd.model.settings import EncoderSettings
         >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1, 1]), ["books", "films"])
         >>> settings = EncoderSettings(num_domains=2, norm_length=8, ddsr=True)
         >>> session = EncoderSession(CrossDomainHSTU(catalog, settings))

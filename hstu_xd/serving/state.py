@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.settings import EncoderSettings
 
 # Arrays that are full grow by this many places or a 32nd of their length, whichever is more.
 _SPARE = 8

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize, silu
 
-from hstu_xd.modules.settings import EncoderSettings
-from hstu_xd.serving.prepared import PreparedLayer, PreparedModel, by_head
-from hstu_xd.serving.rows import Rows
-from hstu_xd.serving.sight import Sight
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.serving.fused_weights import PreparedLayer, PreparedModel, by_head
+from hstu_xd.serving.new_rows import Rows
+from hstu_xd.serving.visibility_of_rows import Sight
 
 _L2_EPS = 1e-6
 _EPS = 1e-6

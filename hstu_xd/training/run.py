@@ -15,8 +15,8 @@ from hstu_xd import __version__
 from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.ops.domain_attention import check_impl
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.ops.domain_attention.api import check_impl
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.settings import RunSettings, load_settings

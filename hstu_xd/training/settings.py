@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import METRICS
 from hstu_xd.files import gin_folder
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.settings import EncoderSettings
 
 _logger = logging.getLogger(__name__)
 

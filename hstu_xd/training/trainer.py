@@ -22,10 +22,14 @@ from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.cost import attention_cost
-from hstu_xd.evaluation.evaluate import RankedTargets, rank_targets
 from hstu_xd.evaluation.metrics import grouped_metrics
-from hstu_xd.losses import count_per_domain, sample_negatives, sampled_softmax_loss
-from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.objectives.sampled_softmax import (
+    count_per_domain,
+    sample_negatives,
+    sampled_softmax_loss,
+)
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
     STATE_FILE,
@@ -37,7 +41,7 @@ from hstu_xd.training.checkpoint import (
     save_checkpoint,
 )
 from hstu_xd.training.distributed import World
-from hstu_xd.training.records import MetricsLog
+from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.settings import TrainSettings
 
 # A loss that is not finite is noticed within this many steps and before anything is saved.

@@ -3,7 +3,7 @@
 import pytest
 
 from hstu_xd.bench import memory
-from hstu_xd.bench.ceilings import Ceilings
+from hstu_xd.bench.roofline import Ceilings
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The commands for a GPU in results/README.md: each is accepted, with its device replaced."""
+"""The commands for a GPU in examples/results: each is accepted, with its device replaced."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from hstu_xd.bench import passes, providers
 from hstu_xd.bench.cases import Case
 from hstu_xd.cli.app import run
 
-TEXT = (Path(__file__).parents[2] / "results" / "README.md").read_text()
+TEXT = (Path(__file__).parents[2] / "examples" / "results" / "README.md").read_text()
 
 
 def commands() -> Iterator[list[str]]:

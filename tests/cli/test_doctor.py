@@ -11,11 +11,11 @@ import torch
 
 from hstu_xd import doctor
 from hstu_xd.cli.app import run
-from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import domain_attention
-from hstu_xd.plugins.gr.checkout import MARKERS
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.plugins.gr.research.gin_files import MARKERS
 from hstu_xd.plugins.rec.launch import MARKERS as REC_MARKERS
-from hstu_xd.probes import QUESTIONS, ask
+from hstu_xd.subprocess_checks import QUESTIONS, ask
 
 BREAKAGES = {
     "raise ImportError('no such symbol')": "ImportError: no such symbol",
@@ -180,7 +180,7 @@ def test_command_prints_one_object(
 def test_what_auto_is_said_to_be_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import import_module
 
-    module = import_module("hstu_xd.ops.domain_attention")
+    module = import_module("hstu_xd.ops.domain_attention.api")
     ran = []
 
     def spy(name: str, impl: Any) -> Any:

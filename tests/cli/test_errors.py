@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from hstu_xd.cli.app import run
 from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.world import SynthOptions
+from hstu_xd.data.synthetic_catalog import SynthOptions
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 from hstu_xd import files
 from hstu_xd.cli.app import run
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.plugins.gr import checkout
-from hstu_xd.plugins.gr.checkout import MARKERS, copy_gin_files
+from hstu_xd.plugins.gr.research import gin_files
+from hstu_xd.plugins.gr.research.gin_files import MARKERS, copy_gin_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("amazon_xd.gin", "ml/hstu.gin", "standalone/xd.gin"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"# {name}\n")
-    monkeypatch.setattr(checkout, "gin_folder", lambda: folder)
+    monkeypatch.setattr(gin_files, "gin_folder", lambda: folder)
     return folder
 
 

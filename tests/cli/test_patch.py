@@ -10,8 +10,8 @@ import pytest
 from hstu_xd.cli.app import run
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import patches_folder
-from hstu_xd.plugins.gr.checkout import MARKERS
-from hstu_xd.plugins.patch_files import (
+from hstu_xd.plugins.gr.research.gin_files import MARKERS
+from hstu_xd.plugins.source_patches import (
     APPLICABLE,
     APPLIED,
     CODEBASES,

@@ -238,7 +238,7 @@ def test_disk_that_refuses_is_no_user_error(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hstu_xd.data.writer.np.save", full)
+    monkeypatch.setattr("hstu_xd.data.store_files.np.save", full)
     outcome = cli("prepare", log, "--out", tmp_path / "out")
     assert outcome.code == 1
     assert "No space left" in outcome.err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from log_files import contents, write_log
 
-from hstu_xd.data.folder import replaced_folder
+from hstu_xd.files import replaced_folder
 
 
 @pytest.mark.parametrize("place", ["log.csv", "runs/one/best.safetensors"])

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from hstu_xd.data.encode import Events
-from hstu_xd.data.sorting import sort_events
+from hstu_xd.data.order import sort_events
 
 USERS, ITEMS = 37, 11  # 6 and 4 bits
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hstu_xd.data import InteractionStore
 from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.world import SynthOptions, make_world, stationary
+from hstu_xd.data.synthetic_catalog import SynthOptions, make_world, stationary
 
 SMALL = SynthOptions(users=60, domains=3, items_per_domain=30, mean_length=12)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from log_files import write_log
 
 from hstu_xd.data import InteractionStore
-from hstu_xd.data.hashing import hash_pairs, hash_tokens
+from hstu_xd.data.order import hash_pairs, hash_tokens
 from hstu_xd.data.prepare import prepare_logs
 
 MASK = (1 << 64) - 1

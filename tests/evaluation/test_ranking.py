@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.metrics import METRICS, grouped_metrics, ranking_metrics
-from hstu_xd.evaluation.ranking import dot_product_scorer, target_ranks
+from hstu_xd.evaluation.ranks import dot_product_scorer, target_ranks
 
 
 class Items:

@@ -15,12 +15,12 @@ from requests_of import requests
 from safetensors.torch import load_file
 
 import hstu_xd
+from hstu_xd import export
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.cli import app
 from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.world import SynthOptions
-from hstu_xd.export import bundle
-from hstu_xd.export.bundle import describe_catalog
+from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.export import describe_catalog
 
 WINDOW = 12
 BINDINGS = (
@@ -129,7 +129,7 @@ def test_domains_that_interleave_and_ids_nobody_bears() -> None:
 @pytest.fixture
 def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing takes seconds; what is written is not the matter here."""
-    monkeypatch.setattr(bundle, "export_encoder", lambda model: None)
+    monkeypatch.setattr(export, "export_encoder", lambda model: None)
     monkeypatch.setattr(torch.export, "save", lambda program, file: file.write(b"program"))
 
 
@@ -163,13 +163,13 @@ def test_a_failure_leaves_what_was_there(
 
     line = ["export", str(run), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as broken:
-        broken.setattr(bundle, step, full)
+        broken.setattr(export, step, full)
         assert app.run(line) == 1
         assert "No space left" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
     assert app.run(line) == 0
     before = (tmp_path / "out" / "manifest.json").read_bytes()
-    monkeypatch.setattr(bundle, step, full)
+    monkeypatch.setattr(export, step, full)
     assert app.run([*line, "--force"]) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before

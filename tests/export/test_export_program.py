@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.export.program import export_encoder
-from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.export import export_encoder
+from hstu_xd.model.hstu import CrossDomainHSTU
 
 ITEMS = NUM_DOMAINS * ITEMS_PER_DOMAIN
 WHOLE = sorted(name for name, switches in SWITCHES.items() if "segment_by" not in switches)

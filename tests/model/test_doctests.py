@@ -5,7 +5,15 @@ from importlib import import_module
 
 import pytest
 
-WITH_EXAMPLES = ["catalog", "grouping", "model", "modules.state_tiles", "ops.domain_attention"]
+WITH_EXAMPLES = [
+    "catalog",
+    "ops.grouping",
+    "ops.visibility",
+    "ops.domain_attention.api",
+    "ops.state_attention.state_tiles",
+    "model.hstu",
+    "serving.session",
+]
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

@@ -11,8 +11,8 @@ from torch import Tensor
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import EncoderSettings
 
 
 def request_with(**changes: Any) -> dict[str, Tensor]:

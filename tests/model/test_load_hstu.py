@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.model.hstu import CrossDomainHSTU
 
 HISTORIES = draw_histories([12, 3])
 

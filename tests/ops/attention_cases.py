@@ -12,8 +12,8 @@ import torch
 from attention_oracle import OracleBias, OracleResult, oracle_attention
 from torch import Tensor
 
-from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import RelativeBias, available_impls, domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
 
 Attention = Callable[..., Tensor]
 

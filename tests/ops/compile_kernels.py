@@ -15,7 +15,8 @@ from state_cases import draw as draw_states
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hstu_xd.ops import fused, triton_launch, triton_state_launch
+from hstu_xd.ops.domain_attention import fused, triton_launch
+from hstu_xd.ops.state_attention import triton_launch as triton_state_launch
 
 TYPES = {
     torch.float32: "*fp32",

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from attention_cases import Spec, draw, errors_against_oracle, implementation
 
-from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import RelativeBias
-from hstu_xd.ops.bucket_edges import bucket_edges
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.relative_bias import bucket_edges
 
 # Two heads; a tile and more in a group; in the target view queries of a domain without keys.
 SPEC = Spec((0, 1, 40, 5), num_domains=3, visited=2, dqk=6, dv=6)

@@ -4,18 +4,19 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from hstu_xd.ops import fused
+import hstu_xd
 
-FOLDER = Path(fused.__file__).parent
+FOLDER = Path(hstu_xd.__file__).parent
 
 
 def load(name: str, folder: Path, text: str, instead: str) -> ModuleType:
-    """A copy of a module with ``instead`` wherever ``text`` stood."""
-    source = (FOLDER / f"{name}.py").read_text()
+    """A copy of a module, ``ops.row_tiles``, with ``instead`` wherever ``text`` stood."""
+    source = FOLDER.joinpath(*name.split(".")).with_suffix(".py").read_text()
     assert text in source
-    file = folder / f"{name}.py"
+    leaf = name.rpartition(".")[2]
+    file = folder / f"{leaf}.py"
     file.write_text(source.replace(text, instead))
-    spec = importlib.util.spec_from_file_location(f"mutant_{name}", file)
+    spec = importlib.util.spec_from_file_location(f"mutant_{leaf}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

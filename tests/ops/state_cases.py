@@ -9,9 +9,9 @@ from kernel_cases import poisoned_memory
 from state_definition import last_state_index, read_states, state_age_bucket, state_weights
 from torch import Tensor
 
-from hstu_xd.grouping import DomainGrouping
-from hstu_xd.ops.fused_states import fused_state_attention
-from hstu_xd.ops.state_table import StateTable
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.state_attention.fused import fused_state_attention
+from hstu_xd.ops.state_attention.state_table import StateTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

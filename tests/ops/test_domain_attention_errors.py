@@ -9,8 +9,8 @@ import torch
 from attention_cases import every_float64_impl
 
 from hstu_xd.errors import InputError
-from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import RelativeBias, domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
 
 GROUPING = DomainGrouping.from_jagged(torch.tensor([0, 1, 0]), torch.tensor([0, 3]), 2)
 

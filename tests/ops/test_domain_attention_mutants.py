@@ -15,8 +15,8 @@ from attention_cases import Attention, Spec, draw, errors_against_oracle
 from torch import Tensor
 from torch.nn.functional import silu
 
-from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import RelativeBias, domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
 
 eager = partial(domain_attention, impl="eager")
 

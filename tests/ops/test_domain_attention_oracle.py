@@ -15,7 +15,8 @@ from attention_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu_xd.ops import domain_attention, tiles
+from hstu_xd.ops import domain_attention
+from hstu_xd.ops.domain_attention import tiles
 
 EDGE_LENGTHS = [
     (0, 1, 2, 7, 15, 16, 17),

@@ -7,8 +7,8 @@ import torch
 from attention_cases import Case, Spec, draw, every_impl, implementation
 from torch import Tensor
 
-from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import RelativeBias
+from hstu_xd.ops.grouping import DomainGrouping
 
 both_views = pytest.mark.parametrize("target_view", [False, True], ids=["own", "target"])
 

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from triton_marks import needs_triton, on_a_cpu, on_a_gpu
 
 from hstu_xd.batch import JaggedBatch
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.hstu_layer import HSTULayer
-from hstu_xd.modules.plan import EncoderPlan
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.layer import HSTULayer
+from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.settings import EncoderSettings
 
 pytestmark = needs_triton
 

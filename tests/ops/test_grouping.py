@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hstu_xd.errors import InputError
-from hstu_xd.grouping import DomainGrouping
+from hstu_xd.ops.grouping import DomainGrouping
 
 
 @st.composite

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu_xd.errors import InputError
-from hstu_xd.grouping import DomainGrouping
 from hstu_xd.ops import available_impls, domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
 
 softmax_attention = partial(domain_attention, normalization="softmax")
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hstu_xd.grouping import DomainGrouping
-from hstu_xd.ops.state_table import StateTable, key_height
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.state_attention.state_table import StateTable, key_height
 
 
 @dataclass(frozen=True)

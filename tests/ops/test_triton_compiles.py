@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 )
 def test_every_kernel_compiles_for_compute_capability_9_0(tmp_path: Path) -> None:
     """In bfloat16 with bias and in float32 without, with the block sizes of a GPU."""
-    from hstu_xd.ops import triton_kernels, triton_state_kernels
+    from hstu_xd.ops.domain_attention import triton_kernels
+    from hstu_xd.ops.state_attention import triton_kernels as triton_state_kernels
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")])

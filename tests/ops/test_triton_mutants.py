@@ -1,5 +1,6 @@
 """Seeded mutants of the kernels' source. The checks of test_triton_kernels.py must reject each."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from kernel_cases import OWN, TARGET, check_against_oracle, check_bucket_edges
 from source_mutants import load
 from triton_marks import needs_triton
 
-from hstu_xd.ops import fused
+from hstu_xd.ops.domain_attention import fused
 
 pytestmark = needs_triton
 
@@ -32,19 +33,19 @@ MUTANTS: dict[str, tuple[str, str, str, Check]] = {}
 
 
 def kernel(name: str, text: str, instead: str, check: Check = own_view) -> None:
-    MUTANTS[name] = "triton_kernels", text, instead, check
+    MUTANTS[name] = "ops.domain_attention.triton_kernels", text, instead, check
 
 
 def bias(name: str, text: str, instead: str, check: Check = with_bias) -> None:
-    MUTANTS[name] = "triton_kernels", text, instead, check
+    MUTANTS[name] = "ops.domain_attention.triton_kernels", text, instead, check
 
 
 def block(name: str, text: str, instead: str, check: Check = with_bias) -> None:
-    MUTANTS[name] = "triton_blocks", text, instead, check
+    MUTANTS[name] = "ops.triton_blocks", text, instead, check
 
 
 def tiles(name: str, text: str, instead: str, check: Check = own_view) -> None:
-    MUTANTS[name] = "tile_table", text, instead, check
+    MUTANTS[name] = "ops.row_tiles", text, instead, check
 
 
 # Which pairs are seen.
@@ -144,13 +145,13 @@ block("gradient_of_the_last_bucket_lost", "range(lowest, highest + 1)", "range(l
 bias("gradient_of_unseen_pairs", "total = tl.where(seen, total, 0.0)", "total = total + 0.0")
 bias("gradient_of_some_tiles_lost", "tl.num_programs(0)):", "tl.num_programs(0) + 1):")
 MUTANTS["one_copy_of_the_sums"] = (
-    "triton_launch",
+    "ops.domain_attention.triton_launch",
     "position_sums.sum(0)",
     "position_sums[0]",
     with_bias,
 )
 MUTANTS["dq_not_divided"] = (
-    "triton_launch",
+    "ops.domain_attention.triton_launch",
     "norm=float(given.norm_length),\n        **strides(out=grad_out, grad=grad_q)",
     "norm=1.0,\n        **strides(out=grad_out, grad=grad_q)",
     own_view,
@@ -161,20 +162,21 @@ MUTANTS["dq_not_divided"] = (
 def test_the_checks_reject_the_mutant(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hstu_xd import ops
-    from hstu_xd.ops import triton_launch
+    from hstu_xd.ops.domain_attention import triton_launch
+
+    package = sys.modules["hstu_xd.ops.domain_attention"]
 
     file, text, instead, check = MUTANTS[name]
     mutant = load(file, tmp_path, text, instead)
-    if file == "triton_kernels":
+    if file == "ops.domain_attention.triton_kernels":
         monkeypatch.setattr(triton_launch, "kernels", mutant)
-    elif file == "triton_blocks":
+    elif file == "ops.triton_blocks":
         for part in ("load_rows", "store_rows", "bucket_of", "add_by_bucket"):
             monkeypatch.setattr(triton_launch.kernels, part, getattr(mutant, part))
-    elif file == "tile_table":
+    elif file == "ops.row_tiles":
         monkeypatch.setattr(fused, "query_tiles", mutant.query_tiles)
         monkeypatch.setattr(fused, "key_tiles", mutant.key_tiles)
     else:
-        monkeypatch.setattr(ops, "triton_launch", mutant)
+        monkeypatch.setattr(package, "triton_launch", mutant)
     with pytest.raises(AssertionError, match="error"):
         check()

@@ -12,8 +12,9 @@ from torch import Tensor
 from triton_marks import needs_triton, on_a_cpu, on_a_gpu
 
 from hstu_xd.errors import InputError
-from hstu_xd.grouping import DomainGrouping
-from hstu_xd.ops import RelativeBias, available_impls, domain_attention, fused, triton_ops
+from hstu_xd.ops import RelativeBias, available_impls, domain_attention
+from hstu_xd.ops.domain_attention import fused
+from hstu_xd.ops.grouping import DomainGrouping
 
 pytestmark = needs_triton
 
@@ -24,14 +25,14 @@ def arguments(case: Case) -> tuple[Any, ...]:
     """Of the operators, on the CPU."""
     seen: list[Any] = []
     leaves = case.tensors(torch.float32)
-    real, triton_ops.domain_attention = triton_ops.domain_attention, lambda *a: seen.extend(a)
+    real, fused.domain_attention = fused.domain_attention, lambda *a: seen.extend(a)
     try:
         q, k, v = (leaves[x] for x in "qkv")
         fused.fused_domain_attention(
             q, k, v, case.grouping(), norm_length=9, bias=case.relative_bias(leaves)
         )
     finally:
-        triton_ops.domain_attention = real
+        fused.domain_attention = real
     return tuple(seen)
 
 
@@ -39,7 +40,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
 def test_opcheck_of_the_forward(biased: bool) -> None:
     case = draw(Spec((5, 0, 3), 2, heads=1, dqk=2, dv=3, biased=biased, target_view=biased))
-    torch.library.opcheck(triton_ops.domain_attention, arguments(case))
+    torch.library.opcheck(fused.domain_attention, arguments(case))
 
 
 @on_a_cpu
@@ -48,17 +49,17 @@ def test_opcheck_of_the_gradients(biased: bool) -> None:
     case = draw(Spec((5, 0, 3), 2, heads=1, dqk=2, dv=3, biased=biased))
     given = [x.detach() if isinstance(x, Tensor) else x for x in arguments(case)]
     grad_out = torch.from_numpy(case.grad_out)
-    torch.library.opcheck(triton_ops.domain_attention_gradients, (grad_out, *given, biased))
+    torch.library.opcheck(fused.domain_attention_gradients, (grad_out, *given, biased))
 
 
 def test_tables_that_need_no_gradient_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hstu_xd.ops import triton_launch
+    from hstu_xd.ops.domain_attention import triton_launch
 
     q, k, v, *tables, plan, norm_length, tile = arguments(draw(SPEC))
     fixed = [x.detach() for x in tables]
 
     def gradient(*tables: Tensor) -> Tensor:
-        out = triton_ops.domain_attention(q, k, v, *tables, plan, norm_length, tile)
+        out = fused.domain_attention(q, k, v, *tables, plan, norm_length, tile)
         return torch.autograd.grad(out.sum(), q)[0]
 
     expected = gradient(*tables)
@@ -139,7 +140,7 @@ def test_importing_the_package_does_not_load_triton() -> None:
 
 @on_a_cpu
 def test_auto_does_not_interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ops, "domain_attention", None)
+    monkeypatch.setattr(fused, "domain_attention", None)
     case = draw(SPEC)
     leaves = case.tensors(torch.float32)
     q, k, v = (leaves[x] for x in "qkv")

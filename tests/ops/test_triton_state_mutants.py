@@ -1,5 +1,6 @@
 """Seeded mutants of the DDSR kernels' source: the check of test_triton_states.py rejects each."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,7 @@ from source_mutants import load
 from state_cases import Spec, check_against_definition
 from triton_marks import needs_triton
 
-from hstu_xd import ops
-from hstu_xd.ops import state_table
+from hstu_xd.ops.state_attention import state_table
 
 pytestmark = needs_triton
 
@@ -19,126 +19,130 @@ SPEC = Spec((0, 21, 4), num_domains=4, num_states=2, visited=3, heads=2, dqk=6, 
 MUTANTS: dict[str, tuple[str, str, str]] = {
     # Which states are seen.
     "replaced_states_stay": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "(place[:, None] < until[None, :])",
         "(until[None, :] >= 0)",
     ),
     "replaced_one_token_late": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "(place[:, None] < until[None, :])",
         "(place[:, None] <= until[None, :])",
     ),
     "replaced_states_get_gradients": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "(token[None, :] < until[:, None])",
         "(until[:, None] >= 0)",
     ),
     "own_state_not_seen": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "(since[None, :] <= place[:, None])",
         "(since[None, :] < place[:, None])",
     ),
     "future_states_seen": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "(since[None, :] <= place[:, None])",
         "(since[None, :] < 2**30)",
     ),
     "initial_states_missing": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "(end == begin) & (back == 0)",
         "(end == begin) & (back < 0)",
     ),
     "initial_state_for_every_missing_visit": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "(end == begin) & (back == 0)",
         "(visit < begin)",
     ),
     "initial_states_stay": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "tl.load(first_visits + group, mask=initial, other=-1)",
         "num_tokens",
     ),
     "initial_state_of_another_domain": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "num_tokens + domain, token)",
         "num_tokens, token)",
     ),
     "another_user_s_visits": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "(visit >= begin)",
         "(visit >= 0)",
     ),
     "last_domain_lost": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "carried = slot < num_domains * depth",
         "carried = slot < (num_domains - 1) * depth",
     ),
-    "visits_one_too_few": ("triton_state_kernels", "end - 1 - back", "end - 2 - back"),
+    "visits_one_too_few": (
+        "ops.state_attention.triton_kernels",
+        "end - 1 - back",
+        "end - 2 - back",
+    ),
     "visits_counted_into_the_tile": (
-        "state_table",
+        "ops.state_attention.state_table",
         "torch.searchsorted(ranks(grouping), rank(group, position, length))",
         "torch.searchsorted(ranks(grouping), rank(group, position, length), right=True)",
     ),
     "replaced_a_visit_early": (
-        "state_table",
+        "ops.state_attention.state_table",
         "visit = rows + states_per_domain",
         "visit = rows + max(1, states_per_domain - 1)",
     ),
     "some_states_without_gradient": (
-        "triton_state_launch",
+        "ops.state_attention.triton_launch",
         "height, num_domains = key_height(table.tile),",
         "height, num_domains = key_height(table.tile) // 2,",
     ),
     "last_step_lost": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "range(0, num_domains * depth + stop - first, STEP)",
         "range(0, num_domains * depth + stop - first - STEP + 1, STEP)",
     ),
     # Arithmetic.
     "no_running_maximum": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "kept = tl.exp(top - level)",
         "kept = tl.exp(level - level)",
     ),
     "denominator_left_out": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "answer = total / mass[:, None]",
         "answer = total",
     ),
     "mean_left_out_of_dq": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "weights * (grad_weights - product[:, None])",
         "weights * grad_weights",
     ),
     "mean_left_out_of_dk": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "weights * (grad_weights - product[None, :])",
         "weights * grad_weights",
     ),
-    "heads_mixed": ("triton_state_kernels", "v + head * v_head, row", "v, row"),
+    "heads_mixed": ("ops.state_attention.triton_kernels", "v + head * v_head, row", "v, row"),
     "share_of_initial_gradients_lost": (
-        "triton_state_launch",
+        "ops.state_attention.triton_launch",
         "*grad.shape[1:]).sum(0)",
         "*grad.shape[1:])[0]",
     ),
     # Ages.
     "age_of_the_query": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "bucket_of(next_time - time,",
         "bucket_of(next_time - next_time + time * 0,",
     ),
     "initial_states_have_an_age": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "bucket = tl.where(initial, last_bucket, bucket)",
         "bucket = tl.where(initial, 0, bucket)",
     ),
     "age_gradient_of_initial_states_lost": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "sums += tl.where(ages == last_bucket, never, 0.0)",
         "sums += 0.0",
     ),
     "age_gradient_of_initial_states_twice": (
-        "triton_state_kernels",
+        "ops.state_attention.triton_kernels",
         "dated = seen & ~initial[None, :]",
         "dated = seen",
     ),
@@ -149,14 +153,16 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
 def test_the_check_rejects_the_mutant(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hstu_xd.ops import triton_state_launch
+    from hstu_xd.ops.state_attention import triton_launch
+
+    package = sys.modules["hstu_xd.ops.state_attention"]
 
     file, text, instead = MUTANTS[name]
     mutant = load(file, tmp_path, text, instead)
-    if file == "triton_state_kernels":
-        monkeypatch.setattr(triton_state_launch, "kernels", mutant)
-    elif file == "triton_state_launch":
-        monkeypatch.setattr(ops, "triton_state_launch", mutant)
+    if file == "ops.state_attention.triton_kernels":
+        monkeypatch.setattr(triton_launch, "kernels", mutant)
+    elif file == "ops.state_attention.triton_launch":
+        monkeypatch.setattr(package, "triton_launch", mutant)
     else:
         monkeypatch.setattr(state_table.StateTable, "build", mutant.StateTable.build)
     with pytest.raises(AssertionError, match="error"):

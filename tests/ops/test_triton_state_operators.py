@@ -11,13 +11,14 @@ from torch.utils._pytree import tree_leaves
 from triton_marks import needs_triton, on_a_cpu
 
 from hstu_xd.errors import InputError
-from hstu_xd.grouping import DomainGrouping
-from hstu_xd.modules import ddsr
-from hstu_xd.modules.ddsr import DynamicDomainState
-from hstu_xd.modules.state_reads import StateReads
-from hstu_xd.ops import fused, triton_state_ops
-from hstu_xd.ops.fused_states import fused_state_attention
-from hstu_xd.ops.state_table import StateTable
+from hstu_xd.model import ddsr
+from hstu_xd.model.ddsr import DynamicDomainState
+from hstu_xd.model.plan import StateReads
+from hstu_xd.ops.domain_attention import fused
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.state_attention import fused as fused_states
+from hstu_xd.ops.state_attention.fused import fused_state_attention
+from hstu_xd.ops.state_attention.state_table import StateTable
 
 pytestmark = needs_triton
 
@@ -35,7 +36,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
 def test_opcheck_of_the_forward(biased: bool) -> None:
     spec = Spec((5, 0, 3), 2, 2, heads=1, dqk=2, dv=3, biased=biased)
-    torch.library.opcheck(triton_state_ops.state_attention, arguments(draw(spec)))
+    torch.library.opcheck(fused.state_attention, arguments(draw(spec)))
 
 
 @on_a_cpu
@@ -43,10 +44,8 @@ def test_opcheck_of_the_forward(biased: bool) -> None:
 def test_opcheck_of_the_gradients(biased: bool) -> None:
     case = draw(Spec((5, 0, 3), 2, 2, heads=1, dqk=2, dv=3, biased=biased))
     given = [x.detach() if isinstance(x, Tensor) else x for x in arguments(case)]
-    out, log_mass = triton_state_ops.state_attention(*given)
-    torch.library.opcheck(
-        triton_state_ops.state_attention_gradients, (case.grad_out, out, log_mass, *given)
-    )
+    out, log_mass = fused_states.state_attention(*given)
+    torch.library.opcheck(fused.state_attention_gradients, (case.grad_out, out, log_mass, *given))
 
 
 def module_and_inputs(**options: Any) -> tuple[DynamicDomainState, tuple[Any, ...]]:
@@ -100,15 +99,15 @@ class LargestTensor(TorchDispatchMode):
 @on_a_cpu
 def test_no_tensor_holds_the_states_of_every_token() -> None:
     """(L, D, M, d) would be 40 * 64 * 2 * 5 numbers, 102,400 bytes."""
-    from hstu_xd.ops import triton_state_launch
+    from hstu_xd.ops.state_attention import triton_launch
 
     case = draw(Spec((40,), 64, 2, heads=1, biased=False))
     *tensors, table, tile, states_per_domain = arguments(case)
     layout = StateTable(*table, tile=tile, states_per_domain=states_per_domain)
-    inputs = triton_state_ops.Inputs(*(x if x is None else x.detach() for x in tensors), layout)
+    inputs = fused_states.Inputs(*(x if x is None else x.detach() for x in tensors), layout)
     with LargestTensor() as seen:
-        out, log_mass = triton_state_launch.forward(inputs)
-        triton_state_launch.gradients(case.grad_out, out, log_mass, inputs)
+        out, log_mass = triton_launch.forward(inputs)
+        triton_launch.gradients(case.grad_out, out, log_mass, inputs)
     # Gradients of initial states are summed in two shares here.
     assert 0 < seen.bytes <= 2 * 64 * 7 * 4
 

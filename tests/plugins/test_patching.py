@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from hstu_xd.errors import HstuXdError
-from hstu_xd.plugins.patching import Rebinding, apply
+from hstu_xd.plugins.rebinding import Rebinding, apply
 
 
 def greet(name: str) -> str:

@@ -1,6 +1,6 @@
 """What counts as the same source."""
 
-from hstu_xd.plugins.source_hashes import source_hashes
+from hstu_xd.plugins.host import source_hashes
 
 
 def test_verified_means_the_same_source_whatever_the_comments() -> None:

@@ -7,7 +7,7 @@ import pytest
 import typer
 from workshop import Workshop
 
-from hstu_xd.cli.report import report
+from hstu_xd.cli.experiments import report
 from hstu_xd.errors import HstuXdError
 
 

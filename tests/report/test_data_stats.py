@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.report.data_stats import measure
+from hstu_xd.experiments.report.data_figures import measure
 
 
 def test_against_a_loop_over_users(workshop):

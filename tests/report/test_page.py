@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from workshop import Workshop
 
-from hstu_xd.report.build import write_report
+from hstu_xd.experiments.report.page import write_report
 
 HOSTILE = '<script>alert("x")</script> & $\\frac$ \u672c'
 
@@ -143,7 +143,7 @@ def test_doubtful_means_are_pointed_out(workshop, monkeypatch):
         workshop.run("a", store, epochs=1),
         workshop.run("b", store, epochs=1, train={"local_batch_size": 64}),
     ]
-    monkeypatch.setattr("hstu_xd.report.build._draw", lambda comparisons: pytest.fail(
+    monkeypatch.setattr("hstu_xd.experiments.report.page._draw", lambda comparisons: pytest.fail(
         "\n".join(comparisons[0].notes)))  # fmt: skip
     with pytest.raises(pytest.fail.Exception) as caught:
         write_report(runs, workshop.root / "report")

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from hstu_xd.errors import InputError
-from hstu_xd.report.runs import aggregate, differing_settings, read_runs
+from hstu_xd.experiments.run_folders import aggregate, differing_settings, read_runs
 
 
 def test_a_folder_of_runs_is_expanded_in_the_order_of_its_ablation(workshop):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu_xd.report.runs import aggregate
-from hstu_xd.report.style import short, spread_labels
-from hstu_xd.report.tables import compare, markdown_table, metric_label, points
+from hstu_xd.experiments.report.style import short, spread_labels
+from hstu_xd.experiments.report.tables import compare, markdown_table, metric_label, points
+from hstu_xd.experiments.run_folders import aggregate
 
 
 def results(**variants):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from hstu_xd.data.writer import Log, write_store
-from hstu_xd.report.runs import METRICS
+from hstu_xd.data.store_files import Log, write_store
+from hstu_xd.experiments.run_folders import METRICS
 
 DOMAINS = ("beauty", "books", "films")
 ITEMS_EACH = 10

@@ -23,13 +23,9 @@ pytest.importorskip("httpx", reason="no httpx here: the HTTP service is NOT cove
 import httpx
 
 from hstu_xd.serving.http.app import build_app
-from hstu_xd.serving.http.engine import Engine
+from hstu_xd.serving.http.batch_handler import Engine
 from hstu_xd.serving.http.service import Served, Service
-from hstu_xd.serving.http.settings import (
-    QueueSettings,
-    ServiceSettings,
-    StateSettings,
-)
+from hstu_xd.serving.http.settings import QueueSettings, ServiceSettings, StateSettings
 
 MODEL = tiny_model(**EVERYTHING).float().eval()
 DOMAINS = MODEL.catalog.domain_names

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hstu_xd.serving.store import MemoryStore, RedisStore, SQLiteStore, StateStore
+from hstu_xd.serving.stores import MemoryStore, RedisStore, SQLiteStore, StateStore
 
 KINDS = ("memory", "sqlite", "redis")
 

@@ -23,8 +23,8 @@ from service_client import (
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http import batching
+from hstu_xd.serving.http.batch_handler import Engine
 from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
-from hstu_xd.serving.http.engine import Engine
 from hstu_xd.serving.http.settings import QueueSettings
 
 USERS = [f"u{number}" for number in range(6)]

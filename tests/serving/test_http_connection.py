@@ -13,9 +13,8 @@ pytest.importorskip("uvicorn", reason="no uvicorn here: the HTTP service is NOT 
 import uvicorn
 from uvicorn.server import ServerState
 
-from hstu_xd.serving.http import connection
-from hstu_xd.serving.http.connection import MOST_HEAD, BoundedConnection
-from hstu_xd.serving.http.server import Server
+from hstu_xd.serving.http import server
+from hstu_xd.serving.http.server import MOST_HEAD, BoundedConnection, Server
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes]]
 
@@ -126,14 +125,14 @@ def test_a_head_without_end_is_refused(head: bytes) -> None:
 def test_a_request_that_does_not_come_is_not_waited_for(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "ARRIVES_WITHIN", 0.1)
+    monkeypatch.setattr(server, "ARRIVES_WITHIN", 0.1)
     answer = heard(sent)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert answer.endswith(b'{"error":"the request did not arrive within 0 s; send it at once"}')
 
 
 def test_a_connection_stays_open_between_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "ARRIVES_WITHIN", 1.0)
+    monkeypatch.setattr(server, "ARRIVES_WITHIN", 1.0)
     request = b"POST / HTTP/1.1\r\ncontent-length: 2\r\n\r\nhi"
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:

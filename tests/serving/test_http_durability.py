@@ -14,11 +14,11 @@ from store_cases import redis_server
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.serving import EncoderSession
-from hstu_xd.serving.http import sessions
+from hstu_xd.serving.http import failover
 from hstu_xd.serving.http.event_log import Event, EventLog, LogError
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.settings import StateSettings
-from hstu_xd.serving.store import MemoryStore, RedisStore, StoreError
+from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError
 
 
 class Unsteady(MemoryStore):
@@ -49,8 +49,8 @@ class Unsteady(MemoryStore):
 def store(monkeypatch: pytest.MonkeyPatch) -> Unsteady:
     """What every service of the test keeps states in; tried again at every request."""
     store = Unsteady()
-    monkeypatch.setattr(sessions, "open_store", lambda name, ttl: store)
-    monkeypatch.setattr(sessions, "_RETRY", 0.0)
+    monkeypatch.setattr(failover, "open_store", lambda name, ttl: store)
+    monkeypatch.setattr(failover, "_RETRY", 0.0)
     return store
 
 
@@ -185,10 +185,10 @@ def test_a_store_that_hangs_holds_up_little(monkeypatch: pytest.MonkeyPatch) -> 
             return super().revisions(users)
 
     store = Hanging()
-    monkeypatch.setattr(sessions, "open_store", lambda name, ttl: store)
-    monkeypatch.setattr(sessions, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(failover, "open_store", lambda name, ttl: store)
+    monkeypatch.setattr(failover, "time", SimpleNamespace(monotonic=lambda: now))
     settings = StateSettings(store="redis://", when_store_fails="rebuild")
-    served = sessions.Sessions(lambda store: EncoderSession(MODEL, store=store), settings)
+    served = failover.Sessions(lambda store: EncoderSession(MODEL, store=store), settings)
     store.hangs = True
     while now < 1000:
         served.run(lambda session: session.query(["ann"], [0]))
@@ -362,7 +362,7 @@ def test_items_are_found_by_their_tokens() -> None:
 @pytest.mark.parametrize("name", ["disk", "sqlite:", "redis:", "http://x"])
 def test_an_unknown_kind_of_store_is_said(name: str) -> None:
     with pytest.raises(InputError, match="memory, sqlite:FILE or redis://"):
-        sessions.open_store(name)
+        failover.open_store(name)
 
 
 def test_states_in_a_file(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from service_client import (
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.world import SynthOptions
-from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
-from hstu_xd.serving.http import page_files
+from hstu_xd.serving.http import middleware
 from hstu_xd.serving.http.app import build_app
 from hstu_xd.serving.http.settings import Limits
 
@@ -314,7 +314,7 @@ def test_the_page_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder.mkdir()
     (folder / "index.html").write_text("<p>hello")
     (folder / "page.js").write_text("1")
-    monkeypatch.setattr(page_files, "PAGE", folder)
+    monkeypatch.setattr(middleware, "PAGE", folder)
     with serving(tmp_path, token="s3cret") as client:
         assert client.ask("GET", "/").text == "<p>hello"
         assert client.ask("GET", "/").headers["content-type"].startswith("text/html")

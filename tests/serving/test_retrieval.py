@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.settings import EncoderSettings
-from hstu_xd.serving import EncoderSession, inverted_lists, retrieval
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.serving import EncoderSession, retrieval
 from hstu_xd.serving.retrieval import ItemIndex
 
 needs_faiss = pytest.mark.skipif(
@@ -168,7 +168,7 @@ def test_a_missing_library_is_named(
     model: CrossDomainHSTU, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    clear: Callable[[], None] = inverted_lists.load_faiss.cache_clear
+    clear: Callable[[], None] = retrieval.load_faiss.cache_clear
     clear()
     with pytest.raises(InputError, match=r'pip install "hstu-xd\[ann\]"'):
         EncoderSession(model, retrieval="approximate")

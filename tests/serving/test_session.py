@@ -11,7 +11,7 @@ from tiny_models import ITEMS_PER_DOMAIN, NORM_LENGTH, NUM_DOMAINS, SWITCHES, ti
 from torch import Tensor
 
 from hstu_xd.errors import InputError
-from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
 
 ITEMS = NUM_DOMAINS * ITEMS_PER_DOMAIN

@@ -12,11 +12,11 @@ from tiny_models import EVERYTHING, NUM_DOMAINS, tiny_model
 from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.history_tokens import TokenPlan
+from hstu_xd.model.history_tokens import TokenPlan
+from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession, codec
 from hstu_xd.serving.state import UserState, expected_bytes
-from hstu_xd.serving.store import MemoryStore, StoreError
+from hstu_xd.serving.stores import MemoryStore, StoreError
 
 COUNT = {"segment_by": "count", "segment_length": 3}
 # Pauses of which some, but not all, pauses of a drawn log are longer.

@@ -19,10 +19,10 @@ from tiny_models import EVERYTHING, ITEMS_PER_DOMAIN, NORM_LENGTH, NUM_DOMAINS, 
 from torch import Tensor
 
 from hstu_xd.errors import InputError
-from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.codec import decode_state, encode_state, revision
-from hstu_xd.serving.store import MemoryStore, RedisStore, SQLiteStore, StoreError, Write
+from hstu_xd.serving.stores import MemoryStore, RedisStore, SQLiteStore, StoreError, Write
 
 MODEL = tiny_model(**EVERYTHING).float().eval()
 WINDOW = 12

@@ -6,7 +6,7 @@ import pytest
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.world import SynthOptions
+from hstu_xd.data.synthetic_catalog import SynthOptions
 
 
 @pytest.fixture(scope="session")

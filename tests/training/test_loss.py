@@ -7,9 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.losses import count_per_domain, sample_negatives, sampled_softmax_loss
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.objectives.sampled_softmax import (
+    count_per_domain,
+    sample_negatives,
+    sampled_softmax_loss,
+)
 
 
 @pytest.fixture

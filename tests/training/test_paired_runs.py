@@ -9,7 +9,7 @@ from quick_runs import QUICK
 
 from hstu_xd.cli.app import run
 from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.world import SynthOptions
+from hstu_xd.data.synthetic_catalog import SynthOptions
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.model import CrossDomainHSTU
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import EncoderSettings
 
 try:
     import fbgemm_gpu  # noqa: F401  (registers the operators that upstream calls)

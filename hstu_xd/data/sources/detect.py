@@ -9,8 +9,7 @@ from pathlib import Path
 from hstu_xd.data.sources.amazon import amazon_ratings, amazon_reviews
 from hstu_xd.data.sources.base import Source, first_lines
 from hstu_xd.data.sources.columns import ColumnOptions, find_column, missing_column
-from hstu_xd.data.sources.delimited import DelimitedSource
-from hstu_xd.data.sources.parquet import ParquetSource
+from hstu_xd.data.sources.tables import DelimitedSource, ParquetSource
 from hstu_xd.errors import InputError
 
 FORMATS = ("auto", "csv", "amazon-ratings", "amazon-reviews", "recbole")

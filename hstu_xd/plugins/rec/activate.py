@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hstu_xd.plugins.patching import Patch, Rebinding, apply
+from hstu_xd.plugins.rebinding import Patch, Rebinding, apply
 from hstu_xd.plugins.rec.evaluation import domain_scoped, with_groups
 from hstu_xd.plugins.rec.factories import with_domains, with_hstu_xd
 from hstu_xd.plugins.rec.verified import VERIFIED_COMMITS, unverified_sources

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.patching import Rebinding
+from hstu_xd.plugins.rebinding import Rebinding
 from hstu_xd.training.distributed import keep_group
 
 TRAINER = "REC.trainer.trainer"

@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from hstu_xd.modules.ddsr import DynamicDomainState
-from hstu_xd.modules.plan import EncoderPlan
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.ddsr import DynamicDomainState
+from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.settings import EncoderSettings
 
 
 class DomainStateSublayer(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.patching import Rebinding, apply
+from hstu_xd.plugins.rebinding import Rebinding, apply
 from hstu_xd.plugins.rec.packed_attention import provide_packed_attention, warn_if_texts_mix
 from hstu_xd.plugins.rec.session import SESSION
 from hstu_xd.plugins.rec.settings import HLLM_MODEL, MODELS, RecSettings, as_theirs

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hstu_xd.errors import InputError
+from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainParts
 from hstu_xd.plugins.rec.domain_states import DomainStateSublayer
 from hstu_xd.plugins.rec.jagged import JaggedBatch
-from hstu_xd.plugins.rec.parts import CrossDomainParts
 from hstu_xd.plugins.rec.settings import HLLM_MODEL
 from hstu_xd.plugins.rec.sizes import llm_sizes
 

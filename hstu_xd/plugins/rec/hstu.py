@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hstu_xd.errors import InputError
-from hstu_xd.modules.encoder import CrossDomainEncoder
+from hstu_xd.model.encoder import CrossDomainEncoder
+from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainParts
 from hstu_xd.plugins.rec.loss import draw_within, own_generator, sampled_softmax
-from hstu_xd.plugins.rec.parts import CrossDomainParts
 from hstu_xd.plugins.rec.settings import HSTU_MODEL
 from hstu_xd.plugins.rec.sizes import hstu_sizes
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hstu_xd.modules.plan import EncoderPlan
+from hstu_xd.model.plan import EncoderPlan
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.files import yaml_folder
-from hstu_xd.plugins.rec.absent import stand_in_for_absent
+from hstu_xd.plugins.rec.stub_packages import stand_in_for_absent
 
 _logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m hstu_xd.plugins.rec"
+# Configuration files that come with the plug-in, looked up by name from anywhere.
+YAML_FOLDER = Path(__file__).parent / "yaml"
 # Files by which REC's code/ folder is told.
 MARKERS = ("run.py", "REC/data/utils.py", "REC/trainer/trainer.py")
 
@@ -133,10 +134,9 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _found(name: str) -> str:
     if Path(name).is_file():
         return name
-    folder = yaml_folder()
-    if (folder / name).is_file():
-        return str(folder / name)
-    ours = ", ".join(sorted(file.name for file in folder.glob("*.yaml")))
+    if (YAML_FOLDER / name).is_file():
+        return str(YAML_FOLDER / name)
+    ours = ", ".join(sorted(file.name for file in YAML_FOLDER.glob("*.yaml")))
     raise InputError(f"--config_file {name}: no such file in {Path.cwd()} (of hstu-xd: {ours})")
 
 
@@ -146,7 +146,7 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     Raises:
         InputError: an unknown model or key, a faulty value or item -> domain file.
     """
-    from hstu_xd.plugins.patching import apply
+    from hstu_xd.plugins.rebinding import apply
     from hstu_xd.plugins.rec.activate import MODELS
     from hstu_xd.plugins.rec.factories import check_model
     from hstu_xd.plugins.rec.session import SESSION

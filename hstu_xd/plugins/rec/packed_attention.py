@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hstu_xd.plugins.patching import Rebinding, apply
+from hstu_xd.plugins.rebinding import Rebinding, apply
 
 _logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from hstu_xd.errors import InputError
-from hstu_xd.modules.settings import EncoderSettings
+from hstu_xd.model.settings import EncoderSettings
 
 _logger = logging.getLogger(__name__)
 

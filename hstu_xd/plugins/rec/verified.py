@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hstu_xd.plugins.source_hashes import source_hashes
+from hstu_xd.plugins.host import source_hashes
 
 VERIFIED_COMMITS = {"bytedance/HLLM": "2deed17", "facebookresearch/PerSRec": "7525e6b"}
 

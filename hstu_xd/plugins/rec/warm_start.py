@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_xd.errors import InputError
-from hstu_xd.warm_start import load_hstu
+from hstu_xd.model.warm_start import load_hstu
 
 _logger = logging.getLogger(__name__)
 

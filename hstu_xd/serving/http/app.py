@@ -14,12 +14,11 @@ from hstu_xd.errors import InputError
 from hstu_xd.serving.http import schemas
 from hstu_xd.serving.http.batching import Busy
 from hstu_xd.serving.http.event_log import Event, LogError
-from hstu_xd.serving.http.guard import RETRY_AFTER, Guard
-from hstu_xd.serving.http.jobs import Append, Forget, ListUsers, ReadHistory, Recommend, Score
-from hstu_xd.serving.http.page_files import page_files
+from hstu_xd.serving.http.middleware import RETRY_AFTER, Guard, page_files
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
-from hstu_xd.serving.store import StoreError
+from hstu_xd.serving.http.work_items import Append, Forget, ListUsers, ReadHistory, Recommend, Score
+from hstu_xd.serving.stores import StoreError
 
 _ERRORS: dict[int, dict[str, Any]] = {
     400: {"description": "A value is wrong; nothing has changed."},

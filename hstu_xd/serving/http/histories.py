@@ -118,7 +118,7 @@ class Histories:
         return known
 
     def present(self, user: str) -> bytes:
-        """Version of a user's history, see :class:`hstu_xd.serving.shared.Versions`."""
+        """Version of a user's history, see :class:`hstu_xd.serving.stored_states.Versions`."""
         return self._log.version(user) + self._origin
 
     def following(self, user: str) -> bytes:

@@ -9,20 +9,20 @@ import torch
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.model import CrossDomainHSTU
+from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving.codec import fingerprint
+from hstu_xd.serving.http.batch_handler import Engine
 from hstu_xd.serving.http.batching import Batcher
-from hstu_xd.serving.http.engine import Engine
 from hstu_xd.serving.http.event_log import EventLog
+from hstu_xd.serving.http.failover import Sessions
 from hstu_xd.serving.http.histories import Histories, Items
-from hstu_xd.serving.http.jobs import Job
 from hstu_xd.serving.http.metrics import Metrics
-from hstu_xd.serving.http.sessions import Sessions
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
-from hstu_xd.serving.request import Request
+from hstu_xd.serving.http.work_items import Job
+from hstu_xd.serving.requests import Request
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
-from hstu_xd.serving.store import StateStore
+from hstu_xd.serving.stores import StateStore
 from hstu_xd.training.run import load, open_data, read_run
 
 _log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pytest
 import upstream_choice
 
 from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.world import SynthOptions
+from hstu_xd.data.synthetic_catalog import SynthOptions
 
 
 # Not pytest_report_header: quiet runs print none, and pytest asks only the outermost conftest.py.

@@ -14,11 +14,11 @@ from generative_recommenders.research.trainer import train as trainer
 
 import gin
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.plugins.gr import activate as activation
-from hstu_xd.plugins.gr import verified
-from hstu_xd.plugins.gr.run import upstream_train
-from hstu_xd.plugins.gr.session import SESSION
-from hstu_xd.plugins.patching import Rebinding, apply
+from hstu_xd.plugins.gr.research import activate as activation
+from hstu_xd.plugins.gr.research import verified
+from hstu_xd.plugins.gr.research.run import upstream_train
+from hstu_xd.plugins.gr.research.session import SESSION
+from hstu_xd.plugins.rebinding import Rebinding, apply
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_activating_twice_is_activating_once_and_revert_restores_identity() -> N
 
 def test_importing_the_package_or_the_implementation_rebinds_nothing() -> None:
     code = (
-        "import hstu_xd, hstu_xd.plugins.gr.activate\n"
+        "import hstu_xd, hstu_xd.plugins.gr.research.activate\n"
         "from generative_recommenders.research.trainer import train as t\n"
         "from generative_recommenders.research.modeling.sequential import encoder_utils as e\n"
         "assert t.get_sequential_encoder is e.get_sequential_encoder\n"

@@ -10,10 +10,10 @@ import torch
 from upstream_choice import real_upstream_only
 
 import gin
-from hstu_xd.plugins.gr import activate as activation
-from hstu_xd.plugins.gr.run import upstream_train
-from hstu_xd.plugins.gr.session import SESSION
-from hstu_xd.plugins.patching import Rebinding, apply
+from hstu_xd.plugins.gr.research import activate as activation
+from hstu_xd.plugins.gr.research.run import upstream_train
+from hstu_xd.plugins.gr.research.session import SESSION
+from hstu_xd.plugins.rebinding import Rebinding, apply
 
 pytestmark = real_upstream_only("upstream's own gin files beside the plug-in, MoL similarity")
 

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, default_collate
 from upstream_choice import real_upstream_only
 
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.store_files import Log, write_store
 from hstu_xd.data.upstream_csv import SEQUENCES, write_upstream_csv
-from hstu_xd.data.writer import Log, write_store
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.gr.dataset import StoreDataset, hold_out, split_datasets
+from hstu_xd.plugins.gr.research.dataset import StoreDataset, hold_out, split_datasets
 
 KEYS = ["user_id", "historical_ids", "historical_ratings", "historical_timestamps"]
 KEYS += ["history_lengths", "target_ids", "target_ratings", "target_timestamps"]

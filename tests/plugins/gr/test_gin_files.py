@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import gin
-from hstu_xd.plugins.gr import activate as activation
-from hstu_xd.plugins.gr.run import upstream_train
-from hstu_xd.plugins.gr.session import SESSION
+from hstu_xd.plugins.gr.research import activate as activation
+from hstu_xd.plugins.gr.research.run import upstream_train
+from hstu_xd.plugins.gr.research.session import SESSION
 
 ROOT = Path(__file__).parents[3]
 FILES = [p for p in sorted((ROOT / "gin").rglob("*.gin")) if "standalone" not in p.parts]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from upstream_models import CATALOG, DOMAINS, NUM_ITEMS, WIDTH
 
-from hstu_xd.plugins.gr import negatives
+from hstu_xd.plugins.gr.research import negatives
 
 
 def local(**others: Any) -> nn.Module:

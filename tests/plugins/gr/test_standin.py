@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from upstream_choice import FORCE, STANDIN, real_upstream_only
 
-from hstu_xd.plugins.gr.verified import inspect_upstream
+from hstu_xd.plugins.gr.research.verified import inspect_upstream
 
 FILES = sorted((STANDIN / "generative_recommenders" / "research").rglob("*.py"))
 PRIVATE_CLASSES = {"Bias", "Layer"}  # the stand-in's own

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hstu_xd.plugins.patch_files import inspect_tree
+from hstu_xd.plugins.source_patches import inspect_tree
 
 ROOT = Path(__file__).parents[3]
 SMALL = (

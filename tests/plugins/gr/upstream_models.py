@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.modules.settings import EncoderSettings
-from hstu_xd.plugins.gr.features import NEXT_DOMAINS, next_domains
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.plugins.gr.research.features import NEXT_DOMAINS, next_domains
 
 NUM_ITEMS, WIDTH, BLOCKS, HEADS, DQK, DV, DOMAINS = 60, 32, 2, 2, 8, 16, 3
 MAX_SEQUENCE, MAX_OUTPUT = 20, 4
@@ -70,7 +70,7 @@ def upstream_hstu(
 def hstu_xd(
     *, dropout: float = 0.0, seed: int = 4, similarity: nn.Module | None = None, **switches: Any
 ) -> nn.Module:
-    from hstu_xd.plugins.gr.encoder import HSTU_XD
+    from hstu_xd.plugins.gr.research.encoder import HSTU_XD
 
     torch.manual_seed(seed)
     settings = EncoderSettings(

@@ -19,12 +19,12 @@ from REC.config import Config
 from REC.utils import get_model
 
 from hstu_xd.errors import InputError
-from hstu_xd.modules.plan import EncoderPlan
+from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.warm_start import is_cross_domain
 from hstu_xd.plugins.rec.evaluation import with_request
 from hstu_xd.plugins.rec.factories import with_hstu_xd
 from hstu_xd.plugins.rec.session import SESSION
 from hstu_xd.plugins.rec.settings import RecSettings
-from hstu_xd.warm_start import is_cross_domain
 
 TEXTS = WORK / ("texts_persrec.yaml" if IS_PERSREC else "texts.yaml")
 FILES = ["overall/LLM_ddp.yaml", "HLLM/HLLM.yaml", str(WORK / "small_hllm.yaml"), str(TEXTS)]

@@ -20,7 +20,7 @@ from probe_runs import (
 from REC.config import Config
 from REC.model.IDNet import hstu as theirs
 
-from hstu_xd.plugins.patching import Rebinding, apply
+from hstu_xd.plugins.rebinding import Rebinding, apply
 from hstu_xd.plugins.rec.evaluation import with_request
 from hstu_xd.plugins.rec.hstu import HSTU_XD
 from hstu_xd.plugins.rec.session import SESSION

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.plugins.patching import Rebinding, apply
-from hstu_xd.plugins.rec.absent import stand_in_for_absent
+from hstu_xd.plugins.rebinding import Rebinding, apply
+from hstu_xd.plugins.rec.stub_packages import stand_in_for_absent
 
 sys.path.insert(0, "")
 stand_in_for_absent()

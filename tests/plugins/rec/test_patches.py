@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hstu_xd.files import patches_folder
-from hstu_xd.plugins.patch_files import CODEBASES, apply_patches, inspect_tree, read_patches
+from hstu_xd.plugins.source_patches import CODEBASES, apply_patches, inspect_tree, read_patches
 
 VARIABLES = {"hllm": "HSTU_XD_HLLM", "persrec": "HSTU_XD_PERSREC"}
 

@@ -185,9 +185,9 @@ def test_lists_of_the_command_line_are_of_words() -> None:
 
 @pytest.mark.parametrize("name", ["xd.yaml", "xd_hllm.yaml"])
 def test_keys_of_the_yaml_files_are_known(name: str) -> None:
-    from hstu_xd.files import yaml_folder
+    from hstu_xd.plugins.rec.launch import YAML_FOLDER
 
-    text = (yaml_folder() / name).read_text(encoding="utf-8")
+    text = (YAML_FOLDER / name).read_text(encoding="utf-8")
     lines = [line.removeprefix("# ") for line in text.splitlines()]
     keys = [line.split(":")[0] for line in lines if line.startswith("xd_") and ":" in line]
     assert "xd_warm_start" in keys

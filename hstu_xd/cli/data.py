@@ -1,0 +1,84 @@
+"""Commands that write a prepared store: prepare and synth."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Log files (CSV, TSV, Parquet, JSON lines, .inter; also .gz), or NAME=PATH to "
+            "give all events of a file one domain.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    format: Annotated[  # the option's name is part of the command line's contract
+        str, typer.Option(help="auto, csv, amazon-ratings, amazon-reviews or recbole.")
+    ] = "auto",
+    user_col: Annotated[str | None, typer.Option(help="Column of the user id.")] = None,
+    item_col: Annotated[str | None, typer.Option(help="Column of the item id.")] = None,
+    domain_col: Annotated[str | None, typer.Option(help="Column of the domain.")] = None,
+    time_col: Annotated[str | None, typer.Option(help="Column of the time in seconds.")] = None,
+    min_user: Annotated[int, typer.Option(help="Least events of a user in a domain (k-core).")] = 0,
+    min_item: Annotated[int, typer.Option(help="Least events of an item (k-core).")] = 0,
+    min_user_total: Annotated[
+        int, typer.Option(help="Least events of a user over all domains (k-core).")
+    ] = 0,
+    write_upstream: Annotated[
+        bool,
+        typer.Option(
+            "--write-upstream",
+            help="Also write sasrec_format.csv and item_domains.csv, which generative-recommenders "
+            "reads.",
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
+) -> None:
+    """Read interaction logs and write a prepared store: histories, catalogue, manifest."""
+    from hstu_xd.data.filters import Filters
+    from hstu_xd.data.prepare import prepare_logs
+    from hstu_xd.data.sources.columns import ColumnOptions
+    from hstu_xd.data.statistics import print_summary
+
+    manifest = prepare_logs(
+        inputs,
+        out,
+        file_format=format,
+        columns=ColumnOptions(user=user_col, item=item_col, domain=domain_col, time=time_col),
+        filters=Filters(min_user=min_user, min_item=min_item, min_user_total=min_user_total),
+        write_upstream=write_upstream,
+        force=force,
+    )
+    print_summary(out, manifest)
+
+
+def synth(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    users: Annotated[int, typer.Option(help="Number of users.")] = 2000,
+    domains: Annotated[int, typer.Option(help="Number of domains.")] = 5,
+    items_per_domain: Annotated[int, typer.Option(help="Number of items in each domain.")] = 400,
+    skew: Annotated[
+        float, typer.Option(help="0 = balanced domains; towards 1 the first takes nearly all.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal logs.")] = 0,
+    mean_length: Annotated[float, typer.Option(help="Mean number of events of a user.")] = 40.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
+) -> None:
+    """Write a synthetic log (a prepared store) in which domains tell about each other."""
+    from hstu_xd.data.statistics import print_summary
+    from hstu_xd.data.synthetic import synthesize
+    from hstu_xd.data.synthetic_catalog import SynthOptions
+
+    options = SynthOptions(
+        users=users,
+        domains=domains,
+        items_per_domain=items_per_domain,
+        skew=skew,
+        seed=seed,
+        mean_length=mean_length,
+    )
+    print_summary(out, synthesize(out, options, force=force))

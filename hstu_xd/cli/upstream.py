@@ -1,0 +1,137 @@
+"""Commands around upstream codebases, and doctor, which looks at all of them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hstu_xd.errors import InputError
+
+
+def init(
+    checkout: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A generative-recommenders checkout.")
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files of the same name in DIR/gin/.")
+    ] = False,
+) -> None:
+    """Copy the gin files for upstream's own trainer into DIR/gin/."""
+    from hstu_xd.plugins.gr.research.gin_files import copy_gin_files
+
+    files = copy_gin_files(checkout, force=force)
+    for file, written in files.items():
+        typer.echo(f"{'wrote' if written else 'kept '} {checkout / file}")
+    first = next((file for file in files if "xd" in file), next(iter(files)))
+    typer.echo(
+        f"next, in {checkout}, once the file's train_fn.dataset_name names your prepared data:\n"
+        f"  python main.py --gin_config_file={first}   # with a GPU\n"
+        f"  hstu-xd upstream-train --gin_config_file {first}   # on a CPU"
+    )
+
+
+def patch(
+    check: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Only tell whether the patches fit.")
+    ] = None,
+    apply: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Apply the patches: all or none.")
+    ] = None,
+) -> None:
+    """Check or apply the patches for a git checkout of an upstream codebase."""
+    from hstu_xd.plugins.source_patches import APPLIED, REFUSED, apply_patches, inspect_tree
+
+    root = check or apply
+    if root is None or (check and apply):
+        raise InputError("give --check PATH or --apply PATH, one of the two")
+    if check:
+        tree = inspect_tree(root)
+        typer.echo(f"state: {tree.state}")
+        if tree.state == REFUSED:
+            raise InputError(f"{root}: {tree.reason}")
+    else:
+        tree = apply_patches(root)
+        typer.echo(f"state: {APPLIED}")
+    typer.echo(f"codebase: {tree.codebase} at {tree.commit[:7]}")
+    for word, patches in (
+        ("already there", tree.applied),
+        ("would add" if check else "added", tree.missing),
+    ):
+        for each in patches:
+            typer.echo(f"{word}: {each.name} ({', '.join(each.blobs)})")
+    if apply and tree.missing:
+        files = " ".join(path for each in tree.missing for path in each.blobs)
+        typer.echo(f"undo: git -C {root} checkout -- {files}")
+
+
+def upstream_train(
+    gin_config_file: Annotated[
+        Path, typer.Option("--gin_config_file", help="As for upstream's main.py.")
+    ],
+    gin_bindings: Annotated[
+        list[str] | None,
+        typer.Option("--gin_bindings", help='One more setting, "train_fn.num_epochs = 1".'),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="Processes on CPU; a GPU each otherwise.")
+    ] = 1,
+    master_port: Annotated[
+        int, typer.Option("--master_port", help="Of the process group; 0: any free one.")
+    ] = 0,
+) -> None:
+    """Train with generative-recommenders' train_fn, on CPU where there is no GPU."""
+    from hstu_xd.plugins.gr.research.run import upstream_train as run_training
+
+    run_training(gin_config_file, gin_bindings or [], processes=processes, port=master_port)
+
+
+def upstream_evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A file of upstream's ckpts folder.")],
+    gin_config_file: Annotated[
+        Path, typer.Option("--gin_config_file", help="What it was trained with.")
+    ],
+    gin_bindings: Annotated[
+        list[str] | None, typer.Option("--gin_bindings", help="Bindings of the training.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="upstream, valid or test.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Rank a split's targets with a checkpoint of upstream's trainer."""
+    from hstu_xd.plugins.gr.research.evaluate import upstream_evaluate as run_evaluation
+
+    metrics = run_evaluation(gin_config_file, checkpoint, gin_bindings or [], split=split)
+    if as_json:
+        typer.echo(json.dumps(metrics))
+        return
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        typer.echo(f"{name.ljust(width)}  {100 * value:6.2f} %")
+
+
+def rec_dataset(
+    data: Annotated[Path, typer.Argument(metavar="STORE", help="Prepared store.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The CSV, ../dataset/NAME.csv for --dataset NAME.")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write the interactions of a prepared store as HLLM and PerSRec read them."""
+    from hstu_xd.plugins.rec.export import write_interactions
+
+    count = write_interactions(data, out, force=force)
+    typer.echo(
+        f"wrote {out} ({count:,} events)\n"
+        f"next, in the checkout's code folder: python -m hstu_xd.plugins.rec ... "
+        f"--dataset {out.stem} --item_domain_path {data}"
+    )
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Report versions, what loads, which upstream is found, and which attention will run."""
+    from hstu_xd.doctor import examine, render
+
+    report = examine()
+    typer.echo(json.dumps(report) if as_json else render(report))

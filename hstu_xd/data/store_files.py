@@ -1,0 +1,112 @@
+"""Writes the files of a prepared store.
+
+Names and version of the files in a prepared store.
+"""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hstu_xd import __version__
+from hstu_xd.data.statistics import describe
+from hstu_xd.files import sha256_of
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CATALOG = "catalog.parquet"
+USERS = "users.parquet"
+OFFSETS = "offsets.npy"
+ITEM_IDS = "item_ids.npy"
+TIMESTAMPS = "timestamps.npy"
+SEQUENCES = "sasrec_format.csv"
+ITEM_DOMAINS = "item_domains.csv"
+DATA_FILES = (CATALOG, USERS, OFFSETS, ITEM_IDS, TIMESTAMPS)
+# What generative-recommenders reads, where it was asked for.
+UPSTREAM_FILES = (SEQUENCES, ITEM_DOMAINS)
+ALL_FILES = (MANIFEST, *DATA_FILES, *UPSTREAM_FILES)
+
+
+ROW_GROUP = 1 << 18
+
+
+@dataclass
+class Log:
+    """A log ready to be stored.
+
+    Attributes:
+        users: (U,) user tokens, sorted.
+        items: columns item and domain, sorted by (domain, item); row r is item id r + 1.
+        offsets: (U + 1,) int64, start of each user's events.
+        item: (L,) int32, row of ``items`` of each event, in time order within a user.
+        time: (L,) int64, seconds.
+    """
+
+    users: "pl.Series"
+    items: "pl.DataFrame"
+    offsets: NDArray[np.int64]
+    item: NDArray[np.int32]
+    time: NDArray[np.int64]
+
+
+def domains_of(items: "pl.DataFrame") -> tuple[list[str], NDArray[np.int32]]:
+    """Domain names in order and the domain id of each row, of items sorted by domain."""
+    names = items["domain"].unique(maintain_order=True)
+    ids = items["domain"].rle_id().to_numpy().astype(np.int32)
+    return names.to_list(), ids
+
+
+def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write all files of a store into an existing, empty folder.
+
+    Equal logs and facts give equal bytes: nothing of the machine, the clock or a path is written.
+
+    Args:
+        folder: where to write.
+        log: the events.
+        facts: further entries of the manifest (synthetic, filters, ...).
+
+    Returns:
+        The manifest.
+    """
+    names, item_domain = domains_of(log.items)
+    log.items.rechunk().write_parquet(folder / CATALOG, row_group_size=ROW_GROUP)
+    users = log.users.alias("user").to_frame().rechunk()
+    users.write_parquet(folder / USERS, row_group_size=ROW_GROUP)
+    arrays = {
+        OFFSETS: log.offsets.astype("<i8", copy=False),
+        ITEM_IDS: (log.item + np.int32(1)).astype("<i4", copy=False),
+        TIMESTAMPS: log.time.astype("<i8", copy=False),
+    }
+    files = [folder / name for name in DATA_FILES]
+    with ThreadPoolExecutor(1) as pool:
+        hashes = pool.submit(_save_and_hash, arrays, files)
+        description = describe(log.offsets, log.item, item_domain, names)
+        digests = hashes.result()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "version": __version__,
+        **description,
+        **facts,
+        "sizes": {file.name: file.stat().st_size for file in files},
+        "hashes": {file.name: digest for file, digest in zip(files, digests)},
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def _save_and_hash(arrays: dict[str, NDArray], files: Sequence[Path]) -> list[str]:
+    """Write the arrays into the folder of ``files``; return the hash of every file."""
+    for name, array in arrays.items():
+        np.save(files[0].with_name(name), array)
+    return [sha256_of(file) for file in files]

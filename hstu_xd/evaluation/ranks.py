@@ -1,0 +1,203 @@
+"""Top items of one domain for one history.
+
+Rank of each target among all items of its domain, in blocks of bounded memory.
+
+Evaluate a model on one split of a store.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.data.batches import SequenceData
+from hstu_xd.errors import HstuXdError
+from hstu_xd.evaluation.metrics import grouped_metrics
+from hstu_xd.model.hstu import CrossDomainHSTU
+
+# Scores alive at once (float32: 64 MB), whatever the size of the catalogue.
+BLOCK_SCORES = 16_000_000
+
+# Given the (C,) item ids of a domain, a function from (Q, K) user vectors to (Q, C) scores.
+Scorer = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
+
+def dot_product_scorer(item_vectors: Callable[[Tensor], Tensor]) -> Scorer:
+    """Scores by the dot product with ``item_vectors(item_ids)``: (C,) int64 -> (C, K) float."""
+
+    def score(items: Tensor) -> Callable[[Tensor], Tensor]:
+        vectors = item_vectors(items).T
+        return lambda queries: queries @ vectors
+
+    return score
+
+
+def target_ranks(
+    user_vectors: Tensor,
+    target_ids: Tensor,
+    seen_ids: Tensor,
+    seen_offsets: Tensor,
+    catalog: DomainCatalog,
+    scorer: Scorer,
+    *,
+    block_scores: int = BLOCK_SCORES,
+) -> Tensor:
+    """Rank every target among the items of its domain that the user has not seen.
+
+    Candidates are all items of the target's domain, less the seen ones, plus the target itself.
+    Ties count against the target: ``rank = #{candidates whose score >= the target's}``.
+
+    Args:
+        user_vectors: (Q, K) float, one query a row.
+        target_ids: (Q,) int64.
+        seen_ids: (E,) int64, items each user has met, end to end; repeats and padding allowed.
+        seen_offsets: (Q + 1,) int64.
+        catalog: domain of every item, on the device of the tensors.
+        scorer: scores users against the items of a domain.
+        block_scores: scores held at once, at least one query's row.
+
+    Returns:
+        (Q,) int64 ranks from 1.
+
+    Raises:
+        HstuXdError: a score is not finite.
+    """
+    ranks = torch.zeros_like(target_ids)
+    domains = catalog.domain_of(target_ids)
+    for domain in domains.unique().tolist():
+        items = catalog.items_of(domain)
+        score = scorer(items)
+        queries = torch.nonzero(domains == domain).squeeze(1)
+        for rows in queries.split(max(1, block_scores // items.numel())):
+            scores = score(user_vectors[rows])
+            if not bool(torch.isfinite(scores).all()):
+                raise HstuXdError(
+                    "scores are not finite: the model has diverged; train again with a lower "
+                    "learning rate or take an earlier checkpoint"
+                )
+            column = torch.searchsorted(items, target_ids[rows]).unsqueeze(1)
+            target_scores = scores.gather(1, column)
+            row, seen = _seen_columns(rows, seen_ids, seen_offsets, catalog, domain)
+            scores[row, seen] = float("-inf")
+            scores.scatter_(1, column, target_scores)
+            ranks[rows] = (scores >= target_scores).sum(1)
+    return ranks
+
+
+def _seen_columns(
+    rows: Tensor, seen_ids: Tensor, seen_offsets: Tensor, catalog: DomainCatalog, domain: int
+) -> tuple[Tensor, Tensor]:
+    """Row and column of every seen item of the domain in a block of queries."""
+    lengths = seen_offsets[rows + 1] - seen_offsets[rows]
+    row = torch.repeat_interleave(torch.arange(rows.numel(), device=rows.device), lengths)
+    within = torch.arange(row.numel(), device=rows.device)
+    first = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1]
+    items = seen_ids[within - first[row] + seen_offsets[rows][row]]
+    inside = catalog.domain_of(items) == domain
+    return row[inside], torch.searchsorted(catalog.items_of(domain), items[inside])
+
+
+@dataclass(frozen=True)
+class RankedTargets:
+    """One entry a user: (Q,) rank from 1, (Q,) domain of the target, (Q,) whether it switched."""
+
+    ranks: Tensor
+    domains: Tensor
+    switched: Tensor
+
+
+@torch.no_grad()
+def rank_targets(
+    model: CrossDomainHSTU,
+    data: SequenceData,
+    users: np.ndarray,
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int], object] = lambda users: None,
+) -> RankedTargets:
+    """Rank the users' last targets among their domains' unseen items.
+
+    Args:
+        model: put into evaluation mode for the time of the call.
+        data: the split.
+        users: (Q,) user indices out of ``data.users``.
+        batch_size: users encoded at once.
+        progress: called with the number of users done after every batch.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.catalog.item_domains.device
+    ranks, domains, switched = [], [], []
+    for start in range(0, users.size, batch_size):
+        some = users[start : start + batch_size]
+        batch, targets = data.batch(some)
+        seen_ids, seen_offsets = data.seen(some)
+        batch, targets = batch.to(device), targets.to(device)
+        last = batch.offsets[1:] - 1
+        vectors = model(batch)[last]
+        ranks.append(
+            target_ranks(
+                vectors,
+                targets[last],
+                seen_ids.to(device),
+                seen_offsets.to(device),
+                model.catalog,
+                dot_product_scorer(model.item_vectors),
+            )
+        )
+        domains.append(batch.target_domains[last])
+        switched.append(model.catalog.domain_of(batch.item_ids[last]) != domains[-1])
+        progress(some.size)
+    model.train(was_training)
+    return RankedTargets(torch.cat(ranks), torch.cat(domains), torch.cat(switched))
+
+
+def evaluate(
+    model: CrossDomainHSTU,
+    data: SequenceData,
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int], object] = lambda users: None,
+) -> dict[str, float]:
+    """Metrics of a whole split, see :func:`hstu_xd.evaluation.metrics.grouped_metrics`."""
+    ranked = rank_targets(model, data, data.users, batch_size=batch_size, progress=progress)
+    return grouped_metrics(
+        ranked.ranks, ranked.domains, ranked.switched, model.catalog.domain_names
+    )
+
+
+@torch.no_grad()
+def recommend_items(
+    model: CrossDomainHSTU,
+    item_ids: np.ndarray,
+    timestamps: np.ndarray,
+    domain: int,
+    k: int,
+    *,
+    window: int,
+) -> list[tuple[int, float]]:
+    """Best unseen items of a domain, by the dot product of unit vectors.
+
+    Args:
+        model: a trained model.
+        item_ids: (S,) int, the whole history, oldest first; its latest window is read.
+        timestamps: (S,) int64.
+        domain: domain id to recommend from.
+        k: number of items; fewer come back where the domain has no more unseen ones.
+        window: events that are read, a run's ``max_sequence_length``: later positions, for which
+            the model has room, were never trained.
+
+    Returns:
+        ``(item id, score)`` pairs, best first.
+    """
+    items = torch.from_numpy(np.array(item_ids, np.int64))
+    times = torch.from_numpy(np.array(timestamps, np.int64))
+    vector = model.encode(items[None, -window:], times[None, -window:], torch.tensor([domain]))
+    pool = model.catalog.items_of(domain)
+    pool = pool[~torch.isin(pool, items)]
+    scores = model.item_vectors(pool) @ vector[0]
+    best = scores.topk(min(k, pool.numel()))
+    return list(zip(pool[best.indices].tolist(), best.values.tolist()))

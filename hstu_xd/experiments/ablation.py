@@ -1,0 +1,174 @@
+"""Train variants over seeds, each run in a process of its own, and tabulate them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.experiments.report.tables import MAIN_METRICS, markdown_table
+from hstu_xd.experiments.run_folders import (
+    ABLATION_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    aggregate,
+    read_run,
+)
+from hstu_xd.experiments.variants import variant_bindings
+from hstu_xd.training.run import SWITCHES
+from hstu_xd.training.settings import RunSettings, load_settings
+
+TABLE_FILE = "ablation.md"
+
+
+@dataclass(frozen=True)
+class AblationRun:
+    """One cell of an ablation: a variant under a seed, in a run folder of its own."""
+
+    variant: str
+    seed: int
+    folder: Path
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run to continue or to keep."""
+        return (self.folder / RUN_FILE).is_file()
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has finished."""
+        return (self.folder / SUMMARY_FILE).is_file()
+
+    def check(self, store: InteractionStore, settings: RunSettings) -> None:
+        """Refuse a run that is there already and does not belong beside the others.
+
+        Args:
+            store: what all runs are trained on.
+            settings: of the variant, under any seed.
+
+        Raises:
+            InputError: it was trained on other data or with other settings.
+        """
+        if not self.begun:
+            return
+        recorded = read_run(self.folder).info
+        own = replace(settings, train=replace(settings.train, random_seed=self.seed))
+        if recorded["data_hashes"] != store.manifest["hashes"]:
+            apart = f"on other data than {store.path}"
+        elif unlike := own.unlike(recorded):
+            apart = f"with other settings ({unlike[0]})"
+        else:
+            return
+        raise InputError(
+            f"{self.folder}: was trained {apart}, so one table cannot hold both; remove it, or "
+            "give another --out"
+        )
+
+    def command(self, data: Path, files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
+        """The command that trains it, or continues it where it stopped."""
+        every = [*bindings, *variant_bindings(self.variant), f"xd_train.random_seed = {self.seed}"]
+        line = [sys.executable, "-m", "hstu_xd", "train", "--data", str(data)]
+        line += ["--out", str(self.folder), "--name", self.variant]
+        for file in files:
+            line += ["--gin_config_file", str(file)]
+        for binding in every:
+            line += ["--gin_bindings", binding]
+        return line + ["--resume"] * self.begun
+
+
+def ablate(
+    data: Path,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    files: Sequence[Path] = (),
+    bindings: Sequence[str] = (),
+    jobs: int = 1,
+    announce: Callable[[str], object] = lambda line: None,
+) -> str:
+    """Train every variant under every seed; finished runs in ``out`` are kept, stopped ones go on.
+
+    Args:
+        data: a prepared store.
+        variants: names out of :data:`hstu_xd.experiments.variants.VARIANTS`.
+        seeds: random seeds.
+        out: folder of the run folders, ``ablation.json`` and ``ablation.md``.
+        files: gin files of the recipe that all variants share.
+        bindings: gin bindings on top of the recipe.
+        jobs: runs at a time; they share the processor's cores.
+        announce: called with a line after every run.
+
+    Returns:
+        The Markdown table.
+
+    Raises:
+        InputError: unknown variant or setting, a recipe that sets one of the switches that
+            variants are named after, not a store, or runs in ``out`` that are not comparable.
+        HstuXdError: a run failed; the others' rows are kept.
+    """
+    store = InteractionStore.open(data)
+    settings = {v: load_settings(files, [*bindings, *variant_bindings(v)]) for v in variants}
+    for variant in variants:
+        _check_name(variant, settings[variant])
+    runs = [AblationRun(v, s, out / f"{v}-seed{s}") for s in seeds for v in variants]
+    for run in runs:
+        run.check(store, settings[run.variant])
+    out.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        commands = {
+            pool.submit(_run, run.command(data, files, bindings), environment): run
+            for run in runs
+            if not run.done
+        }
+        for future in as_completed(commands):
+            run, error = commands[future], future.result()
+            if error:
+                failed.append(f"{run.variant} seed {run.seed}: {error}")
+            announce(f"{run.variant} seed {run.seed}: {error or 'done'}")
+            table = _write(out, runs, store)
+    table = _write(out, runs, store)
+    if failed:
+        raise HstuXdError(f"{len(failed)} of {len(runs)} runs failed, first {failed[0]}")
+    return table
+
+
+def _check_name(variant: str, settings: RunSettings) -> None:
+    """Refuse a recipe that switches on what the variant's name leaves out."""
+    named = {binding.partition(" = ")[0] for binding in variant_bindings(variant)}
+    for switch in SWITCHES:
+        value = settings.encoder.get(switch)
+        if value and f"xd_encoder.{switch}" not in named:
+            raise InputError(
+                f"variant {variant!r} would have xd_encoder.{switch} = {value!r} from the recipe "
+                "and its row another model's numbers; leave switches out of the recipe"
+            )
+
+
+def _run(command: list[str], environment: dict[str, str]) -> str:
+    """Run one training; returns its error line, empty when it went well."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return lines[-1] if done.returncode else ""
+
+
+def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> str:
+    rows = [read_run(run.folder).row() for run in sorted(runs, key=lambda r: r.seed) if run.done]
+    order = list(dict.fromkeys(run.variant for run in runs))
+    rows.sort(key=lambda row: order.index(row["variant"]))
+    table = markdown_table(
+        aggregate(rows), metrics=MAIN_METRICS, synthetic=bool(store.manifest.get("synthetic"))
+    )
+    for name, text in ((ABLATION_FILE, json.dumps(rows, indent=1) + "\n"), (TABLE_FILE, table)):
+        partial = out / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(out / name)
+    return table

@@ -1,0 +1,130 @@
+"""Runs against one another on the same held-out events."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from hstu_xd.data.batches import SequenceData, Split
+from hstu_xd.errors import InputError
+from hstu_xd.evaluation.paired import Difference, paired_differences
+from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
+from hstu_xd.experiments.report.shared_data import group_by_data, variant_notes
+from hstu_xd.experiments.report.tables import (
+    MAIN_METRICS,
+    MISSING,
+    escape,
+    markdown_lines,
+    metric_label,
+    points,
+)
+from hstu_xd.experiments.run_folders import Run, read_runs
+from hstu_xd.training.run import load, open_data
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PairedResult:
+    """One variant against the first.
+
+    Attributes:
+        variant: its name.
+        base: name of the first.
+        seeds: of its runs.
+        differences: by metric, see :func:`hstu_xd.evaluation.paired.paired_differences`.
+    """
+
+    variant: str
+    base: str
+    seeds: tuple[int, ...]
+    differences: dict[str, Difference]
+
+
+def pair_runs(
+    paths: Sequence[Path],
+    *,
+    split: str = "test",
+    data: Path | None = None,
+    announce: Callable[[str], object] = lambda line: None,
+) -> list[PairedResult]:
+    """Rank a split's targets with the best model of every run, and take differences user by user.
+
+    Args:
+        paths: run folders, or folders of run folders; runs of one variant differ in their seed.
+            The first variant is what the others are compared with.
+        split: "valid" or "test".
+        data: the prepared store, if it has moved since training.
+        announce: called with a line before every run.
+
+    Raises:
+        InputError: not a run or an unfinished one, a single variant, runs on different data, or an
+            unknown split.
+    """
+    if split not in (known := [one.value for one in (Split.VALID, Split.TEST)]):
+        raise InputError(f"split is {split!r}; one of {', '.join(known)}")
+    runs = read_runs(paths)
+    _, *others = group_by_data(runs, allow_mixed_data=True)
+    if others:
+        raise InputError(
+            f"{others[0][0].path} was trained on other data than {runs[0].path} (hashes differ); "
+            "their users cannot be paired"
+        )
+    variants: dict[str, list[Run]] = {}
+    for run in runs:
+        variants.setdefault(run.variant, []).append(run)
+        if run.summary is None:
+            raise InputError(f"{run.path}: {run.notes[0]}; finish it, or leave it out")
+    for note in variant_notes(runs):
+        _logger.warning(note)
+    if len(variants) == 1:
+        raise InputError(
+            f"only {runs[0].variant!r} is there; give runs of another variant to compare it with"
+        )
+    store = open_data(runs[0].path, data)
+    ranks: dict[str, list[Tensor]] = {variant: [] for variant in variants}
+    ranked: RankedTargets | None = None
+    for run in runs:
+        announce(f"{run.variant} seed {run.seed}")
+        held_out = SequenceData(store, Split(split), run.info["max_sequence_length"])
+        ranked = rank_targets(load(run.path), held_out, held_out.users)
+        ranks[run.variant].append(ranked.ranks)
+    assert ranked is not None
+    base, *rest = variants
+    return [
+        PairedResult(
+            variant,
+            base,
+            tuple(run.seed for run in variants[variant]),
+            paired_differences(
+                ranks[base], ranks[variant], ranked.domains, ranked.switched, store.domain_names
+            ),
+        )
+        for variant in rest
+    ]
+
+
+def paired_table(results: Sequence[PairedResult]) -> str:
+    """A Markdown table of differences in points and their standard errors, clear ones in bold."""
+    heads = [f"minus {escape(results[0].base)}", "seeds"]
+    heads += [escape(f"{metric_label(name)}, points") for name in MAIN_METRICS]
+    rows = [
+        [
+            escape(one.variant),
+            str(len(one.seeds)),
+            *(_cell(one.differences.get(name)) for name in MAIN_METRICS),
+        ]
+        for one in results
+    ]
+    return "\n".join(markdown_lines(heads, rows)) + "\n"
+
+
+def _cell(difference: Difference | None) -> str:
+    if difference is None:
+        return MISSING
+    text = points(difference.mean)
+    text = f"**{text}**" if difference.is_clear else text
+    error = difference.standard_error
+    return text if error is None else f"{text} \u00b1 {100 * error:.2f}"

@@ -1,0 +1,133 @@
+"""Runs on the same data brought together: what one part of the report is about."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hstu_xd.errors import InputError
+from hstu_xd.experiments.report.data_figures import DataStats, measure
+from hstu_xd.experiments.run_folders import Row, Run, VariantResult, aggregate, differing_settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs whose data has the same hashes.
+
+    Attributes:
+        runs: in the order given.
+        results: test metrics by variant, the first being what others are compared with.
+        summary: counts of the data as in a manifest.
+        stats: distributions read from the store, None where it is not at hand.
+        synthetic: run.json or the manifest says synthetic.
+        notes: what a reader should know before trusting the numbers.
+    """
+
+    runs: list[Run]
+    results: list[VariantResult]
+    summary: Row
+    stats: DataStats | None
+    synthetic: bool
+    notes: list[str]
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data folder."""
+        return Path(str(self.runs[0].info.get("data", "unknown data"))).name
+
+    @property
+    def domains(self) -> list[str]:
+        """Domain names, the largest first."""
+        domains = self.summary.get("domains") or {}
+        return sorted(domains, key=lambda name: -domains[name].get("interactions", 0))
+
+
+def group_by_data(runs: Sequence[Run], allow_mixed_data: bool) -> list[list[Run]]:
+    """Runs by the hashes of their data, in order of appearance.
+
+    Raises:
+        InputError: several kinds of data and ``allow_mixed_data`` is off.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        for group in groups:
+            if group[0].info["data_hashes"] == run.info["data_hashes"]:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    if len(groups) > 1 and not allow_mixed_data:
+        first, other = groups[0][0], groups[1][0]
+        raise InputError(
+            f"{first.path} and {other.path}: trained on different data "
+            f"({first.info.get('data')} and {other.info.get('data')}), so their numbers do not "
+            "compare; report them apart, or add --allow-mixed-data for one section each"
+        )
+    return groups
+
+
+def compare_runs(runs: list[Run], data: Path | None) -> Comparison:
+    """Aggregate runs on the same data and read their store where it can be found.
+
+    Args:
+        runs: at least one.
+        data: a prepared store to look at before the one that run.json names.
+    """
+    notes = [f"Run {run.path.name} ({run.variant}) {note}." for run in runs for note in run.notes]
+    notes += variant_notes(runs)
+    stats, synthetic = None, any(run.synthetic for run in runs)
+    try:
+        stats, store_synthetic = _read_store(runs, data)
+        synthetic = synthetic or store_synthetic
+    except InputError as error:
+        notes.append(
+            f"No figures of the data: {error}. Give the prepared folder by --data if it has moved."
+        )
+    for note in notes:
+        logger.warning(note)
+    return Comparison(
+        runs=runs,
+        results=aggregate(run.row() for run in runs),
+        summary=runs[0].data_summary,
+        stats=stats,
+        synthetic=synthetic,
+        notes=notes,
+    )
+
+
+def _read_store(runs: list[Run], data: Path | None) -> tuple[DataStats, bool]:
+    """Measure the first place that holds the runs' data.
+
+    Raises:
+        InputError: nowhere; the message is about the first place.
+    """
+    from hstu_xd.data.store import InteractionStore
+
+    places = dict.fromkeys(Path(str(run.info["data"])) for run in runs if run.info.get("data"))
+    failure: InputError | None = None
+    for place in [*([data] if data is not None else []), *places]:
+        try:
+            store = InteractionStore.open(place)
+            if store.manifest.get("hashes") != runs[0].info["data_hashes"]:
+                raise InputError(f"{place}: now holds other data than the runs were trained on")
+            return measure(store), bool(store.manifest.get("synthetic"))
+        except InputError as error:
+            failure = failure or error
+    raise failure or InputError("run.json does not say where the data lies")
+
+
+def variant_notes(runs: Sequence[Run]) -> Iterator[str]:
+    """What makes a mean over the runs of one variant doubtful."""
+    by_variant: dict[str, list[Run]] = {}
+    for run in runs:
+        by_variant.setdefault(run.variant, []).append(run)
+    for variant, members in by_variant.items():
+        differing = differing_settings(members)
+        if differing:
+            yield f"Runs of {variant} differ in {', '.join(differing)}, not only in their seed."
+        if len({str(run.seed) for run in members}) < len(members):
+            yield f"Runs of {variant} repeat a seed, so their spread is too small."
+        if 0 < sum(bool(run.test) for run in members) < len(members):
+            yield f"Some runs of {variant} have no test metrics yet; the others make its mean."

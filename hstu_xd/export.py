@@ -1,0 +1,214 @@
+"""The folder of an exported run: program, weights, item vectors, catalogue, manifest.
+
+The full encoder as one torch.export program, for any number of users and any length.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from hstu_xd import __version__
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
+from hstu_xd.files import check_output, replaced_folder, sha256_of
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.training.checkpoint import MODEL_FILE
+from hstu_xd.training.run import load, read_run
+
+
+class EncodeProgram(nn.Module):
+    """What is traced: checks of the request that a graph can make, then the model.
+
+    Args:
+        model: whose attention implementation can be traced ("reference").
+    """
+
+    def __init__(self, model: CrossDomainHSTU) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> Tensor:
+        """See :meth:`CrossDomainHSTU.encode_padded`.
+
+        Raises:
+            RuntimeError: an unknown item or domain, or padding before items.
+        """
+        catalog = self.model.catalog
+        known = _known_items(catalog, item_ids)
+        torch._assert_async(known, f"item_ids: only 0..{catalog.num_items} that the catalogue has")
+        present = item_ids != 0
+        column = torch.arange(item_ids.shape[1], device=item_ids.device)
+        in_place = present == (column < present.sum(1, keepdim=True))
+        torch._assert_async(in_place.all(), "item_ids: padding (0) before a row's last item")
+        last = catalog.num_domains - 1
+        inside = (target_domains >= 0) & (target_domains <= last)
+        torch._assert_async(inside.all(), f"target_domains: only 0..{last}")
+        return self.model.encode_padded(item_ids, timestamps, target_domains)
+
+
+def export_encoder(model: CrossDomainHSTU) -> ExportedProgram:
+    """Trace a model.
+
+    The program's call is ``encode(item_ids, timestamps, target_domains)``, with (B, N), (B, N) and
+    (B,) int64, to (B, K) float32: :meth:`CrossDomainHSTU.encode` for any ``B >= 1`` and
+    ``1 <= N <= norm_length``, within rounding. Attention is the dense definition: memory grows with
+    ``B H N^2``. A row without events gets zeros.
+
+    Args:
+        model: trained, of whatever attention implementation.
+
+    Raises:
+        InputError: the model cuts histories into segments.
+    """
+    settings = model.settings
+    if settings.has_segments:
+        raise InputError(
+            f"the model cuts histories into segments by {settings.segment_by!r}: how many there "
+            "are is data, and the sizes of an exported program are not; export a model trained "
+            "with xd_encoder.segment_by = 'none'"
+        )
+    catalog = DomainCatalog(model.catalog.item_domains.cpu(), model.catalog.domain_names)
+    traced = CrossDomainHSTU(catalog, replace(settings, impl="reference"))
+    traced.load_state_dict(model.state_dict())
+    traced.eval().requires_grad_(False)
+    users, events = Dim("users", min=1), Dim("events", min=1, max=settings.norm_length)
+    ids = torch.ones(2, min(3, settings.norm_length), dtype=torch.int64)
+    with torch.no_grad():
+        program = torch.export.export(
+            EncodeProgram(traced),
+            # Copies: a tensor given twice is traced as one input.
+            (ids, ids.clone(), torch.zeros(2, dtype=torch.int64)),
+            dynamic_shapes=({0: users, 1: events}, {0: users, 1: events}, {0: users}),
+            strict=False,
+        )
+    for node in program.graph.nodes:
+        # Paths of the machine that traced it.
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _known_items(catalog: DomainCatalog, item_ids: Tensor) -> Tensor:
+    """() bool: every id is padding or an item of the catalogue."""
+    nearest = item_ids.clamp(0, catalog.num_items)
+    borne = (catalog.item_domains[nearest] >= 0) | (nearest == 0)
+    return ((nearest == item_ids) & borne).all()
+
+
+FORMAT_VERSION = 1
+KIND = "hstu-xd export"
+MANIFEST = "manifest.json"
+PROGRAM = "encoder.pt2"
+WEIGHTS = "model.safetensors"
+ITEM_VECTORS = "item_vectors.pt"
+CATALOG = "catalog.json"
+
+
+def write_export(run: Path, out: Path, *, force: bool = False) -> dict[str, Any]:
+    """Export the best model of a run into a folder, which appears whole or not at all.
+
+    Args:
+        run: a folder written by ``hstu-xd train``.
+        out: folder to write.
+        force: replace an existing export.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: not a run folder, a model that cannot be exported, or an existing output folder.
+        HstuXdError: the folder cannot be written.
+    """
+    check_output(out, force=force, ours=is_export, kind="hstu-xd export")
+    model, facts = load(run), read_run(run)
+    program = io.BytesIO()
+    torch.export.save(export_encoder(model), program)
+    with replaced_folder(out) as folder:
+        (folder / PROGRAM).write_bytes(program.getbuffer())
+        shutil.copyfile(run / MODEL_FILE, folder / WEIGHTS)
+        (folder / ITEM_VECTORS).write_bytes(_item_vectors(model))
+        _write_json(folder / CATALOG, describe_catalog(model.catalog))
+        files = (PROGRAM, WEIGHTS, ITEM_VECTORS, CATALOG)
+        hashes = {name: sha256_of(folder / name) for name in files}
+        manifest = _manifest(model, facts, hashes)
+        _write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds what :func:`write_export` wrote."""
+    try:
+        return json.loads((folder / MANIFEST).read_bytes())["kind"] == KIND
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def describe_catalog(catalog: DomainCatalog) -> dict[str, Any]:
+    """Domains with the ids of their items as [first, last] ranges, and the token of every id."""
+    holes = (catalog.item_domains < 0).tolist()
+    return {
+        "domains": [
+            {"id": domain, "name": name, "items": _ranges(catalog.items_of(domain).tolist())}
+            for domain, name in enumerate(catalog.domain_names)
+        ],
+        "tokens": [None if hole else catalog.token(item) for item, hole in enumerate(holes)],
+    }
+
+
+def _ranges(ids: list[int]) -> list[list[int]]:
+    """Rising ids as [first, last] pairs."""
+    ranges: list[list[int]] = []
+    for item in ids:
+        if ranges and ranges[-1][1] == item - 1:
+            ranges[-1][1] = item
+        else:
+            ranges.append([item, item])
+    return ranges
+
+
+@torch.no_grad()
+def _item_vectors(model: CrossDomainHSTU) -> bytes:
+    vectors = io.BytesIO()
+    torch.save(model.item_vectors(torch.arange(model.catalog.num_items + 1)), vectors)
+    return vectors.getvalue()
+
+
+def _manifest(
+    model: CrossDomainHSTU, facts: Mapping[str, Any], hashes: dict[str, str]
+) -> dict[str, Any]:
+    settings = asdict(model.settings)
+    del settings["impl"]  # a matter of this package
+    longest, width = model.settings.norm_length, model.settings.embedding_dim
+    return {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "version": __version__,
+        "torch": torch.__version__,
+        "run": {name: facts[name] for name in ("variant_name", "seed", "data_hashes")},
+        "window": facts["max_sequence_length"],
+        "settings": settings,
+        "inputs": {
+            "item_ids": f"(B, N) int64, N up to {longest}, oldest first, padded with 0 at the end; "
+            "give the latest events, as many as the window, as in training",
+            "timestamps": "(B, N) int64, in the log's unit; anything at padding",
+            "target_domains": "(B,) int64, id of the domain to recommend from",
+        },
+        "outputs": {
+            "user_vectors": f"(B, {width}) float32 of length 1; zeros for a row of padding alone",
+        },
+        "scores": f"user_vectors @ item_vectors.T; {ITEM_VECTORS}: "
+        f"({model.catalog.num_items + 1}, {width}) float32, row = item id",
+        "hashes": hashes,
+    }
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,231 @@
+"""The stand-alone model: item table, input features, encoder, normalised user vectors."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from hstu_xd.batch import JaggedBatch
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
+from hstu_xd.model.encoder import CrossDomainEncoder
+from hstu_xd.model.inputs import (
+    ItemEmbedding,
+    PositionalInput,
+    next_domain_modules,
+    next_domain_signal,
+)
+from hstu_xd.model.layer import Written
+from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.warm_start import load_hstu
+
+_L2_EPS = 1e-6
+
+
+class CrossDomainHSTU(nn.Module):
+    """HSTU with domain mask, target view, TAPE and DDSR, each behind its switch.
+
+    With every switch off it is upstream's research HSTU, and upstream's parameter names load into
+    it (see :meth:`load_hstu`).
+
+    Args:
+        catalog: item -> domain table.
+        settings: sizes and switches of the encoder.
+        dropout_rate: dropout on the input features.
+
+    Example:
+        >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1, 1]), ["books", "films"])
+        >>> settings = EncoderSettings(num_domains=2, norm_length=8, domain_mask=True, ddsr=True)
+        >>> model = CrossDomainHSTU(catalog, settings).eval()
+        >>> items = torch.tensor([[1, 3, 2], [4, 0, 0]])
+        >>> times = torch.tensor([[5, 6, 9], [7, 0, 0]])
+        >>> model.encode(items, times, torch.tensor([1, 0])).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self, catalog: DomainCatalog, settings: EncoderSettings, *, dropout_rate: float = 0.2
+    ) -> None:
+        super().__init__()
+        if settings.num_domains != catalog.num_domains:
+            raise InputError(
+                f"settings.num_domains is {settings.num_domains}, the catalogue has "
+                f"{catalog.num_domains} domains; give both the same"
+            )
+        width = settings.embedding_dim
+        self.catalog = catalog
+        self.settings = settings
+        self._embedding_module = ItemEmbedding(catalog.num_items, width)
+        self._input_features_preproc = PositionalInput(settings.norm_length, width, dropout_rate)
+        self._hstu = CrossDomainEncoder(settings)
+        self._tape, self._target_domain_emb = next_domain_modules(settings)
+
+    def forward(self, batch: JaggedBatch, written: list[Written] | None = None) -> Tensor:
+        """Encode every token of a jagged batch.
+
+        Args:
+            batch: histories; no longer than ``settings.norm_length`` tokens each.
+            written: takes what each layer's tokens leave behind for later ones, if given.
+
+        Returns:
+            (L, K) float, unit vectors: what each token says of its next event.
+
+        Raises:
+            InputError: a history longer than that (checked on CPU, where it costs no wait, and not
+                in compiled code).
+        """
+        if batch.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_lengths(batch)
+        plan = self.plan(batch)
+        extra = next_domain_signal(
+            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+        )
+        x = self._input_features_preproc(
+            self._embedding_module(batch.item_ids), plan.positions, extra
+        )
+        return normalize(self._hstu(x, plan, written=written).float(), dim=1, eps=_L2_EPS)
+
+    def plan(self, batch: JaggedBatch) -> EncoderPlan:
+        """The plan that all layers share for this batch."""
+        domains = self.catalog.domain_of(batch.item_ids)
+        if batch.padded_length is not None:
+            domains = domains.clamp(min=0)  # padding is later than all that is read
+        return EncoderPlan(
+            domains=domains,
+            target_domains=batch.target_domains,
+            timestamps=batch.timestamps,
+            next_timestamps=batch.next_timestamps,
+            offsets=batch.offsets,
+            num_domains=self.catalog.num_domains,
+            states_per_domain=self.settings.states_per_domain,
+            padded_length=batch.padded_length,
+        )
+
+    def item_vectors(self, item_ids: Tensor) -> Tensor:
+        """Unit vectors of items: (...) int64 -> (..., K) float."""
+        return normalize(self._embedding_module(item_ids).float(), dim=-1, eps=_L2_EPS)
+
+    def encode(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        target_domains: Tensor,
+        request_timestamps: Tensor | None = None,
+    ) -> Tensor:
+        """User vectors for one requested domain each.
+
+        Args:
+            item_ids: (B, N) int64, oldest first, padded with 0 at the end.
+            timestamps: (B, N) int64, in the log's unit.
+            target_domains: (B,) int64, the domain to recommend from.
+            request_timestamps: (B,) int64, time of the request; default: that of the last event.
+
+        Returns:
+            (B, K) float, unit vectors: score items by the dot product with ``item_vectors``.
+
+        Raises:
+            InputError: shapes that do not fit, an empty history, ids out of range, or padding
+                before items.
+        """
+        self._check_request(item_ids, timestamps, target_domains, request_timestamps)
+        following = self._following(item_ids, timestamps, target_domains, request_timestamps)
+        batch = JaggedBatch.from_padded(item_ids, timestamps, *following)
+        return self(batch)[batch.offsets[1:] - 1]
+
+    def encode_padded(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> Tensor:
+        """As :meth:`encode`, by steps whose sizes follow from shapes alone: what is exported.
+
+        Nothing is checked, and the padding is encoded with the rest.
+
+        Args:
+            item_ids: (B, N) int64, oldest first, padded with 0 at the end.
+            timestamps: (B, N) int64, in the log's unit.
+            target_domains: (B,) int64, the domain to recommend from.
+
+        Returns:
+            (B, K) float, unit vectors; zeros for a row without events.
+        """
+        following = self._following(item_ids, timestamps, target_domains, None)
+        batch = JaggedBatch.with_padding(item_ids, timestamps, *following)
+        lengths = (item_ids != 0).sum(1)
+        vectors = self(batch)[batch.offsets[:-1] + (lengths - 1).clamp(min=0)]
+        return vectors * (lengths > 0).unsqueeze(1)
+
+    def _following(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        target_domains: Tensor,
+        request_timestamps: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) times of the requests and (B, N) domains of the events after each one."""
+        last = ((item_ids != 0).sum(1) - 1).clamp(min=0).unsqueeze(1)
+        if request_timestamps is None:
+            request_timestamps = timestamps.gather(1, last).squeeze(1)
+        next_domains = self.catalog.domain_of(item_ids).roll(-1, 1)
+        return request_timestamps, next_domains.scatter(1, last, target_domains.unsqueeze(1))
+
+    def _check_lengths(self, batch: JaggedBatch) -> None:
+        longest = max(batch.offsets.diff().tolist(), default=0)
+        if longest > self.settings.norm_length:
+            raise InputError(
+                f"a history of {longest} events exceeds the model's window of "
+                f"{self.settings.norm_length}; pass the latest {self.settings.norm_length}"
+            )
+
+    def _check_request(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        target_domains: Tensor,
+        request_timestamps: Tensor | None,
+    ) -> None:
+        if item_ids.ndim != 2 or timestamps.shape != item_ids.shape:
+            raise InputError(
+                f"item_ids {tuple(item_ids.shape)} and timestamps {tuple(timestamps.shape)} must "
+                "both be (B, N)"
+            )
+        users, columns = item_ids.shape
+        given = {"item_ids": item_ids, "timestamps": timestamps, "target_domains": target_domains}
+        if request_timestamps is not None:
+            given["request_timestamps"] = request_timestamps
+        for name, tensor in given.items():
+            if name in ("target_domains", "request_timestamps") and tensor.shape != (users,):
+                raise InputError(
+                    f"{name} has shape {tuple(tensor.shape)}; ({users},) is needed, one a user"
+                )
+            if tensor.dtype != torch.int64:
+                raise InputError(f"{name} is {tensor.dtype}; torch.int64 is needed: {name}.long()")
+        if users and not columns:
+            raise InputError("item_ids has no columns; at least one event a user is needed")
+        if item_ids.shape[1] > self.settings.norm_length:
+            raise InputError(
+                f"histories of {item_ids.shape[1]} events exceed the model's window of "
+                f"{self.settings.norm_length}; pass the latest {self.settings.norm_length}"
+            )
+        for name, ids, bound in (
+            ("item_ids", item_ids, self.catalog.num_items + 1),
+            ("target_domains", target_domains, self.catalog.num_domains),
+        ):
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= bound):
+                raise InputError(
+                    f"{name} holds ids {int(ids.min())}..{int(ids.max())}; 0..{bound - 1} are known"
+                )
+        empty = (item_ids == 0).all(1)
+        if bool(empty.any()):
+            row = int(empty.nonzero()[0])
+            raise InputError(f"item_ids row {row} is empty; at least one event is needed")
+
+    def load_hstu(self, state: dict[str, Tensor]) -> list[str]:
+        """Load a checkpoint of upstream's HSTU (DDP's ``module.`` prefix allowed).
+
+        Args:
+            state: its state dict.
+
+        Returns:
+            Names of this model's parameters that the checkpoint does not have: ours alone.
+
+        Raises:
+            InputError: sizes differ, a parameter of HSTU is missing, or unknown ones remain.
+        """
+        return load_hstu(self, state)

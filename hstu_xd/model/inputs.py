@@ -1,0 +1,127 @@
+"""What the encoder's input is told of the next event's domain: TAPE and a plain embedding.
+
+TAPE: positional embeddings that tell the model which domain comes next.
+
+Item table and input features, named as upstream names them so that its checkpoints load.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from hstu_xd.model.settings import EncoderSettings
+
+
+class TransitionAwarePositionalEmbedding(nn.Module):
+    """Embedding of a domain switch, added to the encoder's input: zero while the domain stays.
+
+    ``r_i = scale * m[d_{i+1}] * (W m[d_i] + b)`` where ``d_{i+1} != d_i``, else 0. It uses the
+    *domain* of the next event, which the request names, never its item. ``scale`` starts at zero,
+    so that a trained HSTU continues unchanged at step 0.
+
+    Args:
+        num_domains: number of domains ``D``.
+        embedding_dim: model width ``K``.
+
+    Source: arXiv 2508.20945, transition-aware positional embedding; the scale is this project's.
+    """
+
+    def __init__(self, num_domains: int, embedding_dim: int) -> None:
+        super().__init__()
+        self._domain_emb = nn.Embedding(num_domains, embedding_dim)
+        self._transition = nn.Linear(embedding_dim, embedding_dim)
+        self._scale = nn.Parameter(torch.zeros(embedding_dim))
+        nn.init.normal_(self._domain_emb.weight)
+        nn.init.xavier_uniform_(self._transition.weight)
+        nn.init.zeros_(self._transition.bias)
+
+    def forward(self, domains: Tensor, target_domains: Tensor) -> Tensor:
+        """Embed the transitions.
+
+        Args:
+            domains: (L,) int64, domain of each token.
+            target_domains: (L,) int64, domain of the event after it.
+
+        Returns:
+            (L, K) float.
+        """
+        source = self._transition(self._domain_emb.weight)  # (D, K)
+        transition = self._domain_emb.weight[target_domains] * source[domains] * self._scale
+        return transition * (domains != target_domains).unsqueeze(-1)
+
+
+class ItemEmbedding(nn.Module):
+    """The table of item vectors: row 0 is padding.
+
+    Args:
+        num_items: items ``1..num_items``.
+        embedding_dim: model width ``K``.
+    """
+
+    def __init__(self, num_items: int, embedding_dim: int) -> None:
+        super().__init__()
+        self._item_emb = nn.Embedding(num_items + 1, embedding_dim, padding_idx=0)
+        nn.init.trunc_normal_(self._item_emb.weight, std=0.02)
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """(...) int64 -> (..., K) float."""
+        return self._item_emb(item_ids)
+
+
+class PositionalInput(nn.Module):
+    """``sqrt(K) e + p``, then dropout: upstream's input features with learned absolute positions.
+
+    Args:
+        max_length: the padded length ``N``.
+        embedding_dim: model width ``K``.
+        dropout_rate: dropout on the sum.
+    """
+
+    def __init__(self, max_length: int, embedding_dim: int, dropout_rate: float) -> None:
+        super().__init__()
+        self._pos_emb = nn.Embedding(max_length, embedding_dim)
+        self._dropout_rate = dropout_rate
+        nn.init.trunc_normal_(self._pos_emb.weight, std=math.sqrt(1 / embedding_dim))
+
+    def forward(self, items: Tensor, positions: Tensor, extra: Tensor | None) -> Tensor:
+        """(..., K) item vectors, (...) int64 positions, (..., K) signals or None -> (..., K)."""
+        x = items * math.sqrt(items.shape[-1]) + self._pos_emb(positions)
+        if extra is not None:
+            x = x + extra
+        return dropout(x, p=self._dropout_rate, training=self.training)
+
+
+def next_domain_modules(
+    settings: EncoderSettings,
+) -> tuple[TransitionAwarePositionalEmbedding | None, nn.Embedding | None]:
+    """TAPE and the target-domain embedding as the settings have them; both say nothing at first."""
+    sizes = settings.num_domains, settings.embedding_dim
+    tape = TransitionAwarePositionalEmbedding(*sizes) if settings.tape else None
+    embedding = None
+    if settings.target_domain_embedding:
+        embedding = nn.Embedding(*sizes)
+        nn.init.zeros_(embedding.weight)
+    return tape, embedding
+
+
+def next_domain_signal(
+    tape: nn.Module | None, embedding: nn.Module | None, domains: Tensor, target_domains: Tensor
+) -> Tensor | None:
+    """What both say, added up.
+
+    Args:
+        tape: of :func:`next_domain_modules`.
+        embedding: likewise.
+        domains: (L,) int64, domain of each token.
+        target_domains: (L,) int64, domain of the event after it.
+
+    Returns:
+        (L, K) float; None without either.
+    """
+    signal = None if tape is None else tape(domains, target_domains)
+    if embedding is None:
+        return signal
+    embedded = embedding(target_domains)
+    return embedded if signal is None else signal + embedded

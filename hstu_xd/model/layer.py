@@ -1,0 +1,185 @@
+"""One HSTU layer whose attention may stay inside domains and whose gate may read domain states.
+
+The learned tables of HSTU's relative position and time bias, named as upstream names them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, layer_norm, silu
+
+from hstu_xd.model.ddsr import DynamicDomainState
+from hstu_xd.model.history_tokens import TokenPlan
+from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.ops import domain_attention
+from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
+
+
+class RelativeBucketedTimeAndPositionBias(nn.Module):
+    """Tables over the position difference and the log-bucketed time difference.
+
+    Args:
+        max_length: the padded length ``N``; positions run from 0 to ``N - 1``.
+
+    Source: arXiv 2402.17152; parameter names as in generative-recommenders.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self._ts_w = nn.Parameter(torch.empty(NUM_TIME_BUCKETS + 1).normal_(std=0.02))
+        self._pos_w = nn.Parameter(torch.empty(2 * max_length - 1).normal_(std=0.02))
+
+    def forward(
+        self, positions: Tensor, timestamps: Tensor, next_timestamps: Tensor
+    ) -> RelativeBias:
+        """Tie the tables to a batch's tokens: three (L,) int64 tensors."""
+        return RelativeBias(self._pos_w, self._ts_w, positions, timestamps, next_timestamps)
+
+
+_EPS = 1e-6
+
+
+class Written(NamedTuple):
+    """What tokens leave for later ones: (L, H dqk) keys, (L, H dv) values, (L, K) states."""
+
+    keys: Tensor
+    values: Tensor
+    states: Tensor
+
+
+class HSTULayer(nn.Module):
+    """``H = X + Wo(U * (LN(Y) + C))`` with ``Y`` the attention and ``C`` the domain states' answer.
+
+    Without ``C`` (DDSR off) and with one group a user (mask off) this is upstream's layer, with
+    upstream's parameter names.
+
+    Args:
+        settings: sizes and switches of the encoder.
+        full_attention: ignore the domain mask in this layer.
+
+    Source: arXiv 2402.17152 (layer), arXiv 2508.20945 (intra-domain attention and DDSR).
+    """
+
+    def __init__(self, settings: EncoderSettings, *, full_attention: bool) -> None:
+        super().__init__()
+        s = self._settings = settings
+        self._masked = s.domain_mask and not full_attention
+        self._widths = [s.num_heads * w for w in (s.dv, s.dv, s.dqk, s.dqk)]
+        self._uvqk = nn.Parameter(torch.empty(s.embedding_dim, sum(self._widths)).normal_(std=0.02))
+        self._o = nn.Linear(s.num_heads * s.dv * (3 if s.concat_ua else 1), s.embedding_dim)
+        nn.init.xavier_uniform_(self._o.weight)
+        self._rel_attn_bias = (
+            RelativeBucketedTimeAndPositionBias(s.norm_length)
+            if s.enable_relative_attention_bias
+            else None
+        )
+        self._ddsr = DynamicDomainState.of(s) if s.ddsr else None
+
+    def forward(
+        self, x: Tensor, plan: EncoderPlan | TokenPlan, written: list[Written] | None = None
+    ) -> Tensor:
+        """Run the layer over a jagged batch.
+
+        Args:
+            x: (L, K) float.
+            plan: of the batch.
+            written: takes what the tokens leave behind for later ones, if given.
+
+        Returns:
+            (L, K) float.
+        """
+        s = self._settings
+        normed, u, v, q, k = self.project(x)
+        attended = self.normalise(
+            self._attend(
+                q.view(-1, s.num_heads, s.dqk),
+                k.view(-1, s.num_heads, s.dqk),
+                v.view(-1, s.num_heads, s.dv),
+                plan,
+            )
+        )
+        states = self.state(normed, attended)
+        answer: Tensor | None = None
+        if self._ddsr is not None:
+            events = plan.events
+            read = self._ddsr(
+                plan.take_events(normed),
+                plan.take_events(states),
+                events.state_reads,
+                events.target_domains,
+            )
+            answer = plan.spread_events(read)
+        if written is not None:
+            written.append(Written(k, v, states))
+        return self.combine(x, u, attended, answer)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., K) -> normed (..., K) and gates u, values v, queries q, keys k (..., H d)."""
+        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
+        projected = normed @ self._uvqk
+        if self._settings.linear_activation == "silu":
+            projected = silu(projected)
+        return normed, *projected.split(self._widths, dim=-1)
+
+    def normalise(self, attended: Tensor) -> Tensor:
+        """Layer norm over what all heads read: (..., H dv) -> (..., H dv)."""
+        return layer_norm(attended, attended.shape[-1:], eps=_EPS)
+
+    def state(self, normed: Tensor, attended: Tensor) -> Tensor:
+        """What a token writes as its domain's state: (..., K)."""
+        return normed if self._settings.state_from == "input" else attended
+
+    def combine(self, x: Tensor, u: Tensor, attended: Tensor, answer: Tensor | None) -> Tensor:
+        """Gate, project and add to the input.
+
+        Args:
+            x: (..., K) float, the layer's input.
+            u: (..., H dv) float, gates.
+            attended: (..., H dv) float, normalised.
+            answer: (..., H dv) float, the domain states' answer, if there is one.
+
+        Returns:
+            (..., K) float.
+        """
+        s = self._settings
+        after_gate: Tensor | None = None
+        if answer is not None:
+            if s.combine == "before_gate":
+                attended = attended + answer
+            else:
+                after_gate = answer
+        gated = torch.cat([u, attended, u * attended], dim=-1) if s.concat_ua else u * attended
+        if after_gate is not None:
+            gated = gated + after_gate
+        return self._o(dropout(gated, p=s.linear_dropout_rate, training=self.training)) + x
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: EncoderPlan | TokenPlan) -> Tensor:
+        s = self._settings
+        bias = None
+        if self._rel_attn_bias is not None:
+            bias = self._rel_attn_bias(plan.positions, plan.timestamps, plan.next_timestamps)
+        own = s.num_heads - s.target_view_heads
+        views = [(slice(0, own), plan.own_views(masked=self._masked))]
+        if s.target_view_heads:
+            views.append((slice(own, s.num_heads), plan.target_views()))
+        outputs = []
+        for heads, groupings in views:
+            if heads.stop == heads.start:
+                continue
+            parts = [
+                domain_attention(
+                    q[:, heads],
+                    k[:, heads],
+                    v[:, heads],
+                    grouping,
+                    norm_length=s.norm_length,
+                    bias=bias,
+                    normalization=s.normalization,
+                    impl=s.impl,
+                )
+                for grouping in groupings
+            ]
+            outputs.append(sum(parts[1:], start=parts[0]))
+        return torch.cat(outputs, dim=1).flatten(1)

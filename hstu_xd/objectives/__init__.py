@@ -1,0 +1,1 @@
+"""What a trainer minimises, and what ranks items for a user."""

@@ -1,0 +1,1 @@
+"""Causal attention inside every (user, domain) run; :mod:`.api` is the only public module."""

@@ -1,0 +1,145 @@
+"""The public attention function: checks its arguments, chooses an implementation, runs it."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from hstu_xd.errors import InputError
+from hstu_xd.ops.domain_attention import flex, fused
+from hstu_xd.ops.domain_attention.eager import eager_domain_attention
+from hstu_xd.ops.domain_attention.reference import reference_domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.relative_bias import RelativeBias
+
+# Normalization -> name -> function.
+_IMPLS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "silu": {
+        "reference": reference_domain_attention,
+        "eager": eager_domain_attention,
+        "triton": fused.fused_domain_attention,
+    },
+    "softmax": {
+        "reference": partial(reference_domain_attention, normalization="softmax"),
+        "eager": partial(eager_domain_attention, normalization="softmax"),
+        "flex": flex.flex_domain_attention,
+    },
+}
+
+
+def available_impls(normalization: str = "silu") -> tuple[str, ...]:
+    """Names that ``domain_attention(..., impl=...)`` accepts here, slowest first.
+
+    "triton" is among them where triton is installed and there is a CUDA device, or where Triton's
+    interpreter stands in for one.
+
+    Args:
+        normalization: "silu" or "softmax": the fused kernels know the first only, FlexAttention
+            ("flex") the second only.
+
+    Raises:
+        InputError: an unknown normalization.
+    """
+    if normalization not in _IMPLS:
+        raise InputError(f"normalization is {normalization!r}; one of {', '.join(_IMPLS)}")
+    return tuple(x for x in _IMPLS[normalization] if x != "triton" or fused.installed())
+
+
+def check_impl(impl: str, normalization: str) -> None:
+    """Refuse an implementation that cannot run here.
+
+    Raises:
+        InputError: neither "auto" nor one of :func:`available_impls`.
+    """
+    known = available_impls(normalization)
+    if impl not in ("auto", *known):
+        raise InputError(
+            f"impl {impl!r} is not available here; use auto, {', '.join(known)} "
+            f"for normalization {normalization!r}"
+        )
+
+
+def domain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grouping: DomainGrouping,
+    *,
+    norm_length: int,
+    bias: RelativeBias | None = None,
+    normalization: str = "silu",
+    impl: str = "auto",
+) -> Tensor:
+    """Causal attention inside each (user, domain) run of a jagged batch.
+
+    ``out_i = sum_j SiLU(<q_i, k_j> + bias_ij) v_j / norm_length`` over the keys ``j`` of query
+    ``i``'s group with ``p_j <= p_i``, or
+    ``out_i = sum_j softmax_j(<q_i, k_j> / sqrt(dqk) + bias_ij) v_j`` over the same keys. With
+    ``grouping.target_view(...)`` queries are grouped by their target domain and keys by their own.
+
+    Args:
+        q: (L, H, dqk) float, queries of the batch's tokens in batch order.
+        k: (L, H, dqk) float, keys.
+        v: (L, H, dv) float, values.
+        grouping: the plan of the batch, built once and shared by all layers.
+        norm_length: the constant ``N`` that upstream divides by: the padded length, never a
+            group's own. Softmax does not read it.
+        bias: relative position and time bias, or None.
+        normalization: "silu" or "softmax".
+        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width and
+            compute the normalization, else eager) or a name of :func:`available_impls`.
+
+    Returns:
+        (L, H, dv) float, in batch order; zeros where a query's group holds no key.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together, an unknown ``normalization``, an
+            ``impl`` that is unknown or does not compute it, ``norm_length`` below 1.
+
+    Example:
+        >>> import torch
+        >>> domains, offsets = torch.tensor([0, 1, 0]), torch.tensor([0, 3])
+        >>> grouping = DomainGrouping.from_jagged(domains, offsets, 2)
+        >>> x = torch.ones(3, 1, 4)
+        >>> domain_attention(x, x, x, grouping, norm_length=3).shape
+        torch.Size([3, 1, 4])
+
+    Source: arXiv 2508.20945 (intra-domain attention, with softmax), arXiv 2402.17152 (SiLU
+    attention).
+    """
+    _check(q, k, v, grouping, norm_length, bias)
+    check_impl(impl, normalization)
+    if impl == "auto":
+        impl = "triton" if normalization == "silu" and fused.suits(q, v) else "eager"
+    return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grouping: DomainGrouping,
+    norm_length: int,
+    bias: RelativeBias | None,
+) -> None:
+    length = grouping.num_tokens
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 3 or tensor.shape[0] != length:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}; (L, heads, width) with L={length} tokens "
+                "of the grouping is needed"
+            )
+        if tensor.dtype != q.dtype or not tensor.is_floating_point():
+            raise InputError(
+                f"{name} is {tensor.dtype}; q, k and v need one float dtype ({q.dtype})"
+            )
+    if k.shape != q.shape:
+        raise InputError(
+            f"k has shape {tuple(k.shape)}; the shape of q, {tuple(q.shape)}, is needed"
+        )
+    if v.shape[1] != q.shape[1]:
+        raise InputError(f"v has {v.shape[1]} heads; the {q.shape[1]} of q and k are needed")
+    if norm_length < 1:
+        raise InputError(f"norm_length is {norm_length}; the padded length N >= 1 is needed")
+    if bias is not None and bias.positions.numel() != length:
+        raise InputError(f"bias covers {bias.positions.numel()} tokens; the batch has {length}")

@@ -1,0 +1,189 @@
+"""Launches of the fused kernels: block sizes, output buffers, and what is left to reduce."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hstu_xd.ops.domain_attention import triton_kernels as kernels
+from hstu_xd.ops.domain_attention.fused import Inputs
+from hstu_xd.ops.relative_bias import LAST_BUCKET, bucket_edges
+from hstu_xd.ops.triton_arguments import INTERPRETED, computable, strides, widths
+
+# Programs that share out the tiles of the bias gradient: a few for each processor of a large GPU.
+_BIAS_PROGRAMS = 3 if INTERPRETED else 512
+# Copies of the position table's sums at most, and entries in all of them (8 bytes each).
+_MOST_COPIES, _MOST_ENTRIES = 64, 2**21
+# SiLU's derivative is nowhere larger.
+_STEEPEST = 1.1
+
+
+class Shape(NamedTuple):
+    """How a kernel is cut: rows of the other side in a step, warps, stages of the pipeline."""
+
+    step: int
+    warps: int
+    stages: int
+
+
+def shape_of(tile: int, width: int, dtype: torch.dtype, *, holds_pairs: bool) -> Shape:
+    """The fixed choice for tiles of ``tile`` rows and heads at most ``width`` wide.
+
+    What is chosen compiles for compute capability 9.0 with hardly a register spilt.
+    ``holds_pairs``: the kernel keeps numbers of all its pairs over the heads.
+    """
+    if INTERPRETED:
+        return Shape(16, 1, 1)
+    if dtype == torch.float32:
+        return Shape(32 if width <= 128 else 16, 8, 2)
+    if width > 128:
+        return Shape(32, 8, 2)
+    many_warps = tile > 32 and (width > 64 or holds_pairs)
+    return Shape(min(tile, 64), 8 if many_warps else 4, 3 if width <= 64 else 2)
+
+
+def forward(inputs: Inputs) -> Tensor:
+    """(L, H, dv) output."""
+    given = _computable(inputs)
+    out = given.v.new_empty(given.v.shape)
+    _launch(
+        kernels.forward_kernel,
+        given,
+        tiles=given.plan.query_tiles,
+        out=out,
+        norm=float(given.norm_length),
+        **strides(out=out),
+    )
+    return out.to(inputs.v.dtype)
+
+
+def gradients(
+    grad_out: Tensor, inputs: Inputs, *, of_tables: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of both tables, (0,) unless ``of_tables``."""
+    given = _computable(inputs)
+    grad_out = computable(grad_out.to(given.v.dtype))
+    grads = _query_gradient(grad_out, given), *_key_value_gradients(grad_out, given)
+    grad_q, grad_k, grad_v = (
+        grad.to(x.dtype) for grad, x in zip(grads, (inputs.q, inputs.k, inputs.v))
+    )
+    none = grad_q.new_empty(0), grad_q.new_empty(0)
+    tables = _table_gradients(grad_out, given) if of_tables else none
+    return grad_q, grad_k, grad_v, *tables
+
+
+def _query_gradient(grad_out: Tensor, given: Inputs) -> Tensor:
+    grad_q = given.q.new_empty(given.q.shape)
+    _launch(
+        kernels.query_gradient_kernel,
+        given,
+        tiles=given.plan.query_tiles,
+        grad_out=grad_out,
+        grad_q=grad_q,
+        norm=float(given.norm_length),
+        **strides(out=grad_out, grad=grad_q),
+    )
+    return grad_q
+
+
+def _key_value_gradients(grad_out: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
+    grad_k, grad_v = given.k.new_empty(given.k.shape), given.v.new_empty(given.v.shape)
+    _launch(
+        kernels.key_value_gradient_kernel,
+        given,
+        tiles=given.plan.key_tiles,
+        grad_out=grad_out,
+        grad_k=grad_k,
+        grad_v=grad_v,
+        norm=float(given.norm_length),
+        **strides(out=grad_out, grad_k=grad_k, grad_v=grad_v),
+    )
+    return grad_k, grad_v
+
+
+def _table_gradients(grad_out: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
+    position_weights, time_weights = given.position_weights, given.time_weights
+    assert position_weights is not None
+    assert time_weights is not None
+    positions = position_weights.numel()
+    times = min(time_weights.numel(), LAST_BUCKET + 1)
+    tiles = len(given.plan.query_tiles)
+    programs = min(tiles, _BIAS_PROGRAMS)
+    copies = max(1, min(programs, _MOST_COPIES, _MOST_ENTRIES // positions))
+    device = given.q.device
+    position_sums = torch.zeros(copies, positions, dtype=torch.int64, device=device)
+    time_sums = torch.empty(programs, times, dtype=torch.float32, device=device)
+    scale = _integer_scale(grad_out, given.v)
+    _launch(
+        kernels.bias_gradient_kernel,
+        given,
+        programs=programs,
+        tiles=given.plan.query_tiles,
+        num_tiles=tiles,
+        grad_out=grad_out,
+        position_sums=position_sums,
+        time_sums=time_sums,
+        scale=scale,
+        copies=copies,
+        BLOCK_TIME=triton.next_power_of_2(times),
+        **strides(out=grad_out),
+    )
+    by_position = position_sums.sum(0).double() / (scale.double() * given.norm_length)
+    by_time = time_sums.sum(0, dtype=torch.float64) / given.norm_length
+    by_time = pad(by_time, (0, time_weights.numel() - times))
+    return by_position.to(position_weights.dtype), by_time.to(time_weights.dtype)
+
+
+def _integer_scale(grad_out: Tensor, v: Tensor) -> Tensor:
+    """() float32, the power of two by which score gradients become integers.
+
+    No gradient, summed over heads, exceeds the bound below, and a position difference occurs at
+    most once a query: L such terms fit 63 bits. What is cut off is 2^-(62 - log2 L) of the bound.
+    Infinities and NaN end in a scale of 0 or NaN, and gradients that are not finite.
+    """
+    longest = (
+        torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).amax(0) for x in (grad_out, v)
+    )
+    bound = _STEEPEST * torch.stack(tuple(longest)).prod(0).sum()
+    room = 61 - len(v).bit_length()
+    return torch.exp2((room - bound.log2().floor()).clamp(max=126))
+
+
+def _computable(inputs: Inputs) -> Inputs:
+    q, k, v = (computable(x) for x in inputs[:3])
+    return inputs._replace(q=q, k=k, v=v)
+
+
+def _launch(
+    kernel: Any, given: Inputs, *, tiles: Tensor, programs: int | None = None, **own: Any
+) -> None:
+    """Launch with what all kernels take, beside the ``own`` arguments of this one.
+
+    ``programs``: of a kernel that shares out tiles itself, always with bias and over all heads.
+    """
+    q, k, v, position_weights, time_weights, plan, _, tile = given
+    heads, blocks = q.shape[1], widths(q, v)
+    widest = max(blocks["BLOCK_QK"], blocks["BLOCK_V"])
+    shape = shape_of(tile, widest, q.dtype, holds_pairs=programs is not None)
+    biased = position_weights is not None and time_weights is not None
+    if programs is None:
+        programs = len(tiles) * heads
+        own["BIASED"] = biased
+    if programs == 0:
+        return
+    with torch.cuda.device_of(q):
+        kernel[(programs,)](
+            q=q, k=k, v=v,
+            position_weights=position_weights, time_weights=time_weights,
+            edges=bucket_edges(q.device) if biased else None,
+            tiles=tiles, query_tokens=plan.query_tokens, key_tokens=plan.key_tokens,
+            query_order=plan.query_order, key_order=plan.key_order,
+            positions=plan.positions, next_times=plan.next_times, times=plan.times,
+            heads=heads,
+            num_positions=position_weights.numel() if biased else 0,
+            last_bucket=min(time_weights.numel() - 1, LAST_BUCKET) if biased else 0,
+            TILE=tile, STEP=shape.step, num_warps=shape.warps, num_stages=shape.stages,
+            enable_fp_fusion=True, **blocks, **strides(q=q, k=k, v=v), **own,
+        )  # fmt: skip

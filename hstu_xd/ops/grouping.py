@@ -1,0 +1,212 @@
+"""The regrouping plan of a batch: one stable sort makes every (user, domain) run contiguous.
+
+Plain causal attention inside each run *is* the domain-masked attention, at a cost of
+``sum_d s_d^2`` instead of ``S^2``. The plan is built once a batch and shared by all layers.
+
+Attributes that are computed on their first use and kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hstu_xd.errors import InputError
+
+if TYPE_CHECKING:
+    from hstu_xd.ops.domain_attention.buckets import Bucket
+
+
+T = TypeVar("T")
+
+
+class lazy_property(Generic[T]):
+    """``functools.cached_property`` that ``torch.compile`` can trace.
+
+    The standard one takes a lock before Python 3.12. While a graph is traced nothing is kept, as a
+    graph cannot hand frozen dataclasses on; what it then computes twice its compiler merges.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self._name = compute.__name__
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        value = self._compute(instance)
+        if not torch.compiler.is_dynamo_compiling():
+            # Kept in the instance, where the next look-up finds it before this descriptor.
+            instance.__dict__[self._name] = value
+        return value
+
+
+@dataclass(frozen=True)
+class DomainGrouping:
+    """Tokens of a jagged batch, grouped by (user, domain), positions rising in every group.
+
+    Group ``g = user * num_domains + domain`` holds the grouped tokens
+    ``offsets[g]:offsets[g + 1]``; grouped token ``r`` is token ``permutation[r]`` of the batch.
+
+    Attributes:
+        permutation: (L,) int64, grouped order -> batch order.
+        offsets: (B * num_domains + 1,) int64.
+        positions: (L,) int64, each batch token's position in its user's history, from 0.
+        batch_offsets: (B + 1,) int64, the batch's own offsets.
+        num_domains: number of domains ``D``.
+        key_grouping: for a target view, the grouping of the keys that these queries read; None
+            when queries and keys are grouped alike.
+        padded_length: tokens of every user where all have as many, so that sizes follow from shapes
+            alone; else None.
+    """
+
+    permutation: Tensor
+    offsets: Tensor
+    positions: Tensor
+    batch_offsets: Tensor
+    num_domains: int
+    key_grouping: "DomainGrouping | None" = None
+    padded_length: int | None = None
+
+    @classmethod
+    def from_jagged(
+        cls, domains: Tensor, offsets: Tensor, num_domains: int, padded_length: int | None = None
+    ) -> "DomainGrouping":
+        """Group the tokens of each user by domain.
+
+        Args:
+            domains: (L,) int64, domain id of every token, ``0..num_domains - 1``.
+            offsets: (B + 1,) int64, user ``b`` owns tokens ``offsets[b]:offsets[b + 1]``.
+            num_domains: number of domains ``D``.
+            padded_length: tokens of every user, if all have as many and that is known.
+
+        Returns:
+            The plan. Nothing in it loops over users or domains.
+
+        Raises:
+            InputError: wrong shape or dtype, offsets that do not rise from 0 to L, or a domain
+                id out of range (the last two are checked on CPU only, where it costs no
+                synchronisation, and not in compiled code).
+
+        Example:
+            >>> domains, offsets = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 3, 4])
+            >>> DomainGrouping.from_jagged(domains, offsets, 2).permutation.tolist()
+            [1, 0, 2, 3]
+
+        Source: arXiv 2508.20945, intra-domain attention; the exact regrouping is this project's.
+        """
+        _check(domains, offsets, num_domains)
+        length, users = domains.numel(), offsets.numel() - 1
+        owner = torch.repeat_interleave(
+            torch.arange(users, device=domains.device), offsets.diff(), output_size=length
+        )
+        positions = torch.arange(length, device=domains.device) - offsets[owner]
+        group = owner * num_domains + domains
+        counts = torch.zeros(users * num_domains, dtype=torch.int64, device=domains.device)
+        counts.scatter_add_(0, group, torch.ones_like(group))
+        return cls(
+            permutation=torch.argsort(group, stable=True),
+            offsets=pad(counts.cumsum(0), (1, 0)),
+            positions=positions,
+            batch_offsets=offsets,
+            num_domains=num_domains,
+            padded_length=padded_length,
+        )
+
+    @classmethod
+    def single(
+        cls, offsets: Tensor, length: int, padded_length: int | None = None
+    ) -> "DomainGrouping":
+        """One group a user, all domains together: the full attention of plain HSTU."""
+        domains = torch.zeros(length, dtype=torch.int64, device=offsets.device)
+        return cls.from_jagged(domains, offsets, 1, padded_length)
+
+    def target_view(self, target_domains: Tensor) -> "DomainGrouping":
+        """The grouping under which every query reads its *target* domain's run.
+
+        Query ``i`` attends to the keys ``{j <= i : d_j = target_domains[i]}``.
+
+        Args:
+            target_domains: (L,) int64, the domain of each token's next item.
+        """
+        queries = DomainGrouping.from_jagged(target_domains, self.batch_offsets, self.num_domains)
+        return DomainGrouping(
+            permutation=queries.permutation,
+            offsets=queries.offsets,
+            positions=queries.positions,
+            batch_offsets=queries.batch_offsets,
+            num_domains=self.num_domains,
+            key_grouping=self,
+            padded_length=self.padded_length,
+        )
+
+    @property
+    def keys(self) -> "DomainGrouping":
+        """The grouping of the keys: this one, or ``key_grouping`` in a target view."""
+        return self if self.key_grouping is None else self.key_grouping
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens ``L`` in the batch."""
+        return self.permutation.numel()
+
+    @lazy_property
+    def longest(self) -> int:
+        """Tokens of the longest history; unless all are padded to it, the host reads lengths."""
+        if self.padded_length is not None:
+            return self.padded_length
+        lengths = self.batch_offsets.diff()
+        return int(lengths.max()) if lengths.numel() else 0
+
+    @lazy_property
+    def inverse(self) -> Tensor:
+        """(L,) int64, batch order -> grouped order."""
+        inverse = torch.empty_like(self.permutation)
+        inverse[self.permutation] = torch.arange(self.num_tokens, device=inverse.device)
+        return inverse
+
+    @lazy_property
+    def lengths(self) -> Tensor:
+        """(B * num_domains,) int64, tokens in every group; 0 where a user never met a domain."""
+        return self.offsets.diff()
+
+    @lazy_property
+    def buckets(self) -> "list[Bucket]":
+        """Groups of similar length, padded together: the plan of the eager implementation."""
+        from hstu_xd.ops.domain_attention.buckets import build_buckets
+
+        return build_buckets(self)
+
+    @lazy_property
+    def group_of(self) -> Tensor:
+        """(L,) int64, the group of every batch token."""
+        groups = torch.arange(self.lengths.numel(), device=self.offsets.device)
+        grouped = torch.repeat_interleave(groups, self.lengths, output_size=self.num_tokens)
+        return grouped[self.inverse]
+
+
+def _check(domains: Tensor, offsets: Tensor, num_domains: int) -> None:
+    for name, tensor in (("domains", domains), ("offsets", offsets)):
+        if tensor.ndim != 1 or tensor.dtype != torch.int64:
+            raise InputError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a vector of "
+                f"torch.int64 is needed: call {name}.long() or flatten it"
+            )
+    if num_domains < 1:
+        raise InputError(f"num_domains is {num_domains}; at least 1 is needed")
+    if offsets.numel() < 1:
+        raise InputError("offsets is empty; B + 1 entries are needed, beginning with 0")
+    if domains.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if offsets[0] != 0 or offsets[-1] != domains.numel() or bool((offsets.diff() < 0).any()):
+        raise InputError(
+            f"offsets must rise from 0 to the number of tokens ({domains.numel()}), got "
+            f"{offsets[:4].tolist()}...{offsets[-2:].tolist()}"
+        )
+    if domains.numel() and (int(domains.min()) < 0 or int(domains.max()) >= num_domains):
+        raise InputError(
+            f"domains holds ids {int(domains.min())}..{int(domains.max())}; with "
+            f"num_domains={num_domains} they must lie in 0..{num_domains - 1}"
+        )

@@ -1,0 +1,1 @@
+"""DDSR as an operator: attention over the latest states of every domain."""

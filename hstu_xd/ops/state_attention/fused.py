@@ -1,0 +1,141 @@
+"""DDSR's attention by fused Triton kernels: memory linear in the tokens, no wait of the host.
+
+``triton_kernels`` holds the kernels, ``state_table`` what they walk over. Here stand the operators
+``torch.ops.hstu_xd.state_attention`` and its gradients. Loading this module does not load triton;
+the first call does.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hstu_xd.ops.domain_attention import fused
+from hstu_xd.ops.state_attention.state_table import StateTable
+
+
+class Inputs(NamedTuple):
+    """What every kernel is given.
+
+    Attributes:
+        q: (L, H, dqk) float, scaled.
+        k: (L + D, H, dqk) float, of the tokens' states, then of the domains' initial ones.
+        v: (L + D, H, dv) float, likewise.
+        bias: (C, H) float by age of the state, its last row for initial states; or None.
+        table: which states each token reads.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    table: StateTable
+
+
+@torch.library.custom_op("hstu_xd::state_attention", mutates_args=())
+def state_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    table: Sequence[Tensor],
+    tile: int,
+    states_per_domain: int,
+) -> tuple[Tensor, Tensor]:
+    """Output (L, H, dv) and (L, H) float32 logarithms of the softmax's denominators, contiguous.
+
+    The arguments are those of :class:`Inputs`, ``table`` by its tensors.
+    """
+    from hstu_xd.ops.state_attention import triton_launch
+
+    layout = StateTable(*table, tile=tile, states_per_domain=states_per_domain)
+    return triton_launch.forward(Inputs(q, k, v, bias, layout))
+
+
+@state_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    length, heads, _ = q.shape
+    return v.new_empty(length, heads, v.shape[2]), q.new_empty(length, heads, dtype=torch.float32)
+
+
+@torch.library.custom_op("hstu_xd::state_attention_gradients", mutates_args=())
+def state_attention_gradients(
+    grad_out: Tensor,
+    out: Tensor,
+    log_mass: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    table: Sequence[Tensor],
+    tile: int,
+    states_per_domain: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias, (0,) where there is none; contiguous."""
+    from hstu_xd.ops.state_attention import triton_launch
+
+    layout = StateTable(*table, tile=tile, states_per_domain=states_per_domain)
+    inputs = Inputs(q, k, v, bias, layout)
+    return triton_launch.gradients(grad_out, out, log_mass, inputs)
+
+
+@state_attention_gradients.register_fake
+def _(
+    grad_out: Tensor,
+    out: Tensor,
+    log_mass: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, table, ctx.tile, ctx.states_per_domain = inputs
+    ctx.save_for_backward(*output, q, k, v, bias, *table)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _grad_log_mass: Tensor | None) -> tuple[Any, ...]:
+    # Activation checkpointing allows one look at them.
+    out, log_mass, q, k, v, bias, *table = ctx.saved_tensors
+    no_table = [None] * len(table)
+    if grad_out is None:
+        return None, None, None, None, no_table, None, None
+    *grads, grad_bias = state_attention_gradients(
+        grad_out, out, log_mass, q, k, v, bias, table, ctx.tile, ctx.states_per_domain
+    )
+    return *grads, None if bias is None else grad_bias, no_table, None, None
+
+
+state_attention.register_autograd(_backward, setup_context=_remember)
+
+
+def fused_state_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: StateTable, *, bias: Tensor | None = None
+) -> Tensor:
+    """Attend head by head: ``softmax_s(<q_i, k_s> + bias[age_is]) v_s`` over the states seen.
+
+    Args:
+        q: (L, H, dqk) float, scaled.
+        k: (L + D, H, dqk) float, of the tokens' states, then of the domains' initial ones.
+        v: (L + D, H, dv) float, likewise.
+        table: which states each token reads.
+        bias: (C, H) float by the log bucket of the time from a state's writing to the event to
+            predict, its last row for initial states; or None.
+
+    Returns:
+        (L, H, dv) of the type of ``v``.
+
+    Raises:
+        InputError: a dtype or a head width that the kernels do not have, or tensors on a CPU
+            without the interpreter.
+    """
+    fused.check_kernels_take(q, v)
+    out, _ = state_attention(q, k, v, bias, table.tensors(), table.tile, table.states_per_domain)
+    return out

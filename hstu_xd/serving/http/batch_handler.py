@@ -1,0 +1,149 @@
+"""The owner of session and log: batches of jobs in, results out, the log before every reply."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+
+from hstu_xd.errors import InputError
+from hstu_xd.serving.http.batching import Ticket
+from hstu_xd.serving.http.event_log import EventLog, LogError
+from hstu_xd.serving.http.failover import Sessions
+from hstu_xd.serving.http.histories import Histories
+from hstu_xd.serving.http.work_items import (
+    Append,
+    Forget,
+    Job,
+    ListUsers,
+    ReadHistory,
+    Recommend,
+    Score,
+)
+from hstu_xd.serving.requests import Answer, Request
+from hstu_xd.serving.stores import StoreError
+
+_log = logging.getLogger(__name__)
+
+Tickets = Sequence[Ticket[Job]]
+
+
+class Engine:
+    """Handles batches; of one batch first what forgets users, then all events, then all reads.
+
+    Jobs of a batch are under way at the same time, so that any order between them is right; events
+    keep the order in which they came. Events go to the session, which checks them, then to the log,
+    and only then is anybody told: whatever happens in between, they rebuild from the log as if they
+    had never come.
+
+    Args:
+        sessions: states of users.
+        histories: what they are rebuilt from.
+        log: where events are kept.
+    """
+
+    def __init__(self, sessions: Sessions, histories: Histories, log: EventLog) -> None:
+        self._sessions, self._histories, self._log = sessions, histories, log
+
+    def handle(self, tickets: Tickets) -> None:
+        """Finish or fail every ticket."""
+        for ticket in tickets:
+            if isinstance(ticket.job, Forget):
+                _settle([ticket], self._forget)
+        for kinds, handle in (
+            (Append, self._append),
+            (Recommend | Score, self._answer),
+            (ReadHistory | ListUsers, self._read),
+        ):
+            _settle([ticket for ticket in tickets if isinstance(ticket.job, kinds)], handle)
+
+    def close(self) -> None:
+        """Close log and store."""
+        self._sessions.close()
+        self._log.close()
+
+    def _append(self, tickets: Tickets) -> None:
+        jobs = [ticket.job for ticket in tickets if isinstance(ticket.job, Append)]
+        events = [event for job in jobs for event in job.events]
+        item_ids = [item_id for job in jobs for item_id in job.item_ids]
+        users, _, times = zip(*events)
+        try:
+            self._sessions.run(lambda session: session.append(users, item_ids, times))
+            self._log.add(events)
+        except InputError:
+            raise  # No state has changed.
+        except Exception:
+            # States may have the events: they are made anew from the log. What the store has of
+            # them is of a version that the log never had; one that hangs would hang every user.
+            self._sessions.session.release(users)
+            raise
+
+    def _answer(self, tickets: Tickets) -> None:
+        requests = [_request(ticket.job) for ticket in tickets]
+        answers = self._sessions.run(lambda session: session.answer(requests))
+        for ticket, request, answer in zip(tickets, requests, answers):
+            last, asked = answer.last_time, request.timestamp
+            if last is not None and asked is not None and asked < last:
+                ticket.error = InputError(
+                    f"timestamp {asked} is before the last event of user {request.user!r} at "
+                    f"{last}; ask for a later time, or leave it out"
+                )
+                continue
+            with torch.inference_mode():
+                ticket.result = self._result(ticket.job, answer)
+
+    def _result(self, job: Job, answer: Answer) -> list:
+        session = self._sessions.session
+        if isinstance(job, Score):
+            vectors = session.model.item_vectors(torch.tensor(job.item_ids))
+            return (vectors @ answer.vectors[0]).tolist()
+        assert isinstance(job, Recommend)
+        seen = answer.seen if job.exclude_seen else None
+        return [
+            session.index.best(vector, domain, job.k, seen)
+            for vector, domain in zip(answer.vectors, job.domains)
+        ]
+
+    def _forget(self, tickets: Tickets) -> None:
+        for ticket in tickets:
+            if isinstance(ticket.job, Forget):
+                user = ticket.job.user
+                ticket.result = self._histories.forget(user)
+                # A state that the store keeps is of a version that is no more.
+                with suppress(StoreError):
+                    self._sessions.forget(user)
+
+    def _read(self, tickets: Tickets) -> None:
+        for ticket in tickets:
+            job = ticket.job
+            if isinstance(job, ReadHistory):
+                ticket.result = self._histories.last_of(job.user, job.limit)
+            elif isinstance(job, ListUsers):
+                ticket.result = self._histories.users(job.prefix, job.limit)
+
+
+def _request(job: Job) -> Request:
+    if isinstance(job, Score):
+        return Request(job.user, [job.domain], job.timestamp)
+    assert isinstance(job, Recommend)
+    return Request(job.user, job.domains, job.timestamp)
+
+
+def _settle(tickets: Tickets, handle: Callable[[Tickets], None]) -> None:
+    """Give every ticket an outcome; where one of several is at fault the others do not suffer."""
+    if not tickets:
+        return
+    try:
+        handle(tickets)
+    except (StoreError, LogError) as error:
+        for ticket in tickets:
+            ticket.error = error
+    except Exception as error:
+        if len(tickets) > 1:
+            middle = len(tickets) // 2
+            _settle(tickets[:middle], handle)
+            _settle(tickets[middle:], handle)
+            return
+        if not isinstance(error, InputError):
+            _log.exception("a request failed: %s", type(tickets[0].job).__name__)
+        tickets[0].error = error

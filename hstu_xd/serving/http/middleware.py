@@ -1,0 +1,178 @@
+"""What a request passes before anything of it is read: token, drain, queue, size of its body."""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hstu_xd.serving.http.metrics import NOBODY_LEFT
+from hstu_xd.serving.http.service import Service
+
+PAGE = Path(__file__).parent / "page"
+
+
+def page_files() -> dict[str, Path]:
+    """Return the files of the web page by the path that serves each; ``index.html`` is the root."""
+    return {
+        "/" if file.name == "index.html" else f"/{file.name}": file
+        for file in sorted(PAGE.glob("*.*"))
+    }
+
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+RETRY_AFTER = {"Retry-After": "1"}
+
+_ROUTES = (
+    "/",
+    "/docs",
+    "/healthz",
+    "/metrics",
+    "/openapi.json",
+    "/v1/domains",
+    "/v1/events",
+    "/v1/recommend",
+    "/v1/score",
+    "/v1/users",
+)
+# How much of a body that is too large is read and thrown away, in bodies of the largest size that
+# is taken, and for how long: a client that is still writing could not read the answer otherwise.
+_LINGER, _LINGER_SECONDS = 16, 5.0
+
+
+class Guard:
+    """An ASGI application around another; counts what is under way, and how it ended.
+
+    Args:
+        app: of the service.
+        service: whose state decides.
+    """
+
+    def __init__(self, app: App, service: Service) -> None:
+        self._app, self._service = app, service
+        token = service.settings.token
+        self._token = None if token is None else token.encode()
+        # Open without a token: the state of the service, how to ask it, a page that holds no data.
+        self._open = {"/healthz", "/docs", "/openapi.json", *page_files()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, refuse, or hand on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), NOBODY_LEFT
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        self._service.active += 1
+        try:
+            await self._pass(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self._service.active -= 1
+            seconds = time.perf_counter() - start
+            self._service.metrics.answered(route_of(scope["path"]), status, seconds)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        path, service = scope["path"], self._service
+        if not self._may(path, headers):
+            await _refuse(
+                send,
+                401,
+                "a bearer token is needed: send the header Authorization: Bearer TOKEN",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        elif path == "/healthz":
+            await self._app(scope, receive, send)
+        elif service.draining:
+            closing = RETRY_AFTER | {"Connection": "close"}
+            await _refuse(send, 503, "the service is stopping; repeat the request later", closing)
+        elif path.startswith("/v1/") and path != "/v1/domains" and service.full:
+            await _refuse(send, 503, "the service is busy; repeat the request later", RETRY_AFTER)
+        else:
+            body = await self._body(headers, receive, send)
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send)
+
+    def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        if self._token is None or path in self._open:
+            return True
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given, self._token)
+
+    async def _body(
+        self, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> bytes | None:
+        """The body; None where it is too large, which has been said, or the client is gone."""
+        limit = self._service.settings.limits.max_body
+        announced = headers.get(b"content-length", b"0")
+        body, too_large = bytearray(), announced.isdigit() and int(announced) > limit
+        while not too_large:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            too_large = len(body) > limit
+            if not message.get("more_body", False):
+                break
+        if not too_large:
+            return bytes(body)
+        text = f"the body has more than {limit} bytes; send less at a time"
+        await _refuse(send, 413, text, {"Connection": "close"}, more=True)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_throw_away(receive, _LINGER * limit), _LINGER_SECONDS)
+        await send({"type": "http.response.body", "body": b""})
+        return None
+
+
+async def _throw_away(receive: Receive, most: int) -> None:
+    thrown, more = 0, True
+    while more and thrown < most:
+        message = await receive()
+        thrown += len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
+def route_of(path: str) -> str:
+    """The route of a path, as metrics name it: what users are called is no part of it."""
+    if path.startswith("/v1/users/"):
+        return "/v1/users/{user}" + ("/history" if path.endswith("/history") else "")
+    return path if path in _ROUTES else "other"
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that tells the body first."""
+    told = False
+
+    async def replayed() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _refuse(
+    send: Send, status: int, error: str, headers: dict[str, str], *, more: bool = False
+) -> None:
+    body = json.dumps({"error": error}).encode()
+    named = {"Content-Type": "application/json", "Content-Length": str(len(body))} | headers
+    encoded = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body, "more_body": more})

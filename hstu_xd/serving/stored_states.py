@@ -1,0 +1,133 @@
+"""States that live in a store: read anew where another writer was there, written if none was."""
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Protocol
+
+import torch
+
+from hstu_xd.errors import InputError
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.serving.codec import RefusedState, decode_state, encode_state, fingerprint, revision
+from hstu_xd.serving.state import UserState
+from hstu_xd.serving.state_cache import ResidentStates
+from hstu_xd.serving.stores import StateStore, Write
+
+_log = logging.getLogger(__name__)
+
+
+class Versions(Protocol):
+    """Names for what users' histories are now, kept beside the histories themselves.
+
+    By them a session tells a stored state that is ahead of its history, or behind it, after a
+    crash of one of the two.
+    """
+
+    def present(self, user: str) -> bytes:
+        """Of a user's history as it is."""
+        ...
+
+    def following(self, user: str) -> bytes:
+        """Of a user's history once it has the events that are being appended."""
+        ...
+
+
+class SharedStates:
+    """A store, as a session of one checkpoint reads and writes it.
+
+    Args:
+        store: where the states are.
+        model: whose states; those of another are refused.
+        window: of the session, likewise.
+        dtype: of keys and values, likewise.
+        versions: of the histories, likewise; None: they are not compared.
+    """
+
+    def __init__(
+        self,
+        store: StateStore,
+        model: CrossDomainHSTU,
+        window: int,
+        dtype: torch.dtype,
+        versions: Versions | None = None,
+    ) -> None:
+        self._store, self._settings, self._dtype = store, model.settings, dtype
+        self._versions = versions
+        self._checkpoint = fingerprint(model, window, dtype)
+
+    def refresh(
+        self, users: Sequence[Hashable], residents: ResidentStates
+    ) -> dict[Hashable, bytes]:
+        """Make what is in memory of some users what the store has of them.
+
+        Returns:
+            Revisions of values that cannot be used, by user; these users are not in memory.
+
+        Raises:
+            InputError: a user that is not a string.
+            StoreError: the store failed.
+        """
+        names = [_checked(user) for user in users]
+        refused: dict[Hashable, bytes] = {}
+        stale: dict[str, bytes] = {}
+        for user, present in zip(names, self._store.revisions(names)):
+            state = residents.get(user)
+            if state is None or state.revision != present:
+                residents.drop(user)
+                stale[user] = present
+        fetched = [user for user, present in stale.items() if present]
+        for user, value in zip(fetched, self._store.get(fetched)):
+            if value is None:
+                continue
+            try:
+                state = decode_state(value, self._present(user), self._settings, self._dtype)
+            except RefusedState as reason:
+                _log.warning("the stored state of user %r %s; it is not used", user, reason)
+                refused[user] = stale[user]
+            else:
+                residents.keep(user, state)
+        return refused
+
+    def save(self, states: Mapping[Hashable, UserState]) -> list[Hashable]:
+        """Store states on top of those they were read from.
+
+        Returns:
+            Users that another writer has written to in between; their states are not stored.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        writes = [
+            Write(user, encode_state(state, self._following(user)), state.revision)
+            for user, state in zip(map(_checked, states), states.values())
+        ]
+        lost: list[Hashable] = []
+        for write, stored in zip(writes, self._store.put(writes)):
+            if stored:
+                states[write.user].revision = revision(write.value)
+            else:
+                lost.append(write.user)
+        return lost
+
+    def delete(self, user: Hashable) -> bool:
+        """Remove a user from the store; returns whether there was one."""
+        return self._store.delete(_checked(user))
+
+    def _present(self, user: str) -> bytes:
+        return self._of(self._versions.present(user)) if self._versions else self._checkpoint
+
+    def _following(self, user: str) -> bytes:
+        return self._of(self._versions.following(user)) if self._versions else self._checkpoint
+
+    def _of(self, version: bytes) -> bytes:
+        """The checkpoint's fingerprint and a history's version in one."""
+        return blake2b(version, key=self._checkpoint, digest_size=len(self._checkpoint)).digest()
+
+
+def _checked(user: Hashable) -> str:
+    if not isinstance(user, str):
+        raise InputError(
+            f"user {user!r} is not a string; a store knows users by strings: str(user)"
+        )
+    return user

@@ -1,0 +1,162 @@
+"""Looking at one library in a process of its own, so that its crash or hang is only an answer.
+
+The questions are the functions of ``QUESTIONS``; they run in the child process only.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+_MARK = "hstu-xd-answer "
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from hstu_xd.subprocess_checks import answer; answer(sys.argv[2:])"
+)
+
+
+def ask(question: str, *arguments: str, timeout_s: float, path: list[str]) -> dict[str, Any]:
+    """Put one question to a new process.
+
+    Args:
+        question: a key of ``QUESTIONS``.
+        arguments: of the question.
+        timeout_s: seconds after which the process is ended.
+        path: its ``sys.path``.
+
+    Returns:
+        The answer and ``error``: "" or one line that says what broke.
+    """
+    command = [sys.executable, "-c", _CHILD, json.dumps(path), question, *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {timeout_s:g} s"}
+    for line in done.stdout.splitlines():
+        # A library may have printed something without an end of line before.
+        _, mark, text = line.rpartition(_MARK)
+        if mark:
+            found = json.loads(text)
+            if done.returncode != 0 and not found["error"]:
+                found["error"] = f"answers, then {_end(done.returncode)}"
+            return found
+    said = done.stderr.strip().splitlines()
+    return {"error": _end(done.returncode) + (f" ({said[-1].strip()})" if said else "")}
+
+
+def answer(arguments: list[str]) -> None:
+    """Answer one question on stdout; any exception is part of the answer."""
+    found: dict[str, Any] = {"error": ""}
+    try:
+        found |= QUESTIONS[arguments[0]](*arguments[1:])
+    except BaseException as error:  # SystemExit, too: libraries call it when they are imported
+        found["error"] = _cause(error)
+    print(f"\n{_MARK}{json.dumps(found)}", flush=True)
+
+
+def _cause(error: BaseException) -> str:
+    first = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    return f"{type(error).__name__}: {first}".rstrip(": ")
+
+
+def _end(code: int) -> str:
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    try:
+        return f"its process died of {signal.Signals(-code).name}"
+    except ValueError:
+        return f"its process died of signal {-code}"
+
+
+def _library(name: str) -> dict[str, Any]:
+    module = import_module(name)
+    if getattr(module, "__file__", None) is None:
+        # A folder of that name lies on the path; Python takes it for an empty package.
+        raise ImportError(f"only a folder of that name, {next(iter(module.__path__), '?')}")
+    return {"file": module.__file__}
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda}
+    try:
+        found["devices"] = [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ]
+    except RuntimeError as error:  # a driver that does not fit leaves the CPU usable
+        found["gpu_error"] = _cause(error)
+    return found
+
+
+def _fbgemm() -> dict[str, Any]:
+    import torch
+
+    found = _library("fbgemm_gpu")
+    # The import survives libraries that do not load; the operators are missing then.
+    offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2]))
+    if offsets.tolist() != [0, 1, 3]:
+        raise RuntimeError(f"asynchronous_complete_cumsum([1, 2]) gives {offsets.tolist()}")
+    return found
+
+
+def _attention() -> dict[str, Any]:
+    import torch
+
+    from hstu_xd import ops
+
+    names = ops.available_impls()
+    fused = "triton" in names and torch.cuda.is_available()  # elsewhere it is only interpreted
+    return {"available": list(names), "auto": "triton" if fused else "eager"}
+
+
+def _upstream() -> dict[str, Any]:
+    from hstu_xd.plugins.gr.research.verified import inspect_upstream
+
+    return {key: value for key, value in asdict(inspect_upstream()).items() if value != ""}
+
+
+def _rec() -> dict[str, Any]:
+    from hstu_xd.plugins.rec.verified import unverified_sources
+
+    return {"problems": unverified_sources(Path.cwd() / "REC")}
+
+
+def _rec_plugin() -> dict[str, Any]:
+    from hstu_xd.plugins.rec.activate import activate
+    from hstu_xd.plugins.rec.stub_packages import stand_in_for_absent
+
+    without = stand_in_for_absent()  # before REC, as the launcher does
+    rebinds = [name for patch in activate() for name in patch.originals]
+    return {"rebinds": rebinds, "without": without}
+
+
+def _plugin() -> dict[str, Any]:
+    import_module("fbgemm_gpu")  # before upstream, as its main.py does
+    handle = import_module("hstu_xd.plugins.generative_recommenders").HANDLE
+    return {"rebinds": list(handle.originals)}
+
+
+QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "library": _library,
+    "torch": _torch,
+    "fbgemm_gpu": _fbgemm,
+    "attention": _attention,
+    "upstream": _upstream,
+    "plugin": _plugin,
+    "rec": _rec,
+    "rec_plugin": _rec_plugin,
+}
