@@ -7,14 +7,14 @@ Importing the package is cheap: torch is loaded by the first name that needs it,
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hstu_xd.version import __version__
+
 if TYPE_CHECKING:
     from hstu_xd import ops
     from hstu_xd.catalog import DomainCatalog
     from hstu_xd.model.hstu import CrossDomainHSTU
     from hstu_xd.ops.grouping import DomainGrouping
     from hstu_xd.training.run import load
-
-__version__ = "0.1.0"
 
 __all__ = ["CrossDomainHSTU", "DomainCatalog", "DomainGrouping", "__version__", "load", "ops"]
 

@@ -11,12 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hstu_xd import __version__
 from hstu_xd.errors import HstuXdError
 from hstu_xd.plugins.gr.research.gin_files import MARKERS
 from hstu_xd.plugins.rec.launch import missing_markers
 from hstu_xd.plugins.source_patches import inspect_tree
 from hstu_xd.subprocess_checks import ask
+from hstu_xd.version import __version__
 
 # Cold caches make the import of torch and upstream take most of a minute on a small machine.
 TIME_LIMIT_S = 120.0

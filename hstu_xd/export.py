@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from hstu_xd import __version__
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.training.checkpoint import MODEL_FILE
 from hstu_xd.training.run import load, read_run
+from hstu_xd.version import __version__
 
 
 class EncodeProgram(nn.Module):

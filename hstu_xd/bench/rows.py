@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from hstu_xd import __version__
 from hstu_xd.bench import jagged_operators, memory
 from hstu_xd.bench.cases import Case
 from hstu_xd.bench.roofline import Ceilings, Work
 from hstu_xd.bench.timing import Times
+from hstu_xd.version import __version__
 
 
 def conditions(device: str) -> dict[str, object]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from hstu_xd import __version__
 from hstu_xd.errors import HstuXdError
+from hstu_xd.version import __version__
 
 # Command -> module of hstu_xd.cli that defines a function of the command's name.
 COMMANDS = {

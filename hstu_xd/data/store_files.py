@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hstu_xd import __version__
 from hstu_xd.data.statistics import describe
 from hstu_xd.files import sha256_of
+from hstu_xd.version import __version__
 
 if TYPE_CHECKING:
     import polars as pl

@@ -79,8 +79,7 @@ class EncoderSession:
 
     Example:
         >>> import torch
-        >>> from hstu_xd import DomainCatalog
-        >>> from hstu_xd.model import CrossDomainHSTU
+        >>> from hstu_xd import CrossDomainHSTU, DomainCatalog
         >>> from hstu_xd.model.settings import EncoderSettings
         >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1, 1]), ["books", "films"])
         >>> settings = EncoderSettings(num_domains=2, norm_length=8, ddsr=True)

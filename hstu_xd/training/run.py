@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from hstu_xd import __version__
 from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
@@ -21,6 +20,7 @@ from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weight
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trainer import Trainer
+from hstu_xd.version import __version__
 
 _logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from hstu_xd import __version__
 from hstu_xd.experiments.report.html_tables import swatch
 from hstu_xd.experiments.report.section import Section
 from hstu_xd.experiments.report.shared_data import Comparison, compare_runs, group_by_data
 from hstu_xd.experiments.report.style import PALETTE
 from hstu_xd.experiments.run_folders import read_runs
 from hstu_xd.files import check_output, replaced_folder
+from hstu_xd.version import __version__
 
 GENERATOR = '<meta name="generator" content="hstu-xd report">'
 HERE = Path(__file__).parent

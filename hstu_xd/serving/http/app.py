@@ -9,7 +9,6 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from hstu_xd import __version__
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http import schemas
 from hstu_xd.serving.http.batching import Busy
@@ -19,6 +18,7 @@ from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
 from hstu_xd.serving.http.work_items import Append, Forget, ListUsers, ReadHistory, Recommend, Score
 from hstu_xd.serving.stores import StoreError
+from hstu_xd.version import __version__
 
 _ERRORS: dict[int, dict[str, Any]] = {
     400: {"description": "A value is wrong; nothing has changed."},
