@@ -29,7 +29,7 @@ class JaggedBatch:
     padded_length: int | None = None
 
     def to(self, device: torch.device) -> "JaggedBatch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 

@@ -15,17 +15,17 @@ CATALOG_FILE = "catalog.parquet"
 class DomainCatalog(nn.Module):
     """The item -> domain table with domain names and the items of each domain.
 
-    Item ids are ``1..num_items``; id 0 is padding and has domain -1, as have ids that no item
-    bears (MovieLens numbers 3,883 films up to 3,952). The ids of a domain need not be contiguous:
+    Item ids are ``1..num_items``; id 0 is padding and has domain -1, as have unused ids
+    (MovieLens numbers 3,883 films up to 3,952). The ids of a domain need not be contiguous:
     ``domain_items[domain_offsets[d]:domain_offsets[d + 1]]`` are the items of ``d``, so that
     ``domain_items`` lists the items there are.
 
     Args:
-        item_domains: (num_items + 1,) int64, the domain id of every item, -1 where no item bears
-            the id; entry 0 is ignored.
+        item_domains: (num_items + 1,) int64, the domain id of every item, -1 where the id is
+            unused; entry 0 is ignored.
         domain_names: one name per domain id; a name may have no items.
         item_tokens: the raw ids of items ``1..num_items`` as they stand in the log, if known;
-            anything where no item bears the id.
+            anything where the id is unused.
 
     Raises:
         InputError: a domain id outside ``-1..num_domains - 1``, no item at all, repeated domain
@@ -60,7 +60,7 @@ class DomainCatalog(nn.Module):
         if low < -1 or high >= num_domains:
             raise InputError(
                 f"item_domains holds ids {low}..{high}, but {num_domains} domain names allow "
-                f"0..{num_domains - 1}, and -1 for an id that no item bears; name every domain"
+                f"0..{num_domains - 1}, and -1 for an unused id; name every domain"
             )
         if high < 0:
             raise InputError("item_domains gives no item a domain; at least one is needed")
@@ -72,12 +72,12 @@ class DomainCatalog(nn.Module):
             )
         self.domain_names = tuple(domain_names)
         self.item_tokens = item_tokens
-        # Shifted by one, the ids that no item bears come first, where they are cut off.
-        unborne, *counts = torch.bincount(domains[1:] + 1, minlength=num_domains + 1).tolist()
-        self._has_holes = unborne > 0
-        items = torch.argsort(domains[1:], stable=True)[unborne:] + 1
+        # Shifted by one, the unused ids come first, where they are cut off.
+        num_unused, *counts = torch.bincount(domains[1:] + 1, minlength=num_domains + 1).tolist()
+        self._has_holes = num_unused > 0
+        items = torch.argsort(domains[1:], stable=True)[num_unused:] + 1
         offsets = torch.tensor([0, *counts], device=domains.device).cumsum(0)
-        # Of domain_offsets, where reading them waits for no device.
+        # The same numbers on the host, so that reading them waits for no device.
         self._bounds: list[int] = offsets.tolist()
         self.register_buffer("item_domains", domains, persistent=False)
         self.register_buffer("domain_items", items, persistent=False)
@@ -85,7 +85,7 @@ class DomainCatalog(nn.Module):
 
     @property
     def num_items(self) -> int:
-        """Largest item id: the number of items, ids that no item bears counted, padding not."""
+        """Largest item id: the number of items and unused ids, without the padding."""
         return self.item_domains.numel() - 1
 
     @property
@@ -97,7 +97,7 @@ class DomainCatalog(nn.Module):
         """Domain of each item: int64 of the shape of ``item_ids``, -1 where the id is 0.
 
         Raises:
-            InputError: an id that no item bears (checked on CPU only, where it costs no
+            InputError: an unused id (checked on CPU only, where it costs no
                 synchronisation, and not in compiled code; elsewhere its domain is -1).
         """
         domains = self.item_domains[item_ids]
@@ -133,7 +133,7 @@ class DomainCatalog(nn.Module):
     def save(self, path: Path) -> None:
         """Write the catalogue as Parquet: row ``r`` is item ``r + 1`` with its token and domain.
 
-        Both are null where no item bears the id.
+        Both are null where the id is unused.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq

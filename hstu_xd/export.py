@@ -1,6 +1,7 @@
-"""The folder of an exported run: program, weights, item vectors, catalogue, manifest.
+"""Export a trained encoder to places without this package.
 
-The full encoder as one torch.export program, for any number of users and any length.
+The folder holds the full encoder as one torch.export program for any number of users and any
+length, its weights, the vectors of all items, the catalogue and a manifest.
 """
 
 import io
@@ -23,6 +24,9 @@ from hstu_xd.training.checkpoint import MODEL_FILE
 from hstu_xd.training.run import load, read_run
 from hstu_xd.version import __version__
 
+# The one check that an exported program keeps; torch has no public name for it.
+_assert = torch._assert_async  # noqa: SLF001
+
 
 class EncodeProgram(nn.Module):
     """What is traced: checks of the request that a graph can make, then the model.
@@ -43,14 +47,14 @@ class EncodeProgram(nn.Module):
         """
         catalog = self.model.catalog
         known = _known_items(catalog, item_ids)
-        torch._assert_async(known, f"item_ids: only 0..{catalog.num_items} that the catalogue has")
+        _assert(known, f"item_ids: only 0..{catalog.num_items} that the catalogue has")
         present = item_ids != 0
         column = torch.arange(item_ids.shape[1], device=item_ids.device)
         in_place = present == (column < present.sum(1, keepdim=True))
-        torch._assert_async(in_place.all(), "item_ids: padding (0) before a row's last item")
+        _assert(in_place.all(), "item_ids: padding (0) before a row's last item")
         last = catalog.num_domains - 1
         inside = (target_domains >= 0) & (target_domains <= last)
-        torch._assert_async(inside.all(), f"target_domains: only 0..{last}")
+        _assert(inside.all(), f"target_domains: only 0..{last}")
         return self.model.encode_padded(item_ids, timestamps, target_domains)
 
 
@@ -63,7 +67,7 @@ def export_encoder(model: CrossDomainHSTU) -> ExportedProgram:
     ``B H N^2``. A row without events gets zeros.
 
     Args:
-        model: trained, of whatever attention implementation.
+        model: a trained model, with any attention implementation.
 
     Raises:
         InputError: the model cuts histories into segments.
@@ -98,8 +102,8 @@ def export_encoder(model: CrossDomainHSTU) -> ExportedProgram:
 def _known_items(catalog: DomainCatalog, item_ids: Tensor) -> Tensor:
     """() bool: every id is padding or an item of the catalogue."""
     nearest = item_ids.clamp(0, catalog.num_items)
-    borne = (catalog.item_domains[nearest] >= 0) | (nearest == 0)
-    return ((nearest == item_ids) & borne).all()
+    in_use = (catalog.item_domains[nearest] >= 0) | (nearest == 0)
+    return ((nearest == item_ids) & in_use).all()
 
 
 FORMAT_VERSION = 1

@@ -104,7 +104,7 @@ class TokenDictionary:
         return codes
 
     def tokens(self) -> "pl.DataFrame":
-        """The token columns, row r for code r."""
+        """Return the token columns, row r for code r."""
         import polars as pl
         import pyarrow as pa
 

@@ -31,7 +31,7 @@ def raise_first_fault(source: Source, *, reason: str) -> NoReturn:
 
 
 def first_fault(source: Source) -> InputError | None:
-    """The error for the first faulty line of a file, or None when every line is sound."""
+    """Return the error for the first faulty line of a file, or None when every line is sound."""
     for record in source.records():
         problem = problem_of(record)
         if problem is not None:
@@ -40,7 +40,7 @@ def first_fault(source: Source) -> InputError | None:
 
 
 def problem_of(record: Record) -> str | None:
-    """What is wrong with one event, with the mend; None when nothing is."""
+    """Say what is wrong with one event, with the mend; None when nothing is."""
     if record.problem is not None:
         return record.problem
     ids = {"user": record.user, "item": record.item, "domain": record.domain}
@@ -92,5 +92,5 @@ def raise_item_in_two_domains(sources: Sequence[Source], item: str) -> NoReturn:
 
 
 def one_line(text: str) -> str:
-    """The first non-empty line of a message."""
+    """Return the first non-empty line of a message."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "unknown reason")

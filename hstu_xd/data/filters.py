@@ -1,6 +1,7 @@
-"""k-core filters: rare items, thin (user, domain) histories and short users leave the log.
+"""Filters of a log: rare items, thin (user, domain) histories and short users leave it.
 
-Counts of events by user and domain, in blocks of users so that memory stays bounded.
+The filters are repeated until nothing leaves any more (k-core). Events are counted by user and
+domain in blocks of users, so that memory stays bounded.
 """
 
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ class Filters:
                 raise InputError(f"{option} {value}: is negative; give 0 or more")
 
     def __str__(self) -> str:
-        """The filters as options, for messages."""
+        """Write the filters as options, for messages."""
         return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(self).items() if v)
 
 

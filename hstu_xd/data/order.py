@@ -1,8 +1,7 @@
-"""Orders events by user and time, ties by a hash of (user, item) that leaks nothing.
+"""Order events by user and time; ties by a hash of (user, item) that leaks nothing.
 
-Stable 64-bit hashes of ids: the same numbers on every machine, version and numbering.
-
-Sorts events by (user, time, item) as single 64-bit numbers, several times faster than rows.
+The hashes are the same 64-bit numbers on every machine, version and numbering of the ids. Events
+are sorted by (user, time, item) as single 64-bit numbers, several times faster than as rows.
 """
 
 from typing import TYPE_CHECKING

@@ -121,7 +121,7 @@ def check_domain_names(names: Sequence[str]) -> None:
 
 
 def _warnings(log: Log) -> list[str]:
-    """What a user should know about a log that is allowed but odd."""
+    """Say what a user should know about a log that is allowed but odd."""
     found = []
     if log.items["domain"].n_unique() == 1:
         name = log.items["domain"][0]

@@ -1,6 +1,6 @@
-"""Describes a log in numbers: counts, history lengths, switches, and the cost ratio delta.
+"""What a log holds in numbers: counts, history lengths, switches and the cost ratio delta.
 
-Prints what a store holds, for the end of ``prepare`` and ``synth``.
+They stand in a store's manifest, and ``prepare`` and ``synth`` print them at their end.
 """
 
 import sys
@@ -21,7 +21,7 @@ def describe(
     item_domain: NDArray[np.int32],
     domain_names: list[str],
 ) -> dict[str, Any]:
-    """Counts and shapes of a log, as they stand in its manifest.
+    """Count what a log holds and measure its shape, as its manifest states it.
 
     delta = mean over users of sum_d (s_d / S)^2: the cost of attention inside domains relative to
     attention over the whole history; 1 / D when balanced, 1 with one domain.

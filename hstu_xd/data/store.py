@@ -108,7 +108,7 @@ class InteractionStore:
         return pl.read_parquet(self.path / store_files.USERS)["user"]
 
     def user_index(self, token: str) -> int:
-        """Number of the user with this id in the log.
+        """Return the number of the user with this id in the log.
 
         Raises:
             InputError: unknown user; the message names the nearest.
@@ -128,7 +128,7 @@ class InteractionStore:
         return self.users_from(token, 1) == [token]
 
     def users_from(self, token: str, limit: int) -> list[str]:
-        """Ids of at most so many users, in order, from the first one that is not below a text."""
+        """Return ids of at most ``limit`` users, in order, from the first not below a text."""
         return self._users.slice(self._place(token), limit).to_list()
 
     def user_token(self, index: int) -> str:

@@ -1,7 +1,4 @@
-"""Writes the files of a prepared store.
-
-Names and version of the files in a prepared store.
-"""
+"""Write the files of a prepared store: their names, their version and their contents."""
 
 import json
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Writes a synthetic cross-domain log in which one domain truly tells about another.
+"""Write a synthetic cross-domain log in which one domain truly tells about another.
 
-Walks synthetic users through a world: domain, then theme, then item, event by event.
+Synthetic users walk through a catalogue event by event: domain, then theme, then item.
 """
 
 from pathlib import Path

@@ -102,7 +102,7 @@ def make_world(options: SynthOptions, rng: np.random.Generator) -> World:
 
 
 def _transitions(options: SynthOptions, rng: np.random.Generator) -> NDArray[np.float64]:
-    """A Markov chain whose long-run shares are those that ``skew`` asks for.
+    """Build a Markov chain whose long-run shares are those that ``skew`` asks for.
 
     Symmetric scaling (Sinkhorn) of a matrix of affinities between domains gives flows whose row
     sums are the shares; the chain with these flows has the shares as its stationary distribution.

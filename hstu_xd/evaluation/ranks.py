@@ -1,8 +1,7 @@
-"""Top items of one domain for one history.
+"""Evaluate a model on a split: the rank of each target among the unseen items of its domain.
 
-Rank of each target among all items of its domain, in blocks of bounded memory.
-
-Evaluate a model on one split of a store.
+Scores are computed in blocks of bounded memory. :func:`recommend_items` returns the top of the same
+ranking for one history.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.model.hstu import CrossDomainHSTU
 
-# Scores alive at once (float32: 64 MB), whatever the size of the catalogue.
+# Scores that are in memory at once (float32: 64 MB), for a catalogue of any size.
 BLOCK_SCORES = 16_000_000
 
 # Given the (C,) item ids of a domain, a function from (Q, K) user vectors to (Q, C) scores.

@@ -66,23 +66,7 @@ def pair_runs(
     if split not in (known := [one.value for one in (Split.VALID, Split.TEST)]):
         raise InputError(f"split is {split!r}; one of {', '.join(known)}")
     runs = read_runs(paths)
-    _, *others = group_by_data(runs, allow_mixed_data=True)
-    if others:
-        raise InputError(
-            f"{others[0][0].path} was trained on other data than {runs[0].path} (hashes differ); "
-            "their users cannot be paired"
-        )
-    variants: dict[str, list[Run]] = {}
-    for run in runs:
-        variants.setdefault(run.variant, []).append(run)
-        if run.summary is None:
-            raise InputError(f"{run.path}: {run.notes[0]}; finish it, or leave it out")
-    for note in variant_notes(runs):
-        _logger.warning(note)
-    if len(variants) == 1:
-        raise InputError(
-            f"only {runs[0].variant!r} is there; give runs of another variant to compare it with"
-        )
+    variants = _comparable_variants(runs)
     store = open_data(runs[0].path, data)
     ranks: dict[str, list[Tensor]] = {variant: [] for variant in variants}
     ranked: RankedTargets | None = None
@@ -106,8 +90,30 @@ def pair_runs(
     ]
 
 
+def _comparable_variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs by variant, refusing what cannot be paired and warning of what is doubtful."""
+    _, *others = group_by_data(runs, allow_mixed_data=True)
+    if others:
+        raise InputError(
+            f"{others[0][0].path} was trained on other data than {runs[0].path} (hashes differ); "
+            "their users cannot be paired"
+        )
+    variants: dict[str, list[Run]] = {}
+    for run in runs:
+        variants.setdefault(run.variant, []).append(run)
+        if run.summary is None:
+            raise InputError(f"{run.path}: {run.notes[0]}; finish it, or leave it out")
+    for note in variant_notes(runs):
+        _logger.warning(note)
+    if len(variants) == 1:
+        raise InputError(
+            f"only {runs[0].variant!r} is there; give runs of another variant to compare it with"
+        )
+    return variants
+
+
 def paired_table(results: Sequence[PairedResult]) -> str:
-    """A Markdown table of differences in points and their standard errors, clear ones in bold."""
+    """Write differences in points and their standard errors as Markdown, clear ones in bold."""
     heads = [f"minus {escape(results[0].base)}", "seeds"]
     heads += [escape(f"{metric_label(name)}, points") for name in MAIN_METRICS]
     rows = [

@@ -92,7 +92,7 @@ class Run:
         return self.valid[-1] if self.valid else {}
 
     def row(self) -> Row:
-        """The run as one row of ablation.json, the input of :func:`aggregate`."""
+        """Return the run as one row of ablation.json, the input of :func:`aggregate`."""
         summary = self.summary or {}
         keys = ("seconds_per_step", "events_per_second", "attention_pairs", "state_bytes")
         return {

@@ -1,6 +1,6 @@
 """The published Amazon files: headerless ratings CSV (2014 and 2018), reviews as JSON lines.
 
-JSON lines: Amazon reviews of 2014, 2018 and 2023, or any keys given as options.
+JSON lines are read with the keys of the reviews of 2014, 2018 and 2023, or any given as options.
 """
 
 import json
@@ -78,7 +78,7 @@ RATINGS_WIDTH = 4
 def amazon_ratings(
     path: Path, domain: str, lines: Sequence[str], options: ColumnOptions
 ) -> DelimitedSource:
-    """A headerless ratings file: ``user,item,rating,timestamp``, in 2018 ``item,user,...``.
+    """Open a headerless ratings file: ``user,item,rating,timestamp``, in 2018 ``item,user,...``.
 
     Which comes first is read off the ids: reviewers start with "A", products with "B" or a digit.
     ``--user-col 1 --item-col 2`` (numbers from 1) overrules this.
@@ -138,7 +138,7 @@ def _user_item_order(path: Path, rows: Sequence[Sequence[str]]) -> tuple[int, in
 def amazon_reviews(
     path: Path, domain: str | None, stem: str, lines: Sequence[str], options: ColumnOptions
 ) -> JsonLinesSource:
-    """A JSON lines file; the keys of its first object tell which year's field names it has.
+    """Open a JSON lines file; the keys of its first object tell which year's names it has.
 
     In 2023 times are milliseconds and the product is ``parent_asin``, else ``asin``.
 

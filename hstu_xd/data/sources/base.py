@@ -48,7 +48,7 @@ class Source(ABC):
 
     @abstractmethod
     def records(self) -> Iterator[Record]:
-        """The same events one by one; a line that cannot be read becomes a record with a problem.
+        """Yield the events one by one; a line that cannot be read becomes a record with a problem.
 
         Slow on purpose: it runs only to name the line of an error that the fast scan has met.
         """
@@ -59,7 +59,7 @@ class Source(ABC):
 
 
 def open_bytes(path: Path) -> BinaryIO | gzip.GzipFile:
-    """Open a file for reading, decompressing gzip whatever its name (as polars does)."""
+    """Open a file for reading; gzip is known by its content, not its name (as in polars)."""
     with path.open("rb") as file:
         zipped = file.read(2) == GZIP_MAGIC
     return gzip.open(path, "rb") if zipped else path.open("rb")

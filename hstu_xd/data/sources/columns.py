@@ -31,7 +31,7 @@ class ColumnOptions:
     time: str | None = None
 
     def named(self, role: str) -> str | None:
-        """The option's value for a role."""
+        """Return the option's value for a role."""
         return getattr(self, role)
 
 
@@ -71,7 +71,7 @@ def find_column(
 def missing_column(
     path: Path, header: Sequence[str], role: str, options: ColumnOptions, *, line: int | None
 ) -> InputError:
-    """The error for a role no column plays: what there is, the nearest name, the option to use."""
+    """Describe a role that no column plays: what there is, the nearest name, the option to use."""
     wanted = options.named(role) or EXAMPLES[role]
     originals = {name.strip().lower(): name for name in header}
     tries = [wanted, *ALIASES[role]] if options.named(role) is None else [wanted]

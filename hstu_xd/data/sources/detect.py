@@ -167,7 +167,7 @@ def _delimited(
 
 
 def _separator(header_line: str, kind: str) -> str:
-    """The most frequent of the usual separators in the header; tab for ``.tsv``."""
+    """Return the most frequent of the usual separators in the header; tab for ``.tsv``."""
     if kind == ".tsv":
         return "\t"
     return max(",\t;|", key=header_line.count)

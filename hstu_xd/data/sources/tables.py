@@ -1,6 +1,6 @@
-"""Parquet files with named columns.
+"""Tables with one event a row: delimited text and Parquet.
 
-CSV, TSV, RecBole ``.inter`` and headerless Amazon ratings: text with one event a line.
+Delimited text is CSV, TSV, RecBole's ``.inter`` and headerless Amazon ratings.
 """
 
 import csv

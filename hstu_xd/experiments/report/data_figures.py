@@ -1,6 +1,6 @@
 """Figures of a prepared log: domain transitions, history lengths, cost ratio, domain sizes.
 
-Shapes of a prepared log that its manifest does not hold: distributions and transitions.
+What they show is not in the manifest of the log, so it is computed here from the store.
 """
 
 from dataclasses import dataclass
@@ -233,7 +233,7 @@ def _histogram(ax: Axes, values: NDArray, edges: NDArray) -> None:
 
 
 def _mark(ax: Axes, x: float, label: str) -> None:
-    """A labelled vertical line; the label sits above the axes so that no bar hides it."""
+    """Draw a labelled vertical line; the label sits above the axes so that no bar hides it."""
     ax.axvline(x, color=FAINT, lw=1, ls=(0, (3, 2)))
     ax.text(x, 1.01, label, transform=ax.get_xaxis_transform(), ha="center", va="bottom",
             fontsize=8.5)  # fmt: skip

@@ -1,6 +1,6 @@
-"""Tables that say what was run: variants with their switches and cost, runs, commands.
+"""Tables of the page as HTML: variants with their switches and cost, runs, commands.
 
-Tables of the page as HTML; every value is escaped here.
+Every value is escaped here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def _variant_cell(result: VariantResult, places: dict[str, int]) -> str:
 
 
 def swatch(place: int) -> str:
-    """A dot in a variant's colour; a square where the colours begin again."""
+    """Draw a dot in a variant's colour; a square where the colours begin again."""
     shape = " again" if place >= len(PALETTE) else ""
     return f'<span class="swatch s{place % len(PALETTE)}{shape}"></span>'
 
@@ -59,7 +59,7 @@ def _signed(difference: float) -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls sideways on its own; the first column stays in sight.
+    """Write a table that scrolls sideways on its own; the first column stays in sight.
 
     Args:
         headings: plain text.
@@ -135,7 +135,7 @@ def runs_table(runs: Sequence[Run], places: Mapping[str, int]) -> str:
 
 
 def shared_settings(runs: Sequence[Run]) -> str:
-    """The settings that all runs have in common."""
+    """Write the settings that all runs have in common."""
     apart = differing_settings(runs)
     return table(
         ["setting", "value"],
@@ -148,7 +148,7 @@ def shared_settings(runs: Sequence[Run]) -> str:
 
 
 def commands(runs: Sequence[Run]) -> str:
-    """The command of every run as it was recorded."""
+    """Write the command of every run as it was recorded."""
     blocks = []
     for run in runs:
         command = run.info.get("command")

@@ -1,6 +1,6 @@
-"""Writes the report: reads runs and their data, draws, and puts the folder in place at once.
+"""Write the report: read runs and their data, draw, and put the folder in place at once.
 
-The page around the sections: head, style sheet, banner, protocol in words.
+Around the sections stand the page's head, style sheet and banner, and the protocol in words.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ PROTOCOL = (
 
 
 def page(sections: Sequence[Section]) -> str:
-    """The whole page as HTML that refers to nothing outside itself."""
+    """Write the whole page as HTML that refers to nothing outside itself."""
     runs = [run for section in sections for run in section.comparison.runs]
     places = sections[0].places
     key = "".join(f"<li>{swatch(place)}{escape(v)}</li>" for v, place in places.items())

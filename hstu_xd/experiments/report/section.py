@@ -70,7 +70,7 @@ class Section:
         return [*self.curves, *self.domains, *self.switches, *self.data]
 
     def html(self) -> str:
-        """The section's HTML."""
+        """Return the section's HTML."""
         parts = [
             self._notes(),
             self._facts(),

@@ -45,7 +45,7 @@ class Comparison:
 
 
 def group_by_data(runs: Sequence[Run], allow_mixed_data: bool) -> list[list[Run]]:
-    """Runs by the hashes of their data, in order of appearance.
+    """Group runs by the hashes of their data, in order of appearance.
 
     Raises:
         InputError: several kinds of data and ``allow_mixed_data`` is off.
@@ -119,7 +119,7 @@ def _read_store(runs: list[Run], data: Path | None) -> tuple[DataStats, bool]:
 
 
 def variant_notes(runs: Sequence[Run]) -> Iterator[str]:
-    """What makes a mean over the runs of one variant doubtful."""
+    """Say what makes a mean over the runs of one variant doubtful."""
     by_variant: dict[str, list[Run]] = {}
     for run in runs:
         by_variant.setdefault(run.variant, []).append(run)

@@ -169,7 +169,7 @@ def _themed(svg: str) -> str:
 
 
 def short(text: str, length: int = 22) -> str:
-    """A name for a figure on one line; a long one loses its middle, as names differ at the end."""
+    """Shorten a name to one line of a figure, in its middle, as names differ at the end."""
     clean = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(empty)"
     if len(clean) <= length:
         return clean

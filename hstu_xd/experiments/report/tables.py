@@ -65,12 +65,12 @@ def compare(results: Sequence[VariantResult], metric: str) -> list[Cell]:
 
 
 def percent(fraction: float) -> str:
-    """A fraction as percent with two decimals, without the sign: 0.228 -> ``22.80``."""
+    """Write a fraction as percent with two decimals, without the sign: 0.228 -> ``22.80``."""
     return f"{100 * fraction:.2f}"
 
 
 def points(difference: float) -> str:
-    """A difference of fractions in percentage points: 0.0041 -> ``+0.41``."""
+    """Write a difference of fractions in percentage points: 0.0041 -> ``+0.41``."""
     text = f"{100 * difference:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text
 
@@ -88,7 +88,7 @@ def markdown_table(
     metrics: Sequence[str] = METRICS,
     synthetic: bool = False,
 ) -> str:
-    """A Markdown table in percent: mean, spread over seeds and difference to the first variant.
+    """Write a Markdown table in percent: mean, spread over seeds, difference to the first variant.
 
     Where attention's pairs were counted, what a variant costs stands beside: pairs and state bytes
     of a user, seconds of a training step.
@@ -130,7 +130,7 @@ def markdown_table(
 
 
 def markdown_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table of which the first column holds names and the others numbers."""
+    """Write a Markdown table of which the first column holds names and the others numbers."""
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
