@@ -1,11 +1,18 @@
 """What the recorded store and runs answer: computed once for the record, and again by the tests."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recordings import RUNS, STORE, USER_FILES, ask, encode_input
+from recordings import EVENTS, RUNS, STORE, USER_FILES, ask, encode_input
 
 import hstu_xd
 
@@ -14,8 +21,11 @@ FINISHED = ("all", "all+tokens")
 # Users of the store and a domain to recommend from.
 ASKED = (("u00001", "books"), ("u00007", "films"), ("u00030", "groceries"))
 # Gin files of a user, from the root of the repository where they include others.
-GIN_FILES = ("own_settings.gin", "shipped_recipe.gin")
+GIN_FILES = ("defaults.gin", "own_settings.gin", "shipped_recipe.gin")
 ROOT = Path(__file__).parents[2]
+# Users whom the service is asked about: one with events in the log alone, one with earlier ones in
+# the store besides, one with earlier ones only, one who was forgotten, and a stranger.
+SERVED = ("new", "u00007", "u00030", "u00001", "stranger")
 
 
 def answers() -> dict[str, Any]:
@@ -24,6 +34,8 @@ def answers() -> dict[str, Any]:
     found["compare"] = compare()
     with tempfile.TemporaryDirectory() as folder:
         found["gin"] = {name: settings_of(name, Path(folder) / name) for name in GIN_FILES}
+        events = shutil.copy(EVENTS, folder)
+        found["served"] = served(RUNS / "all", Path(events))
         found["plot"] = plot(Path(folder) / "figures")
     return found
 
@@ -70,3 +82,40 @@ def plot(out: Path) -> dict[str, Any]:
     ask("bench", "plot", *rows, "--out", out)
     figures = sorted(file.name for file in out.iterdir() if file.suffix != ".md")
     return {"figures": figures, "table": (out / "table.md").read_text()}
+
+
+@contextmanager
+def service(run: Path, events: Path) -> Iterator[Callable[..., Any]]:
+    """Serve a run in a process of its own; gives a function that asks it."""
+    command = [sys.executable, "-m", "hstu_xd", "serve", str(run), "--data", str(STORE)]
+    process = subprocess.Popen(
+        [*command, "--events", str(events), "--port", "0", "--threads", "1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    address = process.stdout.readline().split()[-1]
+
+    def asked(method: str, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(address.rstrip("/") + path, method=method)
+        request.add_header("content-type", "application/json")
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(request, data, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    try:
+        yield asked
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def served(run: Path, events: Path) -> list[dict[str, Any]]:
+    """Return what a service with a log of events recommends."""
+    # The time is given: answers shall not depend on when they are asked for.
+    asked = {"domains": ["books", "films"], "k": 4, "timestamp": 2_000_000_000}
+    bodies = [{"user": user, **asked} for user in SERVED]
+    with service(run, events) as ask_service:
+        return [ask_service("POST", "/v1/recommend", body) for body in bodies]

@@ -25,6 +25,7 @@ from recordings import (
     ANSWERS,
     CONDITIONS,
     EPOCHS,
+    EVENTS,
     LOG,
     RECIPES,
     RECORDED,
@@ -54,6 +55,7 @@ def main() -> None:
         os.chdir(work)
         record_training()
         record_runs()
+        record_events()
         os.chdir(answers.ROOT)
     CONDITIONS.write_text(json.dumps(conditions(), indent=1) + "\n")
     ANSWERS.write_text(json.dumps(answers.answers(), indent=1) + "\n")
@@ -96,6 +98,21 @@ def record_runs() -> None:
     (RUNS / "all+tokens" / "last.safetensors").unlink()
     assert len(rows_of(Path("stopped"))) == 2, "not stopped within the second epoch"
     shutil.copyfile("whole/metrics.jsonl", RECORDED / "stopped_and_resumed.jsonl")
+
+
+def record_events() -> None:
+    """Let a service log events of two users, and of one who is then forgotten."""
+    liked = answers.recommend("all", "u00007", "films")["items"]
+    start = 1_900_000_000
+    rows = [
+        {"user": user, "item": row["item"], "timestamp": start + 60 * place}
+        for user in ("new", "u00007", "u00001")
+        for place, row in enumerate(liked)
+    ]
+    EVENTS.unlink(missing_ok=True)
+    with answers.service(RUNS / "all", EVENTS) as ask_service:
+        assert ask_service("POST", "/v1/events", {"events": rows}) == {"accepted": len(rows)}
+        assert ask_service("DELETE", "/v1/users/u00001") == {"forgotten": True}
 
 
 def run_as_typed(*words: str, code: int = 0) -> None:

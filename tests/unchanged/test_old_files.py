@@ -12,6 +12,7 @@ import pytest
 import torch
 from recordings import (
     ANSWERS,
+    EVENTS,
     RECORDED,
     RUNS,
     STORE,
@@ -86,6 +87,25 @@ def test_an_old_run_is_exported(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "exported" / "encoder.pt2").module()
     expected = hstu_xd.load(RUNS / "all").encode(*encode_input())
     torch.testing.assert_close(program(*encode_input()), expected, rtol=0, atol=ABSOLUTE)
+
+
+def test_a_service_goes_on_with_an_old_log_of_events(
+    recorded: dict[str, Any], tmp_path: Path, exact: bool
+) -> None:
+    events = Path(shutil.copy(EVENTS, tmp_path))
+    for found, expected in zip(answers.served(RUNS / "all", events), recorded["served"]):
+        assert found["user"] == expected["user"]
+        rows = [
+            [
+                (row["domain"], each["item"], each["score"])
+                for row in answer["recommendations"]
+                for each in row["items"]
+            ]
+            for answer in (found, expected)
+        ]
+        assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
+        scores = [[row[2] for row in answer] for answer in rows]
+        assert scores[0] == (scores[1] if exact else pytest.approx(scores[1], abs=ABSOLUTE))
 
 
 @pytest.mark.parametrize("name", answers.GIN_FILES)
