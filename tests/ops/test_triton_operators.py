@@ -80,10 +80,10 @@ def test_a_compiled_graph_is_whole_and_serves_other_lengths() -> None:
         leaves = case.tensors(torch.float32)
         given = *(leaves[x] for x in "qkv"), case.grouping(), case.relative_bias(leaves)
         found, expected = compiled(*given), attend(*given)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         gradients = (torch.autograd.grad(x.sum(), list(leaves.values())) for x in (found, expected))
         for a, b in zip(*gradients):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            assert (a - b).norm() <= 2e-5 * b.norm()
     assert compilations.frame_count == 1
 
 
