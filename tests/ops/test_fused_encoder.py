@@ -90,6 +90,7 @@ def test_no_step_asks_for_contents() -> None:
         small_model("eager", **EVERYTHING).to("meta")(batch)
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_a_compiled_model_is_one_graph_and_serves_other_lengths() -> None:
     """Plans are built inside the graph."""

@@ -11,7 +11,7 @@ from triton_marks import needs_triton
 
 from hstu_xd.ops import fused
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 
 
 def own_view() -> None:

@@ -70,6 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, g: DomainGrouping, bias: RelativeBia
     return domain_attention(q, k, v, g, norm_length=9, bias=bias, impl="triton")
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_a_compiled_graph_is_whole_and_serves_other_lengths() -> None:
     torch._dynamo.reset()
