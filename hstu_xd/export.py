@@ -25,7 +25,7 @@ from hstu_xd.training.run import load, read_run
 from hstu_xd.version import __version__
 
 # The one check that an exported program keeps; torch has no public name for it.
-_assert = torch._assert_async  # noqa: SLF001
+_assert = torch._assert_async
 
 
 class EncodeProgram(nn.Module):

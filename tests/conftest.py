@@ -1,12 +1,15 @@
 """Shared by all tests: one thread, the same draws every time, no deadline for hypothesis."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+# One thread here and in the processes that tests start: two workers share the cores.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Without a GPU the fused kernels run under Triton's interpreter, which has to be told before it
 # loads, whoever loads it first. It makes impl="triton" available; "auto" never takes it on a CPU.
@@ -16,6 +19,21 @@ if not torch.cuda.is_available():
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+_RAN_ON = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a process of pytest-xdist has to say of the code that its tests ran on."""
+    if said := getattr(node, "workeroutput", {}).get("ran_on"):
+        node.config.stash.setdefault(_RAN_ON, set()).add(said)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in sorted(config.stash.get(_RAN_ON, ())):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(
     r"^(?:<!-- needs: ([\w-]+) -->\n)?```(bash|python)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL
 )
+# The demo runs a whole ablation, and no block after it needs what it leaves.
+SLOW = re.compile(r"hstu-xd demo")
 # Installing is what .ci/run does with the test block, to the letter; here the package is installed.
 SETUP = re.compile(r"(python3? -m venv|pip install|\. \.venv/bin/activate|-m pytest|git clone|cd )")
 
@@ -68,7 +70,13 @@ def checkout(codebase: str, folder: Path) -> Path:
     return here
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)))
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(index, marks=[pytest.mark.slow] if SLOW.search(block) else [])
+        for index, (_, _, block) in enumerate(BLOCKS)
+    ],
+)
 def test_block_runs(index: int, folder: Path) -> None:
     needs, language, block = BLOCKS[index]
     if needs:

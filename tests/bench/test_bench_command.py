@@ -300,6 +300,7 @@ def test_the_table_shows_what_is_known() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_memory_of_a_real_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     case = Case("attention", 400, 1, batch_size=2, heads=2, dqk=4, dv=4)

@@ -51,6 +51,7 @@ def test_a_service_under_load_loses_nothing(
     assert {x.status for x in kept} <= {200, 503}
 
 
+@pytest.mark.slow
 def test_an_event_that_is_lost_or_made_up_is_noticed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

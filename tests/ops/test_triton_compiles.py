@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from triton_marks import needs_triton
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,7 @@ from triton_marks import needs_triton
 
 from hstu_xd.ops.domain_attention import fused
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 
 
 def own_view() -> None:

@@ -71,6 +71,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, g: DomainGrouping, bias: RelativeBia
     return domain_attention(q, k, v, g, norm_length=9, bias=bias, impl="triton")
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_a_compiled_graph_is_whole_and_serves_other_lengths() -> None:
     torch._dynamo.reset()
@@ -81,10 +82,10 @@ def test_a_compiled_graph_is_whole_and_serves_other_lengths() -> None:
         leaves = case.tensors(torch.float32)
         given = *(leaves[x] for x in "qkv"), case.grouping(), case.relative_bias(leaves)
         found, expected = compiled(*given), attend(*given)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         gradients = (torch.autograd.grad(x.sum(), list(leaves.values())) for x in (found, expected))
         for a, b in zip(*gradients):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            assert (a - b).norm() <= 2e-5 * b.norm()
     assert compilations.frame_count == 1
 
 

@@ -10,7 +10,7 @@ from triton_marks import needs_triton
 
 from hstu_xd.ops.state_attention import state_table
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 
 # Several tiles, a domain that nobody visits, more visits than states; short enough to interpret.
 SPEC = Spec((0, 21, 4), num_domains=4, num_states=2, visited=3, heads=2, dqk=6, dv=6)

@@ -131,6 +131,30 @@ def test_a_request_that_does_not_come_is_not_waited_for(
     assert answer.endswith(b'{"error":"the request did not arrive within 0 s; send it at once"}')
 
 
+@pytest.mark.parametrize(
+    "begun", [b"GET / HTTP/1.1\r\nx: ", b"POST / HTTP/1.1\r\ncontent-length: 999\r\n\r\n"]
+)
+def test_nor_is_the_next_one_on_a_connection_that_was_kept(
+    begun: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dribbles in, so that the connection is never idle either."""
+    monkeypatch.setattr(connection, "ARRIVES_WITHIN", 0.5)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(b"POST / HTTP/1.1\r\ncontent-length: 2\r\n\r\nhi")
+        await reader.readuntil(b"\r\n\r\n2")
+        writer.write(begun)
+        answer = asyncio.ensure_future(reader.read())
+        for _ in range(100):
+            if (await asyncio.wait([answer], timeout=0.05))[0]:
+                return answer.result()
+            writer.write(b"a")
+        answer.cancel()
+        return b"nothing"
+
+    assert connected(talk).startswith(b"HTTP/1.1 408 ")
+
+
 def test_a_connection_stays_open_between_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "ARRIVES_WITHIN", 1.0)
     request = b"POST / HTTP/1.1\r\ncontent-length: 2\r\n\r\nhi"

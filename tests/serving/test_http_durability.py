@@ -285,6 +285,27 @@ def test_a_disk_that_fails_takes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         assert right(client, 6)
 
 
+def test_what_a_log_takes_is_on_disk_when_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killing the process cannot show it: what was not synced is lost when the machine stops."""
+    opened: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def observed(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", observed)
+    log = EventLog(tmp_path / "events.sqlite")
+    log.add([Event("ann", "1", 1)])
+    (connection,) = opened
+    # FULL or more: in a write-ahead log, anything less leaves the last commits to the system.
+    assert connection.execute("PRAGMA synchronous").fetchone()[0] >= 2
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    log.close()
+
+
 def test_a_log_belongs_to_one_process(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.sqlite")
     with pytest.raises(InputError, match="another process serves from this log"):

@@ -85,7 +85,9 @@ def test_a_request_may_say_when(client: Client) -> None:
     now = client.ask("POST", "/v1/score", score("ann", 0, ["1"])).json()
     same = client.ask("POST", "/v1/score", score("ann", 0, ["1"], timestamp=2000)).json()
     later = client.ask("POST", "/v1/score", score("ann", 0, ["1"], timestamp=10**9)).json()
-    assert now == same != later
+    # The first request has committed events, so that the second one computes fewer rows.
+    assert now["scores"] == pytest.approx(same["scores"], abs=1e-5)
+    assert abs(now["scores"][0] - later["scores"][0]) > 1e-4
 
 
 def test_domains_users_and_histories(client: Client) -> None:

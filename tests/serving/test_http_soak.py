@@ -112,6 +112,7 @@ def _vectors(histories: list[list[Row]], domain: int) -> torch.Tensor:
         return MODEL.encode(items, times, torch.full((len(histories),), domain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "redis"])
 def test_nothing_accepted_is_lost(tmp_path: Path, kind: str) -> None:
     options = ["--events", str(tmp_path / "events.sqlite"), "--when-store-fails", "rebuild"]

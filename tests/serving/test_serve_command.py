@@ -70,6 +70,7 @@ def test_a_service_drains_and_goes_on_where_it_stopped(run: Path, tmp_path: Path
     assert [file.name for file in tmp_path.iterdir()] == ["events.sqlite"]
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_survives_a_kill(run: Path, tmp_path: Path) -> None:
     log = tmp_path / "events.sqlite"
     options = ["--events", str(log), "--store", f"sqlite:{tmp_path}/states.sqlite"]

@@ -18,6 +18,7 @@ from store_cases import KINDS, open_store, place, redis_server
 from tiny_models import EVERYTHING, ITEMS_PER_DOMAIN, NORM_LENGTH, NUM_DOMAINS, tiny_model
 from torch import Tensor
 
+from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
@@ -213,6 +214,30 @@ def test_a_state_of_another_checkpoint_is_never_read() -> None:
     same = tiny_model(**EVERYTHING, impl="reference").float().eval()
     append(session, "ann", 9, 10)
     close(EncoderSession(same, store=store).query(["ann"], [0])[0], expected(history(10), 0))
+
+
+def test_a_state_of_another_catalogue_is_never_read() -> None:
+    """The same weights, sizes and names; two items have changed places between two domains."""
+    domains = MODEL.catalog.item_domains.clone()
+    domains[[1, 2]] = domains[[2, 1]]
+
+    def twin(item_domains: Tensor) -> CrossDomainHSTU:
+        catalog = DomainCatalog(item_domains, MODEL.catalog.domain_names)
+        model = CrossDomainHSTU(catalog, MODEL.settings).eval()
+        model.load_state_dict(MODEL.state_dict())
+        return model
+
+    same, other = twin(MODEL.catalog.item_domains), twin(domains)
+    for writer, reader in ((MODEL, other), (other, MODEL)):
+        store = MemoryStore()
+        append(EncoderSession(writer, store=store), "ann", 0, 9)
+        with pytest.raises(StoreError, match="cannot be used"):
+            EncoderSession(reader, store=store).query(["ann"], [0])
+        session = EncoderSession(reader, store=store, history=lambda _: history(9))
+        close(session.query(["ann"], [0])[0], expected(history(9), 0, reader))
+    store = MemoryStore()
+    append(EncoderSession(same, store=store), "ann", 0, 9)
+    close(EncoderSession(MODEL, store=store).query(["ann"], [0])[0], expected(history(9), 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

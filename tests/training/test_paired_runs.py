@@ -10,17 +10,19 @@ from quick_runs import QUICK
 from hstu_xd.cli.app import run
 from hstu_xd.data.synthetic import synthesize
 from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.experiments.variants import variant_bindings
+from hstu_xd.training.run import train
+from hstu_xd.training.settings import load_settings
 
 
 @pytest.fixture(scope="module")
 def runs(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of an ablation: hstu with two seeds, mask with one."""
+    """A folder like that of an ablation: hstu with two seeds, mask with one."""
     out = tmp_path_factory.mktemp("compared") / "runs"
-    line = ["ablate", "--data", str(store_path), "--out", str(out), "--jobs", "1"]
-    for binding in QUICK:
-        line += ["--gin_bindings", binding]
-    assert run([*line, "--variants", "hstu,mask", "--seeds", "2"]) == 0
-    shutil.rmtree(out / "mask-seed2")
+    for variant, seed in (("hstu", 1), ("hstu", 2), ("mask", 1)):
+        seeded = f"xd_train.random_seed = {seed}"
+        settings = load_settings([], [*QUICK, *variant_bindings(variant), seeded])
+        train(store_path, settings, out / f"{variant}-seed{seed}", name=variant)
     return out
 
 

@@ -161,6 +161,7 @@ def test_recommend_names_what_it_does_not_know(
     assert_one_line(capsys.readouterr().err, message)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(
     trained: Path, store_path: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_killed_run_resumes_to_the_same_bits(
     assert rows(run) == rows(trained)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(store_path: Path, tmp_path: Path) -> None:
     dry = ("xd_train.dropout_rate = 0.0", "xd_encoder.linear_dropout_rate = 0.0")
     one, two = tmp_path / "one", tmp_path / "two"

@@ -15,6 +15,13 @@ def pytest_report_collectionfinish() -> str:
     return upstream_choice.report()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the line to tests/conftest.py: one of several processes prints nothing itself."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["ran_on"] = upstream_choice.report()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Iterator[None]:
     """Modules of this folder are imported with the stand-in in force; it calls none of others."""

@@ -67,6 +67,7 @@ def test_loss_goes_down_and_all_metrics_are_logged(workplace: Path, name: str) -
     assert "get_sequential_encoder: generative_recommenders" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_seed_makes_a_run_repeatable(workplace: Path) -> None:
     def losses(folder: str, *bindings: str) -> list[float]:
         place = workplace / folder
@@ -100,6 +101,7 @@ def test_two_processes_train_together(workplace: Path) -> None:
     assert checkpoint.is_file()
 
 
+@pytest.mark.slow
 def test_a_trained_hstu_continues_as_the_cross_domain_model(workplace: Path) -> None:
     def before_the_first_step(*bindings: str) -> str:
         done = upstream_train(
@@ -121,6 +123,7 @@ def test_a_trained_hstu_continues_as_the_cross_domain_model(workplace: Path) -> 
     assert before_the_first_step(*cross_domain) != as_hstu
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_on_the_test_split(workplace: Path) -> None:
     upstream_train(workplace, "gin/amazon_xd.gin", *SMALL, "train_fn.num_epochs = 2")
     (checkpoint,) = (workplace / "ckpts").rglob("HSTU_XD-*_ep1")
