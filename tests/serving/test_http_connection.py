@@ -138,7 +138,7 @@ def test_nor_is_the_next_one_on_a_connection_that_was_kept(
     begun: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dribbles in, so that the connection is never idle either."""
-    monkeypatch.setattr(connection, "ARRIVES_WITHIN", 0.5)
+    monkeypatch.setattr(server, "ARRIVES_WITHIN", 0.5)
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         writer.write(b"POST / HTTP/1.1\r\ncontent-length: 2\r\n\r\nhi")
