@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.rec.item_domains import ItemDomains
+from hstu_xd.plugins.rec.rec_session import ItemDomains
 
 TABLE = {"item": ["x7", "10", "z"], "domain": ["films", "books", "films"]}
 
