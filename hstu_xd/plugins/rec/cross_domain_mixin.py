@@ -31,7 +31,7 @@ CHECKPOINTS = CheckpointFormat(
 )
 
 
-class CrossDomainParts:
+class CrossDomainMixin:
     """For a model of REC's to inherit beside it. Names begin with ``_xd_``, as REC's may change.
 
     The settings and the domains are those of the run in progress.

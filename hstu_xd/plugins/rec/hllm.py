@@ -14,7 +14,7 @@ from hstu_xd.model.ddsr import DynamicDomainState
 from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.plugins.bridge import UnpaddedBatch
-from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainParts, llm_sizes
+from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainMixin, llm_sizes
 from hstu_xd.plugins.rec.settings import HLLM_MODEL
 
 _logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class DomainStateSublayer(nn.Module):
         return self._output(answer)
 
 
-class HLLM_XD(HLLM, CrossDomainParts):
+class HLLM_XD(HLLM, CrossDomainMixin):
     """REC's HLLM whose user LLM may attend inside domains, know the next one and read their states.
 
     REC's own code runs throughout. Before the user LLM its input is told of the next domain (TAPE,

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from hstu_xd.errors import InputError
 from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.plugins.bridge import draw_within
-from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainParts, hstu_sizes
+from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainMixin, hstu_sizes
 from hstu_xd.plugins.rec.loss import own_generator, sampled_softmax
 from hstu_xd.plugins.rec.settings import HSTU_MODEL
 
@@ -20,7 +20,7 @@ from hstu_xd.plugins.rec.settings import HSTU_MODEL
 _LAYERS, _BIAS = "_attention_layers", "_rel_attn_bias"
 
 
-class HSTU_XD(HSTU, CrossDomainParts):
+class HSTU_XD(HSTU, CrossDomainMixin):
     """REC's HSTU that may attend inside domains, know the next domain and read domain states.
 
     With everything off it runs REC's own code. Otherwise this package's layers hold REC's
