@@ -23,7 +23,7 @@ _REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "G
 
 
 @dataclass(frozen=True)
-class Patch:
+class SourcePatch:
     """One patch file: ``<name>.<first commit>.patch``.
 
     Attributes:
@@ -41,7 +41,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class TreeState:
-    """What a folder is to the patches.
+    """Which patches are in a checkout, and which of the others fit it.
 
     Attributes:
         state: "applicable", "applied" or "refused".
@@ -56,8 +56,8 @@ class TreeState:
     reason: str = ""
     codebase: str = ""
     commit: str = ""
-    applied: tuple[Patch, ...] = ()
-    missing: tuple[Patch, ...] = ()
+    applied: tuple[SourcePatch, ...] = ()
+    missing: tuple[SourcePatch, ...] = ()
 
 
 def codebases() -> dict[str, Codebase]:
@@ -70,7 +70,7 @@ def patches_of(codebase: Codebase) -> Path:
     return codebase.patches or patches_folder() / codebase.name
 
 
-def read_patches(folder: Path) -> tuple[Patch, ...]:
+def read_patches(folder: Path) -> tuple[SourcePatch, ...]:
     """Read the patches of one codebase, in the order of their file names."""
     patches = []
     for file in sorted(folder.glob("*.patch")):
@@ -79,7 +79,7 @@ def read_patches(folder: Path) -> tuple[Patch, ...]:
         commits = _COMMITS.search(text)
         assert blobs, f"{file}: no index line with full hashes"
         assert commits, f"{file}: no line 'Commits: ...'"
-        patches.append(Patch(file.name.split(".")[0], text, commits[1], blobs))
+        patches.append(SourcePatch(file.name.split(".")[0], text, commits[1], blobs))
     return tuple(patches)
 
 
@@ -138,7 +138,7 @@ def apply_patches(root: Path, *, patches: Path | None = None) -> TreeState:
     return before
 
 
-def _fit(root: Path, known: tuple[Patch, ...], codebase: str, commit: str) -> TreeState:
+def _fit(root: Path, known: tuple[SourcePatch, ...], codebase: str, commit: str) -> TreeState:
     paths = sorted({path for patch in known for path in patch.blobs})
     now = _worktree_ids(root, paths)
     head = {path: _git(root, "rev-parse", "-q", "--verify", f"HEAD:{path}") for path in paths}

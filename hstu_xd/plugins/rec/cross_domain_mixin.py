@@ -32,7 +32,9 @@ CHECKPOINTS = CheckpointFormat(
 
 
 class CrossDomainMixin:
-    """For a model of REC's to inherit beside it. Names begin with ``_xd_``, as REC's may change.
+    """What a model that extends one of REC's inherits beside it.
+
+    Names begin with ``_xd_``, for those of REC may change.
 
     The settings and the domains are those of the run in progress.
     """
@@ -51,7 +53,7 @@ class CrossDomainMixin:
         self._target_domain_emb = None
 
     def _xd_add_parts(self, sizes: Mapping[str, Any]) -> None:
-        """Add the catalogue and what tells the input of the next domain; it starts at zero.
+        """Add the catalogue, and the modules that tell the input of the next domain, zero at first.
 
         Args:
             sizes: of :func:`hstu_sizes` or :func:`llm_sizes`.
@@ -63,7 +65,7 @@ class CrossDomainMixin:
         self._tape, self._target_domain_emb = next_domain_modules(settings)
 
     def _xd_warm_start(self) -> None:
-        """Take the parameters of ``xd_warm_start``, where there is one; the last thing to do.
+        """Take the parameters of ``xd_warm_start``, where it is given. This is to be called last.
 
         Raises:
             InputError: not a checkpoint, or one of another model or size.

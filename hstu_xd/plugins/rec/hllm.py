@@ -24,7 +24,7 @@ _MASKED_LLMS = ("llama", "mistral")
 
 
 class DomainStateSublayer(nn.Module):
-    """``Wo DDSR(LN(x))``, to be added to ``x``: what the domains' latest hidden states say to each.
+    """DDSR behind an encoder: ``Wo DDSR(LN(x))``, which is to be added to ``x``.
 
     It starts at zero, as DDSR's values do.
 
@@ -43,7 +43,7 @@ class DomainStateSublayer(nn.Module):
         nn.init.xavier_uniform_(self._output.weight)
 
     def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
-        """(L, K) float -> (L, K) float."""
+        """Read the domains' latest hidden states for every token: (L, K) float -> (L, K) float."""
         normed = layer_norm(x, x.shape[-1:])
         answer = self._states(normed, normed, plan.state_reads, plan.target_domains)
         return self._output(answer)

@@ -29,7 +29,7 @@ def sampled_softmax(
     threshold: float,
     excluded: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Average ``-log softmax`` of the positive, by scaled cosines, and REC's running figures.
+    """Compute the mean of ``-log softmax`` of the positive, and the figures that REC logs.
 
     A negative closer to the positive than ``threshold`` (mostly the positive itself) is left out.
 
