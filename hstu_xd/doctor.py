@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import HstuXdError
-from hstu_xd.plugins.gr.research.gin_files import MARKERS
-from hstu_xd.plugins.rec.launch import missing_markers
+from hstu_xd.plugins.host import Host, hosts
 from hstu_xd.plugins.source_patches import inspect_tree
 from hstu_xd.subprocess_checks import ask
 from hstu_xd.version import __version__
@@ -46,39 +45,58 @@ def examine(*, timeout_s: float = TIME_LIMIT_S) -> dict[str, Any]:
         timeout_s: seconds that one library may take to answer.
 
     Returns:
-        ``hstu_xd``, ``python``, ``torch``, ``libraries``, ``fbgemm_gpu``, ``attention``,
-        ``generative_recommenders``, ``rec`` and ``verdict``, each a dict of JSON values.
+        ``hstu_xd``, ``python``, ``torch``, ``libraries``, ``fbgemm_gpu``, ``attention``, the name
+        of every host and ``verdict``, each a dict of JSON values.
     """
-    here = Path.cwd()
     path = list(sys.path)
-    # `python main.py` has the checkout on its path; so has this report when it is run from there.
-    inside = all((here / marker).is_file() for marker in MARKERS) and not {"", str(here)} & {*path}
-    upstream_path = [str(here), *path] if inside else path
 
-    def about(*question: str, path: list[str] = path) -> dict[str, Any]:
+    def about(*question: str) -> dict[str, Any]:
         return ask(*question, timeout_s=timeout_s, path=path)
 
-    def about_upstream() -> dict[str, Any]:
-        found = about("upstream", path=upstream_path)
-        plugin = about("plugin", path=upstream_path) if found.get("importable") else {}
-        return _upstream(found, plugin) | {"through_current_folder": inside}
-
-    def about_rec() -> dict[str, Any]:
-        # The launcher runs in REC's code/ folder and finds it nowhere else.
-        if missing_markers(here):
-            error = "not in this folder; run it in the code/ folder of HLLM or PerSRec"
-            return {"importable": False, "path": "", "error": error}
-        inside = [str(here), *path]
-        return _rec(here, about("rec", path=inside), about("rec_plugin", path=inside))
-
     with ThreadPoolExecutor(max_workers=3) as pool:
-        upstream, rec = pool.submit(about_upstream), pool.submit(about_rec)
+        found = {host.name: pool.submit(_examine_host, host, timeout_s) for host in hosts()}
         single = {name: pool.submit(about, name) for name in ("torch", "fbgemm_gpu", "attention")}
         libraries = {name: pool.submit(about, "library", name) for name in LIBRARIES}
         answers = {name: future.result() for name, future in (single | libraries).items()}
         report = _assemble(answers)
-        report |= {"generative_recommenders": upstream.result(), "rec": rec.result()}
+        report |= {name: future.result() for name, future in found.items()}
     return report | {"verdict": verdict(report)}
+
+
+def _examine_host(host: Host, timeout_s: float) -> dict[str, Any]:
+    here, path = Path.cwd(), list(sys.path)
+    # `python main.py` has the checkout on its path; so has this report when it is run from there.
+    is_here = not host.missing_markers(here)
+    through_here = is_here and not {"", str(here)} & {*path}
+    if through_here:
+        path = [str(here), *path]
+    status: dict[str, Any] = {
+        "importable": False,
+        "error": "",
+        "path": "",
+        "commit": "",
+        "verified": False,
+        "problems": [],
+        "without": [],
+        "through_current_folder": through_here,
+        "plugin": {"rebinds": [], "error": ""},
+        "patches": {"state": "", "reason": ""},
+    }
+    if host.in_place and not is_here:
+        names = sorted(each.repository.partition("/")[2] for each in host.codebases)
+        where = f"run it in the {host.start_folder}/ folder of {' or '.join(names)}"
+        return status | {"error": f"not in this folder; {where}"}
+    status |= ask("host", host.declared_in, timeout_s=timeout_s, path=path)
+    if not status["importable"]:
+        return status
+    plugin = ask("plugin", host.declared_in, timeout_s=timeout_s, path=path)
+    status["without"] = plugin.get("without", [])
+    status["plugin"] = {"rebinds": plugin.get("rebinds", []), "error": plugin["error"]}
+    status["patches"] = _patches(host.checkout_of(Path(status["path"])))
+    if host.in_place:
+        # The folder is always there; that it can be imported is known when the plug-in works.
+        status |= {"importable": not plugin["error"], "error": plugin["error"]}
+    return status
 
 
 def _assemble(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -129,36 +147,6 @@ def _attention(
     return {"available": available, "auto": found.get("auto", ""), "why_not_faster": why}
 
 
-def _upstream(found: dict[str, Any], plugin: dict[str, Any]) -> dict[str, Any]:
-    status: dict[str, Any] = {
-        "importable": False,
-        "path": "",
-        "commit": "",
-        "verified": False,
-        "problems": [],
-        **found,
-        "plugin": {"rebinds": plugin.get("rebinds", []), "error": plugin.get("error", "")},
-        "patches": {"state": "", "reason": ""},
-    }
-    if status["importable"]:
-        status["patches"] = _patches(Path(status["path"]).parent)
-    return status
-
-
-def _rec(code: Path, found: dict[str, Any], plugin: dict[str, Any]) -> dict[str, Any]:
-    problems = [found["error"]] if found["error"] else found["problems"]
-    return {
-        "importable": not plugin["error"],
-        "path": str(code / "REC"),
-        "error": plugin["error"],
-        "verified": not problems,
-        "problems": problems,
-        "without": plugin.get("without", []),
-        "plugin": {"rebinds": plugin.get("rebinds", []), "error": plugin["error"]},
-        "patches": _patches(code.parent),
-    }
-
-
 def _patches(root: Path) -> dict[str, str]:
     """Whether the source patches are in a checkout, and why not."""
     try:
@@ -169,30 +157,31 @@ def _patches(root: Path) -> dict[str, str]:
 
 
 def verdict(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of the stand-alone trainer and of each plug-in: ready or not, and what stands in the way."""
+    """Tell whether the stand-alone trainer and each plug-in are ready, or what is in the way."""
     libraries = {k: v for k, v in report["libraries"].items() if k not in OPTIONAL}
     needed = {"torch": report["torch"], **libraries}
     missing = [f"{name}: {each['error']}" for name, each in needed.items() if each["error"]]
-    upstream, fbgemm = report["generative_recommenders"], report["fbgemm_gpu"]
-    blocks = list(missing)
-    if not fbgemm["loads"]:
-        blocks.append(f"fbgemm_gpu: {fbgemm['error']}")
-    if not upstream["importable"]:
-        blocks.append(f"generative_recommenders: {upstream['error'] or 'not importable'}")
-    elif upstream["plugin"]["error"] and fbgemm["loads"] and not missing:
-        blocks.append(f"plug-in: {upstream['plugin']['error']}")
-    rec = report["rec"]["error"]
-    rec_blocks = [*missing, *([f"REC: {rec}"] if rec else [])]
-    return {
-        "stand_alone": {"ready": not missing, "blocks": missing},
-        "generative_recommenders": {"ready": not blocks, "blocks": blocks},
-        "rec": {"ready": not rec_blocks, "blocks": rec_blocks},
-    }
+    verdicts = {"stand_alone": {"ready": not missing, "blocks": missing}}
+    for host in hosts():
+        blocks = [*missing, *_blocks(host, report)]
+        verdicts[host.name] = {"ready": not blocks, "blocks": blocks}
+    return verdicts
+
+
+def _blocks(host: Host, report: dict[str, Any]) -> list[str]:
+    """Tell what is in the way of a plug-in beside what the stand-alone trainer needs."""
+    found, asked = report[host.name], {"fbgemm_gpu": report["fbgemm_gpu"], **report["libraries"]}
+    broken = [name for name in host.needs if name in asked and asked[name]["error"]]
+    blocks = [f"{name}: {asked[name]['error']}" for name in broken]
+    if not found["importable"]:
+        blocks.append(f"{host.title}: {found['error'] or 'not importable'}")
+    elif found["plugin"]["error"] and not blocks:
+        blocks.append(f"plug-in: {found['plugin']['error']}")
+    return blocks
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as aligned lines, the verdict last."""
-    upstream, rec = report["generative_recommenders"], report["rec"]
+    """Write the report as aligned lines, the verdict last."""
     lines = [
         ("hstu-xd", f"{report['hstu_xd']['version']}, {report['hstu_xd']['path']}"),
         ("python", report["python"]["version"]),
@@ -200,26 +189,24 @@ def render(report: dict[str, Any]) -> str:
         ("fbgemm_gpu", _fbgemm_line(report["fbgemm_gpu"], report["torch"])),
         *((name, _library_line(each, name)) for name, each in report["libraries"].items()),
         ("attention", _attention_line(report["attention"])),
-        ("generative_recommenders", _upstream_line(upstream)),
-        *(("  problem", problem) for problem in upstream["problems"]),
     ]
-    if upstream["importable"]:
-        lines += _plugin_lines(upstream)
-    lines += [("REC", _rec_line(rec))]
-    if rec["path"]:
-        lines += [("  problem", problem) for problem in rec["problems"]]
-        if rec["without"]:
-            lines += [("  without", f"{', '.join(rec['without'])}, which REC mostly does without")]
-        lines += _plugin_lines(rec)
-    remarks = dict.fromkeys(report["verdict"], "")
-    if not report["torch"]["devices"]:
-        remarks["generative_recommenders"] = " (no GPU: use hstu-xd upstream-train)"
-        remarks["rec"] = " (no GPU: on the CPU)"
-    names = {"stand_alone": "stand-alone", "generative_recommenders": "upstream", "rec": "REC"}
-    for key, each in report["verdict"].items():
-        lines += [(f"verdict, {names[key]}", _verdict_line(each, remarks[key]))]
+    for host in hosts():
+        lines += _host_lines(host, report[host.name])
+    lines += [
+        ("verdict, stand-alone", _verdict_line(report["verdict"]["stand_alone"], "")),
+        *(
+            (f"verdict, {host.verdict_title}", _verdict_line(report["verdict"][host.name], remark))
+            for host, remark in ((host, _cpu_remark(host, report)) for host in hosts())
+        ),
+    ]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name.ljust(width)}{text}" for name, text in lines)
+
+
+def _cpu_remark(host: Host, report: dict[str, Any]) -> str:
+    if report["torch"]["devices"]:
+        return ""
+    return f" (no GPU: {f'use {host.cpu_command}' if host.cpu_command else 'on the CPU'})"
 
 
 def _short(error: str, name: str) -> str:
@@ -260,23 +247,28 @@ def _attention_line(attention: dict[str, Any]) -> str:
     return "; ".join(filter(None, (line, attention["why_not_faster"])))
 
 
-def _upstream_line(upstream: dict[str, Any]) -> str:
-    if not upstream["importable"]:
-        return f"not importable: {upstream['error']}"
-    known = "verified" if upstream["verified"] else "not verified"
-    through = ", through the current folder" if upstream["through_current_folder"] else ""
-    return f"{upstream['path']}{through}, commit {upstream['commit'][:7] or 'unknown'}, {known}"
+def _host_lines(host: Host, found: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [
+        (host.title, _host_line(host, found)),
+        *(("  problem", problem) for problem in found["problems"]),
+    ]
+    if found["without"]:
+        names = ", ".join(found["without"])
+        lines += [("  without", f"{names}, which {host.title} mostly does without")]
+    if found["path"]:
+        patches = ": ".join(filter(None, found["patches"].values()))
+        lines += [("  plug-in", _plugin_line(found["plugin"])), ("  source patches", patches)]
+    return lines
 
 
-def _rec_line(rec: dict[str, Any]) -> str:
-    if not rec["path"]:
-        return rec["error"]
-    return f"{rec['path']}, {'verified' if rec['verified'] else 'not verified'}"
-
-
-def _plugin_lines(codebase: dict[str, Any]) -> list[tuple[str, str]]:
-    patches = ": ".join(filter(None, codebase["patches"].values()))
-    return [("  plug-in", _plugin_line(codebase["plugin"])), ("  source patches", patches)]
+def _host_line(host: Host, found: dict[str, Any]) -> str:
+    known = "verified" if found["verified"] else "not verified"
+    if host.in_place:
+        return f"{found['path']}, {known}" if found["path"] else found["error"]
+    if not found["importable"]:
+        return f"not importable: {found['error']}"
+    through = ", through the current folder" if found["through_current_folder"] else ""
+    return f"{found['path']}{through}, commit {found['commit'][:7] or 'unknown'}, {known}"
 
 
 def _plugin_line(plugin: dict[str, Any]) -> str:

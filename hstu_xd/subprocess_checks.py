@@ -1,4 +1,4 @@
-"""Looking at one library in a process of its own, so that its crash or hang is only an answer.
+"""Look at one library in a process of its own, so that its crash or hang is only an answer.
 
 The questions are the functions of ``QUESTIONS``; they run in the child process only.
 """
@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 _MARK = "hstu-xd-answer "
@@ -123,40 +122,29 @@ def _attention() -> dict[str, Any]:
     return {"available": list(names), "auto": "triton" if fused else "eager"}
 
 
-def _upstream() -> dict[str, Any]:
-    from hstu_xd.plugins.gr.research.verified import inspect_upstream
+def _host(folder: str) -> dict[str, Any]:
+    from hstu_xd.plugins.host import declared_host, inspect_host
 
-    return {key: value for key, value in asdict(inspect_upstream()).items() if value != ""}
-
-
-def _rec() -> dict[str, Any]:
-    from hstu_xd.plugins.rec.verified import unverified_sources
-
-    return {"problems": unverified_sources(Path.cwd() / "REC")}
+    status = asdict(inspect_host(declared_host(folder)))
+    return {key: value for key, value in status.items() if value != ""}
 
 
-def _rec_plugin() -> dict[str, Any]:
-    from hstu_xd.plugins.rec.activate import activate
-    from hstu_xd.plugins.rec.stub_packages import stand_in_for_absent
+def _plugin(folder: str) -> dict[str, Any]:
+    from hstu_xd.plugins.host import activate, declared_host, stand_in_for_absent
 
-    without = stand_in_for_absent()  # before REC, as the launcher does
-    rebinds = [name for patch in activate() for name in patch.originals]
-    return {"rebinds": rebinds, "without": without}
-
-
-def _plugin() -> dict[str, Any]:
-    import_module("fbgemm_gpu")  # before upstream, as its main.py does
-    handle = import_module("hstu_xd.plugins.generative_recommenders").HANDLE
-    return {"rebinds": list(handle.originals)}
+    host = declared_host(folder)
+    for library in host.needs:
+        import_module(library)
+    without = stand_in_for_absent(host)
+    return {"rebinds": list(activate(host).originals), "without": without}
 
 
+# "host" and "plugin" take the dotted name of the folder that declares the host.
 QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "library": _library,
     "torch": _torch,
     "fbgemm_gpu": _fbgemm,
     "attention": _attention,
-    "upstream": _upstream,
+    "host": _host,
     "plugin": _plugin,
-    "rec": _rec,
-    "rec_plugin": _rec_plugin,
 }

@@ -81,7 +81,7 @@ def upstream_train(
     ] = 0,
 ) -> None:
     """Train with generative-recommenders' train_fn, on CPU where there is no GPU."""
-    from hstu_xd.plugins.gr.research.run import upstream_train as run_training
+    from hstu_xd.plugins.gr.research.upstream_trainer import upstream_train as run_training
 
     run_training(gin_config_file, gin_bindings or [], processes=processes, port=master_port)
 
@@ -98,7 +98,7 @@ def upstream_evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Rank a split's targets with a checkpoint of upstream's trainer."""
-    from hstu_xd.plugins.gr.research.evaluate import upstream_evaluate as run_evaluation
+    from hstu_xd.plugins.gr.research.upstream_trainer import upstream_evaluate as run_evaluation
 
     metrics = run_evaluation(gin_config_file, checkpoint, gin_bindings or [], split=split)
     if as_json:

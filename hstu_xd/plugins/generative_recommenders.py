@@ -6,6 +6,7 @@ a few names in upstream's trainer; ``HANDLE.revert()`` puts the originals back. 
 ``xd_encoder.*`` and ``xd_upstream.*`` are known to gin, and upstream's own gin files run as before.
 """
 
-from hstu_xd.plugins.gr.research.activate import activate
+from hstu_xd.plugins.gr.research import HOST
+from hstu_xd.plugins.host import activate
 
-HANDLE = activate()
+HANDLE = activate(HOST)

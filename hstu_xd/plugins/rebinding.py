@@ -35,7 +35,7 @@ class Rebinding:
         return f"{self.module}.{self.name}"
 
     def owner(self) -> tuple[Any, str]:
-        """The object that holds the name, and the last part of the name."""
+        """Return the object that holds the name, and the last part of the name."""
         *classes, attribute = self.name.split(".")
         return reduce(getattr, classes, import_module(self.module)), attribute
 
@@ -51,8 +51,31 @@ class Patch:
 
     @property
     def originals(self) -> dict[str, Any]:
-        """What stood at each rebound path."""
-        return {rebinding.path: original for rebinding, original, _ in self._applied}
+        """What stood at each rebound path before the first rebinding of it."""
+        first = [(rebinding.path, original) for rebinding, original, _ in self._applied]
+        return dict.fromkeys(path for path, _ in first) | dict(reversed(first))
+
+    def add(self, rebindings: Sequence[Rebinding]) -> None:
+        """Rebind further names, all of them or none; a name that is rebound already, once more.
+
+        Raises:
+            HstuXdError: a name is missing, or its object lacks a parameter the replacement relies
+                on.
+        """
+        planned = []
+        for rebinding in rebindings:
+            try:
+                owner, attribute = rebinding.owner()
+                original = getattr(owner, attribute)
+            except (ImportError, AttributeError) as error:
+                raise HstuXdError(f"{rebinding.path} is not there to rebind: {error}") from error
+            _check_parameters(rebinding, original)
+            planned.append((rebinding, original, rebinding.replace(original)))
+        for rebinding, original, replacement in planned:
+            owner, attribute = rebinding.owner()
+            setattr(owner, attribute, replacement)
+            _logger.info("%s: %s becomes %s", rebinding.path, _name(original), _name(replacement))
+        self._applied += planned
 
     def revert(self) -> None:
         """Put every original back, last first; does nothing the second time.
@@ -60,7 +83,8 @@ class Patch:
         Raises:
             HstuXdError: somebody rebound a name again since; nothing is reverted then.
         """
-        for rebinding, _, replacement in self._applied:
+        latest = {rebinding.path: (rebinding, new) for rebinding, _, new in self._applied}
+        for rebinding, replacement in latest.values():
             owner, attribute = rebinding.owner()
             if getattr(owner, attribute) is not replacement:
                 raise HstuXdError(
@@ -85,20 +109,9 @@ def apply(rebindings: Sequence[Rebinding]) -> Patch:
     Raises:
         HstuXdError: a name is missing, or its object lacks a parameter the replacement relies on.
     """
-    planned = []
-    for rebinding in rebindings:
-        try:
-            owner, attribute = rebinding.owner()
-            original = getattr(owner, attribute)
-        except (ImportError, AttributeError) as error:
-            raise HstuXdError(f"{rebinding.path} is not there to rebind: {error}") from error
-        _check_parameters(rebinding, original)
-        planned.append((rebinding, original, rebinding.replace(original)))
-    for rebinding, original, replacement in planned:
-        owner, attribute = rebinding.owner()
-        setattr(owner, attribute, replacement)
-        _logger.info("%s: %s becomes %s", rebinding.path, _name(original), _name(replacement))
-    return Patch(planned)
+    patch = Patch()
+    patch.add(rebindings)
+    return patch
 
 
 def _check_parameters(rebinding: Rebinding, original: Any) -> None:

@@ -12,15 +12,7 @@ from pathlib import Path
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import patches_folder
-from hstu_xd.plugins.gr.research.gin_files import MARKERS
-
-# Codebase (a folder of patches/) -> files by which a checkout of it is told; of several the first:
-# PerSRec is a fork of HLLM and has all its files.
-CODEBASES = {
-    "generative-recommenders": MARKERS,
-    "persrec": ("code/run.py", "code/REC/data/comm.py"),
-    "hllm": ("code/run.py", "code/REC/data/utils.py"),
-}
+from hstu_xd.plugins.host import Codebase, hosts
 
 APPLICABLE, APPLIED, REFUSED = "applicable", "applied", "refused"
 
@@ -31,7 +23,7 @@ _REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "G
 
 
 @dataclass(frozen=True)
-class Patch:
+class SourcePatch:
     """One patch file: ``<name>.<first commit>.patch``.
 
     Attributes:
@@ -49,7 +41,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class TreeState:
-    """What a folder is to the patches.
+    """Which patches are in a checkout, and which of the others fit it.
 
     Attributes:
         state: "applicable", "applied" or "refused".
@@ -64,11 +56,21 @@ class TreeState:
     reason: str = ""
     codebase: str = ""
     commit: str = ""
-    applied: tuple[Patch, ...] = ()
-    missing: tuple[Patch, ...] = ()
+    applied: tuple[SourcePatch, ...] = ()
+    missing: tuple[SourcePatch, ...] = ()
 
 
-def read_patches(folder: Path) -> tuple[Patch, ...]:
+def codebases() -> dict[str, Codebase]:
+    """Return the codebases of all hosts by name. Of those that fit a checkout the first counts."""
+    return {codebase.name: codebase for host in hosts() for codebase in host.codebases}
+
+
+def patches_of(codebase: Codebase) -> Path:
+    """Return the folder of a codebase's patches."""
+    return codebase.patches or patches_folder() / codebase.name
+
+
+def read_patches(folder: Path) -> tuple[SourcePatch, ...]:
     """Read the patches of one codebase, in the order of their file names."""
     patches = []
     for file in sorted(folder.glob("*.patch")):
@@ -77,7 +79,7 @@ def read_patches(folder: Path) -> tuple[Patch, ...]:
         commits = _COMMITS.search(text)
         assert blobs, f"{file}: no index line with full hashes"
         assert commits, f"{file}: no line 'Commits: ...'"
-        patches.append(Patch(file.name.split(".")[0], text, commits[1], blobs))
+        patches.append(SourcePatch(file.name.split(".")[0], text, commits[1], blobs))
     return tuple(patches)
 
 
@@ -86,13 +88,13 @@ def inspect_tree(root: Path, *, patches: Path | None = None) -> TreeState:
 
     Args:
         root: top folder of a git checkout of a known codebase.
-        patches: folder with one subfolder a codebase; default: the patches of this package.
+        patches: folder with one subfolder a codebase; default: the patches of the hosts.
     """
     if not root.is_dir():
         return TreeState(REFUSED, "no such folder; give the top folder of a checkout")
     lacks = {
-        name: [marker for marker in markers if not (root / marker).is_file()]
-        for name, markers in CODEBASES.items()
+        name: [marker for marker in codebase.markers if not (root / marker).is_file()]
+        for name, codebase in codebases().items()
     }
     codebase = next((name for name, missing in lacks.items() if not missing), "")
     if not codebase:
@@ -103,7 +105,7 @@ def inspect_tree(root: Path, *, patches: Path | None = None) -> TreeState:
         reason = "not the top folder of a git checkout; patches need git to tell the version"
         return TreeState(REFUSED, reason, codebase)
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD") or ""
-    known = read_patches((patches or patches_folder()) / codebase)
+    known = read_patches(patches / codebase if patches else patches_of(codebases()[codebase]))
     return _fit(root, known, codebase, commit)
 
 
@@ -136,7 +138,7 @@ def apply_patches(root: Path, *, patches: Path | None = None) -> TreeState:
     return before
 
 
-def _fit(root: Path, known: tuple[Patch, ...], codebase: str, commit: str) -> TreeState:
+def _fit(root: Path, known: tuple[SourcePatch, ...], codebase: str, commit: str) -> TreeState:
     paths = sorted({path for patch in known for path in patch.blobs})
     now = _worktree_ids(root, paths)
     head = {path: _git(root, "rev-parse", "-q", "--verify", f"HEAD:{path}") for path in paths}

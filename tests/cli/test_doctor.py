@@ -13,8 +13,9 @@ from hstu_xd import doctor
 from hstu_xd.cli.app import run
 from hstu_xd.ops import domain_attention
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.plugins.gr.research.gin_files import MARKERS
-from hstu_xd.plugins.rec.launch import MARKERS as REC_MARKERS
+from hstu_xd.plugins.gr.research import HOST as GR
+from hstu_xd.plugins.host import OVERRIDE, hosts
+from hstu_xd.plugins.rec import HOST as REC
 from hstu_xd.subprocess_checks import QUESTIONS, ask
 
 BREAKAGES = {
@@ -64,13 +65,19 @@ def answers(**changes: dict[str, Any]) -> Any:
         "torch": {"version": "2.12.1+cpu", "cuda": None, "devices": []},
         "attention": {"available": ["reference", "eager"], "auto": "eager"},
         "upstream": {"importable": False, "error": "no module named generative_recommenders"},
-        "plugin": {"rebinds": ["generative_recommenders.a.get_reco_dataset"]},
-        "rec": {"problems": []},
+        "upstream_plugin": {"rebinds": ["generative_recommenders.a.get_reco_dataset"]},
+        "rec": {"importable": True, "path": str(Path.cwd() / "REC"), "verified": True},
         "rec_plugin": {"rebinds": ["REC.utils.get_model", "REC.data.utils.get_model"]},
+    }
+    names = {
+        ("host", GR.declared_in): "upstream",
+        ("plugin", GR.declared_in): "upstream_plugin",
+        ("host", REC.declared_in): "rec",
+        ("plugin", REC.declared_in): "rec_plugin",
     }
 
     def answer(question: str, *arguments: str, timeout_s: float, path: list[str]) -> dict[str, Any]:
-        name = arguments[0] if arguments else question
+        name = names.get((question, *arguments), arguments[0] if arguments else question)
         return {"error": ""} | (healthy | changes).get(name, {})
 
     return answer
@@ -147,7 +154,7 @@ def test_upstream_and_its_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert line(lines, "verdict, upstream") == "ready (no GPU: use hstu-xd upstream-train)"
     upstream |= {"verified": False, "commit": "", "problems": ["train.setup: not there"]}
     plugin = {"error": "HstuXdError: differs from the verified commits"}
-    found, lines = report(monkeypatch, upstream=upstream, plugin=plugin)
+    found, lines = report(monkeypatch, upstream=upstream, upstream_plugin=plugin)
     assert line(lines, "generative_recommenders").endswith("commit unknown, not verified")
     assert line(lines, "  problem") == "train.setup: not there"
     assert found["verdict"]["generative_recommenders"]["blocks"] == [f"plug-in: {plugin['error']}"]
@@ -171,7 +178,7 @@ def test_command_prints_one_object(
         "generative_recommenders",
         "rec",
         "verdict",
-    }
+    } | {host.name for host in hosts()}
     assert found["torch"]["version"] == torch.__version__
     assert found["verdict"]["stand_alone"] == {"ready": True, "blocks": []}
     assert found["attention"]["auto"] in found["attention"]["available"]
@@ -197,7 +204,7 @@ def test_what_auto_is_said_to_be_is_what_runs(monkeypatch: pytest.MonkeyPatch) -
 def test_a_checkout_in_the_current_folder_is_found_as_main_py_finds_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sit_among(MARKERS, tmp_path, monkeypatch)
+    sit_among(GR.markers, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "path", [part for part in sys.path if part])
     upstream = {"importable": True, "path": str(tmp_path / "generative_recommenders")}
     found, lines = report(monkeypatch, upstream=upstream)
@@ -212,20 +219,27 @@ def test_rec_is_looked_for_where_the_launcher_runs(
     found, lines = report(monkeypatch)
     assert "code/ folder of HLLM or PerSRec" in line(lines, "REC")
     assert not found["verdict"]["rec"]["ready"]
-    sit_among(REC_MARKERS, tmp_path / "code", monkeypatch)
+    sit_among(REC.markers, tmp_path / "code", monkeypatch)
     found, lines = report(monkeypatch)
     assert line(lines, "REC") == f"{tmp_path / 'code' / 'REC'}, verified"
     assert line(lines, "  plug-in") == "works; rebinds get_model"
     assert line(lines, "verdict, REC") == "ready (no GPU: on the CPU)"
     absent = {"error": "HstuXdError: REC.utils: No module named 'colorlog'"}
-    found, lines = report(monkeypatch, rec={"problems": ["a.py: A"]}, rec_plugin=absent)
+    differing = {"importable": True, "path": str(Path.cwd() / "REC"), "problems": ["a.py: A"]}
+    found, lines = report(monkeypatch, rec=differing, rec_plugin=absent)
     assert line(lines, "REC").endswith("not verified")
     assert line(lines, "  problem") == "a.py: A"
     assert found["verdict"]["rec"] == {"ready": False, "blocks": [f"REC: {absent['error']}"]}
 
 
 def test_rec_is_really_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sit_among(REC_MARKERS, tmp_path, monkeypatch)
+    sit_among(REC.markers, tmp_path, monkeypatch)
     path = [str(tmp_path), *sys.path]
-    assert "trainer/trainer.py: Trainer" in ask("rec", timeout_s=60, path=path)["problems"]
-    assert "not there to rebind" in ask("rec_plugin", timeout_s=60, path=path)["error"]
+    found = ask("host", REC.declared_in, timeout_s=60, path=path)
+    assert found["path"] == str(tmp_path / "REC")
+    assert "trainer/trainer.py: Trainer is not there" in found["problems"]
+    plugin = ask("plugin", REC.declared_in, timeout_s=60, path=path)
+    assert "differs from the versions that hstu-xd was verified with" in plugin["error"]
+    monkeypatch.setenv(OVERRIDE, "1")
+    plugin = ask("plugin", REC.declared_in, timeout_s=60, path=path)
+    assert "not there to rebind" in plugin["error"]

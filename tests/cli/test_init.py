@@ -9,8 +9,8 @@ import pytest
 from hstu_xd import files
 from hstu_xd.cli.app import run
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.plugins.gr.research import gin_files
-from hstu_xd.plugins.gr.research.gin_files import MARKERS, copy_gin_files
+from hstu_xd.plugins.gr.research import HOST, gin_files
+from hstu_xd.plugins.gr.research.gin_files import copy_gin_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def upstream(tmp_path: Path) -> Path:
     root = tmp_path / "upstream"
-    for marker in MARKERS:
+    for marker in HOST.markers:
         (root / marker).parent.mkdir(parents=True, exist_ok=True)
         (root / marker).write_text("")
     return root
@@ -74,7 +74,7 @@ def test_other_content_is_kept_unless_forced(
 def test_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["init", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert all(marker in message for marker in MARKERS)
+    assert all(marker in message for marker in HOST.markers)
     assert list(tmp_path.iterdir()) == []
     assert run(["init", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -10,19 +10,20 @@ import pytest
 from hstu_xd.cli.app import run
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import patches_folder
-from hstu_xd.plugins.gr.research.gin_files import MARKERS
+from hstu_xd.plugins.gr import GENERATIVE_RECOMMENDERS
 from hstu_xd.plugins.source_patches import (
     APPLICABLE,
     APPLIED,
-    CODEBASES,
     REFUSED,
     apply_patches,
+    codebases,
     inspect_tree,
     read_patches,
 )
 
+MARKERS = GENERATIVE_RECOMMENDERS.markers
 MAIN, TRAIN = MARKERS
-NAME = "generative-recommenders"
+NAME = GENERATIVE_RECOMMENDERS.name
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -168,7 +169,7 @@ def test_command_refuses_with_exit_code_2(
     assert content(upstream) == before
 
 
-@pytest.mark.parametrize("codebase", CODEBASES)
+@pytest.mark.parametrize("codebase", codebases())
 def test_our_patches_add_lines_only(codebase: str) -> None:
     patches = read_patches(patches_folder() / codebase)
     names_of = {}
@@ -183,7 +184,7 @@ def test_our_patches_add_lines_only(codebase: str) -> None:
 
 
 def test_a_folder_of_patches_is_a_known_codebase() -> None:
-    assert {path.name for path in patches_folder().iterdir() if path.is_dir()} == set(CODEBASES)
+    assert {path.name for path in patches_folder().iterdir() if path.is_dir()} == set(codebases())
 
 
 def real_checkout() -> Path | None:

@@ -3,11 +3,15 @@
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 _logger = logging.getLogger(__name__)
 
@@ -40,8 +44,6 @@ def write_interactions(
         InputError: no folder to write to, a file that is there without ``force``, no user with
             three events, or a token that REC's reader takes for a missing one.
     """
-    import polars as pl
-
     if not isinstance(store, InteractionStore):
         store = InteractionStore.open(store)
     out = Path(out)
@@ -49,6 +51,20 @@ def write_interactions(
         raise InputError(f"{out.parent}: no such folder; make it first")
     if out.exists() and not force:
         raise InputError(f"{out}: exists; add --force to replace it, or choose another --out")
+    table = _events(store)
+    partial = Path(f"{out}.partial-{os.getpid()}")
+    try:
+        table.write_csv(partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(table)
+
+
+def _events(store: InteractionStore) -> "pl.DataFrame":
+    """Collect the events of the users that REC can evaluate; refuse tokens that it cannot read."""
+    import polars as pl
+
     tokens = store.catalog.item_tokens
     assert tokens is not None, "a prepared store keeps the tokens"
     items = pl.Series(["", *tokens], dtype=pl.String).gather(np.asarray(store.item_ids))
@@ -73,10 +89,4 @@ def write_interactions(
                 f"{kind} {unread[0]!r} would be read as no {kind} at all; call it otherwise in the "
                 "log and prepare that again"
             )
-    partial = Path(f"{out}.partial-{os.getpid()}")
-    try:
-        table.write_csv(partial)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return len(table)
+    return table

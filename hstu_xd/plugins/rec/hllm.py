@@ -7,14 +7,15 @@ import torch
 from REC.model.basemodel import all_gather
 from REC.model.HLLM.hllm import HLLM
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import layer_norm, pad
 
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainParts
-from hstu_xd.plugins.rec.domain_states import DomainStateSublayer
-from hstu_xd.plugins.rec.jagged import JaggedBatch
+from hstu_xd.model.ddsr import DynamicDomainState
+from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.plugins.bridge import UnpaddedBatch
+from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainMixin, llm_sizes
 from hstu_xd.plugins.rec.settings import HLLM_MODEL
-from hstu_xd.plugins.rec.sizes import llm_sizes
 
 _logger = logging.getLogger(__name__)
 
@@ -22,7 +23,33 @@ _logger = logging.getLogger(__name__)
 _MASKED_LLMS = ("llama", "mistral")
 
 
-class HLLM_XD(HLLM, CrossDomainParts):
+class DomainStateSublayer(nn.Module):
+    """DDSR behind an encoder: ``Wo DDSR(LN(x))``, which is to be added to ``x``.
+
+    It starts at zero, as DDSR's values do.
+
+    Args:
+        settings: sizes of the encoder, and those of DDSR.
+
+    Source: arXiv 2508.20945, dynamic domain state representation; a sublayer behind a transformer
+        in place of a gate's term inside HSTU is this project's.
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        s = settings
+        self._states = DynamicDomainState.of(s)
+        self._output = nn.Linear(s.num_heads * s.dv, s.embedding_dim, bias=False)
+        nn.init.xavier_uniform_(self._output.weight)
+
+    def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
+        """Read the domains' latest hidden states for every token: (L, K) float -> (L, K) float."""
+        normed = layer_norm(x, x.shape[-1:])
+        answer = self._states(normed, normed, plan.state_reads, plan.target_domains)
+        return self._output(answer)
+
+
+class HLLM_XD(HLLM, CrossDomainMixin):
     """REC's HLLM whose user LLM may attend inside domains, know the next one and read their states.
 
     REC's own code runs throughout. Before the user LLM its input is told of the next domain (TAPE,
@@ -45,7 +72,7 @@ class HLLM_XD(HLLM, CrossDomainParts):
         super().__init__(config, *args)
         self._xd_configure(HLLM_MODEL)
         self._ddsr: nn.Module | None = None
-        self._xd_batch: JaggedBatch
+        self._xd_batch: UnpaddedBatch
         self._xd_domains: Tensor
         self._xd_negative_ids: Tensor
         if not self._xd_is_plain:
@@ -82,7 +109,7 @@ class HLLM_XD(HLLM, CrossDomainParts):
             attention.register_forward_pre_hook(self._xd_hide_domains, with_kwargs=True)
 
     def forward(self, interaction: Any, mode: str = "train") -> Any:
-        """Loss of a batch, or what REC asks for by ``mode``.
+        """Compute the loss of a batch, or what REC asks for by ``mode``.
 
         Args:
             interaction: for "train" a dict of REC's: among others ``pos_item_ids`` (B, N + 1)
@@ -107,12 +134,12 @@ class HLLM_XD(HLLM, CrossDomainParts):
     def predict(
         self, item_seq: Tensor, time_seq: Tensor, item_feature: Tensor, *args: Any
     ) -> Tensor:
-        """Scores of all items.
+        """Score all items.
 
         Args:
             item_seq: (B, N) int64, oldest first, zeros at the left.
             time_seq: as REC's with everything off; else (B, N + 2) int64 of
-                :func:`hstu_xd.plugins.rec.evaluation.with_request`.
+                :func:`hstu_xd.plugins.rec.rec_metrics.with_request`.
             item_feature: (item_num, K) float.
             args: what else REC passes.
 
@@ -129,7 +156,7 @@ class HLLM_XD(HLLM, CrossDomainParts):
     def nce_loss(
         self, cur_embs: Tensor, target_pos: Tensor, target_neg: Tensor, user_attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """REC's logits and labels; domain-scoped, negatives of other domains do not count.
+        """Compute REC's logits and labels; domain-scoped, other domains' negatives do not count.
 
         Args:
             cur_embs: (B, N, K) float, hidden states of the user LLM.
@@ -148,8 +175,8 @@ class HLLM_XD(HLLM, CrossDomainParts):
         return logits, labels
 
     def _xd_take(self, valid: Tensor, domains: Tensor, times: Tensor) -> None:
-        """What the hooks of the next call read; see :meth:`JaggedBatch.of`."""
-        self._xd_batch = self._xd_jagged(valid, domains, times)
+        """Keep what the hooks of the next call read; see :meth:`_xd_unpadded`."""
+        self._xd_batch = self._xd_unpadded(valid, domains, times)
         self._xd_domains = domains[:, :-1]
 
     def _xd_add_signal(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

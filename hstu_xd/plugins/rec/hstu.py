@@ -11,13 +11,16 @@ from torch.nn.functional import normalize
 
 from hstu_xd.errors import InputError
 from hstu_xd.model.encoder import CrossDomainEncoder
-from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainParts
-from hstu_xd.plugins.rec.loss import draw_within, own_generator, sampled_softmax
+from hstu_xd.plugins.bridge import draw_within
+from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainMixin, hstu_sizes
+from hstu_xd.plugins.rec.loss import own_generator, sampled_softmax
 from hstu_xd.plugins.rec.settings import HSTU_MODEL
-from hstu_xd.plugins.rec.sizes import hstu_sizes
+
+# Private to REC's stack of layers, and to each layer.
+_LAYERS, _BIAS = "_attention_layers", "_rel_attn_bias"
 
 
-class HSTU_XD(HSTU, CrossDomainParts):
+class HSTU_XD(HSTU, CrossDomainMixin):
     """REC's HSTU that may attend inside domains, know the next domain and read domain states.
 
     With everything off it runs REC's own code. Otherwise this package's layers hold REC's
@@ -48,17 +51,17 @@ class HSTU_XD(HSTU, CrossDomainParts):
 
     def _xd_take_over_layers(self) -> None:
         """Put this package's layers in the place of REC's, with REC's parameters."""
-        layers = self._hstu._attention_layers
+        layers = getattr(self._hstu, _LAYERS)
         stack = CrossDomainEncoder(self._xd_encoder_settings)
         if not self._xd_settings.relative_bias:
             for layer in layers:
-                if layer._rel_attn_bias is not None:  # built, and applied neither there nor here
-                    layer.register_module("_rel_attn_bias", None)
+                if getattr(layer, _BIAS) is not None:  # built, and applied neither there nor here
+                    layer.register_module(_BIAS, None)
         stack.take_parameters(layers)
         self._hstu = stack
 
     def forward(self, interaction: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
             interaction: items (B, N + 1) int64, negatives (B, N + 1) int64, which of the first N
@@ -88,12 +91,12 @@ class HSTU_XD(HSTU, CrossDomainParts):
     def predict(
         self, item_seq: Tensor, time_seq: Tensor, item_feature: Tensor, *args: Any
     ) -> Tensor:
-        """Scores of all items.
+        """Score all items.
 
         Args:
             item_seq: (B, N) int64, oldest first, zeros at the left.
             time_seq: as REC's with everything off; else (B, N + 2) int64 of
-                :func:`hstu_xd.plugins.rec.evaluation.with_request`.
+                :func:`hstu_xd.plugins.rec.rec_metrics.with_request`.
             item_feature: (item_num, K) float, unit vectors.
             args: what else REC passes.
 
@@ -115,7 +118,7 @@ class HSTU_XD(HSTU, CrossDomainParts):
         return normalize(last, dim=-1) @ item_feature.t()
 
     def _xd_encode(self, items: Tensor, valid: Tensor, domains: Tensor, times: Tensor) -> Tensor:
-        """Hidden states of the valid tokens.
+        """Compute the hidden states of the valid tokens.
 
         Args:
             items: (B, N) int64.
@@ -126,13 +129,13 @@ class HSTU_XD(HSTU, CrossDomainParts):
         Returns:
             (L, K) float.
         """
-        batch = self._xd_jagged(valid, domains, times)
+        batch = self._xd_unpadded(valid, domains, times)
         x = self._xd_inputs(batch.gather(items), batch.present % items.shape[1])
         signal = self._xd_signal(batch)
         return self._hstu(x if signal is None else x + signal, batch.plan)
 
     def _xd_inputs(self, items: Tensor, columns: Tensor | int) -> Tensor:
-        """Item and position: REC counts positions in the padded history, from its left end."""
+        """Add up item and position; REC counts positions from the left end of the padding."""
         columns = torch.as_tensor(columns, device=items.device)
         return self._xd_vectors(items) + self.position_embedding(columns)
 
@@ -142,7 +145,7 @@ class HSTU_XD(HSTU, CrossDomainParts):
     def _xd_negatives(
         self, items: Tensor, drawn: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Negatives of the targets, and which pairs do not count.
+        """Draw negatives of the targets, and tell which pairs do not count.
 
         With ``num_negatives`` every target has its own (L, R), else the batch (that of all
         processes) shares REC's one draw a place. Domain-scoped, a place draws from the domain of

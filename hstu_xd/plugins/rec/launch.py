@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import runpy
-import socket
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.plugins.rec.stub_packages import stand_in_for_absent
+from hstu_xd.plugins.host import activate, stand_in_for_absent
+from hstu_xd.plugins.rec import HOST
 
 _logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m hstu_xd.plugins.rec"
 # Configuration files that come with the plug-in, looked up by name from anywhere.
 YAML_FOLDER = Path(__file__).parent / "yaml"
-# Files by which REC's code/ folder is told.
-MARKERS = ("run.py", "REC/data/utils.py", "REC/trainer/trainer.py")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,12 +51,9 @@ def run(argv: Sequence[str]) -> None:
         sys.path.insert(0, "")
     show_logs_of(Path("run.py"))
     _stand_alone()
-    stand_in_for_absent()
+    stand_in_for_absent(HOST)
     _check_configuration(files, extras)
-    from hstu_xd.plugins.rec.activate import activate, warn_if_unverified
-
-    warn_if_unverified()
-    activate()
+    activate(HOST)
     sys.argv = ["run.py", "--config_file", *files, *extras]
     runpy.run_path("run.py", run_name="__main__")
 
@@ -69,7 +64,7 @@ def _tell(error: HstuXdError) -> None:
 
 
 def one_line_errors(excepthook: Callable[..., Any]) -> Callable[..., Any]:
-    """An excepthook that tells a user's errors in one line, for a run.py of REC's that is patched.
+    """Build an excepthook that tells a user's errors in one line, for a patched run.py of REC's.
 
     Python exits with 1 after it, whatever the error.
     """
@@ -89,23 +84,15 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def missing_markers(folder: Path) -> list[str]:
-    """What the code/ folder of HLLM and PerSRec holds and this one does not."""
-    return [marker for marker in MARKERS if not (folder / marker).is_file()]
-
-
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is not the code/ of HLLM or PerSRec.
 
     Raises:
         InputError: the message names what is missing.
     """
-    missing = missing_markers(folder)
+    missing = HOST.missing_markers(folder)
     if missing:
-        raise InputError(
-            f"{folder}: no {', '.join(missing)} here; run it from the code/ folder of a checkout "
-            "of bytedance/HLLM or facebookresearch/PerSRec"
-        )
+        raise InputError(f"{folder}: no {', '.join(missing)} here; {HOST.where_to_run}")
 
 
 def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -141,26 +128,25 @@ def _found(name: str) -> str:
 
 
 def _check_configuration(files: list[str], extras: list[str]) -> None:
-    """Everything that can be checked before REC starts, with REC's own reader.
+    """Check what can be checked before REC starts, with REC's own reader.
 
     Raises:
         InputError: an unknown model or key, a faulty value or item -> domain file.
     """
     from hstu_xd.plugins.rebinding import apply
-    from hstu_xd.plugins.rec.activate import MODELS
-    from hstu_xd.plugins.rec.factories import check_model
-    from hstu_xd.plugins.rec.session import SESSION
+    from hstu_xd.plugins.rec.cross_domain_mixin import CHECKPOINTS
+    from hstu_xd.plugins.rec.rec_rebindings import MODEL_REBINDINGS, check_model
+    from hstu_xd.plugins.rec.rec_session import SESSION
     from hstu_xd.plugins.rec.settings import RecSettings
-    from hstu_xd.plugins.rec.warm_start import check_checkpoint
 
-    with apply(MODELS):
+    with apply(MODEL_REBINDINGS):
         values = defaultdict(lambda: None, _read_by_rec(files))  # as REC's answers missing keys
     for key, value in zip(extras[::2], extras[1::2]):
         values[key.removeprefix("--")] = _converted(value)
     check_model(str(values.get("model")))
     settings = RecSettings.read(values)
     if settings.is_ours and settings.warm_start:
-        check_checkpoint(Path(settings.warm_start))
+        CHECKPOINTS.check(Path(settings.warm_start))
     if settings.is_ours and not settings.is_plain:
         sizes = _sizes(settings.model, values)
         if sizes is not None:
@@ -169,9 +155,9 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
 
 
 def _sizes(model: str, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Of the encoder; None for a user LLM that only a hub knows."""
+    """Read the sizes of the encoder; None for a user LLM that only a hub knows."""
+    from hstu_xd.plugins.rec.cross_domain_mixin import hstu_sizes, llm_sizes, local_llm_config
     from hstu_xd.plugins.rec.settings import HSTU_MODEL
-    from hstu_xd.plugins.rec.sizes import hstu_sizes, llm_sizes, local_llm_config
 
     if model == HSTU_MODEL:
         return hstu_sizes(values)
@@ -182,7 +168,7 @@ def _sizes(model: str, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _read_by_rec(files: list[str]) -> Mapping[str, Any]:
-    """The files' keys and REC's own; its reader imports the model too.
+    """Read the files' keys and REC's own; its reader imports the model too.
 
     Raises:
         InputError: what REC's reader does not take, or an unknown model.
@@ -207,7 +193,7 @@ def _read_by_rec(files: list[str]) -> Mapping[str, Any]:
 
 
 def _converted(text: str) -> Any:
-    """A value of the command line as run.py converts it."""
+    """Convert a value of the command line as run.py does."""
     if "[" in text or "{" in text:
         try:
             value = json.loads(text)
@@ -232,7 +218,7 @@ def _converted(text: str) -> Any:
 
 
 def _configures_logging(script: Path) -> bool:
-    """Whether REC's run.py calls ``init_logger``; PerSRec's has it commented out."""
+    """Tell whether REC's run.py calls ``init_logger``; PerSRec's has it commented out."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return any(isinstance(call, ast.Name) and call.id == "init_logger" for call in calls)
@@ -254,13 +240,13 @@ def show_logs_of(script: Path) -> None:
 
 
 def _stand_alone() -> None:
-    """One process, where no torchrun says otherwise."""
+    """Be the one process of a job, where no torchrun says otherwise."""
     if "LOCAL_RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    # Here, so that a wrong command line is refused before torch is imported.
+    from hstu_xd.plugins.cpu_shims import free_port
+
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     os.environ.update({name: str(value) for name, value in alone.items()})
     os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ["MASTER_PORT"] = str(free_port())

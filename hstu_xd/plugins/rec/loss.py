@@ -4,16 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from hstu_xd.catalog import DomainCatalog
-
-# Large against every number of items: the remainder is uniform to 2^-30 and better.
-_DRAWS = 2**62
 _SEEDS = 2**31
 _TOP = (1, 5, 10, 50, 100)
 
 
 def own_generator(rank: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """For draws that all processes of a job share; its seed is torch's next number and the rank.
+    """Build the generator of a process's own draws; its seed is torch's next number and the rank.
 
     REC gives torch the same seed in all of them: each would draw what the others have drawn.
 
@@ -22,32 +18,6 @@ def own_generator(rank: int, device: torch.device | str = "cpu") -> torch.Genera
         device: of the draws.
     """
     return torch.Generator(device).manual_seed(int(torch.randint(_SEEDS, ())) + rank)
-
-
-def draw_within(
-    domains: Tensor,
-    catalog: DomainCatalog,
-    num_to_sample: int,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Uniform items of given domains.
-
-    Args:
-        domains: (...) int64; a negative one draws from the first domain.
-        catalog: on the device of ``domains``.
-        num_to_sample: draws ``R`` for each.
-        generator: on the device of ``domains``; default: torch's.
-
-    Returns:
-        (..., R) int64 item ids.
-    """
-    known = domains.clamp(min=0)
-    first = catalog.domain_offsets[known].unsqueeze(-1)
-    count = (catalog.domain_offsets[known + 1].unsqueeze(-1) - first).clamp(min=1)
-    shape = (*domains.shape, num_to_sample)
-    draws = torch.randint(_DRAWS, shape, device=domains.device, generator=generator)
-    place = torch.minimum(first + draws % count, catalog.domain_offsets[-1] - 1)
-    return catalog.domain_items[place]
 
 
 def sampled_softmax(
@@ -59,7 +29,7 @@ def sampled_softmax(
     threshold: float,
     excluded: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Mean of ``-log softmax`` of the positive, by scaled cosines, and REC's running figures.
+    """Compute the mean of ``-log softmax`` of the positive, and the figures that REC logs.
 
     A negative closer to the positive than ``threshold`` (mostly the positive itself) is left out.
 

@@ -63,7 +63,7 @@ def packed_attention(
     training: bool = False,
     attention_dropout: float = 0.0,
 ) -> Tensor:
-    """What REC's ``compute_flash_attention`` computes, for any device and type.
+    """Compute what REC's ``compute_flash_attention`` does, for any device and type.
 
     Args:
         q, k, v: (B, S, H, d) float.

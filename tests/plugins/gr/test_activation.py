@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,31 @@ from generative_recommenders.research.trainer import train as trainer
 
 import gin
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.plugins.gr.research import activate as activation
-from hstu_xd.plugins.gr.research import verified
-from hstu_xd.plugins.gr.research.run import upstream_train
-from hstu_xd.plugins.gr.research.session import SESSION
+from hstu_xd.plugins.gr.research import HOST
+from hstu_xd.plugins.gr.research.domain_batches import SESSION
+from hstu_xd.plugins.gr.research.upstream_rebindings import REBINDINGS
+from hstu_xd.plugins.gr.research.upstream_trainer import TRAINER, upstream_train
+from hstu_xd.plugins.host import activate, check_version
 from hstu_xd.plugins.rebinding import Rebinding, apply
 
 
 @pytest.fixture
 def active() -> Iterator[Any]:
-    handle = activation.activate()
+    handle = activate(HOST)
     yield handle
     handle.revert()
     SESSION.open(None)
     gin.clear_config()
 
 
-NAMES = [rebinding.name for rebinding in activation.REBINDINGS]
+NAMES = [rebinding.name for stage in REBINDINGS for rebinding in stage]
 
 
 def test_activating_twice_is_activating_once_and_revert_restores_identity() -> None:
     before = {name: getattr(trainer, name) for name in NAMES}
-    handle = activation.activate()
+    handle = activate(HOST)
     during = {name: getattr(trainer, name) for name in NAMES}
-    assert activation.activate() is handle
+    assert activate(HOST) is handle
     assert {name: getattr(trainer, name) for name in NAMES} == during
     assert all(during[name] is not before[name] for name in NAMES)
     handle.revert()
@@ -46,7 +48,7 @@ def test_activating_twice_is_activating_once_and_revert_restores_identity() -> N
 
 def test_importing_the_package_or_the_implementation_rebinds_nothing() -> None:
     code = (
-        "import hstu_xd, hstu_xd.plugins.gr.research.activate\n"
+        "import hstu_xd, hstu_xd.plugins.gr.research.upstream_rebindings\n"
         "from generative_recommenders.research.trainer import train as t\n"
         "from generative_recommenders.research.modeling.sequential import encoder_utils as e\n"
         "assert t.get_sequential_encoder is e.get_sequential_encoder\n"
@@ -82,7 +84,7 @@ def test_train_fn_reaches_every_rebound_name(
 
             return counted
 
-        return Rebinding(activation.TRAINER, name, wrap)
+        return Rebinding(TRAINER, name, wrap)
 
     file = tmp_path / "gin" / "tiny.gin"
     file.parent.mkdir()
@@ -178,11 +180,11 @@ def test_missing_folder_is_an_input_error(active: Any) -> None:
 
 
 def test_unknown_upstream_names_commits_and_the_override(monkeypatch: Any, caplog: Any) -> None:
-    sources = {"trainer.train": {"train_fn": ("0" * 16,)}}
-    monkeypatch.setattr(verified, "SOURCES", sources)
+    sources = {"research/trainer/train.py": {"train_fn": ("0" * 16,)}}
+    host = replace(HOST, sources=sources)
     monkeypatch.delenv("HSTU_XD_ALLOW_UNVERIFIED", raising=False)
     with pytest.raises(HstuXdError, match=r"44b62c6.*train_fn.*HSTU_XD_ALLOW_UNVERIFIED=1"):
-        activation.check_version()
+        check_version(host)
     monkeypatch.setenv("HSTU_XD_ALLOW_UNVERIFIED", "1")
-    activation.check_version()
+    check_version(host)
     assert "going on" in caplog.text

@@ -10,9 +10,10 @@ import torch
 from upstream_choice import real_upstream_only
 
 import gin
-from hstu_xd.plugins.gr.research import activate as activation
-from hstu_xd.plugins.gr.research.run import upstream_train
-from hstu_xd.plugins.gr.research.session import SESSION
+from hstu_xd.plugins.gr.research import HOST
+from hstu_xd.plugins.gr.research.domain_batches import SESSION
+from hstu_xd.plugins.gr.research.upstream_trainer import TRAINER, upstream_train
+from hstu_xd.plugins.host import activate
 from hstu_xd.plugins.rebinding import Rebinding, apply
 
 pytestmark = real_upstream_only("upstream's own gin files beside the plug-in, MoL similarity")
@@ -63,7 +64,7 @@ def losses(file: Path) -> list[float]:
         return get_weighted_loss
 
     torch.manual_seed(8)
-    with apply([Rebinding(activation.TRAINER, "get_weighted_loss", recording)]):
+    with apply([Rebinding(TRAINER, "get_weighted_loss", recording)]):
         upstream_train(file, SMALL)
     gin.clear_config()
     return seen
@@ -76,7 +77,7 @@ def test_upstreams_gin_files_run_the_same_before_beside_and_after(ml_1m: Path, m
     checkout = Path(next(iter(generative_recommenders.__path__))).parent
     file = checkout / "configs" / "ml-1m" / f"{model}-sampled-softmax-n128-final.gin"
     before = losses(file)
-    handle = activation.activate()
+    handle = activate(HOST)
     beside = losses(file)
     handle.revert()
     after = losses(file)
@@ -112,7 +113,7 @@ def test_learned_similarity_trains_and_ranks(ml_1m: Path, tiny_store: Path) -> N
     (ml_1m / "data").mkdir()
     (ml_1m / "data" / "amazon").symlink_to(tiny_store)
     (ml_1m / "mol.gin").write_text('include "gin/amazon_xd.gin"\n' + MOL)
-    with activation.activate():
+    with activate(HOST):
         upstream_train(ml_1m / "mol.gin", SMALL)
     (checkpoint,) = (ml_1m / "ckpts").rglob("HSTU_XD-*MoL-2x2x8*_ep0")
     names = torch.load(checkpoint, weights_only=True)["model_state_dict"]

@@ -13,8 +13,8 @@ from generative_recommenders.research.modeling.sequential.features import Sequen
 from upstream_models import CATALOG, LENGTHS, NUM_ITEMS, WIDTH, batch, hstu_xd, shake
 
 import gin
-from hstu_xd.plugins.gr.research.evaluation import domain_scoped
-from hstu_xd.plugins.gr.research.session import SESSION
+from hstu_xd.plugins.gr.research.domain_batches import SESSION
+from hstu_xd.plugins.gr.research.upstream_metrics import domain_scoped
 
 TARGETS = torch.tensor([[5], [17], [8], [60], [3], [44]])
 RATINGS = torch.tensor([[5], [3], [4], [5], [1], [4]])

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import gin
-from hstu_xd.plugins.gr.research import activate as activation
-from hstu_xd.plugins.gr.research.run import upstream_train
-from hstu_xd.plugins.gr.research.session import SESSION
+from hstu_xd.plugins.gr.research import HOST
+from hstu_xd.plugins.gr.research.domain_batches import SESSION
+from hstu_xd.plugins.gr.research.upstream_trainer import upstream_train
+from hstu_xd.plugins.host import activate
 
 ROOT = Path(__file__).parents[3]
 FILES = [p for p in sorted((ROOT / "gin").rglob("*.gin")) if "standalone" not in p.parts]
@@ -33,7 +34,7 @@ def workplace(tmp_path: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "amazon").symlink_to(tiny_store)
     write_tiny_ml_1m(tmp_path / "tmp")
-    handle = activation.activate()
+    handle = activate(HOST)
     yield
     handle.revert()
     SESSION.open(None)

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from upstream_models import CATALOG, DOMAINS, NUM_ITEMS, WIDTH
 
-from hstu_xd.plugins.gr.research import negatives
+from hstu_xd.plugins.gr.research import domain_batches
 
 
 def local(**others: Any) -> nn.Module:
     torch.manual_seed(3)
-    return negatives.DomainLocalNegativesSampler(
+    return domain_batches.DomainLocalNegativesSampler(
         catalog=CATALOG,
         num_items=NUM_ITEMS,
         item_emb=nn.Embedding(NUM_ITEMS + 1, WIDTH),
@@ -25,7 +25,7 @@ def local(**others: Any) -> nn.Module:
 
 def in_batch(ids: torch.Tensor) -> nn.Module:
     table = nn.Embedding(NUM_ITEMS + 1, WIDTH)
-    sampler = negatives.DomainInBatchNegativesSampler(
+    sampler = domain_batches.DomainInBatchNegativesSampler(
         catalog=CATALOG, l2_norm=True, l2_norm_eps=1e-6, dedup_embeddings=True
     )
     sampler.process_batch(ids=ids, presences=ids != 0, embeddings=table(ids))

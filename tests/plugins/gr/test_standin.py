@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from upstream_choice import FORCE, STANDIN, real_upstream_only
 
-from hstu_xd.plugins.gr.research.verified import inspect_upstream
+from hstu_xd.plugins.gr.research import HOST
+from hstu_xd.plugins.host import inspect_host
 
 FILES = sorted((STANDIN / "generative_recommenders" / "research").rglob("*.py"))
 PRIVATE_CLASSES = {"Bias", "Layer"}  # the stand-in's own
@@ -57,7 +58,7 @@ def test_names_and_signatures_are_upstreams(file: Path) -> None:
 
 @real_upstream_only("that upstream's files are those of a verified commit, by their hashes")
 def test_the_upstream_that_the_tests_run_on_is_a_verified_one() -> None:
-    status = inspect_upstream()
+    status = inspect_host(HOST)
     assert status.problems == ()
     assert status.verified
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.model.settings import EncoderSettings
-from hstu_xd.plugins.gr.research.features import NEXT_DOMAINS, next_domains
+from hstu_xd.plugins.gr.research.domain_batches import NEXT_DOMAINS, next_domains
 
 NUM_ITEMS, WIDTH, BLOCKS, HEADS, DQK, DV, DOMAINS = 60, 32, 2, 2, 8, 16, 3
 MAX_SEQUENCE, MAX_OUTPUT = 20, 4

@@ -21,9 +21,9 @@ from REC.utils import get_model
 from hstu_xd.errors import InputError
 from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.warm_start import is_cross_domain
-from hstu_xd.plugins.rec.evaluation import with_request
-from hstu_xd.plugins.rec.factories import with_hstu_xd
-from hstu_xd.plugins.rec.session import SESSION
+from hstu_xd.plugins.rec.rec_metrics import with_request
+from hstu_xd.plugins.rec.rec_rebindings import with_hstu_xd
+from hstu_xd.plugins.rec.rec_session import SESSION
 from hstu_xd.plugins.rec.settings import RecSettings
 
 TEXTS = WORK / ("texts_persrec.yaml" if IS_PERSREC else "texts.yaml")
@@ -38,7 +38,7 @@ def models(keys, **changes):
     for key, value in changes.items():
         made[key] = value
     SESSION.configure(RecSettings("HLLM_XD", str(WORK / "store"), **keys))
-    SESSION.open(TOKENS, None)
+    SESSION.open_log(TOKENS, None)
     one, other = (MODELS(name)(made, *ARGUMENTS) for name in ("HLLM", "HLLM_XD"))
     torch.manual_seed(4)
     with torch.no_grad():

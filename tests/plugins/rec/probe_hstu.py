@@ -20,12 +20,13 @@ from probe_runs import (
 from REC.config import Config
 from REC.model.IDNet import hstu as theirs
 
+from hstu_xd.plugins.host import source_problems
 from hstu_xd.plugins.rebinding import Rebinding, apply
-from hstu_xd.plugins.rec.evaluation import with_request
+from hstu_xd.plugins.rec import HOST
 from hstu_xd.plugins.rec.hstu import HSTU_XD
-from hstu_xd.plugins.rec.session import SESSION
+from hstu_xd.plugins.rec.rec_metrics import with_request
+from hstu_xd.plugins.rec.rec_session import SESSION
 from hstu_xd.plugins.rec.settings import RecSettings
-from hstu_xd.plugins.rec.verified import unverified_sources
 
 FILES = ["overall/ID.yaml", "IDNet/hstu.yaml", str(WORK / "small.yaml")]
 
@@ -44,7 +45,7 @@ def models(changes=None, **keys):
     """REC's HSTU and HSTU_XD with the same, large, parameters."""
     made = config(**(changes or {}))
     SESSION.configure(RecSettings("HSTU_XD", str(WORK / "store"), **keys))
-    SESSION.open(TOKENS, None)
+    SESSION.open_log(TOKENS, None)
     torch.manual_seed(3)
     one = theirs.HSTU(made, *ARGUMENTS)
     torch.manual_seed(3)
@@ -211,7 +212,7 @@ if __name__ == "__main__":
             "semantics": semantics(),
         }
     )
-    figures["unverified"] = unverified_sources(Path("REC"))
+    figures["unverified"] = source_problems(HOST, Path("REC"))
     figures["end_to_end"] = compared(FILES, "HSTU", "HSTU_XD", EVERYTHING, ZERO_INIT)
     del figures["end_to_end"]["train_data"]
     OUT.write_text(json.dumps(figures, indent=1), encoding="utf-8")

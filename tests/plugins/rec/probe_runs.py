@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.plugins.host import stand_in_for_absent
 from hstu_xd.plugins.rebinding import Rebinding, apply
-from hstu_xd.plugins.rec.stub_packages import stand_in_for_absent
+from hstu_xd.plugins.rec import HOST
 
 sys.path.insert(0, "")
-stand_in_for_absent()
+stand_in_for_absent(HOST)
 
-from hstu_xd.plugins.rec.evaluation import with_request  # noqa: E402
 from hstu_xd.plugins.rec.launch import main  # noqa: E402
-from hstu_xd.plugins.rec.session import SESSION  # noqa: E402
+from hstu_xd.plugins.rec.rec_metrics import with_request  # noqa: E402
+from hstu_xd.plugins.rec.rec_session import SESSION  # noqa: E402
 
 OUT, WORK = map(Path, sys.argv[1:])
 IS_PERSREC = importlib.util.find_spec("REC.data.comm") is not None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hstu_xd.files import patches_folder
-from hstu_xd.plugins.source_patches import CODEBASES, apply_patches, inspect_tree, read_patches
+from hstu_xd.plugins.source_patches import apply_patches, codebases, inspect_tree, read_patches
 
 VARIABLES = {"hllm": "HSTU_XD_HLLM", "persrec": "HSTU_XD_PERSREC"}
 
@@ -57,5 +57,5 @@ def test_results_of_a_patched_run_are_visible(run_script: Any, tmp_path: Path, w
 
 
 def test_a_fork_is_told_before_its_origin() -> None:
-    order = list(CODEBASES)
+    order = list(codebases())
     assert order.index("persrec") < order.index("hllm")

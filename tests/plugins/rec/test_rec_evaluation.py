@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.plugins.rec import evaluation
-from hstu_xd.plugins.rec.session import SESSION
+from hstu_xd.plugins.rec import rec_metrics
+from hstu_xd.plugins.rec.rec_session import SESSION
 
 
 class Hits:
@@ -36,19 +36,19 @@ def sums(_: Any, dataobject: Hits) -> "OrderedDict[str, Any]":
 def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one evaluates one target, in domain b, after an event in domain a."""
     monkeypatch.setattr(SESSION, "catalog", DomainCatalog(torch.tensor([0, 0, 1]), ["a", "b"]))
-    monkeypatch.setattr(evaluation, "_TARGETS", evaluation._Targets())
+    monkeypatch.setattr(rec_metrics, "_TARGETS", rec_metrics._Targets())
     # All targets, those met before, domain a, domain b, switch, stay.
     others = torch.tensor([1, 0, 0, 1, 1, 0])
-    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda counts: counts.add_(others))
+    monkeypatch.setattr(rec_metrics.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(rec_metrics.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(rec_metrics.dist, "all_reduce", lambda counts: counts.add_(others))
 
 
 def test_a_group_of_another_process_alone_is_a_number_of_the_same_type(two_processes: None) -> None:
     stays = torch.zeros(2, dtype=torch.int64)
-    evaluation._TARGETS.add(stays, stays, 0)
+    rec_metrics._TARGETS.add(stays, stays, 0)
     evaluator = SimpleNamespace(config={"device": "cpu"})
-    found = evaluation.with_groups(sums)(evaluator, Hits([True, False]))
+    found = rec_metrics.with_groups(sums)(evaluator, Hits([True, False]))
     assert found["recall@5[a]"] == 1 * 3 / 2
     assert found["recall@5[b]"] == found["recall@5[switch]"] == 0
     # REC's trainer gathers each as a tensor, which all processes must make of the same type.

@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.rec.item_domains import ItemDomains
+from hstu_xd.plugins.rec.rec_session import ItemDomains
 
 TABLE = {"item": ["x7", "10", "z"], "domain": ["films", "books", "films"]}
 
@@ -88,3 +88,17 @@ def test_columns_that_are_no_tokens(tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; it must list every item's domain"):
         ItemDomains(tmp_path / "none.csv")
+
+
+def test_unused_ids_of_a_catalogue_are_left_out_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "catalog.parquet"
+    rows = {"item": ["a", None, "b", None, "a"], "domain": ["x", None, "y", None, "y"]}
+    pl.DataFrame(rows).head(4).write_parquet(file)
+    assert ItemDomains(tmp_path).catalog(["[PAD]", "a", "b"], None).item_domains.tolist() == [
+        -1,
+        0,
+        1,
+    ]
+    pl.DataFrame(rows).write_parquet(file)
+    with pytest.raises(InputError, match=r"row 4: item 'a' is in domain 'y' but .* at .*: row 0;"):
+        ItemDomains(file)

@@ -2,7 +2,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.plugins.rec.loss import draw_within, sampled_softmax
+from hstu_xd.plugins.bridge import draw_within
+from hstu_xd.plugins.rec.loss import sampled_softmax
 
 CATALOG = DomainCatalog(torch.tensor([0, 0, 1, 1, 2, 0, 1]), ["a", "b", "c"])
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from hstu_xd.errors import InputError
+from hstu_xd.plugins.rec.cross_domain_mixin import hstu_sizes, llm_sizes, local_llm_config
 from hstu_xd.plugins.rec.launch import _converted
 from hstu_xd.plugins.rec.settings import ENCODER_KEYS, RecSettings
-from hstu_xd.plugins.rec.sizes import hstu_sizes, llm_sizes, local_llm_config
 
 SIZES = {
     "MAX_ITEM_LIST_LENGTH": 10,

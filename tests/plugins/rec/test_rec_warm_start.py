@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.rec.warm_start import read_checkpoint, start_from
+from hstu_xd.plugins.rec.cross_domain_mixin import CHECKPOINTS
 
 
 class Extended(nn.Module):
@@ -39,7 +39,7 @@ def test_their_parameters_arrive_and_ours_are_named(
     path = checkpoint(tmp_path, **({"model": state, "epoch": 3} if is_whole else state))
     model = Extended()
     with caplog.at_level(logging.INFO):
-        assert start_from(model, path) == ["_ddsr.bias", "_ddsr.weight"]
+        assert CHECKPOINTS.load_into(model, path) == ["_ddsr.bias", "_ddsr.weight"]
     assert torch.equal(model.item_embedding.weight, WEIGHT)
     assert "new parameters: ['_ddsr.bias', '_ddsr.weight']" in caplog.text
 
@@ -54,17 +54,17 @@ def test_their_parameters_arrive_and_ours_are_named(
 def test_checkpoints_of_other_models(tmp_path: Path, state: dict, said: str) -> None:
     path = checkpoint(tmp_path, model=state)
     with pytest.raises(InputError, match=said) as caught:
-        start_from(Extended(), path)
+        CHECKPOINTS.load_into(Extended(), path)
     assert str(caught.value).startswith(f"xd_warm_start: {path}: ")
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; give one out of a run's checkpoint_dir"):
-        read_checkpoint(tmp_path / "none.pth")
+        CHECKPOINTS.read(tmp_path / "none.pth")
     with pytest.raises(InputError, match="is a folder; give a file, of deepspeed's"):
-        read_checkpoint(tmp_path)
+        CHECKPOINTS.read(tmp_path)
     (tmp_path / "text.pth").write_text("hello", encoding="utf-8")
     with pytest.raises(InputError, match="not a checkpoint of REC's"):
-        read_checkpoint(tmp_path / "text.pth")
+        CHECKPOINTS.read(tmp_path / "text.pth")
     with pytest.raises(InputError, match="holds no model"):
-        read_checkpoint(checkpoint(tmp_path, epoch=3))
+        CHECKPOINTS.read(checkpoint(tmp_path, epoch=3))

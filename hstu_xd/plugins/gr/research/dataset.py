@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Events at the end of every history that training and evaluation leave out.
 SPLITS = {"upstream": (1, 0), "valid": (2, 1), "test": (2, 0)}
+# Private to upstream's DatasetV2.
+_IGNORED, _CACHE = "_ignore_last_n", "_cache"
 
 UpstreamDataset = TypeVar("UpstreamDataset", bound=Dataset)
 
@@ -117,7 +119,7 @@ class StoreDataset(Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Samples of many users by one gather; torch's DataLoader calls this for a batch."""
+        """Gather the samples of many users at once; torch's DataLoader calls this for a batch."""
         rows = np.asarray(indices, np.int64)
         first, stop = self._first[rows], self._stop[rows]
         items, times = self._item_ids, self._timestamps
@@ -166,7 +168,7 @@ def _padded(values: np.ndarray, places: np.ndarray, padding: np.ndarray) -> Sequ
 def split_datasets(
     store: InteractionStore, max_sequence_length: int, *, sample_ratio: float = 1.0, split: str
 ) -> tuple[StoreDataset, StoreDataset]:
-    """Training and evaluation samples of a store.
+    """Build training and evaluation samples of a store.
 
     Upstream evaluates on the last event and trains on all before it, and so picks the best epoch
     on the events it reports. The other two splits mend that: neither trains on the last two
@@ -192,7 +194,7 @@ def split_datasets(
 def hold_out(
     train: UpstreamDataset, evaluate: UpstreamDataset, *, split: str
 ) -> tuple[UpstreamDataset, UpstreamDataset]:
-    """The splits of :func:`split_datasets` for upstream's own ``DatasetV2`` objects.
+    """Make the splits of :func:`split_datasets` of upstream's own ``DatasetV2`` objects.
 
     Args:
         train: upstream's training data.
@@ -219,15 +221,15 @@ def _held_out(split: str) -> tuple[int, int]:
 
 
 def _leaving_out(dataset: UpstreamDataset, ignore_last: int) -> UpstreamDataset:
-    if not isinstance(getattr(dataset, "_ignore_last_n", None), int):
+    if not isinstance(getattr(dataset, _IGNORED, None), int):
         raise InputError(
-            f"{type(dataset).__name__} has no _ignore_last_n; only datasets of "
+            f"{type(dataset).__name__} has no {_IGNORED}; only datasets of "
             "generative-recommenders' DatasetV2 can be split this way"
         )
     changed: Any = copy.copy(dataset)
-    changed._ignore_last_n = ignore_last
-    if hasattr(changed, "_cache"):
-        changed._cache = {}  # a sample made before has the target of before
+    setattr(changed, _IGNORED, ignore_last)
+    if hasattr(changed, _CACHE):
+        setattr(changed, _CACHE, {})  # a sample made before has the target of before
     frame = getattr(changed, "ratings_frame", None)
     if frame is not None:
         events = frame["sequence_item_ids"].astype(str).str.rstrip(",").str.count(",") + 1

@@ -11,11 +11,13 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.model.inputs import next_domain_modules, next_domain_signal
-from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
-from hstu_xd.plugins.gr.research.features import NEXT_DOMAINS, required_payload
+from hstu_xd.plugins.bridge import UnpaddedBatch
+from hstu_xd.plugins.gr.research.domain_batches import NEXT_DOMAINS, required_payload
 
 _TIMESTAMPS = "timestamps"
+# Private to upstream's stack of layers.
+_LAYERS = "_attention_layers"
 
 
 class HSTU_XD(HSTU):
@@ -83,7 +85,7 @@ class HSTU_XD(HSTU):
         if self._is_plain:
             return
         stack = CrossDomainEncoder(settings)
-        stack.take_parameters(self._hstu._attention_layers)
+        stack.take_parameters(getattr(self._hstu, _LAYERS))
         self._hstu = stack
         self._tape, self._target_domain_emb = next_domain_modules(settings)
 
@@ -146,53 +148,43 @@ class HSTU_XD(HSTU):
                 "delta_x_offsets, cache and return_cache_states are upstream's incremental mode, "
                 "which HSTU_XD has only with every switch off; encode whole histories instead"
             )
-        users, columns = past_ids.shape
-        inside = torch.arange(columns, device=past_ids.device) < past_lengths.unsqueeze(1)
-        tokens = torch.nonzero(inside.flatten()).squeeze(1)
-        plan = self._plan(past_lengths, past_ids, past_payloads, tokens)
+        batch = self._unpadded(past_lengths, past_ids, past_payloads)
         _, padded, _ = self._input_features_preproc(
             past_lengths=past_lengths,
             past_ids=past_ids,
-            past_embeddings=self._with_signals(past_embeddings, plan, tokens),
+            past_embeddings=self._with_signals(past_embeddings, batch),
             past_payloads=past_payloads,
         )
-        hidden = self._hstu(padded.flatten(0, 1)[tokens], plan)
-        encoded = hidden.new_zeros(users * columns, hidden.shape[1]).index_copy(0, tokens, hidden)
-        return self._output_postproc(encoded.view(users, columns, -1)), []
+        hidden = self._hstu(batch.gather(padded), batch.plan)
+        return self._output_postproc(batch.spread(hidden)), []
 
-    def _plan(
-        self,
-        past_lengths: Tensor,
-        past_ids: Tensor,
-        past_payloads: dict[str, Tensor],
-        tokens: Tensor,
-    ) -> EncoderPlan:
-        domains = self.catalog.domain_of(past_ids).flatten()[tokens]
-        target_domains = domains
+    def _unpadded(
+        self, past_lengths: Tensor, past_ids: Tensor, past_payloads: dict[str, Tensor]
+    ) -> UnpaddedBatch:
+        columns = torch.arange(past_ids.shape[1], device=past_ids.device)
+        domains = self.catalog.domain_of(past_ids)
+        next_domains = domains
         if self.settings.reads_target_domain:
-            payload = required_payload(past_payloads, NEXT_DOMAINS, "a switch of xd_encoder")
-            target_domains = payload.flatten()[tokens]
+            next_domains = required_payload(past_payloads, NEXT_DOMAINS, "a switch of xd_encoder")
         if self.settings.reads_time:
             times = required_payload(past_payloads, _TIMESTAMPS, "the relative bias or DDSR")
         else:
             times = torch.zeros_like(past_ids)
-        return EncoderPlan(
+        return UnpaddedBatch.build(
+            columns < past_lengths.unsqueeze(1),
             domains=domains,
-            target_domains=target_domains,
-            timestamps=times.flatten()[tokens],
-            next_timestamps=pad(times[:, 1:], (0, 1)).flatten()[tokens],
-            offsets=pad(past_lengths.cumsum(0), (1, 0)),
+            next_domains=next_domains,
+            times=times,
+            next_times=pad(times[:, 1:], (0, 1)),
             num_domains=self.catalog.num_domains,
             states_per_domain=self.settings.states_per_domain,
         )
 
-    def _with_signals(self, embeddings: Tensor, plan: EncoderPlan, tokens: Tensor) -> Tensor:
+    def _with_signals(self, embeddings: Tensor, batch: UnpaddedBatch) -> Tensor:
         """Add TAPE and the target domain so that upstream's preprocessor sees sqrt(K) e + them."""
         signal = next_domain_signal(
-            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+            self._tape, self._target_domain_emb, batch.plan.domains, batch.plan.target_domains
         )
         if signal is None:
             return embeddings
-        users, columns, width = embeddings.shape
-        spread = signal.new_zeros(users * columns, width).index_copy(0, tokens, signal)
-        return embeddings + spread.view_as(embeddings) * width**-0.5
+        return embeddings + batch.spread(signal) * embeddings.shape[-1] ** -0.5

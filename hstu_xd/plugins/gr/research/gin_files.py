@@ -4,9 +4,8 @@ from pathlib import Path
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import gin_folder
+from hstu_xd.plugins.gr.research import HOST
 
-# Files by which a checkout of the research trainer is told.
-MARKERS = ("main.py", "generative_recommenders/research/trainer/train.py")
 # Recipes of the trainer of this package; upstream's trainer cannot read them.
 _NOT_FOR_UPSTREAM = "standalone"
 
@@ -53,7 +52,7 @@ def copy_gin_files(
 def _check_checkout(checkout: Path) -> None:
     if not checkout.is_dir():
         raise InputError(f"{checkout}: no such folder; give a generative-recommenders checkout")
-    missing = [marker for marker in MARKERS if not (checkout / marker).is_file()]
+    missing = HOST.missing_markers(checkout)
     if missing:
         raise InputError(
             f"{checkout}: not a generative-recommenders checkout, {' and '.join(missing)} missing; "

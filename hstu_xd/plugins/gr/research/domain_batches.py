@@ -1,4 +1,4 @@
-"""Upstream's negatives samplers, drawing from the domain of each positive."""
+"""What the rebound names put into upstream's batches: next domains, and negatives by domain."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,67 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.plugins.gr.research.session import SESSION
+from hstu_xd.errors import InputError
+from hstu_xd.plugins.bridge import Session, draw_places, draw_within
 from hstu_xd.plugins.gr.research.settings import UpstreamSettings
 
-# Large against every number of items: the remainder is uniform to 2^-30 and better.
-_DRAWS = 2**62
+# The data set that upstream's trainer opened last.
+SESSION = Session()
+# The payload that carries the domain of every next event to the encoder.
+NEXT_DOMAINS = "xd_next_domains"
+
+
+def next_domains(
+    past_ids: Tensor, past_lengths: Tensor, target_domains: Tensor, catalog: DomainCatalog
+) -> Tensor:
+    """Build the payload that tells the encoder which domain each position predicts.
+
+    Args:
+        past_ids: (B, N) int64, oldest first, 0 from ``past_lengths`` on.
+        past_lengths: (B,) int64, at least 1.
+        target_domains: (B,) int64, the domain asked for after the last event.
+        catalog: on the device of the tensors.
+
+    Returns:
+        (B, N) int64: the domain of event ``i + 1``, the asked one at the last event, -1 behind it.
+    """
+    following = torch.cat([past_ids[:, 1:], torch.zeros_like(past_ids[:, :1])], dim=1)
+    last = (past_lengths - 1).view(-1, 1)
+    return catalog.domain_of(following).scatter(1, last, target_domains.view(-1, 1))
+
+
+def with_domains(features_from_row: Callable[..., Any]) -> Callable[..., Any]:
+    """Give upstream's ``movielens_seq_features_from_row`` the payload ``xd_next_domains``."""
+
+    def xd_seq_features_from_row(
+        row: dict[str, Tensor], device: Any, max_output_length: int
+    ) -> Any:
+        features, target_ids, target_ratings = features_from_row(
+            row=row, device=device, max_output_length=max_output_length
+        )
+        if SESSION.catalog is None:
+            return features, target_ids, target_ratings
+        catalog = SESSION.catalog_on(target_ids.device)
+        targets = catalog.domain_of(target_ids.squeeze(1))
+        payload = next_domains(features.past_ids, features.past_lengths, targets, catalog)
+        payloads = {**features.past_payloads, NEXT_DOMAINS: payload}
+        return features._replace(past_payloads=payloads), target_ids, target_ratings
+
+    return xd_seq_features_from_row
+
+
+def required_payload(payloads: dict[str, Tensor], name: str, why: str) -> Tensor:
+    """Return a payload by name.
+
+    Raises:
+        InputError: it is missing.
+    """
+    if name not in payloads:
+        raise InputError(
+            f"past_payloads has no {name!r}, which {why} needs (found: {sorted(payloads)}); "
+            "hstu_xd.plugins.gr.research.domain_batches.next_domains builds xd_next_domains"
+        )
+    return payloads[name]
 
 
 class _DomainScoped(NegativesSampler):
@@ -28,7 +84,7 @@ class _DomainScoped(NegativesSampler):
         self._catalog = catalog
 
     def debug_str(self) -> str:
-        """Upstream's description, marked as domain-scoped; a part of its paths."""
+        """Return upstream's description, marked as domain-scoped; a part of its paths."""
         return f"{super().debug_str()}-domain"
 
 
@@ -50,10 +106,8 @@ class DomainLocalNegativesSampler(_DomainScoped, LocalNegativesSampler):
         Returns:
             (..., R) int64 ids and (..., R, K) float normalised vectors.
         """
-        catalog = self._catalog
-        domains = catalog.domain_of(positive_ids).clamp(min=0)
-        sampled = _draw_within(domains, catalog.domain_offsets, num_to_sample)
-        ids = catalog.domain_items[sampled]
+        domains = self._catalog.domain_of(positive_ids)
+        ids = draw_within(domains, self._catalog, num_to_sample)
         return ids, self.normalize_embeddings(self._item_emb(ids))
 
 
@@ -76,28 +130,19 @@ class DomainInBatchNegativesSampler(_DomainScoped, InBatchNegativesSampler):
         self._cached_offsets = pad(counts.cumsum(0), (1, 0))
 
     def forward(self, positive_ids: Tensor, num_to_sample: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`DomainLocalNegativesSampler.forward`, out of the cached batch."""
+        """Sample as :meth:`DomainLocalNegativesSampler.forward`, out of the cached batch."""
         domains = self._catalog.domain_of(positive_ids).clamp(min=0)
-        sampled = _draw_within(domains, self._cached_offsets, num_to_sample)
+        sampled = draw_places(domains, self._cached_offsets, num_to_sample)
         return self._cached_ids[sampled], self._cached_embeddings[sampled]
 
 
-def _draw_within(domains: Tensor, offsets: Tensor, num_to_sample: int) -> Tensor:
-    """(...) domains -> (..., R) places, uniform in ``offsets[d]:offsets[d + 1]``."""
-    first = offsets[domains].unsqueeze(-1)
-    # Only padding asks for a domain without items; it draws any place.
-    count = (offsets[domains + 1].unsqueeze(-1) - first).clamp(min=1)
-    draws = torch.randint(_DRAWS, (*domains.shape, num_to_sample), device=domains.device)
-    return torch.minimum(first + draws % count, offsets[-1] - 1)
-
-
 def local_sampler(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """``LocalNegativesSampler`` as ``xd_upstream.negatives`` asks."""
+    """Build upstream's ``LocalNegativesSampler`` as ``xd_upstream.negatives`` asks."""
     return _scoped(upstream, DomainLocalNegativesSampler)
 
 
 def in_batch_sampler(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """``InBatchNegativesSampler`` as ``xd_upstream.negatives`` asks."""
+    """Build upstream's ``InBatchNegativesSampler`` as ``xd_upstream.negatives`` asks."""
     return _scoped(upstream, DomainInBatchNegativesSampler)
 
 

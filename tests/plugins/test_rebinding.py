@@ -47,6 +47,14 @@ def test_replacement_sees_the_original_and_revert_restores_the_identical_object(
     assert patch.originals == {}
 
 
+def test_a_name_that_is_rebound_twice_goes_back_to_where_it_was(theirs) -> None:
+    with apply([GREET]) as patch:
+        patch.add([Rebinding("theirs", "greet", lambda o: lambda name: o(name) + "!", ("name",))])
+        assert theirs.greet("you") == "HELLO YOU!"
+        assert patch.originals == {"theirs.greet": greet}
+    assert theirs.greet is greet
+
+
 def test_a_method_is_reached_through_its_class(theirs) -> None:
     original = Door.open
     with apply([Rebinding("theirs", "Door.open", lambda o: lambda self: o(self) + " wide")]):

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from REC.data.dataset import SeqEvalDataset, SEQTrainDataset, TextSEQTrainDataset
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.plugins.rec.loss import draw_within, own_generator
+from hstu_xd.plugins.bridge import draw_within
+from hstu_xd.plugins.rec.loss import own_generator
 
 
 class TimedTrainDataset(SEQTrainDataset):
@@ -24,7 +25,7 @@ class TimedTrainDataset(SEQTrainDataset):
         self._times = data.train_feat["time_seq"]
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """REC's sample and (N + 1,) int64 times, zeros at padding."""
+        """Return REC's sample and (N + 1,) int64 times, zeros at padding."""
         sample = super().__getitem__(index)
         times = _left_padded(self._times[index], self.max_seq_length)
         return (*sample, torch.tensor(times))
@@ -48,7 +49,7 @@ class ScopedTextDataset(TextSEQTrainDataset):
         self.xd_rank = dist.get_rank()
 
     def reconstruct_train_data(self, item_seq: Sequence[int]) -> tuple[Any, ...]:
-        """REC's items (N + 1,), negatives (R,) and validity (N,), all int64.
+        """Return REC's items (N + 1,), negatives (R,) and validity (N,), all int64.
 
         Domain-scoped, a place's negative comes from the domain of the item there; a number of
         negatives that is set, from the domains of the sample's events at random.
@@ -65,7 +66,7 @@ class ScopedTextDataset(TextSEQTrainDataset):
         return items, draw_within(domains, self.xd_catalog, 1, draws).squeeze(-1), valid
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """REC's sample and ``xd_times`` (N + 1,) int64, zeros at padding."""
+        """Return REC's sample and ``xd_times`` (N + 1,) int64, zeros at padding."""
         sample = super().__getitem__(index)
         times = _left_padded(self.train_time_seq[index], self.max_seq_length)
         return sample | {"xd_times": torch.tensor(times)}
@@ -75,7 +76,7 @@ class TimedEvalDataset(SeqEvalDataset):
     """Evaluation samples whose time entry is raw seconds, the target's own behind the history."""
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """REC's sample with (N + 1,) int64 times in place of calendar fields."""
+        """Return REC's sample with (N + 1,) int64 times in place of calendar fields."""
         sample = list(super().__getitem__(index))
         times = self.time_seq[index]
         request = len(sample[0])  # the target follows the history

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_xd.catalog import DomainCatalog
 from hstu_xd.evaluation.ranks import Scorer, target_ranks
-from hstu_xd.plugins.gr.research.session import SESSION
+from hstu_xd.plugins.bridge import target_groups
+from hstu_xd.plugins.gr.research.domain_batches import SESSION
 from hstu_xd.plugins.gr.research.settings import UpstreamSettings
 
 _NDCG_AT = (1, 10, 50, 100, 200)
@@ -18,7 +18,7 @@ _GROUPED = ("hr@10", "hr@100", "ndcg@10", "ndcg@100", "mrr")
 
 
 def domain_scoped(eval_metrics: Callable[..., Any]) -> Callable[..., Any]:
-    """Upstream's ``eval_metrics_v2_from_tensors`` as ``xd_upstream.candidates`` asks.
+    """Give upstream's ``eval_metrics_v2_from_tensors`` what ``xd_upstream.candidates`` asks for.
 
     With "domain" the target is ranked among all items of its domain, with "catalogue" among all
     items, less those in the history that was read; ties count against it and the rank is exact
@@ -53,23 +53,15 @@ def domain_scoped(eval_metrics: Callable[..., Any]) -> Callable[..., Any]:
                 user_max_batch_size=user_max_batch_size,
                 dtype=dtype,
             )
-        users = model.encode(
-            past_lengths=seq_features.past_lengths,
-            past_ids=seq_features.past_ids,
-            past_embeddings=model.get_item_embeddings(seq_features.past_ids),
-            past_payloads=seq_features.past_payloads,
-        )
-        catalog = SESSION.catalog_on(target_ids.device)
-        whole = candidates == "catalogue"
-        seen = seq_features.past_ids if filter_invalid_ids else target_ids.new_zeros(len(users), 0)
         targets = target_ids.squeeze(1)
-        ranks = target_ranks(
-            users if dtype is None else users.to(dtype),
+        ranks = _ranks(
+            eval_state,
+            model,
+            seq_features,
             targets,
-            seen.flatten(),
-            torch.arange(len(users) + 1, device=seen.device) * seen.shape[1],
-            SESSION.whole_catalog_on(target_ids.device) if whole else catalog,
-            similarity_scorer(model, eval_state.candidate_index, catalog.num_items),
+            among_all=candidates == "catalogue",
+            without_history=filter_invalid_ids,
+            dtype=dtype,
         )
         metrics = upstream_metrics(ranks)
         if target_ratings is not None:
@@ -78,13 +70,42 @@ def domain_scoped(eval_metrics: Callable[..., Any]) -> Callable[..., Any]:
             for name in ("ndcg@10", "hr@10", "hr@50", "mrr"):
                 metrics[f"{name}_>={min_positive_rating}"] = values[name]
         last = seq_features.past_ids.gather(1, seq_features.past_lengths.view(-1, 1) - 1)
-        return metrics | _grouped(metrics, catalog, targets, last.squeeze(1))
+        return metrics | _grouped(metrics, targets, last.squeeze(1))
 
     return xd_eval_metrics
 
 
+def _ranks(
+    eval_state: Any,
+    model: Any,
+    features: Any,
+    targets: Tensor,
+    *,
+    among_all: bool,
+    without_history: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """(B,) int64 rank of each target, from 1."""
+    users = model.encode(
+        past_lengths=features.past_lengths,
+        past_ids=features.past_ids,
+        past_embeddings=model.get_item_embeddings(features.past_ids),
+        past_payloads=features.past_payloads,
+    )
+    catalog = SESSION.catalog_on(targets.device)
+    seen = features.past_ids if without_history else targets.new_zeros(len(users), 0)
+    return target_ranks(
+        users if dtype is None else users.to(dtype),
+        targets,
+        seen.flatten(),
+        torch.arange(len(users) + 1, device=seen.device) * seen.shape[1],
+        SESSION.whole_catalog_on(targets.device) if among_all else catalog,
+        similarity_scorer(model, eval_state.candidate_index, catalog.num_items),
+    )
+
+
 def upstream_metrics(ranks: Tensor) -> dict[str, Tensor]:
-    """Upstream's metrics of every target.
+    """Compute upstream's metrics of every target.
 
     Args:
         ranks: (Q,) int64 from 1.
@@ -100,7 +121,7 @@ def upstream_metrics(ranks: Tensor) -> dict[str, Tensor]:
 
 
 def similarity_scorer(model: Any, index: Any, num_items: int) -> Scorer:
-    """Scores by the model's own similarity (dot product or MoL) with the index's item vectors.
+    """Score by the model's own similarity (dot product or MoL) with the index's item vectors.
 
     Args:
         model: upstream's encoder with its ``similarity_fn``.
@@ -124,14 +145,12 @@ def similarity_scorer(model: Any, index: Any, num_items: int) -> Scorer:
     return score
 
 
-def _grouped(
-    metrics: dict[str, Tensor], catalog: DomainCatalog, targets: Tensor, last: Tensor
-) -> dict[str, Tensor]:
-    """The same values once more for each group of targets, empty groups included."""
-    domains = catalog.domain_of(targets)
-    switched = domains != catalog.domain_of(last)
-    groups = {"switch": switched, "stay": ~switched}
-    groups |= {name: domains == d for d, name in enumerate(catalog.domain_names)}
+def _grouped(metrics: dict[str, Tensor], targets: Tensor, last: Tensor) -> dict[str, Tensor]:
+    """Give the same values once more for each group of targets, empty groups included."""
+    catalog = SESSION.catalog_on(targets.device)
+    groups = target_groups(
+        catalog.domain_of(targets), catalog.domain_of(last), catalog.domain_names
+    )
     return {
         f"{name}/{group}": metrics[name][members]
         for group, members in groups.items()

@@ -1,7 +1,6 @@
-"""What upstream's trainer calls to make its data set and its model, extended by ours."""
+"""The names that upstream's trainer looks up and we rebind, and what takes their place."""
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -12,26 +11,32 @@ import torch
 import torch.distributed as dist
 from generative_recommenders.research.data.reco_dataset import RecoDataset
 from generative_recommenders.research.modeling.sequential.encoder_utils import hstu_encoder
-from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.model.warm_start import load_hstu
 from hstu_xd.plugins.gr.research.dataset import hold_out, split_datasets
+from hstu_xd.plugins.gr.research.domain_batches import (
+    SESSION,
+    in_batch_sampler,
+    local_sampler,
+    with_domains,
+)
 from hstu_xd.plugins.gr.research.encoder import HSTU_XD
 from hstu_xd.plugins.gr.research.item_domains import read_item_domains
-from hstu_xd.plugins.gr.research.session import SESSION
 from hstu_xd.plugins.gr.research.settings import UpstreamSettings, bound_arguments, encoder_settings
-
-_logger = logging.getLogger(__name__)
+from hstu_xd.plugins.gr.research.upstream_metrics import domain_scoped
+from hstu_xd.plugins.gr.research.upstream_trainer import CHECKPOINTS, TRAINER
+from hstu_xd.plugins.rebinding import Rebinding
 
 STORE_PREFIX = "xd:"
+# Private to upstream's embedding modules.
+_ITEM_TABLE = "_item_emb"
 _MODULES = ("SASRec", "HSTU", "HSTU_XD")
 
 
 def with_stores(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """``get_reco_dataset`` that opens ``xd:<prepared folder>`` too, knows the domains and seeds."""
+    """Let ``get_reco_dataset`` open ``xd:<prepared folder>`` too, know the domains and seed."""
 
     def xd_get_reco_dataset(
         dataset_name: str,
@@ -82,7 +87,7 @@ def with_stores(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_hstu_xd(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """``get_sequential_encoder`` that also builds ``main_module = "HSTU_XD"``."""
+    """Let ``get_sequential_encoder`` also build ``main_module = "HSTU_XD"``."""
 
     def xd_get_sequential_encoder(
         module_type: str,
@@ -127,31 +132,10 @@ def with_hstu_xd(upstream: Callable[..., Any]) -> Callable[..., Any]:
         model = build()
         checkpoint = UpstreamSettings().warm_start
         if checkpoint:
-            ours = load_hstu(model, read_upstream_checkpoint(Path(checkpoint)))
-            _logger.info("warm start from %s; new parameters: %s", checkpoint, ours)
+            CHECKPOINTS.load_into(model, Path(checkpoint))
         return model
 
     return xd_get_sequential_encoder
-
-
-def read_upstream_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """The model's state dict out of a checkpoint that upstream's trainer wrote.
-
-    Raises:
-        InputError: no such file, or not one of upstream's.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"checkpoint {path}: no such file; give one out of upstream's ckpts folder"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint["model_state_dict"]
-    except Exception as error:  # torch.load fails in as many ways as there are formats
-        raise InputError(
-            f"{path}: not a checkpoint of generative-recommenders ({error}); give a file out of "
-            "its ckpts folder"
-        ) from error
 
 
 def _hstu_xd(*, embedding_module: Any, max_sequence_len: int, max_output_len: int, **modules: Any):
@@ -168,7 +152,7 @@ def _hstu_xd(*, embedding_module: Any, max_sequence_len: int, max_output_len: in
             'train_fn.dataset_name = "xd:<folder>", or name an item -> domain file with '
             "xd_upstream.item_domain_path"
         )
-    num_items = embedding_module._item_emb.num_embeddings
+    num_items = getattr(embedding_module, _ITEM_TABLE).num_embeddings
     return HSTU_XD(
         catalog=SESSION.new_catalog() if known else DomainCatalog(torch.zeros(num_items), ["all"]),
         settings=settings,
@@ -178,3 +162,36 @@ def _hstu_xd(*, embedding_module: Any, max_sequence_len: int, max_output_len: in
         max_output_len=max_output_len,
         **modules,
     )
+
+
+# Names as train_fn looks them up: in its own module, each time it runs.
+REBINDINGS = (
+    (
+        Rebinding(
+            TRAINER,
+            "get_reco_dataset",
+            with_stores,
+            ("dataset_name", "max_sequence_length", "chronological", "positional_sampling_ratio"),
+        ),
+        Rebinding(
+            TRAINER,
+            "get_sequential_encoder",
+            with_hstu_xd,
+            ("module_type", "embedding_module", "interaction_module", "input_preproc_module"),
+        ),
+        Rebinding(
+            TRAINER,
+            "movielens_seq_features_from_row",
+            with_domains,
+            ("row", "device", "max_output_length"),
+        ),
+        Rebinding(TRAINER, "LocalNegativesSampler", local_sampler, ("item_emb", "all_item_ids")),
+        Rebinding(TRAINER, "InBatchNegativesSampler", in_batch_sampler, ("dedup_embeddings",)),
+        Rebinding(
+            TRAINER,
+            "eval_metrics_v2_from_tensors",
+            domain_scoped,
+            ("eval_state", "model", "seq_features", "target_ids", "target_ratings", "dtype"),
+        ),
+    ),
+)

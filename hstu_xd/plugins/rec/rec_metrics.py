@@ -12,10 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hstu_xd.plugins.rec.session import SESSION
+from hstu_xd.plugins.bridge import target_groups
+from hstu_xd.plugins.rec.rec_session import SESSION
 from hstu_xd.plugins.rec.settings import as_theirs
 
 _logger = logging.getLogger(__name__)
+
+# Private to REC's DataStruct.
+_ENTRIES = "_data_dict"
 
 
 @dataclass
@@ -33,12 +37,13 @@ class _Targets:
     seen: int = 0
 
     def add(self, domains: Tensor, last_domains: Tensor, seen: int) -> None:
+        """Take a batch of targets."""
         self.domains.append(domains)
         self.last_domains.append(last_domains)
         self.seen += seen
 
     def take(self) -> tuple[Tensor, Tensor, int]:
-        """Everything since the last call."""
+        """Return everything since the last call, and forget it."""
         none = torch.zeros(0, dtype=torch.int64)
         taken = torch.cat([none, *self.domains]), torch.cat([none, *self.last_domains]), self.seen
         self.domains, self.last_domains, self.seen = [], [], 0
@@ -49,7 +54,7 @@ _TARGETS = _Targets()
 
 
 def domain_scoped(full_sort_batch_eval: Callable[..., Any]) -> Callable[..., Any]:
-    """REC's ``Trainer._full_sort_batch_eval`` among the items of each target's domain.
+    """Let REC's ``Trainer._full_sort_batch_eval`` rank among the items of each target's domain.
 
     REC removes a user's history from the candidates, a target that is in it included. Items of
     other domains come after all candidates but before those, so that such a target cannot slip
@@ -95,11 +100,11 @@ def _elsewhere(domains: Tensor, columns: int) -> Tensor:
 
 
 def with_request(times: Tensor, domains: Tensor) -> Tensor:
-    """What ``predict`` of this package's models takes as ``time_seq``.
+    """Build what ``predict`` of this package's models takes as ``time_seq``.
 
     Args:
         times: (B, N + 1) int64 of
-            :class:`hstu_xd.plugins.rec.datasets.TimedEvalDataset`.
+            :class:`hstu_xd.plugins.rec.rec_datasets.TimedEvalDataset`.
         domains: (B,) int64, the requested domains.
 
     Returns:
@@ -109,7 +114,7 @@ def with_request(times: Tensor, domains: Tensor) -> Tensor:
 
 
 def with_groups(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """REC's ``Evaluator.evaluate`` that also gives ``name[domain]``, ``name[switch]``, ``[stay]``.
+    """Let REC's ``Evaluator.evaluate`` also give ``name[domain]``, ``name[switch]``, ``[stay]``.
 
     It gives sums over this process's targets, and REC's trainer divides all of them by the number
     of all targets. A group's sums come multiplied by what makes that division by the group's own
@@ -121,7 +126,7 @@ def with_groups(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         if SESSION.catalog is None:
             return result
         domains, last, seen = _TARGETS.take()
-        members = _groups(domains, last)
+        members = target_groups(domains, last, SESSION.catalog.domain_names)
         counts = torch.tensor([len(domains), seen, *(int(rows.sum()) for rows in members.values())])
         if dist.get_world_size() > 1:
             on_device = counts.to(self.config["device"])
@@ -143,19 +148,10 @@ def with_groups(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     return xd_evaluate
 
 
-def _groups(domains: Tensor, last: Tensor) -> dict[str, Tensor]:
-    """Which targets are in each group: name -> (Q,) bool."""
-    assert SESSION.catalog is not None
-    groups = {name: domains == d for d, name in enumerate(SESSION.catalog.domain_names)}
-    groups["switch"] = (domains != last) & (last >= 0)
-    groups["stay"] = domains == last
-    return groups
-
-
 def _rows_of(dataobject: Any, rows: Tensor) -> Any:
-    """REC's ``DataStruct`` with the entries that have one row a target cut to some of them."""
+    """Return REC's ``DataStruct`` with what has one row a target cut to some of the targets."""
     part = type(dataobject)()
-    for name, value in dataobject._data_dict.items():
+    for name, value in getattr(dataobject, _ENTRIES).items():
         has_rows = isinstance(value, Tensor) and value.shape[:1] == rows.shape
         part.set(name, value[rows] if has_rows else value)
     return part

@@ -1,0 +1,274 @@
+"""What the plug-ins of all hosts need between a host's objects and those of this package."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
+from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.warm_start import load_hstu
+
+_logger = logging.getLogger(__name__)
+
+# Large against every number of items: the remainder is uniform to 2^-30 and better.
+_DRAWS = 2**62
+
+
+@dataclass
+class Session:
+    """What the rebound names of one host share within a process: the data set in use.
+
+    Attributes:
+        catalog: its item -> domain table; None while no domains are known, and then every rebound
+            name behaves as the host's own.
+    """
+
+    catalog: DomainCatalog | None = None
+    _copies: dict[torch.device, DomainCatalog] = field(default_factory=dict)
+    _whole: dict[torch.device, DomainCatalog] = field(default_factory=dict)
+
+    def open(self, catalog: DomainCatalog | None) -> None:
+        """Take the catalogue of a data set, or none."""
+        self.catalog = catalog
+        self._copies.clear()
+        self._whole.clear()
+
+    def new_catalog(self) -> DomainCatalog:
+        """Build a catalogue for a module to hold: it moves between devices with the module."""
+        assert self.catalog is not None, "no data set with domains is open"
+        return DomainCatalog(self.catalog.item_domains, self.catalog.domain_names)
+
+    def catalog_on(self, device: torch.device) -> DomainCatalog:
+        """Return the catalogue with its tables on a device; it is copied there once."""
+        if device not in self._copies:
+            self._copies[device] = self.new_catalog().to(device)
+        return self._copies[device]
+
+    def whole_catalog_on(self, device: torch.device) -> DomainCatalog:
+        """Return all items as one domain, on a device; it is built once."""
+        if device not in self._whole:
+            assert self.catalog is not None, "no data set with domains is open"
+            one_domain = self.catalog.item_domains.clamp(max=0)
+            self._whole[device] = DomainCatalog(one_domain, ["all"]).to(device)
+        return self._whole[device]
+
+
+@dataclass(frozen=True, eq=False)
+class UnpaddedBatch:
+    """The tokens of a host's padded batch, as this package's layers take them.
+
+    Attributes:
+        valid: (B, N) bool, where the tokens are: a run of columns in each row.
+        present: (L,) int64, places of the tokens in the flat batch.
+        plan: of the tokens.
+    """
+
+    valid: Tensor
+    present: Tensor
+    plan: EncoderPlan
+
+    @classmethod
+    def build(
+        cls,
+        valid: Tensor,
+        *,
+        domains: Tensor,
+        next_domains: Tensor,
+        times: Tensor,
+        next_times: Tensor,
+        num_domains: int,
+        states_per_domain: int,
+    ) -> "UnpaddedBatch":
+        """Cut the padding off.
+
+        Args:
+            valid: (B, N) bool.
+            domains: (B, N) int64, of the tokens.
+            next_domains: (B, N) int64, of the events that follow them.
+            times: (B, N) int64, of the tokens.
+            next_times: (B, N) int64, of the events that follow them.
+            num_domains: number of domains ``D``.
+            states_per_domain: states that DDSR reads per domain.
+        """
+        present = valid.flatten().nonzero().squeeze(1)
+        plan = EncoderPlan(
+            domains=domains.flatten()[present],
+            target_domains=next_domains.flatten()[present],
+            timestamps=times.flatten()[present],
+            next_timestamps=next_times.flatten()[present],
+            offsets=pad(valid.sum(1).cumsum(0), (1, 0)),
+            num_domains=num_domains,
+            states_per_domain=states_per_domain,
+        )
+        return cls(valid, present, plan)
+
+    def gather(self, padded: Tensor) -> Tensor:
+        """Take the tokens out of the padding: (B, N, ...) -> (L, ...)."""
+        return padded.flatten(0, 1)[self.present]
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """Put the tokens back to their places, with zeros elsewhere: (L, ...) -> (B, N, ...)."""
+        padded = tokens.new_zeros(self.valid.numel(), *tokens.shape[1:])
+        return padded.index_copy(0, self.present, tokens).unflatten(0, self.valid.shape)
+
+
+def draw_places(
+    domains: Tensor,
+    offsets: Tensor,
+    num_to_sample: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw places of a table that is sorted by domain, uniformly among those of given domains.
+
+    Args:
+        domains: (...) int64, at least 0. A domain without a place, which only padding asks for,
+            draws any place.
+        offsets: (D + 1,) int64; the places of domain ``d`` are ``offsets[d]:offsets[d + 1]``.
+        num_to_sample: draws ``R`` for each.
+        generator: on the device of ``domains``; default: torch's.
+
+    Returns:
+        (..., R) int64.
+    """
+    first = offsets[domains].unsqueeze(-1)
+    count = (offsets[domains + 1].unsqueeze(-1) - first).clamp(min=1)
+    shape = (*domains.shape, num_to_sample)
+    draws = torch.randint(_DRAWS, shape, device=domains.device, generator=generator)
+    return torch.minimum(first + draws % count, offsets[-1] - 1)
+
+
+def draw_within(
+    domains: Tensor,
+    catalog: DomainCatalog,
+    num_to_sample: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw uniform items of given domains.
+
+    Args:
+        domains: (...) int64; a negative one draws from the first domain.
+        catalog: on the device of ``domains``.
+        num_to_sample: draws ``R`` for each.
+        generator: on the device of ``domains``; default: torch's.
+
+    Returns:
+        (..., R) int64 item ids.
+    """
+    known = domains.clamp(min=0)
+    return catalog.domain_items[
+        draw_places(known, catalog.domain_offsets, num_to_sample, generator)
+    ]
+
+
+def target_groups(
+    domains: Tensor, last_domains: Tensor, domain_names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tell which targets are in each group of a host's metrics.
+
+    Args:
+        domains: (Q,) int64, of the targets.
+        last_domains: (Q,) int64, of the event before each; -1 where there is none.
+        domain_names: name of each domain.
+
+    Returns:
+        Every domain's name, "switch" and "stay" -> (Q,) bool. A target without an event before it
+        is in neither of the last two.
+    """
+    groups = {name: domains == d for d, name in enumerate(domain_names)}
+    groups["switch"] = (domains != last_domains) & (last_domains >= 0)
+    groups["stay"] = domains == last_domains
+    return groups
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """How the trainer of a host keeps its checkpoints.
+
+    Attributes:
+        host: what messages call the host.
+        entry: key of the model's state dict; a checkpoint without it is taken for one itself.
+        kept_in: the folder that messages name.
+        setting: the setting that gives the path, which messages begin with; empty: none.
+        folder_hint: what is said of a folder in place of a file.
+        weights_only: whether tensors are all that a checkpoint holds. Else it is a pickle that may
+            run code: load only what you trust.
+        ignored: parameters with this in their name are left out where the model has none; empty:
+            there are none.
+    """
+
+    host: str
+    entry: str
+    kept_in: str
+    setting: str = ""
+    folder_hint: str = ""
+    weights_only: bool = True
+    ignored: str = ""
+
+    def check(self, path: Path) -> None:
+        """Refuse what is not a file.
+
+        Raises:
+            InputError: no such file, or a folder.
+        """
+        if path.is_dir():
+            raise InputError(f"{self._at(path)} is a folder; give a file{self.folder_hint}")
+        if not path.is_file():
+            raise InputError(f"{self._at(path)}: no such file; give one out of {self.kept_in}")
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        """Read the model's state dict out of a checkpoint.
+
+        Raises:
+            InputError: no such file, or not a checkpoint of this host's.
+        """
+        self.check(path)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=self.weights_only)
+        except Exception as error:  # torch.load fails in as many ways as there are formats
+            raise InputError(
+                f"{self._at(path)}: not a checkpoint of {self.host} ({error}); give a file out of "
+                f"{self.kept_in}"
+            ) from error
+        is_mapping = isinstance(checkpoint, Mapping)
+        state = checkpoint.get(self.entry, checkpoint) if is_mapping else None
+        if not isinstance(state, Mapping) or not all(
+            isinstance(value, Tensor) for value in state.values()
+        ):
+            raise InputError(
+                f"{self._at(path)} holds no model; not a checkpoint of {self.host}, give a file "
+                f"out of {self.kept_in}"
+            )
+        return state
+
+    def load_into(self, model: nn.Module, path: Path) -> list[str]:
+        """Load a trained model of the host into the one of this package that extends it.
+
+        Returns:
+            Names of the parameters that the checkpoint does not have: this package's alone.
+
+        Raises:
+            InputError: not a checkpoint, or one of another model or size.
+        """
+        own = model.state_dict()
+        state = {name.removeprefix("module."): value for name, value in self.read(path).items()}
+        if self.ignored:
+            state = {
+                name: value
+                for name, value in state.items()
+                if self.ignored not in name or name in own
+            }
+        try:
+            new = load_hstu(model, state)
+        except InputError as error:
+            raise InputError(f"{self._at(path)}: {error}") from error
+        _logger.info("warm start from %s; new parameters: %s", path, new)
+        return new
+
+    def _at(self, path: Path) -> str:
+        return f"{self.setting}: {path}" if self.setting else str(path)
