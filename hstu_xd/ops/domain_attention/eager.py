@@ -1,13 +1,10 @@
 """Regrouped domain attention in plain PyTorch: cost sum_d s_d^2 / 2, memory linear in the tokens.
 
 Forward and backward walk over tiles (a block of query rows against the keys they may see) and keep
-no tile: the backward pass computes the scores again. What is not to be seen, later keys and
-padding, gets a large negative bias: weights and their gradients are exactly zero there.
-
-How scores become weights: where SiLU and softmax attention differ in the eager walk.
-
-Scores of a tile are (H * G, m, n) with all keys that a query may see in its row, and hugely
-negative where it does not see one.
+no tile: the backward pass computes the scores again. Scores of a tile are (H * G, m, n), with all
+keys that a query may see in its row. What is not to be seen gets a large negative bias: weights and
+their gradients are exactly zero there. A :class:`Normalization` makes weights of scores; nothing
+else differs between SiLU and softmax.
 """
 
 from typing import Any, Protocol
@@ -17,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from hstu_xd.ops.domain_attention.buckets import Buckets
 from hstu_xd.ops.domain_attention.pair_bias import PairBias, unseen
 from hstu_xd.ops.domain_attention.tiles import walk
 from hstu_xd.ops.grouping import DomainGrouping
@@ -25,20 +21,23 @@ from hstu_xd.ops.relative_bias import RelativeBias
 
 
 class Normalization(Protocol):
-    """Weights of a tile and the gradient of its scores. Memory is used again where that is said."""
+    """Compute weights of a tile and the gradient of its scores.
+
+    Memory is used again where that is said.
+    """
 
     def weights(self, scores: Tensor) -> Tensor:
-        """Weights, zero where the query does not see the key; overwrites ``scores``."""
+        """Return weights, zero where the query does not see the key; overwrites ``scores``."""
         ...
 
     def differentiable_weights(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and a second tensor of their shape, both for :meth:`score_gradient`."""
+        """Return weights and a second tensor alike, both for :meth:`score_gradient`."""
         ...
 
     def score_gradient(
         self, weights: Tensor, kept: Tensor, grad_out: Tensor, values: Tensor
     ) -> Tensor:
-        """Gradient of the scores; overwrites ``weights`` and ``kept``.
+        """Return the gradient of the scores; overwrites ``weights`` and ``kept``.
 
         Args:
             weights, kept: of :meth:`differentiable_weights`.
@@ -52,18 +51,18 @@ class SiLU:
     """``w = s sigmoid(s)``; it and its slope are exactly zero at a hugely negative score."""
 
     def weights(self, scores: Tensor) -> Tensor:
-        """``silu(s)``."""
+        """Return ``silu(s)``."""
         return silu(scores, inplace=True)
 
     def differentiable_weights(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """``silu(s)`` and the gate ``sigmoid(s)``."""
+        """Return ``silu(s)`` and the gate ``sigmoid(s)``."""
         gate = torch.sigmoid(scores)
         return scores.mul_(gate), gate
 
     def score_gradient(
         self, weights: Tensor, kept: Tensor, grad_out: Tensor, values: Tensor
     ) -> Tensor:
-        """``dw (gate + w (1 - gate))``."""
+        """Return ``dw (gate + w (1 - gate))``."""
         slope = weights.addcmul_(weights, kept, value=-1).add_(kept)
         return torch.bmm(grad_out, values.transpose(1, 2), out=kept).mul_(slope)
 
@@ -72,18 +71,18 @@ class Softmax:
     """``w = softmax(s)`` over the keys that a query sees; zero where it sees none."""
 
     def weights(self, scores: Tensor) -> Tensor:
-        """``softmax(s)``."""
+        """Return ``softmax(s)``."""
         sees = scores.amax(2, keepdim=True) > unseen(scores.dtype) / 2
         return scores.softmax(2).mul_(sees)
 
     def differentiable_weights(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """``softmax(s)``, and memory that is free from now on."""
+        """Return ``softmax(s)``, and memory that is free from now on."""
         return self.weights(scores), scores
 
     def score_gradient(
         self, weights: Tensor, kept: Tensor, grad_out: Tensor, values: Tensor
     ) -> Tensor:
-        """``w (dw - sum(w dw))``."""
+        """Return ``w (dw - sum(w dw))``."""
         grad = torch.bmm(grad_out, values.transpose(1, 2), out=kept)
         return grad.sub_((weights * grad).sum(2, keepdim=True)).mul_(weights)
 
@@ -98,14 +97,14 @@ def eager_domain_attention(
     bias: RelativeBias | None = None,
     normalization: str = "silu",
 ) -> Tensor:
-    """See :func:`hstu_xd.ops.domain_attention`; q, k (L, H, dqk), v (L, H, dv) -> (L, H, dv)."""
-    how: Normalization = SiLU()
+    """Compute :func:`hstu_xd.ops.domain_attention`: (L, H, dqk) twice, (L, H, dv) -> (L, H, dv)."""
+    scheme: Normalization = SiLU()
     if normalization == "softmax":
-        how, q, norm_length = Softmax(), q * q.shape[2] ** -0.5, 1
+        scheme, q, norm_length = Softmax(), q * q.shape[2] ** -0.5, 1
     position_weights = None if bias is None else bias.position_weights
     time_weights = None if bias is None else bias.time_weights
     out: Tensor = _GroupedAttention.apply(
-        q, k, v, position_weights, time_weights, grouping, norm_length, bias, how
+        q, k, v, position_weights, time_weights, grouping, norm_length, bias, scheme
     )
     return out
 
@@ -122,27 +121,25 @@ class _GroupedAttention(torch.autograd.Function):
         grouping: DomainGrouping,
         norm_length: int,
         bias: RelativeBias | None,
-        how: Normalization,
+        scheme: Normalization,
     ) -> Tensor:
-        buckets = grouping.buckets
-        assert isinstance(buckets, Buckets)
         heads = q.shape[1]
-        plan = walk(buckets, grouping.num_tokens, heads)
+        plan = walk(grouping, heads)
         if plan is None:
             ctx.plan = None
             ctx.save_for_backward(q, k, v, position_weights, time_weights)
             return torch.zeros_like(v)
-        pairs = PairBias.of(grouping, plan, bias)
+        pairs = PairBias.build(grouping, plan, bias)
         flat_q, flat_k, flat_v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
         table = pairs.table(q)
-        ctx.plan = plan, pairs, norm_length, how
+        ctx.plan = plan, pairs, norm_length, scheme
         ctx.save_for_backward(flat_q, flat_k, flat_v, table)
         out = plan.queries.zeros(v, v.dtype)
         for tile in plan.tiles:
             queries, out_rows = tile.queries(flat_q, heads), tile.queries(out, heads)
             keys, values = tile.keys(flat_k, heads), tile.keys(flat_v, heads)
             scores = _scores(queries, keys, pairs.look_up(table, tile))
-            torch.bmm(how.weights(scores), values, out=out_rows)
+            torch.bmm(scheme.weights(scores), values, out=out_rows)
         return plan.queries.scatter(out).div_(norm_length)
 
     @staticmethod
@@ -152,7 +149,7 @@ class _GroupedAttention(torch.autograd.Function):
         if ctx.plan is None:
             zeros = (None if x is None else torch.zeros_like(x) for x in ctx.saved_tensors)
             return (*zeros, None, None, None, None)
-        plan, pairs, norm_length, how = ctx.plan
+        plan, pairs, norm_length, scheme = ctx.plan
         flat_q, flat_k, flat_v, table = ctx.saved_tensors
         flat_grad = plan.queries.gather(grad_outputs[0]).div_(norm_length)
         # Gradients of keys and values are sums over tiles.
@@ -165,11 +162,11 @@ class _GroupedAttention(torch.autograd.Function):
             keys, values = (tile.keys(x, plan.heads) for x in (flat_k, flat_v))
             dk_rows, dv_rows = (tile.keys(x, plan.heads) for x in (dk, dv))
             scores = _scores(queries, keys, pairs.look_up(table, tile))
-            weights, kept = how.differentiable_weights(scores)
-            _add_product(dv_rows, weights.transpose(1, 2), grad_out, tile.opens)
-            grad_scores = how.score_gradient(weights, kept, grad_out, values)
+            weights, kept = scheme.differentiable_weights(scores)
+            _add_product(dv_rows, weights.transpose(1, 2), grad_out, tile.is_first)
+            grad_scores = scheme.score_gradient(weights, kept, grad_out, values)
             torch.bmm(grad_scores, keys, out=tile.queries(dq, plan.heads))
-            _add_product(dk_rows, grad_scores.transpose(1, 2), queries, tile.opens)
+            _add_product(dk_rows, grad_scores.transpose(1, 2), queries, tile.is_first)
             if gradient is not None:
                 pairs.add_gradient(gradient, tile, grad_scores)
         return (
@@ -185,15 +182,15 @@ class _GroupedAttention(torch.autograd.Function):
 
 
 def _scores(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-    """Scores of a tile with bias: (H * G, m, d), (H * G, n, d), (G, m, n) -> (H * G, m, n)."""
+    """Compute scores with bias: (H * G, m, d), (H * G, n, d), (G, m, n) -> (H * G, m, n)."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
     scores.view(-1, *bias.shape).add_(bias)  # all heads share it
     return scores
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, opens: bool) -> None:
-    """``total += a @ b``; ``opens``: the total is still zero."""
-    if opens and total.dtype == a.dtype:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """Add ``a @ b`` to the total; ``is_first``: it is still zero."""
+    if is_first and total.dtype == a.dtype:
         torch.bmm(a, b, out=total)
     else:
         total.add_(torch.bmm(a, b))

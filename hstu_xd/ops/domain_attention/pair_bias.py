@@ -1,8 +1,9 @@
 """Bias and visibility of every pair of a tile as one look-up in one table.
 
 Row ``b`` of the table belongs to time bucket ``b``, a column to a row of the position table. The
-last column is hugely negative, for pairs that are not to be seen: later keys and padding. A pair's
-index into the table depends on tokens and times alone, so all layers of a model share it.
+last column is hugely negative, for pairs that are not to be seen: later keys, padding, and what a
+rule of the grouping hides. A pair's index into the table depends on tokens and times alone, so all
+layers of a model share it.
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
-from hstu_xd.ops.domain_attention.buckets import PADDING_KEY, PADDING_QUERY, Buckets, at_tokens
-from hstu_xd.ops.domain_attention.tiles import Tile, Walk
-from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.domain_attention.tiles import PADDING_KEY, PADDING_QUERY, Tile, Walk, at_tokens
+from hstu_xd.ops.grouping import DomainGrouping, PairRule
 from hstu_xd.ops.relative_bias import RelativeBias
+from hstu_xd.ops.visibility import is_later
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +26,11 @@ class _Coordinates:
         positions: of queries and of keys, (S,) int32 each, with the bias's padding positions.
         times: next times of queries and times of keys, (S,) int64 each; none without bias.
         order: positions that decide causality, where those of the bias do not; else empty.
+        tokens: of queries and of keys, where a rule has to be asked; else empty.
         first: row of the position table in column 0.
         columns: columns of the joint table, the unseen one included.
         indices: what was computed for each tile so far.
+        rule: narrows what queries see, or None.
         named_by_id: tensors that the key in a memo names, to keep them alive.
     """
 
@@ -36,6 +39,8 @@ class _Coordinates:
     order: tuple[Tensor, ...]
     first: int
     columns: int
+    tokens: tuple[Tensor, ...]
+    rule: PairRule | None
     named_by_id: tuple[Tensor, ...]
     indices: dict[Tile, Tensor] = field(default_factory=dict)
 
@@ -53,22 +58,20 @@ class PairBias:
     coordinates: _Coordinates
 
     @classmethod
-    def of(cls, grouping: DomainGrouping, walk: Walk, bias: RelativeBias | None) -> "PairBias":
-        """For the pairs of ``walk``, with what other layers computed of them."""
-        buckets = grouping.buckets
-        assert isinstance(buckets, Buckets)
+    def build(cls, grouping: DomainGrouping, walk: Walk, bias: RelativeBias | None) -> "PairBias":
+        """Tie a bias to the pairs of ``walk``, with what other layers computed of them."""
         named: tuple[Tensor, ...] = ()
         sizes: tuple[int, ...] = ()
         if bias is not None:
             named = bias.positions, bias.timestamps, bias.next_timestamps
             sizes = bias.max_length, bias.time_weights.numel()
-        key = ("coordinates", walk.heads, *map(id, named), *sizes)
-        if key not in buckets.memo:
-            buckets.memo[key] = _coordinates(grouping, walk, bias, named)
-        return cls(bias, buckets.memo[key])
+        key = (*map(id, named), *sizes)
+        if key not in walk.memo:
+            walk.memo[key] = _coordinates(grouping, walk, bias, named)
+        return cls(bias, walk.memo[key])
 
     def table(self, like: Tensor) -> Tensor:
-        """(num_buckets * columns,) the joint table, in dtype and on device of ``like``."""
+        """Join the tables: (num_buckets * columns,), in dtype and on device of ``like``."""
         if self.bias is None:
             return like.new_tensor([0.0, unseen(like.dtype)])
         position, time = self._used_positions(self.bias.position_weights), self.bias.time_weights
@@ -77,12 +80,15 @@ class PairBias:
         return torch.cat([seen, last], dim=1).to(like.dtype).view(-1)
 
     def look_up(self, table: Tensor, tile: Tile) -> Tensor:
-        """Bias of a tile, (G, m, n)."""
+        """Look up the bias of a tile, (G, m, n)."""
         found = table.index_select(0, self._index(tile))
         return found.view(tile.groups, tile.rows, tile.columns)
 
     def empty_gradient(self) -> Tensor | None:
-        """(num_buckets * columns,) zeros in float64: thousands of pairs meet in one entry."""
+        """Return (num_buckets * columns,) zeros for the gradient of the joint table.
+
+        They are float64: thousands of pairs meet in one entry.
+        """
         if self.bias is None:
             return None
         time = self.bias.time_weights
@@ -96,7 +102,7 @@ class PairBias:
         gradient.scatter_add_(0, index, shared.double())
 
     def split_gradient(self, gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the position table and of the time table, in their own types."""
+        """Split into gradients of the position table and of the time table, in their own types."""
         if self.bias is None or gradient is None:
             return None, None
         position, time = self.bias.position_weights, self.bias.time_weights
@@ -110,7 +116,7 @@ class PairBias:
         return position_table[first : first + self.coordinates.columns - 1]
 
     def _index(self, tile: Tile) -> Tensor:
-        """(G * m * n,) int32, place in the joint table of every pair."""
+        """Return the place in the joint table of every pair, (G * m * n,) int32."""
         known = self.coordinates.indices
         if tile in known:
             return known[tile]
@@ -122,9 +128,14 @@ class PairBias:
             index = self.bias.position_index(queries, keys - at.first)
             if at.order:
                 queries, keys = _of_tile(tile, *at.order)
-                index.masked_fill_(keys.unsqueeze(1) > queries.unsqueeze(2), last)
+                index.masked_fill_(is_later(queries.unsqueeze(2), keys.unsqueeze(1)), last)
+            index.clamp_(0, last)
+        if at.rule is not None:
+            queries, keys = _of_tile(tile, *at.tokens)
+            index.masked_fill_(~at.rule(queries.unsqueeze(2), keys.unsqueeze(1)), last)
+        if self.bias is not None:
             row = self.bias.time_index(*_of_tile(tile, *at.times)).int()
-            index = index.clamp_(0, last).add_(row, alpha=at.columns)
+            index = index.add_(row, alpha=at.columns)
         index = index.view(-1)
         if tile.remembered:
             known[tile] = index
@@ -132,12 +143,12 @@ class PairBias:
 
 
 def unseen(dtype: torch.dtype) -> float:
-    """The bias of a pair that is not to be seen; scores may still be added to it."""
+    """Return the bias of a pair that is not to be seen; scores may still be added to it."""
     return torch.finfo(dtype).min / 2
 
 
 def _of_tile(tile: Tile, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """What a tile's queries (G, m) and keys (G, n) have, out of all (S,) of each."""
+    """Take what a tile's queries (G, m) and keys (G, n) have, out of all (S,) of each."""
     m, n, width = tile.rows, tile.columns, tile.width
     return (
         queries.as_strided((tile.groups, m), (m, 1), tile.first_query),
@@ -155,9 +166,23 @@ def _coordinates(
         )
 
     padding = PADDING_QUERY, PADDING_KEY
+    tokens: tuple[Tensor, ...] = ()
+    if grouping.rule is not None:
+        # A rule knows no padding; hidden it is anyway.
+        last_token = grouping.num_tokens - 1
+        tokens = tuple(x.tokens.clamp(max=last_token) for x in (walk.queries, walk.keys))
     order = of_walk(grouping.positions.int(), grouping.keys.positions.int(), padding)
     if bias is None:
-        return _Coordinates(order, (), (), first=0, columns=2, named_by_id=named)
+        return _Coordinates(
+            order,
+            (),
+            (),
+            first=0,
+            columns=2,
+            tokens=tokens,
+            rule=grouping.rule,
+            named_by_id=named,
+        )
     positions = bias.positions
     span = int(positions.max() - positions.min())
     if span >= bias.max_length:
@@ -173,5 +198,7 @@ def _coordinates(
         () if alike else order,
         first=bias.max_length - 1 - span,
         columns=1 + span + (0 if alike else span) + 1,
+        tokens=tokens,
+        rule=grouping.rule,
         named_by_id=named,
     )

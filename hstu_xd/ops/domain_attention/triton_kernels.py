@@ -2,11 +2,11 @@
 
 A program owns one tile: up to ``TILE`` consecutive rows of one group, in grouped order, for one
 head. It walks over the rows of the other side of its group, ``STEP`` at a time, and only over those
-that any row of the tile can meet (``tiles`` tells, see tile_table.py). Rows are fetched from
-where they lie in the batch, by token, so that nothing is copied into grouped order before.
+that any row of the tile can meet (see tile_table.py). Rows are fetched from where they lie in the
+batch, by token, so that nothing is copied into grouped order before.
 
-Pairs are seen where the key's original position is not after the query's. Rows past the end of a
-tile get positions that make them see, and be seen by, nothing. Scores, sums and biases are
+Which pairs are seen is a matter of original positions, see ``sees``. Rows past the end of a tile
+get positions that make them see, and be seen by, nothing. Scores, sums and biases are
 float32; only operands of matrix products have the type of the inputs.
 
 Programs of one kernel never write to the same place, except for integer sums in
@@ -44,6 +44,12 @@ def _side(row, stop, tokens, order, positions, times, ABSENT: tl.constexpr, BIAS
         position = tl.load(positions + token, mask=here, other=0).to(tl.int32)
         time = tl.load(times + token, mask=here, other=0)
     return here, token, place, position, time
+
+
+@triton.jit
+def sees(query_place, key_place):
+    """Whether queries see keys of their group: the rule of visibility.py, pair by pair."""
+    return key_place <= query_place
 
 
 @triton.jit
@@ -88,7 +94,7 @@ def _gate(scores):
 
 @triton.jit
 def _slope(scores, gate):
-    """Derivative of SiLU."""
+    """Return the derivative of SiLU."""
     return gate * (1.0 + scores * (1.0 - gate))
 
 
@@ -103,7 +109,7 @@ def forward_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries over its keys: ``out = sum_j SiLU(<q, k_j> + bias_j) v_j / norm``."""
+    """Walk a tile of queries over its keys: ``out = sum_j SiLU(<q, k_j> + bias_j) v_j / norm``."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     first, stop, key_first, key_stop = _tile(tiles, program // heads)
@@ -120,7 +126,7 @@ def forward_kernel(
         there, key_token, key_place, key_position, key_time = _side(
             key_row, key_stop, key_tokens, key_order, positions, times, _NO_KEY, BIASED
         )
-        seen = key_place[None, :] <= place[:, None]
+        seen = sees(place[:, None], key_place[None, :])
         key = load_rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
         scores = _scores(
             query, key,
@@ -145,7 +151,7 @@ def query_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries over its keys: ``dq = sum_j ds_j k_j / norm``, scores computed again."""
+    """Walk a tile of queries over its keys: ``dq = sum_j ds_j k_j / norm``."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     first, stop, key_first, key_stop = _tile(tiles, program // heads)
@@ -163,7 +169,7 @@ def query_gradient_kernel(
         there, key_token, key_place, key_position, key_time = _side(
             key_row, key_stop, key_tokens, key_order, positions, times, _NO_KEY, BIASED
         )
-        seen = key_place[None, :] <= place[:, None]
+        seen = sees(place[:, None], key_place[None, :])
         key = load_rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
         scores = _scores(
             query, key,
@@ -190,7 +196,7 @@ def key_value_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys over its queries: ``dk = sum_i ds_i q_i / norm``, ``dv = sum_i w_i do_i``.
+    """Walk a tile of keys over its queries: ``dk = sum_i ds_i q_i / norm, dv = sum_i w_i do_i``.
 
     Pairs are transposed, a key to a row, so that they enter the sums as they are.
     """
@@ -213,7 +219,7 @@ def key_value_gradient_kernel(
             query_row, query_stop, query_tokens, query_order, positions, next_times,
             _NO_QUERY, BIASED,
         )  # fmt: skip
-        seen = place[:, None] <= query_place[None, :]
+        seen = sees(query_place[None, :], place[:, None])
         query = load_rows(q + head * q_head, query_token, q_token, there, WIDTH_QK, BLOCK_QK)
         scores = _scores(
             key, query,
@@ -273,7 +279,7 @@ def bias_gradient_kernel(
             there, key_token, key_place, key_position, key_time = _side(
                 key_row, key_stop, key_tokens, key_order, positions, times, _NO_KEY, True
             )
-            seen = key_place[None, :] <= place[:, None]
+            seen = sees(place[:, None], key_place[None, :])
             bias, entry, bucket = _bias(
                 position[:, None], next_time[:, None], key_position[None, :], key_time[None, :],
                 seen, position_weights, time_weights, edges, num_positions, last_bucket,

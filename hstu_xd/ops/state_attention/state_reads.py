@@ -67,7 +67,7 @@ class StateReads:
 
     @lazy_property
     def tiles(self) -> StateTiles:
-        """The layout of plain PyTorch; to cut it the host reads the lengths of the histories."""
+        """Lay out tiles for plain PyTorch; to cut them the host reads the histories' lengths."""
         return StateTiles.build(
             self.grouping,
             self.timestamps,
@@ -77,7 +77,7 @@ class StateReads:
 
     @lazy_property
     def table(self) -> StateTable:
-        """The layout of the fused kernels."""
+        """Lay out the work list of the fused kernels."""
         return StateTable.build(
             self.grouping,
             self.timestamps,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hstu_xd.ops.grouping import DomainGrouping, lazy_property
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, time_bucket
-from hstu_xd.ops.state_attention.state_table import replacements
+from hstu_xd.ops.visibility import replacements
 
 _HEIGHTS = (8, 16, 32, 64, 128)
 # Costs of a key of a tile and of a tile itself, in query-key pairs (measured on CPU).
@@ -73,7 +73,7 @@ class StateTiles:
             tensor([[3, 4, 0, 1],
                     [1, 0, 2, 2]])
         """
-        cut = _Cut.of(grouping, height, grouping.num_domains * states_per_domain)
+        cut = _Cut.build(grouping, height, grouping.num_domains * states_per_domain)
         overwritten = replacements(grouping, states_per_domain)
         depth = states_per_domain if cut.carries else 1
         carried, until = _carry_in(grouping, cut, overwritten, depth)
@@ -91,7 +91,7 @@ class StateTiles:
 
     @lazy_property
     def unseen(self) -> Tensor:
-        """(G, T, S) bool, keys that a token does not see: overwritten, or not yet written."""
+        """Tell which keys a token does not see, overwritten or not yet written: (G, T, S) bool."""
         carried = self.rows.shape[1] - self.tokens.shape[1]
         query = self.tokens.unsqueeze(2)
         unseen = query >= self.overwritten.unsqueeze(1)
@@ -100,7 +100,7 @@ class StateTiles:
 
     @lazy_property
     def ages(self) -> Tensor:
-        """(G, T, S) uint8, log bucket of the time from a state's writing to the event to predict.
+        """Bucket the time from a state's writing to the event to predict: (G, T, S) uint8.
 
         ``NUM_TIME_BUCKETS`` stands for "never written", the number after it for unseen.
         """
@@ -133,7 +133,7 @@ class _Cut:
     carries: bool
 
     @classmethod
-    def of(cls, grouping: DomainGrouping, height: int | None, carried: int) -> "_Cut":
+    def build(cls, grouping: DomainGrouping, height: int | None, carried: int) -> "_Cut":
         if grouping.padded_length is not None:
             return cls._one_tile_a_user(grouping, grouping.padded_length)
         offsets = grouping.batch_offsets
@@ -163,7 +163,7 @@ class _Cut:
 
     @classmethod
     def _one_tile_a_user(cls, grouping: DomainGrouping, length: int) -> "_Cut":
-        """Where all users have as many tokens: no size depends on what the lengths are."""
+        """Cut where all users have as many tokens: no size depends on what the lengths are."""
         slots = torch.arange(grouping.num_tokens, device=grouping.permutation.device)
         tokens = slots.view(-1, length)
         users = torch.arange(tokens.shape[0], device=slots.device)
@@ -182,7 +182,7 @@ def _num_tiles(lengths: np.ndarray, height: int) -> int:
 
 
 def _cheapest_height(lengths: np.ndarray, carried: int) -> int:
-    """Tokens of a tile: tall tiles waste pairs, low ones read the carry-in often."""
+    """Choose the tokens of a tile: tall ones waste pairs, low ones read the carry-in often."""
     longest = max(1, int(lengths.max(initial=1)))
     heights = [height for height in _HEIGHTS if height < longest]
     heights.append(min(longest, _HEIGHTS[-1]))
@@ -197,7 +197,7 @@ def _cheapest_height(lengths: np.ndarray, carried: int) -> int:
 def _carry_in(
     grouping: DomainGrouping, cut: _Cut, overwritten: Tensor, depth: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows and ends of the states before each tile, (G, D * depth) int64 each."""
+    """Find rows and ends of the states before each tile, (G, D * depth) int64 each."""
     length, num_domains = grouping.num_tokens, grouping.num_domains
     if not length:
         return (cut.users.new_zeros(0, num_domains * depth),) * 2

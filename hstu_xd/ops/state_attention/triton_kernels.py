@@ -86,7 +86,7 @@ def forward_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile over its keys: ``out = softmax_s(<q, k_s> + bias_s) v_s``, one pass.
+    """Walk a tile over its keys: ``out = softmax_s(<q, k_s> + bias_s) v_s``, one pass.
 
     log_mass: (L, H) float32, logarithm of the softmax's denominator.
     """
@@ -144,7 +144,7 @@ def query_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_AGE: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile over its keys: ``dq = sum_s ds_s k_s``, weights computed again.
+    """Walk a tile over its keys: ``dq = sum_s ds_s k_s``, weights computed again.
 
     by_age: (tiles, H, last_bucket + 1) float32, sums of ``ds`` by row of the bias.
     inner: (L, H) float32, ``<out, grad_out>``, which the gradients of the keys need as well.
@@ -206,7 +206,7 @@ def _add_key_gradients(
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """What some tokens before ``stop`` add to ``dk = sum_i ds_i q_i`` and ``dv = sum_i w_i do_i``.
+    """Add what some tokens before ``stop`` give ``dk = sum_i ds_i q_i``, ``dv = sum_i w_i do_i``.
 
     Pairs are transposed, a key to a row, so that they enter the sums as they are.
     """
