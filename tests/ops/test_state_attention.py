@@ -172,9 +172,9 @@ def reads(**change: Any) -> StateReads:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: {"q": x["q"][:2]}, "q has shape (2, 2, 4); (3, heads, width) is needed, with L"),
+        (lambda x: {"q": x["q"][:2]}, "q has shape (2, 2, 4); (3, heads, width) is needed for "),
         (lambda x: {"q": x["q"].flatten(1)}, "q has shape (3, 8); (3, heads, width) is needed"),
-        (lambda x: {"k": x["k"][:3]}, "k has shape (3, 2, 4); (5, heads, width) is needed, with L"),
+        (lambda x: {"k": x["k"][:3]}, "k has shape (3, 2, 4); (5, heads, width) is needed for "),
         (lambda x: {"v": x["v"][:3]}, "v has shape (3, 2, 6); (5, heads, width) is needed"),
         (lambda x: {"k": x["v"]}, "k has shape (5, 2, 6); the 2 heads of width 4 of q are needed"),
         (lambda x: {"v": x["v"][:, :1]}, "v has 1 heads; the 2 of q and k are needed"),

@@ -87,16 +87,16 @@ def state_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> None:
-    length, rows = reads.grouping.num_tokens, reads.num_rows
-    for name, tensor, size, meaning in (
-        ("q", q, length, f"L={length} tokens of reads"),
-        ("k", k, rows, f"L + D={rows} states: of each token, then an initial one of each domain"),
-        ("v", v, rows, f"L + D={rows} states: of each token, then an initial one of each domain"),
-    ):
+    # Text with sizes in it is made only to be shown: a compiled graph would be tied to the numbers.
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        size = reads.grouping.num_tokens if name == "q" else reads.num_rows
         if tensor.ndim != 3 or tensor.shape[0] != size:
+            meaning = "tokens of reads"
+            if name != "q":
+                meaning = "states: of each token, then an initial one of each domain"
             raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}; ({size}, heads, width) is needed, with "
-                f"{meaning}"
+                f"{name} has shape {tuple(tensor.shape)}; ({size}, heads, width) is needed for "
+                f"{size} {meaning}"
             )
         if tensor.dtype != q.dtype or not tensor.is_floating_point():
             raise InputError(
