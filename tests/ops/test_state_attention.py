@@ -108,21 +108,6 @@ def test_float64_and_half_precisions_keep_their_type(impl: str) -> None:
         assert (found.double() - exact).norm() <= error * exact.norm()
 
 
-def test_chunks_of_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What bounds memory at hundreds of domains computes the same, gradients too."""
-    case = draw(Spec((40, 1, 17), 5, 3))
-
-    def run() -> dict[str, Tensor]:
-        leaves = case.leaves(torch.float64)
-        out = state_attention(**leaves, reads=case.reads(), impl="eager")
-        return case.with_gradients(out, leaves)
-
-    whole = run()
-    monkeypatch.setattr(eager, "_CHUNK_FLOATS", 1)
-    for name, found in run().items():
-        torch.testing.assert_close(found, whole[name], rtol=1e-12, atol=1e-12)
-
-
 @every_impl
 def test_later_tokens_and_other_users_change_nothing(impl: str) -> None:
     case = draw(Spec((12, 9), 3, 2))
