@@ -12,7 +12,6 @@ WITH_EXAMPLES = [
     "ops.domain_attention.api",
     "ops.state_attention.api",
     "ops.state_attention.state_reads",
-    "ops.state_attention.state_tiles",
     "model.hstu",
     "serving.session",
 ]

@@ -1,18 +1,20 @@
 """The fused DDSR as PyTorch sees it: registered, chosen, refused; and how much memory it takes."""
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from state_cases import Case, Spec, draw
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton_marks import needs_triton, on_a_cpu
 
+from hstu_xd import ops
 from hstu_xd.errors import InputError
 from hstu_xd.model.ddsr import DynamicDomainState
-from hstu_xd.ops import triton_support
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.state_attention import api
 from hstu_xd.ops.state_attention import fused as fused_states
@@ -64,26 +66,42 @@ def fail(*_args: Any, **_named: Any) -> Tensor:
 
 
 @on_a_cpu
-@pytest.mark.parametrize(
-    ("impl", "suitable", "runs"),
-    [
-        ("auto", True, "triton"),
-        ("triton", False, "triton"),
-        ("auto", False, "eager"),
-        ("eager", True, "eager"),
-        ("reference", True, "reference"),
-    ],
-)
-def test_which_implementation_runs(
-    impl: str, suitable: bool, runs: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ "auto" follows ``suits``, which says yes to tensors on a CUDA device."""
+@pytest.mark.parametrize("impl", ["auto", "triton", "eager", "reference"])
+def test_which_implementation_runs(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's choice reaches the operator; "auto" means plain PyTorch on a CPU."""
     module, inputs = module_and_inputs(impl=impl)
-    monkeypatch.setattr(triton_support, "suits", lambda q, v: suitable)
     for name in ("reference", "eager", "triton"):
-        if name != runs:
+        if name != ("eager" if impl == "auto" else impl):
             monkeypatch.setitem(api._IMPLS, name, fail)
     assert module(*inputs).shape == (8, 8)
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("dtype", "width", "runs"),
+    [
+        (torch.float32, 256, "triton"),
+        (torch.bfloat16, 5, "triton"),
+        (torch.float64, 5, "eager"),
+        (torch.float32, 257, "eager"),
+    ],
+)
+def test_auto_takes_the_kernels_on_a_gpu_where_they_fit(
+    dtype: torch.dtype, width: int, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both operators; tensors without contents pass for those of a GPU."""
+    case, ran = draw(SPEC), []
+    reads, module = case.reads(), import_module("hstu_xd.ops.domain_attention.api")
+    for impls in (api._IMPLS, module._IMPLS["silu"]):
+        for name in ("reference", "eager", "triton"):
+            monkeypatch.setitem(impls, name, lambda *_, name=name, **__: ran.append(name))
+    with FakeTensorMode():
+        q = torch.empty(8, 1, 2, dtype=dtype, device="cuda")
+        v = torch.empty(8, 1, width, dtype=dtype, device="cuda")
+        k, wide = (torch.empty(10, 1, x, dtype=dtype, device="cuda") for x in (2, width))
+    ops.state_attention(q, k, wide, reads)
+    ops.domain_attention(q, q, v, reads.grouping, norm_length=9)
+    assert ran == [runs, runs]
 
 
 class LargestTensor(TorchDispatchMode):

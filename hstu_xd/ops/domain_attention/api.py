@@ -53,8 +53,10 @@ def check_impl(impl: str, normalization: str) -> None:
     Raises:
         InputError: neither "auto" nor one of :func:`available_impls`.
     """
+    if impl == "auto" and normalization in _IMPLS:
+        return
     known = available_impls(normalization)
-    if impl not in ("auto", *known):
+    if impl not in known:
         raise InputError(
             f"impl {impl!r} is not available here; use auto, {', '.join(known)} "
             f"for normalization {normalization!r}"
@@ -112,8 +114,8 @@ def domain_attention(
     _check(q, k, v, grouping, norm_length, bias)
     check_impl(impl, normalization)
     if impl == "auto":
-        plain = normalization == "silu" and grouping.rule is None
-        impl = "triton" if plain and triton_support.suits(q, v) else "eager"
+        fits = q.is_cuda and normalization == "silu" and grouping.rule is None
+        impl = "triton" if fits and triton_support.suits(q, v) else "eager"
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
 
 

@@ -76,13 +76,13 @@ def state_attention(
         bias by age are this project's.
     """
     _check(q, k, v, reads, bias)
-    known = available_state_impls()
-    if impl not in ("auto", *known):
-        raise InputError(
-            f"impl {impl!r} is not available here; use auto, {', '.join(known)} for state_attention"
-        )
     if impl == "auto":
-        impl = "triton" if triton_support.suits(q, v) else "eager"
+        impl = "triton" if q.is_cuda and triton_support.suits(q, v) else "eager"
+    elif impl not in available_state_impls():
+        known = ", ".join(available_state_impls())
+        raise InputError(
+            f"impl {impl!r} is not available here; use auto, {known} for state_attention"
+        )
     return _IMPLS[impl](q, k, v, reads, bias=bias)
 
 
