@@ -196,7 +196,7 @@ class DomainGrouping:
 
     @lazy_property
     def _ranks(self) -> Tensor:
-        """(L,) int64 numbers of all rows in grouped order, which rise by group and position."""
+        """Give rows in grouped order numbers that rise by group, then by position: (L,) int64."""
         groups = torch.arange(self.lengths.numel(), device=self.offsets.device)
         owner = torch.repeat_interleave(groups, self.lengths, output_size=self.num_tokens)
         return self._rank(owner, self.positions[self.permutation])

@@ -18,7 +18,7 @@ _BUCKETS_PER_OCTAVE = tl.constexpr(2358)
 
 @triton.jit
 def load_rows(base, tokens, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(rows, BLOCK) rows of one head, zero where there is none and beyond WIDTH."""
+    """Load (rows, BLOCK) rows of one head, zero where there is none and beyond WIDTH."""
     column = tl.arange(0, BLOCK)
     pointers = base + tokens[:, None] * stride + column[None, :]
     return tl.load(pointers, mask=valid[:, None] & (column < WIDTH)[None, :], other=0.0)
@@ -35,7 +35,7 @@ def store_rows(base, tokens, stride, valid, rows, WIDTH: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def bucket_of(difference, edges, last_bucket):
-    """Bucket of time differences (int64), bit for bit that of ``relative_bias.time_bucket``.
+    """Bucket time differences (int64), bit for bit as ``relative_bias.time_bucket`` does.
 
     The bits of a float rise almost like its logarithm: scaled, they fall short of the bucket by
     less than one, so a comparison with one edge settles it.
@@ -67,7 +67,7 @@ INTERPRETED = not isinstance(load_rows, triton.runtime.JITFunction)
 
 
 def computable(x: Tensor) -> Tensor:
-    """Rows of numbers that lie together, (L, H, d), in a type that computes here.
+    """Return (L, H, d) with numbers of a row side by side, in a type that computes here.
 
     The interpreter multiplies bfloat16 wrongly and cuts instead of rounding to it: float32 there.
     """
@@ -77,7 +77,7 @@ def computable(x: Tensor) -> Tensor:
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of tokens and of heads, as the kernels name them."""
+    """Return strides of tokens and of heads, as the kernels name them."""
     named = {}
     for name, tensor in tensors.items():
         named[f"{name}_token"], named[f"{name}_head"] = tensor.stride()[:2]
@@ -85,7 +85,7 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def widths(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Widths of heads and the powers of two that hold them, as the kernels name them."""
+    """Return widths of heads and the powers of two that hold them, as the kernels name them."""
     width_qk, width_v = q.shape[2], v.shape[2]
     block_qk, block_v = (max(16, triton.next_power_of_2(x)) for x in (width_qk, width_v))
     return {"WIDTH_QK": width_qk, "WIDTH_V": width_v, "BLOCK_QK": block_qk, "BLOCK_V": block_v}

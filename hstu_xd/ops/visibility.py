@@ -2,13 +2,14 @@
 
 The rule: a query sees the keys of its own group (of one user and one domain) whose position is not
 after its own. Positions rise in every group, so a query sees a prefix of its group's keys, and an
-implementation has to know only where the prefix ends. ``triton_kernels.sees`` is this rule for the
-pairs of a tile on a GPU.
+implementation has to know only where the prefix ends. Kernels have the rule for the pairs of a tile
+in ``triton_kernels.sees``; the eager walk reads it off the sign of a difference of positions where
+it has one at hand.
 
-A grouping may hold a rule of its own, :data:`hstu_xd.ops.grouping.PairRule`, by which a query sees
-fewer keys: a sliding window, a sink, what a search has found. The ends of the prefixes then are
-bounds. A new rule is a function in the caller's file and one more field of the grouping that the
-caller builds; implementations that cannot follow it refuse it.
+A grouping may hold a narrower rule, ``grouping.rule``, by which a query sees fewer keys: a sliding
+window, a sink, what a search has found. It is a function of pairs of tokens, written where the
+grouping is built; no operator changes. Prefixes are bounds then, "auto" computes it, and
+implementations that cannot follow it refuse it.
 """
 
 import torch

@@ -40,7 +40,7 @@ class PairPlan(NamedTuple):
     times: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """As an operator takes it: six tensors, or nine with a bias."""
+        """Return the tensors as an operator takes them: six, or nine with a bias."""
         return [x for x in self if x is not None]
 
 

@@ -28,14 +28,14 @@ _NO_KEY = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _tile(tiles, index):
-    """First row and end of a tile, first row and end of the other side's rows that it meets."""
+    """Load first row and end of a tile, and of the other side's rows that it meets."""
     entry = tiles + index * 4
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
 
 
 @triton.jit
 def _side(row, stop, tokens, order, positions, times, ABSENT: tl.constexpr, BIASED: tl.constexpr):
-    """Of each row: is it there, its token, its place in causal order, position and time."""
+    """Load of each row: is it there, its token, its place in causal order, position and time."""
     here = row < stop
     token = tl.load(tokens + row, mask=here, other=0)
     place = tl.load(order + token, mask=here, other=ABSENT).to(tl.int32)
@@ -48,7 +48,7 @@ def _side(row, stop, tokens, order, positions, times, ABSENT: tl.constexpr, BIAS
 
 @triton.jit
 def sees(query_place, key_place):
-    """Whether queries see keys of their group: the rule of visibility.py, pair by pair."""
+    """Return whether queries see keys of their group: the rule of visibility.py, by pairs."""
     return key_place <= query_place
 
 
@@ -57,7 +57,7 @@ def _bias(
     query_position, next_time, key_position, key_time, seen,
     position_weights, time_weights, edges, num_positions, last_bucket,
 ):  # fmt: skip
-    """Bias of pairs, with their rows of the position table (``2 N - 1`` long) and their buckets.
+    """Look up the bias of pairs, with rows of the position table (``2 N - 1`` long) and buckets.
 
     It is NaN where the position table ends too early: nothing can be raised here, and a wrong
     number must not pass for a right one.
@@ -75,7 +75,7 @@ def _scores(
     rows, columns, query_position, next_time, key_position, key_time, seen,
     position_weights, time_weights, edges, num_positions, last_bucket, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of pairs, a row of one side and a row of the other, with bias if there is one."""
+    """Compute scores of pairs, of a row of one side and one of the other, with bias if any."""
     scores = tl.dot(rows, tl.trans(columns), input_precision="ieee")
     if BIASED:
         bias, _, _ = _bias(
@@ -88,7 +88,7 @@ def _scores(
 
 @triton.jit
 def _gate(scores):
-    """Sigmoid: SiLU is ``scores * gate``."""
+    """Return the sigmoid: SiLU is ``scores * gate``."""
     return 1.0 / (1.0 + tl.exp(-scores))
 
 
@@ -253,7 +253,7 @@ def bias_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_TIME: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of ``ds`` by position difference and by time bucket, all heads together.
+    """Sum ``ds`` in parts by position difference and by time bucket, all heads together.
 
     A program takes every so many-th tile. Heads share a pair's bias, so their ``ds`` are added up
     before any look-up is made. A position difference may lie anywhere in the table: its sums are

@@ -45,7 +45,7 @@ def shape_of(tile: int, width: int, dtype: torch.dtype, *, holds_pairs: bool) ->
 
 
 def forward(inputs: KernelInputs) -> Tensor:
-    """(L, H, dv) output."""
+    """Compute the output, (L, H, dv)."""
     given = _computable(inputs)
     out = given.v.new_empty(given.v.shape)
     _launch(
@@ -62,7 +62,7 @@ def forward(inputs: KernelInputs) -> Tensor:
 def gradients(
     grad_out: Tensor, inputs: KernelInputs, *, of_tables: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of both tables, (0,) unless ``of_tables``."""
+    """Compute gradients of q, k, v and of both tables, (0,) unless ``of_tables``."""
     given = _computable(inputs)
     grad_out = computable(grad_out.to(given.v.dtype))
     grads = _query_gradient(grad_out, given), *_key_value_gradients(grad_out, given)
@@ -137,7 +137,7 @@ def _table_gradients(grad_out: Tensor, given: KernelInputs) -> tuple[Tensor, Ten
 
 
 def _integer_scale(grad_out: Tensor, v: Tensor) -> Tensor:
-    """() float32, the power of two by which score gradients become integers.
+    """Choose the power of two by which score gradients become integers, () float32.
 
     No gradient, summed over heads, exceeds the bound below, and a position difference occurs at
     most once a query: L such terms fit 63 bits. What is cut off is 2^-(62 - log2 L) of the bound.

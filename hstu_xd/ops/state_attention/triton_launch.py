@@ -16,7 +16,7 @@ _MOST_SHARES, _MOST_NUMBERS = (2 if INTERPRETED else 64), 2**24
 
 
 def forward(inputs: StateKernelInputs) -> tuple[Tensor, Tensor]:
-    """(L, H, dv) output and (L, H) float32 logarithms of the softmax's denominators."""
+    """Compute (L, H, dv) and (L, H) float32 logarithms of the softmax's denominators."""
     given = _computable(inputs)
     length, heads = given.q.shape[:2]
     out = given.v.new_empty(length, heads, given.v.shape[2])
@@ -38,7 +38,7 @@ def forward(inputs: StateKernelInputs) -> tuple[Tensor, Tensor]:
 def gradients(
     grad_out: Tensor, out: Tensor, log_mass: Tensor, inputs: StateKernelInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the bias, (0,) where there is none."""
+    """Compute gradients of q, k, v and of the bias, (0,) where there is none."""
     given = _computable(inputs)
     out, grad_out = computable(out), computable(grad_out.to(inputs.v.dtype))
     inner = torch.empty_like(log_mass)
@@ -55,7 +55,7 @@ def gradients(
 def _query_gradient(
     grad_out: Tensor, out: Tensor, log_mass: Tensor, inner: Tensor, given: StateKernelInputs
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of q and (G, H, C) float32 gradient of the bias by tile; fills ``inner``."""
+    """Compute gradients of q and, by tile, of the bias, (G, H, C) float32; fill ``inner``."""
     table, heads = given.table, given.q.shape[1]
     classes = 0 if given.bias is None else len(given.bias)
     grad_q = given.q.new_empty(given.q.shape)
@@ -80,7 +80,7 @@ def _query_gradient(
 
 
 def _key_gradients(given: StateKernelInputs, shared: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v: of the tokens' states, then of the initial ones."""
+    """Compute gradients of k and v: of the tokens' states, then of the initial ones."""
     table, (length, heads) = given.table, given.q.shape[:2]
     height, num_domains = key_height(table.tile), len(given.k) - length
     grad_k, grad_v = (x.new_empty(x.shape) for x in (given.k, given.v))
