@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["CrossDomainHSTU", "DomainCatalog", "DomainGrouping", "__version__", "load", "ops"]
 
 _HOME = {
-    "CrossDomainHSTU": "hstu_xd.model",
+    "CrossDomainHSTU": "hstu_xd.model.hstu",
     "DomainCatalog": "hstu_xd.catalog",
     "DomainGrouping": "hstu_xd.ops.grouping",
     "load": "hstu_xd.training.run",

@@ -18,7 +18,7 @@ from hstu_xd.bench import attention_passes, encoder_passes
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.computation import Builder, Computation
 from hstu_xd.bench.timing import Pass
-from hstu_xd.ops.domain_attention import fused
+from hstu_xd.ops import triton_support
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Provider:
             return f"{' and '.join(absent)} not importable"
         if self.needs == "cuda" and case.device == "cpu":
             return "needs a CUDA device"
-        if self.needs == "kernels" and not fused.installed():
+        if self.needs == "kernels" and not triton_support.installed():
             return "needs triton and a CUDA device"
         if self.bias == "always" and not case.biased:
             return "always has the relative bias"

@@ -2,18 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from hstu_xd.model.plan import StateReads
 from hstu_xd.model.settings import EncoderSettings
-from hstu_xd.ops.domain_attention import fused
+from hstu_xd.ops import state_attention
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
-from hstu_xd.ops.state_attention.eager import state_attention
-from hstu_xd.ops.state_attention.fused import fused_state_attention
-from hstu_xd.ops.state_attention.state_tiles import StateTiles
-
-# Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).
-_CHUNK_FLOATS = 16_000_000
+from hstu_xd.ops.state_attention.state_reads import StateReads
 
 
 class DynamicDomainState(nn.Module):
@@ -32,8 +25,7 @@ class DynamicDomainState(nn.Module):
         states_per_domain: latest states ``M`` kept per domain; the paper keeps one.
         query_target_domain: let the query know the domain of the next event.
         age_bias: add a learned bias on the log-bucketed time since the state was written.
-        impl: "triton" for the fused kernels, "auto" for them on CUDA, where they take the dtype and
-            the width; any other name, and "auto" elsewhere, means tiles in plain PyTorch.
+        impl: "auto" or a name of :func:`hstu_xd.ops.available_state_impls`.
 
     Source: arXiv 2508.20945, dynamic domain state representation; several states, the query's
     target domain and the age bias are this project's.
@@ -54,7 +46,7 @@ class DynamicDomainState(nn.Module):
     ) -> None:
         super().__init__()
         self._heads, self._dqk, self._dv = num_heads, dqk, dv
-        self._states_per_domain, self._impl = states_per_domain, impl
+        self._states_per_domain, self.impl = states_per_domain, impl
         self._query = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
         self._key = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
         self._value = nn.Linear(embedding_dim, num_heads * dv, bias=False)
@@ -75,7 +67,9 @@ class DynamicDomainState(nn.Module):
 
     @classmethod
     def of(cls, settings: EncoderSettings) -> "DynamicDomainState":
-        """As the settings have it, whether they switch it on or not."""
+        """Build it as the settings have it, whether they switch it on or not."""
+        # "flex" is an implementation of domain attention alone.
+        impl = "eager" if settings.impl == "flex" else settings.impl
         return cls(
             settings.embedding_dim,
             settings.num_domains,
@@ -85,7 +79,7 @@ class DynamicDomainState(nn.Module):
             states_per_domain=settings.states_per_domain,
             query_target_domain=settings.query_target_domain,
             age_bias=settings.state_age_bias,
-            impl=settings.impl,
+            impl=impl,
         )
 
     def forward(
@@ -107,49 +101,15 @@ class DynamicDomainState(nn.Module):
         written = torch.cat([states, self._initial_state.to(states.dtype)])
         key, value = self.memory(written)
         q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query.to(key.dtype), key, value))
-        if self._impl == "triton" or (self._impl == "auto" and fused.suits(q, v)):
-            return fused_state_attention(q, k, v, reads.table, bias=self._age_w).flatten(1)
-        return self._attend_in_tiles(query, key, value, reads.tiles)
-
-    def _attend_in_tiles(
-        self, query: Tensor, key: Tensor, value: Tensor, tiles: StateTiles
-    ) -> Tensor:
-        """(L, H * dqk) queries over (L + D, H d) keys and values -> (L, H * dv)."""
-        queries = query.index_select(0, tiles.tokens.flatten())
-        queries = queries.view(-1, tiles.tokens.shape[1], queries.shape[1])
-        pairs = tiles.unseen if self._age_w is None else tiles.ages
-        # With padding kept one graph serves all sizes, so none of them may shape it.
-        step = None if tiles.padded else self._tiles_of_a_chunk(tiles)
-        if step is None or step >= len(queries):
-            answers = self._attend(queries, key, value, tiles.rows, pairs)
-        else:
-            answers = torch.cat(
-                [
-                    checkpoint(self._attend, q, key, value, r, p, use_reentrant=False)
-                    for q, r, p in zip(*(x.split(step) for x in (queries, tiles.rows, pairs)))
-                ]
-            )
-        return answers.flatten(0, 1).index_select(0, tiles.slots)
-
-    def _tiles_of_a_chunk(self, tiles: StateTiles) -> int:
-        height, num_keys = tiles.tokens.shape[1], tiles.rows.shape[1]
-        floats = self._heads * num_keys * (2 * (self._dqk + self._dv) + 3 * height)
-        return max(1, _CHUNK_FLOATS // floats)
+        return state_attention(q, k, v, reads, bias=self._age_w, impl=self.impl).flatten(1)
 
     def queries(self, hidden: Tensor, target_domains: Tensor) -> Tensor:
-        """Scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
+        """Make scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
         query = self._query(hidden)
         if self._target_emb is not None:
             query = query + self._target_emb(target_domains)
         return query * self._dqk**-0.5
 
     def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""
+        """Make keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""
         return self._key(states), self._value(states)
-
-    def _attend(
-        self, queries: Tensor, key: Tensor, value: Tensor, rows: Tensor, pairs: Tensor
-    ) -> Tensor:
-        return state_attention(
-            queries, key, value, rows, pairs, num_heads=self._heads, bias=self._age_w
-        )

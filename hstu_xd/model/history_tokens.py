@@ -20,7 +20,6 @@ from torch.nn.functional import pad
 from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.row_tiles import rank, ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,8 +258,7 @@ class _Layout:
 def _latest(runs: DomainGrouping, targets: Tensor) -> Tensor:
     """(L,) int64, latest event of each event's target run, itself included; -1 if none yet."""
     group = runs.group_of // runs.num_domains * runs.num_domains + targets
-    now = rank(group, runs.positions, runs.num_tokens)
-    at = torch.searchsorted(ranks(runs), now, right=True) - 1
+    at = runs.first_row(group, runs.positions + 1) - 1
     found = runs.permutation[at.clamp(min=0)]
     return torch.where((at >= 0) & (runs.group_of[found] == group), found, -1)
 

@@ -1,14 +1,13 @@
 """The regrouping plan of a batch: one stable sort makes every (user, domain) run contiguous.
 
 Plain causal attention inside each run *is* the domain-masked attention, at a cost of
-``sum_d s_d^2`` instead of ``S^2``. The plan is built once a batch and shared by all layers.
-
-Attributes that are computed on their first use and kept.
+``sum_d s_d^2`` instead of ``S^2``. The plan is built once a batch and shared by all layers; what
+follows from it is computed on its first use and kept.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +15,11 @@ from torch.nn.functional import pad
 
 from hstu_xd.errors import InputError
 
-if TYPE_CHECKING:
-    from hstu_xd.ops.domain_attention.buckets import Bucket
-
-
 T = TypeVar("T")
+
+# Tokens of queries and of keys, int64 of shapes that broadcast -> bool, whether the query may see
+# the key. Later keys and those of other groups stay hidden, whatever it says of them.
+PairRule = Callable[[Tensor, Tensor], Tensor]
 
 
 class lazy_property(Generic[T]):
@@ -60,6 +59,8 @@ class DomainGrouping:
             when queries and keys are grouped alike.
         padded_length: tokens of every user where all have as many, so that sizes follow from shapes
             alone; else None.
+        rule: narrows what a query sees of its group, see :mod:`hstu_xd.ops.visibility`; None where
+            it sees all keys that are not later.
     """
 
     permutation: Tensor
@@ -69,6 +70,7 @@ class DomainGrouping:
     num_domains: int
     key_grouping: "DomainGrouping | None" = None
     padded_length: int | None = None
+    rule: PairRule | None = None
 
     @classmethod
     def from_jagged(
@@ -119,12 +121,12 @@ class DomainGrouping:
     def single(
         cls, offsets: Tensor, length: int, padded_length: int | None = None
     ) -> "DomainGrouping":
-        """One group a user, all domains together: the full attention of plain HSTU."""
+        """Put all domains of a user into one group: the full attention of plain HSTU."""
         domains = torch.zeros(length, dtype=torch.int64, device=offsets.device)
         return cls.from_jagged(domains, offsets, 1, padded_length)
 
     def target_view(self, target_domains: Tensor) -> "DomainGrouping":
-        """The grouping under which every query reads its *target* domain's run.
+        """Build the grouping under which every query reads its *target* domain's run.
 
         Query ``i`` attends to the keys ``{j <= i : d_j = target_domains[i]}``.
 
@@ -140,6 +142,7 @@ class DomainGrouping:
             num_domains=self.num_domains,
             key_grouping=self,
             padded_length=self.padded_length,
+            rule=self.rule,
         )
 
     @property
@@ -173,18 +176,33 @@ class DomainGrouping:
         return self.offsets.diff()
 
     @lazy_property
-    def buckets(self) -> "list[Bucket]":
-        """Groups of similar length, padded together: the plan of the eager implementation."""
-        from hstu_xd.ops.domain_attention.buckets import build_buckets
-
-        return build_buckets(self)
-
-    @lazy_property
     def group_of(self) -> Tensor:
         """(L,) int64, the group of every batch token."""
         groups = torch.arange(self.lengths.numel(), device=self.offsets.device)
         grouped = torch.repeat_interleave(groups, self.lengths, output_size=self.num_tokens)
         return grouped[self.inverse]
+
+    def first_row(self, group: Tensor, position: Tensor) -> Tensor:
+        """Return the first row, in grouped order, of a group's tokens from a position on.
+
+        Args:
+            group: (n,) int64.
+            position: (n,) int64, from 0 to the number of tokens.
+
+        Returns:
+            (n,) int64, the group's end where it has no such token.
+        """
+        return torch.searchsorted(self._ranks, self._rank(group, position))
+
+    @lazy_property
+    def _ranks(self) -> Tensor:
+        """Give rows in grouped order numbers that rise by group, then by position: (L,) int64."""
+        groups = torch.arange(self.lengths.numel(), device=self.offsets.device)
+        owner = torch.repeat_interleave(groups, self.lengths, output_size=self.num_tokens)
+        return self._rank(owner, self.positions[self.permutation])
+
+    def _rank(self, group: Tensor, position: Tensor) -> Tensor:
+        return group * (self.num_tokens + 1) + position.clamp(0, self.num_tokens)
 
 
 def _check(domains: Tensor, offsets: Tensor, num_domains: int) -> None:

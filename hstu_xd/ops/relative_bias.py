@@ -4,10 +4,9 @@ The bias of query ``i`` on key ``j`` is ``position_weights[N - 1 + p_j - p_i]`` 
 ``time_weights[bucket(t_{i+1} - t_j)]``, with ``bucket(x) = clamp(floor(ln(max(1, |x|)) / 0.301))``.
 Positions and timestamps are those of the original history, whatever the regrouping.
 
-Edges of the logarithmic time buckets, so that a kernel finds a bucket by comparing integers.
-
-A bucket depends on a difference only through its magnitude as float32, and the bits of positive
-floats order like the numbers. So an edge is kept as the bits of the first float32 of a bucket.
+A kernel finds a bucket by comparing integers with the edges of the buckets: a bucket depends on a
+difference only through its magnitude as float32, and the bits of positive floats order like the
+numbers. So an edge is kept as the bits of the first float32 of a bucket.
 """
 
 from dataclasses import dataclass
@@ -66,23 +65,23 @@ class RelativeBias:
         return (self.position_weights.numel() + 1) // 2
 
     def position_index(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """Rows of the position table for all pairs: (..., m), (..., n) -> (..., m, n) int64."""
+        """Find the row of the position table of pairs: (..., m), (..., n) -> (..., m, n) int64."""
         return key_positions.unsqueeze(-2) - query_positions.unsqueeze(-1) + (self.max_length - 1)
 
     def time_index(self, query_next_times: Tensor, key_times: Tensor) -> Tensor:
-        """Rows of the time table for all pairs: (..., m), (..., n) -> (..., m, n) int64."""
+        """Find the row of the time table of pairs: (..., m), (..., n) -> (..., m, n) int64."""
         difference = query_next_times.unsqueeze(-1) - key_times.unsqueeze(-2)
         return time_bucket(difference, self.time_weights.numel() - 1)
 
     def dense(self, query_tokens: Tensor, key_tokens: Tensor) -> Tensor:
-        """Bias of all pairs of two token lists: (..., m), (..., n) int64 -> (..., m, n) float."""
+        """Look up the bias of pairs of tokens: (..., m), (..., n) int64 -> (..., m, n) float."""
         position = self.position_index(self.positions[query_tokens], self.positions[key_tokens])
         time = self.time_index(self.next_timestamps[query_tokens], self.timestamps[key_tokens])
         return self.position_weights[position] + self.time_weights[time]
 
 
 def time_bucket(difference: Tensor, num_buckets: int) -> Tensor:
-    """Logarithmic bucket of a time difference, int64 in ``0..num_buckets``, exactly as upstream.
+    """Return the logarithmic bucket of time differences, int64 in ``0..num_buckets``, as upstream.
 
     Upstream takes the logarithm of an int64 in the default float type, float32; so do we, whatever
     the precision of the attention, or buckets would differ at their edges.
@@ -99,7 +98,7 @@ _BITS_OF_ONE = 0x3F800000
 
 @lru_cache
 def bucket_edges(device: torch.device) -> Tensor:
-    """(LAST_BUCKET + 2,) int32, bits of the smallest float32 of each bucket or a later one.
+    """Find the smallest float32 of each bucket or a later one: (LAST_BUCKET + 2,) int32, its bits.
 
     They are found by asking :func:`time_bucket` itself, on the CPU, so that comparing with them
     gives its answer for every int64. The last entry is beyond every float.

@@ -1,9 +1,14 @@
 """``bench train-step``: models, and how far each reads in equal time."""
 
+from typing import Any
+
 import pytest
 from bench_runs import KEYS, run_bench
+from torch import Tensor
 
 from hstu_xd.bench import train_step
+from hstu_xd.errors import HstuXdError
+from hstu_xd.ops.state_attention import api
 
 
 def test_train_step_compares_models_and_reading_in_equal_time(
@@ -17,6 +22,21 @@ def test_train_step_compares_models_and_reading_in_equal_time(
         assert row["correct"] is True
         assert row["times_faster_than_dense"] > 0
     assert [r["equal_time_seq_len"] for r in rows if r["provider"] == "dense"] == [8, 16]
+
+
+def test_a_wrong_ddsr_does_not_pass_the_gate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The truth is DDSR's definition, and its values are not the zeros that it starts with."""
+    right = api._IMPLS["eager"]
+
+    def wrong(*given: Any, **named: Any) -> Tensor:
+        return right(*given, **named) * 1.001
+
+    monkeypatch.setattr(train_step, "_ITEMS", 60)
+    monkeypatch.setitem(api._IMPLS, "eager", wrong)
+    with pytest.raises(HstuXdError, match=r"^all disagrees with the reference"):
+        run_bench(capsys, "train-step", seq_len=[8], num_domains=[3])
 
 
 def test_equal_time_is_interpolated_between_measured_lengths_only() -> None:

@@ -7,15 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from state_definition import last_state_index, read_states, state_age_bucket
 from state_reading import reads_in_tiles
 from torch import Tensor
 
 from hstu_xd.model.ddsr import DynamicDomainState
-from hstu_xd.model.plan import StateReads
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
-from hstu_xd.ops.state_attention.state_tiles import StateTiles
+from hstu_xd.ops.state_attention.reference import (
+    last_state_index,
+    reference_state_attention,
+    state_age_bucket,
+)
+from hstu_xd.ops.state_attention.state_reads import StateReads, StateTiles
 
 WIDTH, HEADS, DQK, DV = 5, 2, 3, 4
 LENGTHS = [0, 1, 7, 8, 9, 0, 26]
@@ -80,18 +83,17 @@ def by_definition(
     module: DynamicDomainState, batch: Batch, hidden: Tensor, states: Tensor
 ) -> Tensor:
     """Every token looks up the states of all domains: (L, D, M, H, d) of keys and of values."""
-    weight, index = dict(module.named_parameters()), batch.index()
+    weight = dict(module.named_parameters())
     query = hidden @ weight["_query.weight"].T
     if "_target_emb.weight" in weight:
         query = query + weight["_target_emb.weight"][batch.targets]
     written = torch.cat([states, weight["_initial_state"]])
-    return read_states(
+    return reference_state_attention(
         query.unflatten(1, (HEADS, DQK)) * DQK**-0.5,
         (written @ weight["_key.weight"].T).unflatten(1, (HEADS, DQK)),
         (written @ weight["_value.weight"].T).unflatten(1, (HEADS, DV)),
-        index,
+        batch.reads(None),
         bias=weight.get("_age_w"),
-        ages=batch.ages(),
     ).flatten(1)
 
 

@@ -10,7 +10,8 @@ WITH_EXAMPLES = [
     "ops.grouping",
     "ops.visibility",
     "ops.domain_attention.api",
-    "ops.state_attention.state_tiles",
+    "ops.state_attention.api",
+    "ops.state_attention.state_reads",
     "model.hstu",
     "serving.session",
 ]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from state_definition import last_state_index, state_age_bucket
 
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
+from hstu_xd.ops.state_attention.reference import last_state_index, state_age_bucket
 
 
 @st.composite

@@ -6,11 +6,17 @@ from typing import Any
 import torch
 from attention_cases import Errors, worst_row
 from kernel_cases import poisoned_memory
-from state_definition import last_state_index, read_states, state_age_bucket, state_weights
 from torch import Tensor
 
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.state_attention.fused import fused_state_attention
+from hstu_xd.ops.state_attention.reference import (
+    last_state_index,
+    reference_state_attention,
+    state_age_bucket,
+    state_weights,
+)
+from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_table import StateTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,32 +61,36 @@ class Case:
             for name, x in self.numbers.items()
         }
 
-    def table(self) -> StateTable:
+    def reads(self, device: torch.device | str = "cpu") -> StateReads:
+        """The plan, with tiles of the height that the spec wants for the kernels."""
         domains, offsets, times, next_times = (
-            x.to(DEVICE) for x in (self.domains, self.offsets, self.times, self.next_times)
+            x.to(device) for x in (self.domains, self.offsets, self.times, self.next_times)
         )
         grouping = DomainGrouping.from_jagged(domains, offsets, self.spec.num_domains)
-        return StateTable.build(
+        reads = StateReads(grouping, times, next_times, self.spec.num_states)
+        vars(reads)["table"] = StateTable.build(
             grouping,
             times,
             next_times,
             states_per_domain=self.spec.num_states,
             tile=self.spec.tile,
         )
+        return reads
+
+    def table(self) -> StateTable:
+        return self.reads(DEVICE).table
 
     def fused(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Output and gradients by the kernels."""
         leaves = self.leaves(dtype, DEVICE)
-        out = fused_state_attention(
-            leaves["q"], leaves["k"], leaves["v"], self.table(), bias=leaves.get("bias")
-        )
+        out = fused_state_attention(**leaves, reads=self.reads(DEVICE))
         assert out.dtype == dtype
-        return self._with_gradients(out, leaves)
+        return self.with_gradients(out, leaves)
 
     def by_definition(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """Output and gradients by looking every state up."""
         leaves = self.leaves(dtype)
-        return self._with_gradients(read_states(**leaves, **self._looked_up()), leaves)
+        return self.with_gradients(reference_state_attention(**leaves, reads=self.reads()), leaves)
 
     def mass(self) -> dict[str, Tensor]:
         """Absolute terms behind each row of the gradients of scores: (rows,) float64 by name.
@@ -88,8 +98,8 @@ class Case:
         ``ds = w (dw - sum_s w_s dw_s)`` is a difference of like numbers where one weight is all.
         """
         leaves = {name: x.double() for name, x in self.numbers.items()}
-        looked_up, v = self._looked_up(), leaves.pop("v")
-        row, weights = state_weights(**leaves, **looked_up)
+        v, reads = leaves.pop("v"), self.reads()
+        row, weights = state_weights(**leaves, reads=reads)
         grad_weights = torch.einsum("lhv,lshv->lsh", self.grad_out.double(), v[row])
         mean = (weights * grad_weights).sum(1, keepdim=True)
         terms = weights * (grad_weights.abs() + mean.abs())
@@ -103,15 +113,15 @@ class Case:
         return {
             "q": by_query.sum(1).norm(dim=1),
             "k": summed(by_key, row, len(v)),
-            "bias": summed(terms, looked_up["ages"], 129),
+            "bias": summed(terms, self.ages(), 129),
         }
 
-    def _looked_up(self) -> dict[str, Tensor]:
+    def ages(self) -> Tensor:
         spec = self.spec
         index = last_state_index(self.domains, self.offsets, spec.num_domains, spec.num_states)
-        return {"index": index, "ages": state_age_bucket(index, self.times, self.next_times)}
+        return state_age_bucket(index, self.times, self.next_times)
 
-    def _with_gradients(self, out: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    def with_gradients(self, out: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         grad_out = self.grad_out.to(out)
         found = torch.autograd.grad(out, list(leaves.values()), grad_out)
         return {"out": out.detach(), **dict(zip(leaves, found))}

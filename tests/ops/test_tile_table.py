@@ -9,8 +9,8 @@ from attention_cases import Spec, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu_xd.ops.domain_attention.tile_table import key_tiles, query_tiles
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.row_tiles import key_tiles, query_tiles
 
 
 def rows_by_group(grouping: DomainGrouping) -> list[list[tuple[int, int]]]:

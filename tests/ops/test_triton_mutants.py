@@ -10,7 +10,7 @@ from kernel_cases import OWN, TARGET, check_against_oracle, check_bucket_edges
 from source_mutants import load
 from triton_marks import needs_triton
 
-from hstu_xd.ops.domain_attention import fused
+from hstu_xd.ops.domain_attention import fused, tile_table
 
 pytestmark = [needs_triton, pytest.mark.slow]
 
@@ -45,21 +45,20 @@ def block(name: str, text: str, instead: str, check: Check = with_bias) -> None:
 
 
 def tiles(name: str, text: str, instead: str, check: Check = own_view) -> None:
-    MUTANTS[name] = "ops.row_tiles", text, instead, check
+    MUTANTS[name] = "ops.domain_attention.tile_table", text, instead, check
+
+
+def ends(name: str, text: str, instead: str, check: Check = own_view) -> None:
+    MUTANTS[name] = "ops.visibility", text, instead, check
 
 
 # Which pairs are seen.
-kernel("mask_dropped", "key_place[None, :] <= place[:, None]", "there[None, :] & here[:, None]")
-kernel("mask_of_key_gradients_dropped", "place[:, None] <= query_place[None, :]", "there[None, :]")
+kernel("mask_dropped", "sees(place[:, None], key_place[None, :])", "there[None, :] & here[:, None]")
 kernel(
-    "strictly_causal", "key_place[None, :] <= place[:, None]", "key_place[None, :] < place[:, None]"
+    "mask_of_key_gradients_dropped", "sees(query_place[None, :], place[:, None])", "there[None, :]"
 )
-kernel(
-    "one_later_key",
-    "key_place[None, :] <= place[:, None]",
-    "key_place[None, :] <= place[:, None] + 1",
-    target_view,
-)
+kernel("strictly_causal", "key_place <= query_place", "key_place < query_place")
+kernel("one_later_key", "key_place <= query_place", "key_place <= query_place + 1", target_view)
 kernel(
     "causal_by_rank_in_group",
     "place = tl.load(order + token, mask=here, other=ABSENT)",
@@ -80,25 +79,18 @@ kernel(
 )
 kernel("last_row_lost", "here = row < stop", "here = row < stop - 1")
 kernel("heads_mixed", "k + head * k_head", "k")
-tiles(
-    "group_offset_off_by_one",
+MUTANTS["group_offset_off_by_one"] = (
+    "ops.triton_support",
     "first = offsets[group] +",
     "first = 1 + offsets[group] +",
+    own_view,
 )
-tiles(
-    "last_key_not_met",
-    "right=True\n    )\n    return _longest",
-    "right=False\n    )\n    return _longest",
-)
-tiles(
-    "first_query_not_met",
-    "ranks(grouping), rank(group, first_position, keys.num_tokens))",
-    "ranks(grouping), 1 + rank(group, first_position, keys.num_tokens))",
-)
+ends("last_key_not_met", "first_row(group, query_position + 1)", "first_row(group, query_position)")
+ends("first_query_not_met", "first_row(group, key_position)", "first_row(group, key_position + 1)")
 tiles(
     "groups_exchanged",
-    "key_first, key_end = keys.offsets[group]",
-    "key_first, key_end = grouping.offsets[group]",
+    "key_first = grouping.keys.offsets[group]",
+    "key_first = grouping.offsets[group]",
     target_view,
 )
 
@@ -173,9 +165,14 @@ def test_the_checks_reject_the_mutant(
     elif file == "ops.triton_blocks":
         for part in ("load_rows", "store_rows", "bucket_of", "add_by_bucket"):
             monkeypatch.setattr(triton_launch.kernels, part, getattr(mutant, part))
-    elif file == "ops.row_tiles":
+    elif file == "ops.domain_attention.tile_table":
         monkeypatch.setattr(fused, "query_tiles", mutant.query_tiles)
         monkeypatch.setattr(fused, "key_tiles", mutant.key_tiles)
+    elif file == "ops.triton_support":
+        monkeypatch.setattr(tile_table, "split", mutant.split)
+    elif file == "ops.visibility":
+        monkeypatch.setattr(tile_table, "seen_end", mutant.seen_end)
+        monkeypatch.setattr(tile_table, "seeing_start", mutant.seeing_start)
     else:
         monkeypatch.setattr(package, "triton_launch", mutant)
     with pytest.raises(AssertionError, match="error"):

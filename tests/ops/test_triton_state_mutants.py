@@ -80,11 +80,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "visits_counted_into_the_tile": (
         "ops.state_attention.state_table",
-        "torch.searchsorted(ranks(grouping), rank(group, position, length))",
-        "torch.searchsorted(ranks(grouping), rank(group, position, length), right=True)",
+        "grouping.first_row(group, position)",
+        "grouping.first_row(group, position + 1)",
     ),
     "replaced_a_visit_early": (
-        "ops.state_attention.state_table",
+        "ops.visibility",
         "visit = rows + states_per_domain",
         "visit = rows + max(1, states_per_domain - 1)",
     ),
@@ -163,6 +163,8 @@ def test_the_check_rejects_the_mutant(
         monkeypatch.setattr(triton_launch, "kernels", mutant)
     elif file == "ops.state_attention.triton_launch":
         monkeypatch.setattr(package, "triton_launch", mutant)
+    elif file == "ops.visibility":
+        monkeypatch.setattr(state_table, "replacements", mutant.replacements)
     else:
         monkeypatch.setattr(state_table.StateTable, "build", mutant.StateTable.build)
     with pytest.raises(AssertionError, match="error"):

@@ -1,24 +1,26 @@
 """The fused DDSR as PyTorch sees it: registered, chosen, refused; and how much memory it takes."""
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from state_cases import Case, Spec, draw
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton_marks import needs_triton, on_a_cpu
 
+from hstu_xd import ops
 from hstu_xd.errors import InputError
-from hstu_xd.model import ddsr
 from hstu_xd.model.ddsr import DynamicDomainState
-from hstu_xd.model.plan import StateReads
-from hstu_xd.ops.domain_attention import fused
 from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.state_attention import api
 from hstu_xd.ops.state_attention import fused as fused_states
 from hstu_xd.ops.state_attention.fused import fused_state_attention
-from hstu_xd.ops.state_attention.state_table import StateTable
+from hstu_xd.ops.state_attention.state_reads import StateReads
+from hstu_xd.ops.state_attention.state_table import StateKernelInputs, StateTable
 
 pytestmark = needs_triton
 
@@ -36,7 +38,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
 def test_opcheck_of_the_forward(biased: bool) -> None:
     spec = Spec((5, 0, 3), 2, 2, heads=1, dqk=2, dv=3, biased=biased)
-    torch.library.opcheck(fused.state_attention, arguments(draw(spec)))
+    torch.library.opcheck(fused_states.state_attention, arguments(draw(spec)))
 
 
 @on_a_cpu
@@ -45,7 +47,9 @@ def test_opcheck_of_the_gradients(biased: bool) -> None:
     case = draw(Spec((5, 0, 3), 2, 2, heads=1, dqk=2, dv=3, biased=biased))
     given = [x.detach() if isinstance(x, Tensor) else x for x in arguments(case)]
     out, log_mass = fused_states.state_attention(*given)
-    torch.library.opcheck(fused.state_attention_gradients, (case.grad_out, out, log_mass, *given))
+    torch.library.opcheck(
+        fused_states.state_attention_gradients, (case.grad_out, out, log_mass, *given)
+    )
 
 
 def module_and_inputs(**options: Any) -> tuple[DynamicDomainState, tuple[Any, ...]]:
@@ -62,24 +66,42 @@ def fail(*_args: Any, **_named: Any) -> Tensor:
 
 
 @on_a_cpu
+@pytest.mark.parametrize("impl", ["auto", "triton", "eager", "reference"])
+def test_which_implementation_runs(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's choice reaches the operator; "auto" means plain PyTorch on a CPU."""
+    module, inputs = module_and_inputs(impl=impl)
+    for name in ("reference", "eager", "triton"):
+        if name != ("eager" if impl == "auto" else impl):
+            monkeypatch.setitem(api._IMPLS, name, fail)
+    assert module(*inputs).shape == (8, 8)
+
+
+@on_a_cpu
 @pytest.mark.parametrize(
-    ("impl", "suitable", "unused"),
+    ("dtype", "width", "runs"),
     [
-        ("auto", True, "state_attention"),
-        ("triton", False, "state_attention"),
-        ("auto", False, "fused_state_attention"),
-        ("eager", True, "fused_state_attention"),
-        ("reference", True, "fused_state_attention"),
+        (torch.float32, 256, "triton"),
+        (torch.bfloat16, 5, "triton"),
+        (torch.float64, 5, "eager"),
+        (torch.float32, 257, "eager"),
     ],
 )
-def test_which_implementation_runs(
-    impl: str, suitable: bool, unused: str, monkeypatch: pytest.MonkeyPatch
+def test_auto_takes_the_kernels_on_a_gpu_where_they_fit(
+    dtype: torch.dtype, width: int, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ "auto" follows ``fused.suits``, which says yes to tensors on a CUDA device."""
-    module, inputs = module_and_inputs(impl=impl)
-    monkeypatch.setattr(fused, "suits", lambda q, v: suitable)
-    monkeypatch.setattr(ddsr, unused, fail)
-    assert module(*inputs).shape == (8, 8)
+    """Both operators; tensors without contents pass for those of a GPU."""
+    case, ran = draw(SPEC), []
+    reads, module = case.reads(), import_module("hstu_xd.ops.domain_attention.api")
+    for impls in (api._IMPLS, module._IMPLS["silu"]):
+        for name in ("reference", "eager", "triton"):
+            monkeypatch.setitem(impls, name, lambda *_, name=name, **__: ran.append(name))
+    with FakeTensorMode():
+        q = torch.empty(8, 1, 2, dtype=dtype, device="cuda")
+        v = torch.empty(8, 1, width, dtype=dtype, device="cuda")
+        k, wide = (torch.empty(10, 1, x, dtype=dtype, device="cuda") for x in (2, width))
+    ops.state_attention(q, k, wide, reads)
+    ops.domain_attention(q, q, v, reads.grouping, norm_length=9)
+    assert ran == [runs, runs]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -104,7 +126,7 @@ def test_no_tensor_holds_the_states_of_every_token() -> None:
     case = draw(Spec((40,), 64, 2, heads=1, biased=False))
     *tensors, table, tile, states_per_domain = arguments(case)
     layout = StateTable(*table, tile=tile, states_per_domain=states_per_domain)
-    inputs = fused_states.Inputs(*(x if x is None else x.detach() for x in tensors), layout)
+    inputs = StateKernelInputs(*(x if x is None else x.detach() for x in tensors), layout)
     with LargestTensor() as seen:
         out, log_mass = triton_launch.forward(inputs)
         triton_launch.gradients(case.grad_out, out, log_mass, inputs)
@@ -115,13 +137,12 @@ def test_no_tensor_holds_the_states_of_every_token() -> None:
 @on_a_cpu
 def test_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     case = draw(SPEC)
-    leaves = case.leaves(torch.float64)
+    reads = case.reads()
     with pytest.raises(InputError, match=r"q is torch.float64; impl 'triton' needs float32"):
-        fused_state_attention(leaves["q"], leaves["k"], leaves["v"], case.table())
+        fused_state_attention(**case.leaves(torch.float64), reads=reads)
     wide = torch.zeros(8, 1, 257)
     with pytest.raises(InputError, match="q has heads of width 257; impl 'triton' takes up to 256"):
-        fused_state_attention(wide, wide, wide, case.table())
+        fused_state_attention(wide, wide, wide, reads)
     monkeypatch.delenv("TRITON_INTERPRET")
-    leaves = case.leaves(torch.float32)
     with pytest.raises(InputError, match="q is on cpu; impl 'triton' needs a CUDA device, or"):
-        fused_state_attention(leaves["q"], leaves["k"], leaves["v"], case.table())
+        fused_state_attention(**case.leaves(torch.float32), reads=reads)

@@ -6,8 +6,10 @@ from functools import partial
 from torch import Tensor
 
 from hstu_xd.errors import InputError
-from hstu_xd.ops.domain_attention import flex, fused
+from hstu_xd.ops import triton_support
 from hstu_xd.ops.domain_attention.eager import eager_domain_attention
+from hstu_xd.ops.domain_attention.flex import flex_domain_attention
+from hstu_xd.ops.domain_attention.fused import fused_domain_attention
 from hstu_xd.ops.domain_attention.reference import reference_domain_attention
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import RelativeBias
@@ -17,18 +19,18 @@ _IMPLS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "silu": {
         "reference": reference_domain_attention,
         "eager": eager_domain_attention,
-        "triton": fused.fused_domain_attention,
+        "triton": fused_domain_attention,
     },
     "softmax": {
         "reference": partial(reference_domain_attention, normalization="softmax"),
         "eager": partial(eager_domain_attention, normalization="softmax"),
-        "flex": flex.flex_domain_attention,
+        "flex": flex_domain_attention,
     },
 }
 
 
 def available_impls(normalization: str = "silu") -> tuple[str, ...]:
-    """Names that ``domain_attention(..., impl=...)`` accepts here, slowest first.
+    """Return the names that ``domain_attention(..., impl=...)`` accepts here, slowest first.
 
     "triton" is among them where triton is installed and there is a CUDA device, or where Triton's
     interpreter stands in for one.
@@ -42,7 +44,7 @@ def available_impls(normalization: str = "silu") -> tuple[str, ...]:
     """
     if normalization not in _IMPLS:
         raise InputError(f"normalization is {normalization!r}; one of {', '.join(_IMPLS)}")
-    return tuple(x for x in _IMPLS[normalization] if x != "triton" or fused.installed())
+    return tuple(x for x in _IMPLS[normalization] if x != "triton" or triton_support.installed())
 
 
 def check_impl(impl: str, normalization: str) -> None:
@@ -51,8 +53,10 @@ def check_impl(impl: str, normalization: str) -> None:
     Raises:
         InputError: neither "auto" nor one of :func:`available_impls`.
     """
+    if impl == "auto" and normalization in _IMPLS:
+        return
     known = available_impls(normalization)
-    if impl not in ("auto", *known):
+    if impl not in known:
         raise InputError(
             f"impl {impl!r} is not available here; use auto, {', '.join(known)} "
             f"for normalization {normalization!r}"
@@ -70,7 +74,7 @@ def domain_attention(
     normalization: str = "silu",
     impl: str = "auto",
 ) -> Tensor:
-    """Causal attention inside each (user, domain) run of a jagged batch.
+    """Compute causal attention inside each (user, domain) run of a jagged batch.
 
     ``out_i = sum_j SiLU(<q_i, k_j> + bias_ij) v_j / norm_length`` over the keys ``j`` of query
     ``i``'s group with ``p_j <= p_i``, or
@@ -110,7 +114,8 @@ def domain_attention(
     _check(q, k, v, grouping, norm_length, bias)
     check_impl(impl, normalization)
     if impl == "auto":
-        impl = "triton" if normalization == "silu" and fused.suits(q, v) else "eager"
+        fits = q.is_cuda and normalization == "silu" and grouping.rule is None
+        impl = "triton" if fits and triton_support.suits(q, v) else "eager"
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
 
 

@@ -1,15 +1,18 @@
 """Regrouped domain attention in plain PyTorch: cost sum_d s_d^2 / 2, memory linear in the tokens.
 
 Forward and backward walk over tiles (a block of query rows against the keys they may see) and keep
-no tile: the backward pass computes the scores again. What is not to be seen, later keys and
-padding, gets a large negative bias: weights and their gradients are exactly zero there.
+no tile: the backward pass computes the scores again. Scores of a tile are (H * G, m, n), with all
+keys that a query may see in its row. A :class:`Normalization` makes weights of scores; nothing else
+differs between SiLU and softmax.
 
-How scores become weights: where SiLU and softmax attention differ in the eager walk.
-
-Scores of a tile are (H * G, m, n) with all keys that a query may see in its row, and hugely
-negative where it does not see one.
+Bias and visibility of every pair are one look-up in one table, :class:`PairBias`. Its row ``b``
+belongs to time bucket ``b``, a column to a row of the position table. The last column is hugely
+negative, for pairs that are not to be seen (later keys, padding, and what a rule of the grouping
+hides): weights and their gradients are exactly zero there. A pair's index into the table depends on
+tokens and times alone, so all layers of a model share it.
 """
 
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,28 +20,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from hstu_xd.ops.domain_attention.buckets import Buckets
-from hstu_xd.ops.domain_attention.pair_bias import PairBias, unseen
-from hstu_xd.ops.domain_attention.tiles import walk
-from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.errors import InputError
+from hstu_xd.ops.domain_attention.tiles import (
+    PADDING_KEY,
+    PADDING_QUERY,
+    Tile,
+    Walk,
+    at_tokens,
+    walk,
+)
+from hstu_xd.ops.grouping import DomainGrouping, PairRule
 from hstu_xd.ops.relative_bias import RelativeBias
+from hstu_xd.ops.visibility import is_later
 
 
 class Normalization(Protocol):
-    """Weights of a tile and the gradient of its scores. Memory is used again where that is said."""
+    """Compute weights of a tile and the gradient of its scores.
+
+    Memory is used again where that is said.
+    """
 
     def weights(self, scores: Tensor) -> Tensor:
-        """Weights, zero where the query does not see the key; overwrites ``scores``."""
+        """Return weights, zero where the query does not see the key; overwrites ``scores``."""
         ...
 
     def differentiable_weights(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and a second tensor of their shape, both for :meth:`score_gradient`."""
+        """Return weights and a second tensor alike, both for :meth:`score_gradient`."""
         ...
 
     def score_gradient(
         self, weights: Tensor, kept: Tensor, grad_out: Tensor, values: Tensor
     ) -> Tensor:
-        """Gradient of the scores; overwrites ``weights`` and ``kept``.
+        """Return the gradient of the scores; overwrites ``weights`` and ``kept``.
 
         Args:
             weights, kept: of :meth:`differentiable_weights`.
@@ -52,18 +65,18 @@ class SiLU:
     """``w = s sigmoid(s)``; it and its slope are exactly zero at a hugely negative score."""
 
     def weights(self, scores: Tensor) -> Tensor:
-        """``silu(s)``."""
+        """Return ``silu(s)``."""
         return silu(scores, inplace=True)
 
     def differentiable_weights(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """``silu(s)`` and the gate ``sigmoid(s)``."""
+        """Return ``silu(s)`` and the gate ``sigmoid(s)``."""
         gate = torch.sigmoid(scores)
         return scores.mul_(gate), gate
 
     def score_gradient(
         self, weights: Tensor, kept: Tensor, grad_out: Tensor, values: Tensor
     ) -> Tensor:
-        """``dw (gate + w (1 - gate))``."""
+        """Return ``dw (gate + w (1 - gate))``."""
         slope = weights.addcmul_(weights, kept, value=-1).add_(kept)
         return torch.bmm(grad_out, values.transpose(1, 2), out=kept).mul_(slope)
 
@@ -72,18 +85,18 @@ class Softmax:
     """``w = softmax(s)`` over the keys that a query sees; zero where it sees none."""
 
     def weights(self, scores: Tensor) -> Tensor:
-        """``softmax(s)``."""
+        """Return ``softmax(s)``."""
         sees = scores.amax(2, keepdim=True) > unseen(scores.dtype) / 2
         return scores.softmax(2).mul_(sees)
 
     def differentiable_weights(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """``softmax(s)``, and memory that is free from now on."""
+        """Return ``softmax(s)``, and memory that is free from now on."""
         return self.weights(scores), scores
 
     def score_gradient(
         self, weights: Tensor, kept: Tensor, grad_out: Tensor, values: Tensor
     ) -> Tensor:
-        """``w (dw - sum(w dw))``."""
+        """Return ``w (dw - sum(w dw))``."""
         grad = torch.bmm(grad_out, values.transpose(1, 2), out=kept)
         return grad.sub_((weights * grad).sum(2, keepdim=True)).mul_(weights)
 
@@ -98,14 +111,14 @@ def eager_domain_attention(
     bias: RelativeBias | None = None,
     normalization: str = "silu",
 ) -> Tensor:
-    """See :func:`hstu_xd.ops.domain_attention`; q, k (L, H, dqk), v (L, H, dv) -> (L, H, dv)."""
-    how: Normalization = SiLU()
+    """Compute :func:`hstu_xd.ops.domain_attention`: (L, H, dqk) twice, (L, H, dv) -> (L, H, dv)."""
+    scheme: Normalization = SiLU()
     if normalization == "softmax":
-        how, q, norm_length = Softmax(), q * q.shape[2] ** -0.5, 1
+        scheme, q, norm_length = Softmax(), q * q.shape[2] ** -0.5, 1
     position_weights = None if bias is None else bias.position_weights
     time_weights = None if bias is None else bias.time_weights
     out: Tensor = _GroupedAttention.apply(
-        q, k, v, position_weights, time_weights, grouping, norm_length, bias, how
+        q, k, v, position_weights, time_weights, grouping, norm_length, bias, scheme
     )
     return out
 
@@ -122,27 +135,25 @@ class _GroupedAttention(torch.autograd.Function):
         grouping: DomainGrouping,
         norm_length: int,
         bias: RelativeBias | None,
-        how: Normalization,
+        scheme: Normalization,
     ) -> Tensor:
-        buckets = grouping.buckets
-        assert isinstance(buckets, Buckets)
         heads = q.shape[1]
-        plan = walk(buckets, grouping.num_tokens, heads)
+        plan = walk(grouping, heads)
         if plan is None:
             ctx.plan = None
             ctx.save_for_backward(q, k, v, position_weights, time_weights)
             return torch.zeros_like(v)
-        pairs = PairBias.of(grouping, plan, bias)
+        pairs = PairBias.build(grouping, plan, bias)
         flat_q, flat_k, flat_v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
         table = pairs.table(q)
-        ctx.plan = plan, pairs, norm_length, how
+        ctx.plan = plan, pairs, norm_length, scheme
         ctx.save_for_backward(flat_q, flat_k, flat_v, table)
         out = plan.queries.zeros(v, v.dtype)
         for tile in plan.tiles:
             queries, out_rows = tile.queries(flat_q, heads), tile.queries(out, heads)
             keys, values = tile.keys(flat_k, heads), tile.keys(flat_v, heads)
             scores = _scores(queries, keys, pairs.look_up(table, tile))
-            torch.bmm(how.weights(scores), values, out=out_rows)
+            torch.bmm(scheme.weights(scores), values, out=out_rows)
         return plan.queries.scatter(out).div_(norm_length)
 
     @staticmethod
@@ -152,7 +163,7 @@ class _GroupedAttention(torch.autograd.Function):
         if ctx.plan is None:
             zeros = (None if x is None else torch.zeros_like(x) for x in ctx.saved_tensors)
             return (*zeros, None, None, None, None)
-        plan, pairs, norm_length, how = ctx.plan
+        plan, pairs, norm_length, scheme = ctx.plan
         flat_q, flat_k, flat_v, table = ctx.saved_tensors
         flat_grad = plan.queries.gather(grad_outputs[0]).div_(norm_length)
         # Gradients of keys and values are sums over tiles.
@@ -165,11 +176,11 @@ class _GroupedAttention(torch.autograd.Function):
             keys, values = (tile.keys(x, plan.heads) for x in (flat_k, flat_v))
             dk_rows, dv_rows = (tile.keys(x, plan.heads) for x in (dk, dv))
             scores = _scores(queries, keys, pairs.look_up(table, tile))
-            weights, kept = how.differentiable_weights(scores)
-            _add_product(dv_rows, weights.transpose(1, 2), grad_out, tile.opens)
-            grad_scores = how.score_gradient(weights, kept, grad_out, values)
+            weights, kept = scheme.differentiable_weights(scores)
+            _add_product(dv_rows, weights.transpose(1, 2), grad_out, tile.is_first)
+            grad_scores = scheme.score_gradient(weights, kept, grad_out, values)
             torch.bmm(grad_scores, keys, out=tile.queries(dq, plan.heads))
-            _add_product(dk_rows, grad_scores.transpose(1, 2), queries, tile.opens)
+            _add_product(dk_rows, grad_scores.transpose(1, 2), queries, tile.is_first)
             if gradient is not None:
                 pairs.add_gradient(gradient, tile, grad_scores)
         return (
@@ -185,15 +196,201 @@ class _GroupedAttention(torch.autograd.Function):
 
 
 def _scores(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-    """Scores of a tile with bias: (H * G, m, d), (H * G, n, d), (G, m, n) -> (H * G, m, n)."""
+    """Compute scores with bias: (H * G, m, d), (H * G, n, d), (G, m, n) -> (H * G, m, n)."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
     scores.view(-1, *bias.shape).add_(bias)  # all heads share it
     return scores
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, opens: bool) -> None:
-    """``total += a @ b``; ``opens``: the total is still zero."""
-    if opens and total.dtype == a.dtype:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """Add ``a @ b`` to the total; ``is_first``: it is still zero."""
+    if is_first and total.dtype == a.dtype:
         torch.bmm(a, b, out=total)
     else:
         total.add_(torch.bmm(a, b))
+
+
+@dataclass(frozen=True, eq=False)
+class _Coordinates:
+    """Positions and times in the order of a walk, and what the pairs of a batch need of a table.
+
+    Attributes:
+        positions: of queries and of keys, (S,) int32 each, with the bias's padding positions.
+        times: next times of queries and times of keys, (S,) int64 each; none without bias.
+        order: positions that decide causality, where those of the bias do not; else empty.
+        tokens: of queries and of keys, where a rule has to be asked; else empty.
+        first: row of the position table in column 0.
+        columns: columns of the joint table, the unseen one included.
+        indices: what was computed for each tile so far.
+        rule: narrows what queries see, or None.
+        named_by_id: tensors that the key in a memo names, to keep them alive.
+    """
+
+    positions: tuple[Tensor, Tensor]
+    times: tuple[Tensor, ...]
+    order: tuple[Tensor, ...]
+    first: int
+    columns: int
+    tokens: tuple[Tensor, ...]
+    rule: PairRule | None
+    named_by_id: tuple[Tensor, ...]
+    indices: dict[Tile, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class PairBias:
+    """The tables of one layer, tied to the pairs of a walk.
+
+    Attributes:
+        bias: tables and coordinates, or None: then a pair is seen or not, and that is all.
+        coordinates: shared by all layers whose bias has the same coordinates.
+    """
+
+    bias: RelativeBias | None
+    coordinates: _Coordinates
+
+    @classmethod
+    def build(cls, grouping: DomainGrouping, plan: Walk, bias: RelativeBias | None) -> "PairBias":
+        """Tie a bias to the pairs of a walk, with what other layers computed of them."""
+        named: tuple[Tensor, ...] = ()
+        sizes: tuple[int, ...] = ()
+        if bias is not None:
+            named = bias.positions, bias.timestamps, bias.next_timestamps
+            sizes = bias.max_length, bias.time_weights.numel()
+        key = (*map(id, named), *sizes)
+        if key not in plan.memo:
+            plan.memo[key] = _coordinates(grouping, plan, bias, named)
+        return cls(bias, plan.memo[key])
+
+    def table(self, like: Tensor) -> Tensor:
+        """Join the tables: (num_buckets * columns,), in dtype and on device of ``like``."""
+        if self.bias is None:
+            return like.new_tensor([0.0, unseen(like.dtype)])
+        position, time = self._used_positions(self.bias.position_weights), self.bias.time_weights
+        seen = time.unsqueeze(1) + position
+        last = seen.new_full((time.numel(), 1), unseen(like.dtype))
+        return torch.cat([seen, last], dim=1).to(like.dtype).view(-1)
+
+    def look_up(self, table: Tensor, tile: Tile) -> Tensor:
+        """Look up the bias of a tile, (G, m, n)."""
+        found = table.index_select(0, self._index(tile))
+        return found.view(tile.groups, tile.rows, tile.columns)
+
+    def empty_gradient(self) -> Tensor | None:
+        """Return (num_buckets * columns,) zeros for the gradient of the joint table.
+
+        They are float64: thousands of pairs meet in one entry.
+        """
+        if self.bias is None:
+            return None
+        time = self.bias.time_weights
+        return time.new_zeros(time.numel() * self.coordinates.columns, dtype=torch.float64)
+
+    def add_gradient(self, gradient: Tensor, tile: Tile, grad_scores: Tensor) -> None:
+        """Add a tile's (H * G, m, n) score gradients."""
+        index = self._index(tile).long()
+        sum_type = torch.promote_types(grad_scores.dtype, torch.float32)
+        shared = grad_scores.view(-1, index.numel()).sum(0, dtype=sum_type)
+        gradient.scatter_add_(0, index, shared.double())
+
+    def split_gradient(self, gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Split into gradients of the position table and of the time table, in their own types."""
+        if self.bias is None or gradient is None:
+            return None, None
+        position, time = self.bias.position_weights, self.bias.time_weights
+        seen = gradient.view(time.numel(), -1)[:, :-1]
+        grad_position = torch.zeros_like(position)
+        self._used_positions(grad_position).copy_(seen.sum(0))
+        return grad_position, seen.sum(1).to(time.dtype)
+
+    def _used_positions(self, position_table: Tensor) -> Tensor:
+        first = self.coordinates.first
+        return position_table[first : first + self.coordinates.columns - 1]
+
+    def _index(self, tile: Tile) -> Tensor:
+        """Return the place in the joint table of every pair, (G * m * n,) int32."""
+        known = self.coordinates.indices
+        if tile in known:
+            return known[tile]
+        at, last = self.coordinates, self.coordinates.columns - 1
+        queries, keys = _of_tile(tile, *at.positions)
+        if self.bias is None:
+            index = (keys.unsqueeze(1) - queries.unsqueeze(2)).clamp_(0, last)
+        else:
+            index = self.bias.position_index(queries, keys - at.first)
+            if at.order:
+                queries, keys = _of_tile(tile, *at.order)
+                index.masked_fill_(is_later(queries.unsqueeze(2), keys.unsqueeze(1)), last)
+            index.clamp_(0, last)
+        if at.rule is not None:
+            queries, keys = _of_tile(tile, *at.tokens)
+            index.masked_fill_(~at.rule(queries.unsqueeze(2), keys.unsqueeze(1)), last)
+        if self.bias is not None:
+            row = self.bias.time_index(*_of_tile(tile, *at.times)).int()
+            index = index.add_(row, alpha=at.columns)
+        index = index.view(-1)
+        if tile.remembered:
+            known[tile] = index
+        return index
+
+
+def unseen(dtype: torch.dtype) -> float:
+    """Return the bias of a pair that is not to be seen; scores may still be added to it."""
+    return torch.finfo(dtype).min / 2
+
+
+def _of_tile(tile: Tile, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Take what a tile's queries (G, m) and keys (G, n) have, out of all (S,) of each."""
+    m, n, width = tile.rows, tile.columns, tile.width
+    return (
+        queries.as_strided((tile.groups, m), (m, 1), tile.first_query),
+        keys.as_strided((tile.groups, n), (width, 1), tile.first_key),
+    )
+
+
+def _coordinates(
+    grouping: DomainGrouping, plan: Walk, bias: RelativeBias | None, named: tuple[Tensor, ...]
+) -> _Coordinates:
+    def of_walk(queries: Tensor, keys: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return (
+            at_tokens(queries, plan.queries.tokens, padding[0]),
+            at_tokens(keys, plan.keys.tokens, padding[1]),
+        )
+
+    padding = PADDING_QUERY, PADDING_KEY
+    tokens: tuple[Tensor, ...] = ()
+    if grouping.rule is not None:
+        # A rule knows no padding; hidden it is anyway.
+        last_token = grouping.num_tokens - 1
+        tokens = tuple(x.tokens.clamp(max=last_token) for x in (plan.queries, plan.keys))
+    order = of_walk(grouping.positions.int(), grouping.keys.positions.int(), padding)
+    if bias is None:
+        return _Coordinates(
+            order,
+            (),
+            (),
+            first=0,
+            columns=2,
+            tokens=tokens,
+            rule=grouping.rule,
+            named_by_id=named,
+        )
+    positions = bias.positions
+    span = int(positions.max() - positions.min())
+    if span >= bias.max_length:
+        raise InputError(
+            f"bias.positions span {span + 1} positions; bias.position_weights covers "
+            f"{bias.max_length}: make the table longer or cut the histories"
+        )
+    # Where the bias has the positions that decide causality, its own index shows a later key.
+    alike = all(torch.equal(positions, x.positions) for x in (grouping, grouping.keys))
+    return _Coordinates(
+        order if alike else of_walk(positions.int(), positions.int(), padding),
+        of_walk(bias.next_timestamps, bias.timestamps, (0, 0)),
+        () if alike else order,
+        first=bias.max_length - 1 - span,
+        columns=1 + span + (0 if alike else span) + 1,
+        tokens=tokens,
+        rule=grouping.rule,
+        named_by_id=named,
+    )

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hstu_xd.errors import InputError
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import RelativeBias
+from hstu_xd.ops.visibility import pair_rule
 
 # Of every grouping in use, its block mask: all layers of a model share it.
 _block_masks = WeakIdKeyDictionary()
@@ -32,7 +33,7 @@ def flex_domain_attention(
     norm_length: int,
     bias: RelativeBias | None = None,
 ) -> Tensor:
-    """See :func:`hstu_xd.ops.domain_attention`; q, k (L, H, dqk), v (L, H, dv) -> (L, H, dv).
+    """Compute :func:`hstu_xd.ops.domain_attention` with softmax: (L, H, dv).
 
     Raises:
         InputError: a bias, or gradients on a CPU: FlexAttention has neither here.
@@ -58,15 +59,14 @@ def flex_domain_attention(
 
 
 def block_mask(grouping: DomainGrouping) -> BlockMask:
-    """Blocks of the mixed sequence with a pair of one user and group, the key no later."""
+    """Find the blocks of the mixed sequence with a pair of a query and a key that it sees."""
     if grouping not in _block_masks:
-        queries, keys = grouping.group_of, grouping.keys.group_of
+        sees, device = pair_rule(grouping), grouping.permutation.device
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (queries[query] == keys[key])
+            return sees(query, key)
 
-        length, device = grouping.num_tokens, queries.device
-        create = _create_block_mask(queries.is_cuda)
+        length, create = grouping.num_tokens, _create_block_mask(device.type == "cuda")
         _block_masks[grouping] = create(visible, None, None, length, length, device=str(device))
     return _block_masks[grouping]
 

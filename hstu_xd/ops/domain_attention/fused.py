@@ -6,73 +6,18 @@ exported code call alike, and what they need, prepared without a wait of the hos
 module does not load triton; the first call does.
 """
 
-import os
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hstu_xd.errors import InputError
+from hstu_xd.ops.domain_attention.tile_table import KernelInputs, PairPlan, key_tiles, query_tiles
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.row_tiles import key_tiles, query_tiles
-
-
-class Plan(NamedTuple):
-    """Integer tensors that say which pairs meet, and what the bias of a pair depends on.
-
-    Attributes:
-        query_tiles: (T, 4) int32, see :func:`hstu_xd.ops.row_tiles.query_tiles`.
-        key_tiles: (T, 4) int32, see :func:`hstu_xd.ops.row_tiles.key_tiles`.
-        query_tokens: (L,) int64, grouped order of the queries -> token of the batch.
-        key_tokens: (L,) int64, grouped order of the keys -> token.
-        query_order: (L,) int64, position of each token as a query, which decides causality.
-        key_order: (L,) int64, position of each token as a key.
-        positions: (L,) int64, position of each token for the bias; None without bias.
-        next_times: (L,) int64, time of the event after each token; None without bias.
-        times: (L,) int64, time of each token; None without bias.
-    """
-
-    query_tiles: Tensor
-    key_tiles: Tensor
-    query_tokens: Tensor
-    key_tokens: Tensor
-    query_order: Tensor
-    key_order: Tensor
-    positions: Tensor | None = None
-    next_times: Tensor | None = None
-    times: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """As an operator takes it: six tensors, or nine with a bias."""
-        return [x for x in self if x is not None]
-
-
-class Inputs(NamedTuple):
-    """What every kernel is given.
-
-    Attributes:
-        q: (L, H, dqk) float.
-        k: (L, H, dqk) float.
-        v: (L, H, dv) float.
-        position_weights: (2 N - 1,) float, or None.
-        time_weights: (num_buckets + 1,) float, or None.
-        plan: pairs and their coordinates.
-        norm_length: the divisor ``N``.
-        tile: rows of the tiles in ``plan``.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    position_weights: Tensor | None
-    time_weights: Tensor | None
-    plan: Plan
-    norm_length: int
-    tile: int
+from hstu_xd.ops.triton_support import check_kernels_take
 
 
 @torch.library.custom_op("hstu_xd::domain_attention", mutates_args=())
@@ -86,11 +31,11 @@ def domain_attention(
     norm_length: int,
     tile: int,
 ) -> Tensor:
-    """Output (L, H, dv), contiguous; for the arguments see :class:`Inputs`."""
+    """Compute (L, H, dv), contiguous; for the arguments see :class:`KernelInputs`."""
     from hstu_xd.ops.domain_attention import triton_launch
 
     tables = position_weights, time_weights
-    return triton_launch.forward(Inputs(q, k, v, *tables, Plan(*plan), norm_length, tile))
+    return triton_launch.forward(KernelInputs(q, k, v, *tables, PairPlan(*plan), norm_length, tile))
 
 
 @domain_attention.register_fake
@@ -111,11 +56,11 @@ def domain_attention_gradients(
     tile: int,
     of_tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, contiguous, and of both tables, (0,) unless ``of_tables``."""
+    """Compute gradients of q, k, v, contiguous, and of both tables, (0,) unless ``of_tables``."""
     from hstu_xd.ops.domain_attention import triton_launch
 
     tables = position_weights, time_weights
-    inputs = Inputs(q, k, v, *tables, Plan(*plan), norm_length, tile)
+    inputs = KernelInputs(q, k, v, *tables, PairPlan(*plan), norm_length, tile)
     return triton_launch.gradients(grad_out, inputs, of_tables=of_tables)
 
 
@@ -160,23 +105,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 domain_attention.register_autograd(_backward, setup_context=_remember)
 
 
-_FOUND = find_spec("triton") is not None
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDEST_HEAD = 256
-
 # Of every grouping in use, its tile tables by tile height: all layers of a model share them.
 _tile_tables = WeakIdKeyDictionary()
-
-
-def installed() -> bool:
-    """Whether the kernels can run here: triton, and a CUDA device or Triton's interpreter."""
-    return _FOUND and (torch.cuda.is_available() or _interpreting())
-
-
-def suits(q: Tensor, v: Tensor) -> bool:
-    """Whether "auto" takes the kernels: for tensors on a CUDA device that they accept."""
-    width = max(q.shape[2], v.shape[2])
-    return q.is_cuda and q.dtype in DTYPES and width <= WIDEST_HEAD and installed()
 
 
 def fused_domain_attention(
@@ -188,21 +118,27 @@ def fused_domain_attention(
     norm_length: int,
     bias: RelativeBias | None = None,
 ) -> Tensor:
-    """See :func:`hstu_xd.ops.domain_attention`; q, k (L, H, dqk), v (L, H, dv) -> (L, H, dv).
+    """Compute :func:`hstu_xd.ops.domain_attention` by the kernels: (L, H, dv).
 
     Raises:
         InputError: a dtype or a head width that the kernels do not have, tensors on a CPU without
-            the interpreter, or (on CPU, where looking costs no wait) positions that the position
-            table does not cover. On CUDA the rows of such positions come out as NaN.
+            the interpreter, a grouping with a rule of its own, or (on CPU, where looking costs no
+            wait) positions that the position table does not cover. On CUDA the rows of such
+            positions come out as NaN.
     """
     check_kernels_take(q, v)
+    if grouping.rule is not None:
+        raise InputError(
+            "grouping.rule narrows what queries see; impl 'triton' does not know such rules: use "
+            "impl='eager'"
+        )
     _check_positions(bias)
     if not grouping.num_tokens:
         # No tokens: nothing to launch, but still part of the graph.
         return v.clone()
     keys = grouping.keys
     tile = _tile_height(q, v, grouping)
-    plan = Plan(
+    plan = PairPlan(
         *_tables(grouping, tile),
         query_tokens=grouping.permutation,
         key_tokens=keys.permutation,
@@ -220,26 +156,6 @@ def fused_domain_attention(
     )
 
 
-def check_kernels_take(q: Tensor, v: Tensor) -> None:
-    """Refuse (L, H, d) tensors of a type, a width or a device that the kernels do not have."""
-    if q.dtype not in DTYPES:
-        raise InputError(
-            f"q is {q.dtype}; impl 'triton' needs float32, float16 or bfloat16: "
-            "convert q, k and v or use impl='eager'"
-        )
-    for name, tensor in (("q", q), ("v", v)):
-        if tensor.shape[2] > WIDEST_HEAD:
-            raise InputError(
-                f"{name} has heads of width {tensor.shape[2]}; impl 'triton' takes up to "
-                f"{WIDEST_HEAD}: use more heads or impl='eager'"
-            )
-    if q.device.type == "cpu" and not _interpreting():
-        raise InputError(
-            f"q is on {q.device}; impl 'triton' needs a CUDA device, or TRITON_INTERPRET=1 set "
-            "before triton is imported: use impl='eager'"
-        )
-
-
 def _check_positions(bias: RelativeBias | None) -> None:
     if bias is None or bias.positions.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -252,12 +168,8 @@ def _check_positions(bias: RelativeBias | None) -> None:
             )
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _tile_height(q: Tensor, v: Tensor, grouping: DomainGrouping) -> int:
-    """Rows of a tile, from what the host knows: nothing here may wait for the device."""
+    """Choose the rows of a tile by what the host knows: nothing may wait for the device."""
     if q.device.type == "cpu":
         return 32
     wide = max(q.shape[2], v.shape[2]) > 128

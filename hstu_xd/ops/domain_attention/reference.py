@@ -6,6 +6,7 @@ from torch.nn.functional import silu
 
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import RelativeBias
+from hstu_xd.ops.visibility import pair_rule
 
 
 def reference_domain_attention(
@@ -18,7 +19,7 @@ def reference_domain_attention(
     bias: RelativeBias | None = None,
     normalization: str = "silu",
 ) -> Tensor:
-    """See :func:`hstu_xd.ops.domain_attention`: the same arguments, the same result."""
+    """Compute the formula of :func:`hstu_xd.ops.domain_attention` over all pairs of each user."""
     offsets = grouping.batch_offsets
     lengths, n = offsets.diff(), grouping.longest
     if n == 0:
@@ -31,9 +32,8 @@ def reference_domain_attention(
         scores = scores * q.shape[2] ** -0.5
     if bias is not None:
         scores = scores + bias.dense(token, token).to(scores.dtype).unsqueeze(1)
-    same_group = grouping.group_of[token].unsqueeze(2) == grouping.keys.group_of[token].unsqueeze(1)
-    causal = column.unsqueeze(1) >= column
-    mask = (same_group & causal & present.unsqueeze(1)).unsqueeze(1)  # (B, 1, n, n)
+    seen = pair_rule(grouping)(token.unsqueeze(2), token.unsqueeze(1)) & present.unsqueeze(1)
+    mask = seen.unsqueeze(1)  # (B, 1, n, n)
     if normalization == "softmax":
         # Finite, so that a query without keys gets zeros and no NaN.
         lowest = torch.finfo(scores.dtype).min

@@ -1,18 +1,33 @@
 """The walk of the eager implementation: tiles of query rows against the keys they may see.
 
+Groups of similar length are padded and computed together, so one long run does not pad all. Where
+to cut the sorted lengths is a small shortest-path problem: padded pairs against a fixed cost per
+bucket (the launches of its kernels). Buckets then are cut into tiles that fit the caches.
+
 Rows of all heads are gathered once a layer into one flat array in the order of the walk, so that
 every tile is a contiguous view of it, and results leave by one gather through the inverse.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.weak import WeakIdKeyDictionary
 
-from hstu_xd.ops.domain_attention.buckets import Bucket, Buckets
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.visibility import seen_keys
 
+# Positions that stand for padding: a query before all keys, a key after all queries.
+PADDING_QUERY, PADDING_KEY = -(2**29), 2**29
+# Launching one more bucket costs about as much as this many query-key pairs (measured on CPU).
+_PAIRS_PER_BUCKET = 10_000
+# More distinct lengths than this are first rounded up, which bounds the planning time.
+_MAX_DISTINCT = 96
 # Rows of a query block: half a block of every row's keys is wasted on the causal diagonal.
 _BLOCK_ROWS = 48
 # Scores of one tile: the work that one round of operator calls is spent on. Larger tiles fall out
@@ -20,6 +35,26 @@ _BLOCK_ROWS = 48
 _TILE_SCORES = 400_000
 # Pairs of a walk whose bias indices may be remembered, 4 bytes each: 128 MiB a batch and view.
 _REMEMBERED_PAIRS = 2**25
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Groups padded to one size, shortest first. Padding slots hold token ``L``.
+
+    Attributes:
+        query_tokens: (G, m) int64, batch tokens of the queries.
+        key_tokens: (G, n) int64, batch tokens of the keys.
+        query_lengths: (G,) lengths without padding, in memory of the host.
+        key_lengths: (G,) likewise.
+        seen_keys: (G, m) number of leading keys that each query may see, on the host; None where
+            queries and keys are the same tokens, so that row ``i`` sees columns ``0..i``.
+    """
+
+    query_tokens: Tensor
+    key_tokens: Tensor
+    query_lengths: np.ndarray
+    key_lengths: np.ndarray
+    seen_keys: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +68,7 @@ class Tile:
         width: keys that each group has in the walk, at least n.
         first_query: place of the tile's G * m queries in the walk.
         first_key: place of the groups' G * width keys in the walk.
-        opens: the first tile to touch its keys, and it touches all of them.
+        is_first: the first tile to touch its keys, and it touches all of them.
         remembered: what is computed of its pairs may be kept for other layers.
     """
 
@@ -43,28 +78,28 @@ class Tile:
     width: int
     first_query: int
     first_key: int
-    opens: bool
+    is_first: bool
     remembered: bool
 
     def queries(self, flat: Tensor, heads: int) -> Tensor:
-        """(S * H, d) flat queries, contiguous -> (H * G, m, d), a view."""
+        """View the tile's queries: (S * H, d) flat and contiguous -> (H * G, m, d)."""
         shape = heads * self.groups, self.rows, flat.shape[1]
         return _view(flat, shape, self.rows, heads * self.first_query)
 
     def keys(self, flat: Tensor, heads: int) -> Tensor:
-        """(S * H, d) flat keys, contiguous -> (H * G, n, d), a view."""
+        """View the tile's keys: (S * H, d) flat and contiguous -> (H * G, n, d)."""
         shape = heads * self.groups, self.columns, flat.shape[1]
         return _view(flat, shape, self.width, heads * self.first_key)
 
 
 def _view(flat: Tensor, shape: tuple[int, int, int], height: int, first: int) -> Tensor:
-    """Blocks of ``height`` rows from row ``first`` on, cut to ``shape``, in one operation."""
+    """View blocks of ``height`` rows from row ``first`` on, cut to ``shape``, in one operation."""
     width = shape[2]
     return flat.as_strided(shape, (height * width, width, 1), first * width)
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class WalkRows:
     """The queries, or the keys, of a walk.
 
     Attributes:
@@ -81,8 +116,8 @@ class Side:
     heads: int
 
     @classmethod
-    def of(cls, stretches: list[Tensor], num_tokens: int, heads: int) -> "Side":
-        """From the tokens of each stretch (the queries of a tile, the keys of its groups)."""
+    def build(cls, stretches: list[Tensor], num_tokens: int, heads: int) -> "WalkRows":
+        """Lay out the tokens of each stretch (the queries of a tile, the keys of its groups)."""
         tokens = torch.cat([stretch.reshape(-1) for stretch in stretches])
         sizes = np.array([stretch.numel() for stretch in stretches])
         starts = np.cumsum(sizes) - sizes
@@ -99,37 +134,50 @@ class Side:
         return cls(tokens, rows, slots[:spare], heads)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(L, H, d) -> (S * H, d)."""
+        """Gather rows into the flat order: (L, H, d) -> (S * H, d)."""
         return x.reshape(-1, x.shape[2]).index_select(0, self.rows)
 
     def zeros(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """(S * H + 1, d) zeros, to be filled in the flat order; the last row stays zero."""
+        """Return (S * H + 1, d) zeros, to be filled in the flat order; the last row stays zero."""
         return like.new_zeros(self.rows.numel() + 1, like.shape[-1], dtype=dtype)
 
     def scatter(self, flat: Tensor) -> Tensor:
-        """(S * H + 1, d) -> (L, H, d)."""
+        """Bring rows back into the order of the batch: (S * H + 1, d) -> (L, H, d)."""
         return flat.index_select(0, self.slots).view(-1, self.heads, flat.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """All tiles of a batch, for one number of heads."""
+    """All tiles of a batch, for one number of heads.
+
+    Attributes:
+        tiles: in the order in which they are computed.
+        queries: rows of the queries.
+        keys: rows of the keys.
+        heads: heads ``H``.
+        memo: what all layers of a model share about the pairs, by whatever it depends on.
+    """
 
     tiles: list[Tile]
-    queries: Side
-    keys: Side
+    queries: WalkRows
+    keys: WalkRows
     heads: int
+    memo: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
 
-def walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk | None:
-    """The walk over ``buckets``, built once a batch; None where no query sees any key."""
-    key = ("walk", num_tokens, heads)
-    if key not in buckets.memo:
-        buckets.memo[key] = _walk(buckets, num_tokens, heads)
-    return buckets.memo[key]
+# Of every grouping in use, its walks by number of heads: all layers of a model share them.
+_walks = WeakIdKeyDictionary()
 
 
-def _walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk | None:
+def walk(grouping: DomainGrouping, heads: int) -> Walk | None:
+    """Return the walk over a batch, built once for all layers; None where no query sees a key."""
+    known = _walks.setdefault(grouping, {})
+    if heads not in known:
+        known[heads] = _walk(_buckets(grouping), grouping.num_tokens, heads)
+    return known[heads]
+
+
+def _walk(buckets: list[Bucket], num_tokens: int, heads: int) -> Walk | None:
     tiles: list[Tile] = []
     queries: list[Tensor] = []
     keys: list[Tensor] = []
@@ -147,7 +195,7 @@ def _walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk | None:
                     width,
                     first_query,
                     first_key,
-                    opens=columns == width and block.stop == chunk.query_tokens.shape[1],
+                    is_first=columns == width and block.stop == chunk.query_tokens.shape[1],
                     remembered=pairs <= _REMEMBERED_PAIRS,
                 )
             )
@@ -157,11 +205,16 @@ def _walk(buckets: Buckets, num_tokens: int, heads: int) -> Walk | None:
         first_key += groups * width
     if not tiles:
         return None
-    return Walk(tiles, Side.of(queries, num_tokens, heads), Side.of(keys, num_tokens, heads), heads)
+    return Walk(
+        tiles,
+        WalkRows.build(queries, num_tokens, heads),
+        WalkRows.build(keys, num_tokens, heads),
+        heads,
+    )
 
 
 def _chunks(bucket: Bucket, heads: int) -> Iterator[Bucket]:
-    """Runs of a bucket's groups, few enough for their tiles to stay small, each padded anew."""
+    """Cut a bucket into runs of groups whose tiles stay small, each padded anew."""
     num_groups, num_rows = bucket.query_tokens.shape
     tile = heads * _block_height(num_rows) * bucket.key_tokens.shape[1]
     step = max(1, _TILE_SCORES // tile)
@@ -178,7 +231,7 @@ def _chunks(bucket: Bucket, heads: int) -> Iterator[Bucket]:
 
 
 def _blocks(chunk: Bucket) -> Iterator[tuple[slice, int]]:
-    """Blocks of query rows, last first, with the number of leading keys that they may see."""
+    """Cut the query rows into blocks, last first, each with the leading keys that they may see."""
     num_rows = chunk.query_tokens.shape[1]
     height = _block_height(num_rows)
     for start in reversed(range(0, num_rows, height)):
@@ -189,6 +242,64 @@ def _blocks(chunk: Bucket) -> Iterator[tuple[slice, int]]:
 
 
 def _block_height(num_rows: int) -> int:
-    """Rows of the blocks that ``num_rows`` are cut into: equal ones, no narrow rest."""
+    """Choose the rows of the blocks that ``num_rows`` are cut into: equal, no narrow rest."""
     blocks = -(-num_rows // _BLOCK_ROWS)
     return -(-num_rows // blocks)
+
+
+def _buckets(grouping: DomainGrouping) -> list[Bucket]:
+    """Cut the non-empty groups into buckets of similar length, longest last."""
+    keys = grouping.keys
+    seen = None if keys is grouping else seen_keys(grouping)
+    query_lengths, key_lengths = (x.lengths.numpy(force=True) for x in (grouping, keys))
+    sizes = np.maximum(query_lengths, key_lengths)
+    live = np.flatnonzero((query_lengths > 0) & (key_lengths > 0))
+    order = live[np.argsort(sizes[live], kind="stable")]
+    buckets = []
+    for start, end in pairwise(_cut(sizes[order])):
+        groups = order[start:end]
+        index = torch.from_numpy(groups).to(grouping.offsets.device)
+        key_tokens = _pad(keys, index, int(key_lengths[groups].max()))
+        query_tokens, prefixes = key_tokens, None
+        if seen is not None:
+            query_tokens = _pad(grouping, index, int(query_lengths[groups].max()))
+            prefixes = at_tokens(seen, query_tokens, 0).numpy(force=True)
+        buckets.append(
+            Bucket(query_tokens, key_tokens, query_lengths[groups], key_lengths[groups], prefixes)
+        )
+    return buckets
+
+
+def _pad(grouping: DomainGrouping, groups: Tensor, width: int) -> Tensor:
+    lengths = grouping.lengths[groups].unsqueeze(1)
+    column = torch.arange(width, device=lengths.device)
+    padding = column >= lengths
+    slot = (grouping.offsets[groups].unsqueeze(1) + column).masked_fill_(padding, 0)
+    return grouping.permutation[slot].masked_fill_(padding, grouping.num_tokens)
+
+
+def at_tokens(values: Tensor, tokens: Tensor, padding: int) -> Tensor:
+    """Look up values (L,) of ``tokens``, with ``padding`` at token ``L``."""
+    return pad(values, (0, 1), value=padding)[tokens]
+
+
+def _cut(sizes: np.ndarray) -> list[int]:
+    """Cut the ascending ``sizes`` where padded pairs plus the cost of buckets are least."""
+    distinct = np.unique(sizes)
+    if distinct.size > _MAX_DISTINCT:
+        kept = np.linspace(0, distinct.size - 1, _MAX_DISTINCT).round().astype(np.int64)
+        distinct = distinct[kept]
+    ends = np.searchsorted(sizes, distinct, side="right")
+    starts = np.concatenate([[0], ends])
+    best = np.zeros(distinct.size + 1)
+    cut_before = np.zeros(distinct.size + 1, np.int64)
+    for i, size in enumerate(distinct):
+        padded = (ends[i] - starts[: i + 1]) * float(size) ** 2
+        total = best[: i + 1] + padded + _PAIRS_PER_BUCKET
+        cut_before[i + 1] = int(total.argmin())
+        best[i + 1] = total.min()
+    cuts, i = [], distinct.size
+    while i > 0:
+        cuts.append(int(starts[i]))
+        i = int(cut_before[i])
+    return [0, *reversed(cuts)]

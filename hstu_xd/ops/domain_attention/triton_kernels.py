@@ -2,11 +2,11 @@
 
 A program owns one tile: up to ``TILE`` consecutive rows of one group, in grouped order, for one
 head. It walks over the rows of the other side of its group, ``STEP`` at a time, and only over those
-that any row of the tile can meet (``tiles`` tells, see tile_table.py). Rows are fetched from
-where they lie in the batch, by token, so that nothing is copied into grouped order before.
+that any row of the tile can meet (see tile_table.py). Rows are fetched from where they lie in the
+batch, by token, so that nothing is copied into grouped order before.
 
-Pairs are seen where the key's original position is not after the query's. Rows past the end of a
-tile get positions that make them see, and be seen by, nothing. Scores, sums and biases are
+Which pairs are seen is a matter of original positions, see ``sees``. Rows past the end of a tile
+get positions that make them see, and be seen by, nothing. Scores, sums and biases are
 float32; only operands of matrix products have the type of the inputs.
 
 Programs of one kernel never write to the same place, except for integer sums in
@@ -28,14 +28,14 @@ _NO_KEY = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _tile(tiles, index):
-    """First row and end of a tile, first row and end of the other side's rows that it meets."""
+    """Load first row and end of a tile, and of the other side's rows that it meets."""
     entry = tiles + index * 4
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
 
 
 @triton.jit
 def _side(row, stop, tokens, order, positions, times, ABSENT: tl.constexpr, BIASED: tl.constexpr):
-    """Of each row: is it there, its token, its place in causal order, position and time."""
+    """Load of each row: is it there, its token, its place in causal order, position and time."""
     here = row < stop
     token = tl.load(tokens + row, mask=here, other=0)
     place = tl.load(order + token, mask=here, other=ABSENT).to(tl.int32)
@@ -47,11 +47,17 @@ def _side(row, stop, tokens, order, positions, times, ABSENT: tl.constexpr, BIAS
 
 
 @triton.jit
+def sees(query_place, key_place):
+    """Return whether queries see keys of their group: the rule of visibility.py, by pairs."""
+    return key_place <= query_place
+
+
+@triton.jit
 def _bias(
     query_position, next_time, key_position, key_time, seen,
     position_weights, time_weights, edges, num_positions, last_bucket,
 ):  # fmt: skip
-    """Bias of pairs, with their rows of the position table (``2 N - 1`` long) and their buckets.
+    """Look up the bias of pairs, with rows of the position table (``2 N - 1`` long) and buckets.
 
     It is NaN where the position table ends too early: nothing can be raised here, and a wrong
     number must not pass for a right one.
@@ -69,7 +75,7 @@ def _scores(
     rows, columns, query_position, next_time, key_position, key_time, seen,
     position_weights, time_weights, edges, num_positions, last_bucket, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of pairs, a row of one side and a row of the other, with bias if there is one."""
+    """Compute scores of pairs, of a row of one side and one of the other, with bias if any."""
     scores = tl.dot(rows, tl.trans(columns), input_precision="ieee")
     if BIASED:
         bias, _, _ = _bias(
@@ -82,13 +88,13 @@ def _scores(
 
 @triton.jit
 def _gate(scores):
-    """Sigmoid: SiLU is ``scores * gate``."""
+    """Return the sigmoid: SiLU is ``scores * gate``."""
     return 1.0 / (1.0 + tl.exp(-scores))
 
 
 @triton.jit
 def _slope(scores, gate):
-    """Derivative of SiLU."""
+    """Return the derivative of SiLU."""
     return gate * (1.0 + scores * (1.0 - gate))
 
 
@@ -103,7 +109,7 @@ def forward_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries over its keys: ``out = sum_j SiLU(<q, k_j> + bias_j) v_j / norm``."""
+    """Walk a tile of queries over its keys: ``out = sum_j SiLU(<q, k_j> + bias_j) v_j / norm``."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     first, stop, key_first, key_stop = _tile(tiles, program // heads)
@@ -120,7 +126,7 @@ def forward_kernel(
         there, key_token, key_place, key_position, key_time = _side(
             key_row, key_stop, key_tokens, key_order, positions, times, _NO_KEY, BIASED
         )
-        seen = key_place[None, :] <= place[:, None]
+        seen = sees(place[:, None], key_place[None, :])
         key = load_rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
         scores = _scores(
             query, key,
@@ -145,7 +151,7 @@ def query_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries over its keys: ``dq = sum_j ds_j k_j / norm``, scores computed again."""
+    """Walk a tile of queries over its keys: ``dq = sum_j ds_j k_j / norm``."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     first, stop, key_first, key_stop = _tile(tiles, program // heads)
@@ -163,7 +169,7 @@ def query_gradient_kernel(
         there, key_token, key_place, key_position, key_time = _side(
             key_row, key_stop, key_tokens, key_order, positions, times, _NO_KEY, BIASED
         )
-        seen = key_place[None, :] <= place[:, None]
+        seen = sees(place[:, None], key_place[None, :])
         key = load_rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
         scores = _scores(
             query, key,
@@ -190,7 +196,7 @@ def key_value_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys over its queries: ``dk = sum_i ds_i q_i / norm``, ``dv = sum_i w_i do_i``.
+    """Walk a tile of keys over its queries: ``dk = sum_i ds_i q_i / norm, dv = sum_i w_i do_i``.
 
     Pairs are transposed, a key to a row, so that they enter the sums as they are.
     """
@@ -213,7 +219,7 @@ def key_value_gradient_kernel(
             query_row, query_stop, query_tokens, query_order, positions, next_times,
             _NO_QUERY, BIASED,
         )  # fmt: skip
-        seen = place[:, None] <= query_place[None, :]
+        seen = sees(query_place[None, :], place[:, None])
         query = load_rows(q + head * q_head, query_token, q_token, there, WIDTH_QK, BLOCK_QK)
         scores = _scores(
             key, query,
@@ -247,7 +253,7 @@ def bias_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_TIME: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of ``ds`` by position difference and by time bucket, all heads together.
+    """Sum ``ds`` in parts by position difference and by time bucket, all heads together.
 
     A program takes every so many-th tile. Heads share a pair's bias, so their ``ds`` are added up
     before any look-up is made. A position difference may lie anywhere in the table: its sums are
@@ -273,7 +279,7 @@ def bias_gradient_kernel(
             there, key_token, key_place, key_position, key_time = _side(
                 key_row, key_stop, key_tokens, key_order, positions, times, _NO_KEY, True
             )
-            seen = key_place[None, :] <= place[:, None]
+            seen = sees(place[:, None], key_place[None, :])
             bias, entry, bucket = _bias(
                 position[:, None], next_time[:, None], key_position[None, :], key_time[None, :],
                 seen, position_weights, time_weights, edges, num_positions, last_bucket,

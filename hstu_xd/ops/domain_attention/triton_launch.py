@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hstu_xd.ops.domain_attention import triton_kernels as kernels
-from hstu_xd.ops.domain_attention.fused import Inputs
+from hstu_xd.ops.domain_attention.tile_table import KernelInputs
 from hstu_xd.ops.relative_bias import LAST_BUCKET, bucket_edges
-from hstu_xd.ops.triton_arguments import INTERPRETED, computable, strides, widths
+from hstu_xd.ops.triton_blocks import INTERPRETED, computable, strides, widths
 
 # Programs that share out the tiles of the bias gradient: a few for each processor of a large GPU.
 _BIAS_PROGRAMS = 3 if INTERPRETED else 512
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(tile: int, width: int, dtype: torch.dtype, *, holds_pairs: bool) -> Shape:
-    """The fixed choice for tiles of ``tile`` rows and heads at most ``width`` wide.
+    """Choose how to cut a kernel for tiles of ``tile`` rows and heads at most ``width`` wide.
 
     What is chosen compiles for compute capability 9.0 with hardly a register spilt.
     ``holds_pairs``: the kernel keeps numbers of all its pairs over the heads.
@@ -44,8 +44,8 @@ def shape_of(tile: int, width: int, dtype: torch.dtype, *, holds_pairs: bool) ->
     return Shape(min(tile, 64), 8 if many_warps else 4, 3 if width <= 64 else 2)
 
 
-def forward(inputs: Inputs) -> Tensor:
-    """(L, H, dv) output."""
+def forward(inputs: KernelInputs) -> Tensor:
+    """Compute the output, (L, H, dv)."""
     given = _computable(inputs)
     out = given.v.new_empty(given.v.shape)
     _launch(
@@ -60,9 +60,9 @@ def forward(inputs: Inputs) -> Tensor:
 
 
 def gradients(
-    grad_out: Tensor, inputs: Inputs, *, of_tables: bool
+    grad_out: Tensor, inputs: KernelInputs, *, of_tables: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of both tables, (0,) unless ``of_tables``."""
+    """Compute gradients of q, k, v and of both tables, (0,) unless ``of_tables``."""
     given = _computable(inputs)
     grad_out = computable(grad_out.to(given.v.dtype))
     grads = _query_gradient(grad_out, given), *_key_value_gradients(grad_out, given)
@@ -74,7 +74,7 @@ def gradients(
     return grad_q, grad_k, grad_v, *tables
 
 
-def _query_gradient(grad_out: Tensor, given: Inputs) -> Tensor:
+def _query_gradient(grad_out: Tensor, given: KernelInputs) -> Tensor:
     grad_q = given.q.new_empty(given.q.shape)
     _launch(
         kernels.query_gradient_kernel,
@@ -88,7 +88,7 @@ def _query_gradient(grad_out: Tensor, given: Inputs) -> Tensor:
     return grad_q
 
 
-def _key_value_gradients(grad_out: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
+def _key_value_gradients(grad_out: Tensor, given: KernelInputs) -> tuple[Tensor, Tensor]:
     grad_k, grad_v = given.k.new_empty(given.k.shape), given.v.new_empty(given.v.shape)
     _launch(
         kernels.key_value_gradient_kernel,
@@ -103,7 +103,7 @@ def _key_value_gradients(grad_out: Tensor, given: Inputs) -> tuple[Tensor, Tenso
     return grad_k, grad_v
 
 
-def _table_gradients(grad_out: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
+def _table_gradients(grad_out: Tensor, given: KernelInputs) -> tuple[Tensor, Tensor]:
     position_weights, time_weights = given.position_weights, given.time_weights
     assert position_weights is not None
     assert time_weights is not None
@@ -137,7 +137,7 @@ def _table_gradients(grad_out: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _integer_scale(grad_out: Tensor, v: Tensor) -> Tensor:
-    """() float32, the power of two by which score gradients become integers.
+    """Choose the power of two by which score gradients become integers, () float32.
 
     No gradient, summed over heads, exceeds the bound below, and a position difference occurs at
     most once a query: L such terms fit 63 bits. What is cut off is 2^-(62 - log2 L) of the bound.
@@ -151,13 +151,13 @@ def _integer_scale(grad_out: Tensor, v: Tensor) -> Tensor:
     return torch.exp2((room - bound.log2().floor()).clamp(max=126))
 
 
-def _computable(inputs: Inputs) -> Inputs:
+def _computable(inputs: KernelInputs) -> KernelInputs:
     q, k, v = (computable(x) for x in inputs[:3])
     return inputs._replace(q=q, k=k, v=v)
 
 
 def _launch(
-    kernel: Any, given: Inputs, *, tiles: Tensor, programs: int | None = None, **own: Any
+    kernel: Any, given: KernelInputs, *, tiles: Tensor, programs: int | None = None, **own: Any
 ) -> None:
     """Launch with what all kernels take, beside the ``own`` arguments of this one.
 

@@ -1,25 +1,61 @@
-"""Softmax attention of tiles of queries on rows of a memory, with a learned bias a pair class.
+"""DDSR's attention in plain PyTorch: tiles of queries on the rows of states that they may see.
 
-The backward pass is written out: autograd's own gives the gradients of the keys transposed, and
-turning them costs as much as the products. It sums in float32 or better.
+A few consecutive tokens of a user read a small set of states, so that scores are matrix products;
+see ``state_reads``. The backward pass is written out: autograd's own gives the gradients of the
+keys transposed, and turning them costs as much as the products. It sums in float32 or better.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import _softmax_backward_data as softmax_backward  # it has no public name
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from hstu_xd.ops.state_attention.state_reads import StateReads, StateTiles
+
+# Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).
+_CHUNK_FLOATS = 16_000_000
 
 
-def state_attention(
+def eager_state_attention(
+    q: Tensor, k: Tensor, v: Tensor, reads: StateReads, *, bias: Tensor | None = None
+) -> Tensor:
+    """Compute :func:`hstu_xd.ops.state_attention` tile by tile; see there for the arguments."""
+    tiles, heads = reads.tiles, q.shape[1]
+    key, value = k.flatten(1), v.flatten(1)
+    queries = q.flatten(1).index_select(0, tiles.tokens.flatten())
+    queries = queries.view(-1, tiles.tokens.shape[1], queries.shape[1])
+    pairs = tiles.unseen if bias is None else tiles.ages
+    # With padding kept one graph serves all sizes, so none of them may shape it.
+    step = None if tiles.padded else _tiles_of_a_chunk(tiles, heads, q.shape[2] + v.shape[2])
+    if step is None or step >= len(queries):
+        answers = _attend(queries, key, value, tiles.rows, pairs, bias, heads)
+    else:
+        answers = torch.cat(
+            [
+                checkpoint(_attend, x, key, value, r, p, bias, heads, use_reentrant=False)
+                for x, r, p in zip(*(x.split(step) for x in (queries, tiles.rows, pairs)))
+            ]
+        )
+    return answers.flatten(0, 1).index_select(0, tiles.slots).unflatten(1, (heads, -1))
+
+
+def _tiles_of_a_chunk(tiles: StateTiles, heads: int, widths: int) -> int:
+    height, num_keys = tiles.tokens.shape[1], tiles.rows.shape[1]
+    floats = heads * num_keys * (2 * widths + 3 * height)
+    return max(1, _CHUNK_FLOATS // floats)
+
+
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     rows: Tensor,
     pairs: Tensor,
-    *,
+    bias: Tensor | None,
     num_heads: int,
-    bias: Tensor | None = None,
 ) -> Tensor:
     """Attend head by head: ``softmax_s(<q_t, k_s> + bias[pairs_ts]) v_s`` over what is seen.
 
@@ -30,16 +66,14 @@ def state_attention(
         rows: (G, S) int64, rows of ``key`` and ``value`` that a tile reads.
         pairs: (G, T, S) uint8, row of ``bias`` of each pair, the number of its rows where a key is
             not seen; without ``bias`` bool, True where a key is not seen. Every query sees a key.
-        num_heads: heads ``H``.
         bias: (C, H) float, or None.
+        num_heads: heads ``H``.
 
     Returns:
         (G, T, H * dv) of the type of ``key``.
     """
     with torch.autocast(query.device.type, enabled=False):
-        out: Tensor = _StateAttention.apply(
-            query.to(key.dtype), key, value, bias, rows, pairs, num_heads
-        )
+        out: Tensor = _StateAttention.apply(query, key, value, bias, rows, pairs, num_heads)
     return out
 
 
@@ -79,7 +113,7 @@ class _StateAttention(torch.autograd.Function):
         grad = _heads_first(grad_outputs[0], heads)
         grad_values = weights.transpose(1, 2).bmm(grad)
         grad_scores = grad.bmm(values.transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_scores, weights, 2, weights.dtype)
+        grad_scores = softmax_backward(grad_scores, weights, 2, weights.dtype)
         grad_query = _heads_last(grad_scores.bmm(keys), heads)
         grad_keys = grad_scores.transpose(1, 2).bmm(queries)
         grad_key, grad_value = (
@@ -97,30 +131,30 @@ class _StateAttention(torch.autograd.Function):
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """(G, n, H * d) -> (H * G, n, d), contiguous."""
+    """Bring the heads to the front: (G, n, H * d) -> (H * G, n, d), contiguous."""
     groups, n, width = x.shape
     split = x.reshape(groups, n, heads, width // heads).permute(2, 0, 1, 3)
     return split.reshape(heads * groups, n, width // heads)
 
 
 def _heads_last(x: Tensor, heads: int) -> Tensor:
-    """(H * G, n, d) -> (G, n, H * d), contiguous."""
+    """Bring the heads back: (H * G, n, d) -> (G, n, H * d), contiguous."""
     groups, n, width = x.shape[0] // heads, x.shape[1], x.shape[2]
     return x.view(heads, groups, n, width).permute(1, 2, 0, 3).reshape(groups, n, heads * width)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """(W, d), (G, n) -> (G, n, d)."""
+    """Take rows: (W, d), (G, n) -> (G, n, d)."""
     return x.index_select(0, rows.flatten()).view(*rows.shape, x.shape[1])
 
 
 def _sum_rows(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Transpose of :func:`_take`: (G, n, d), (G, n) -> (W, d)."""
+    """Sum what was taken from each row: (G, n, d), (G, n) -> (W, d)."""
     wide = _wide(x).flatten(0, 1)
     sums = wide.new_zeros(num_rows, x.shape[2])
     return sums.index_add_(0, rows.flatten(), wide).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32, for sums over tiles."""
+    """Widen to float32 or better, for sums over tiles."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,36 +1,20 @@
 """DDSR's attention by fused Triton kernels: memory linear in the tokens, no wait of the host.
 
-``triton_kernels`` holds the kernels, ``state_table`` what they walk over. Here stand the operators
-``torch.ops.hstu_xd.state_attention`` and its gradients. Loading this module does not load triton;
-the first call does.
+``triton_kernels`` holds the kernels, ``state_table`` what they walk over, ``triton_launch`` their
+block sizes. Here stand the operators ``torch.ops.hstu_xd.state_attention`` and its gradients, which
+eager, compiled and exported code call alike. Loading this module does not load triton; the first
+call does.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hstu_xd.ops.domain_attention import fused
-from hstu_xd.ops.state_attention.state_table import StateTable
-
-
-class Inputs(NamedTuple):
-    """What every kernel is given.
-
-    Attributes:
-        q: (L, H, dqk) float, scaled.
-        k: (L + D, H, dqk) float, of the tokens' states, then of the domains' initial ones.
-        v: (L + D, H, dv) float, likewise.
-        bias: (C, H) float by age of the state, its last row for initial states; or None.
-        table: which states each token reads.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    table: StateTable
+from hstu_xd.ops.state_attention.state_reads import StateReads
+from hstu_xd.ops.state_attention.state_table import StateKernelInputs, StateTable
+from hstu_xd.ops.triton_support import check_kernels_take
 
 
 @torch.library.custom_op("hstu_xd::state_attention", mutates_args=())
@@ -43,14 +27,14 @@ def state_attention(
     tile: int,
     states_per_domain: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output (L, H, dv) and (L, H) float32 logarithms of the softmax's denominators, contiguous.
+    """Compute (L, H, dv) and (L, H) float32 logarithms of the softmax's denominators, contiguous.
 
-    The arguments are those of :class:`Inputs`, ``table`` by its tensors.
+    The arguments are those of :class:`StateKernelInputs`, ``table`` by its tensors.
     """
     from hstu_xd.ops.state_attention import triton_launch
 
     layout = StateTable(*table, tile=tile, states_per_domain=states_per_domain)
-    return triton_launch.forward(Inputs(q, k, v, bias, layout))
+    return triton_launch.forward(StateKernelInputs(q, k, v, bias, layout))
 
 
 @state_attention.register_fake
@@ -72,11 +56,11 @@ def state_attention_gradients(
     tile: int,
     states_per_domain: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the bias, (0,) where there is none; contiguous."""
+    """Compute gradients of q, k, v and the bias, (0,) where there is none; contiguous."""
     from hstu_xd.ops.state_attention import triton_launch
 
     layout = StateTable(*table, tile=tile, states_per_domain=states_per_domain)
-    inputs = Inputs(q, k, v, bias, layout)
+    inputs = StateKernelInputs(q, k, v, bias, layout)
     return triton_launch.gradients(grad_out, out, log_mass, inputs)
 
 
@@ -117,25 +101,15 @@ state_attention.register_autograd(_backward, setup_context=_remember)
 
 
 def fused_state_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: StateTable, *, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, reads: StateReads, *, bias: Tensor | None = None
 ) -> Tensor:
-    """Attend head by head: ``softmax_s(<q_i, k_s> + bias[age_is]) v_s`` over the states seen.
-
-    Args:
-        q: (L, H, dqk) float, scaled.
-        k: (L + D, H, dqk) float, of the tokens' states, then of the domains' initial ones.
-        v: (L + D, H, dv) float, likewise.
-        table: which states each token reads.
-        bias: (C, H) float by the log bucket of the time from a state's writing to the event to
-            predict, its last row for initial states; or None.
-
-    Returns:
-        (L, H, dv) of the type of ``v``.
+    """Compute :func:`hstu_xd.ops.state_attention` by the kernels; see there for the arguments.
 
     Raises:
         InputError: a dtype or a head width that the kernels do not have, or tensors on a CPU
             without the interpreter.
     """
-    fused.check_kernels_take(q, v)
+    check_kernels_take(q, v)
+    table = reads.table
     out, _ = state_attention(q, k, v, bias, table.tensors(), table.tile, table.states_per_domain)
     return out

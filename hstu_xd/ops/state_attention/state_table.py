@@ -5,13 +5,15 @@ never waits for the device.
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.row_tiles import rank, ranks, split
+from hstu_xd.ops.triton_support import split
+from hstu_xd.ops.visibility import replacements
 
 # Lifetimes of states are told apart by factors of four, the last class is open.
 _LIFETIMES = 8
@@ -89,34 +91,31 @@ class StateTable:
         )
 
     def tensors(self) -> list[Tensor]:
-        """As an operator takes it."""
+        """Return the tensors, as an operator takes them."""
         return [x for x in vars(self).values() if isinstance(x, Tensor)]
 
 
-def key_height(tile: int) -> int:
-    """States of a tile of keys: the fewer, the fewer tokens see some of them but not all."""
-    return min(tile, _MOST_KEYS)
+class StateKernelInputs(NamedTuple):
+    """What every kernel is given.
 
-
-def replacements(grouping: DomainGrouping, states_per_domain: int) -> Tensor:
-    """First token that no longer sees each token's state: the ``M``-th visit after its own.
-
-    Args:
-        grouping: the batch by (user, domain).
-        states_per_domain: latest states ``M`` of each domain that a token sees.
-
-    Returns:
-        (L,) int64; the end of the user's history where no visit replaces a state.
+    Attributes:
+        q: (L, H, dqk) float, scaled.
+        k: (L + D, H, dqk) float, of the tokens' states, then of the domains' initial ones.
+        v: (L + D, H, dv) float, likewise.
+        bias: (C, H) float by age of the state, its last row for initial states; or None.
+        table: which states each token reads.
     """
-    length, num_domains = grouping.num_tokens, grouping.num_domains
-    rows = torch.arange(length, device=grouping.permutation.device)
-    groups = torch.arange(grouping.offsets.numel() - 1, device=rows.device)
-    group = torch.repeat_interleave(groups, grouping.offsets.diff(), output_size=length)
-    visit = rows + states_per_domain
-    token = pad(grouping.permutation, (0, 1))[visit.clamp(max=length)]
-    end = grouping.batch_offsets[group // num_domains + 1]
-    token = torch.where(visit < grouping.offsets[group + 1], token, end)
-    return torch.empty_like(token).scatter_(0, grouping.permutation, token)
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    table: StateTable
+
+
+def key_height(tile: int) -> int:
+    """Choose the states of a tile of keys: of few, fewer tokens see some but not all."""
+    return min(tile, _MOST_KEYS)
 
 
 def _tiles(grouping: DomainGrouping, tile: int) -> Tensor:
@@ -125,5 +124,6 @@ def _tiles(grouping: DomainGrouping, tile: int) -> Tensor:
     domains = torch.arange(num_domains, device=user.device)
     group = user.unsqueeze(1) * num_domains + domains
     position = (first - grouping.batch_offsets[user]).unsqueeze(1)
-    visited = torch.searchsorted(ranks(grouping), rank(group, position, length))
+    # The first visit that is not before the tile.
+    visited = grouping.first_row(group, position)
     return torch.cat([torch.stack([first, stop, user], dim=1), visited], dim=1).to(torch.int32)

@@ -26,7 +26,7 @@ _NOWHERE = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _tile(tiles, index, num_domains):
-    """First token and end of a tile, its user, and where its counts of visits lie."""
+    """Load first token and end of a tile, its user, and where its counts of visits lie."""
     entry = tiles + tl.cast(index, tl.int64) * (3 + num_domains)
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2).to(tl.int64), entry + 3
 
@@ -36,8 +36,8 @@ def _states(
     slot, first, stop, user, visited,
     offsets, tokens, first_visits, replaced, times, num_tokens, num_domains, depth,
 ):  # fmt: skip
-    """Of each key of a tile: its row, is it there, since and until which token it is seen, its
-    time, and is it an initial state.
+    """Load of each key of a tile: its row, whether it is there, since and until which token it is
+    seen, its time, and whether it is an initial state.
 
     A domain is represented once by its initial state, not once for every missing visit.
     """
@@ -66,7 +66,7 @@ def _scores(
     query, key, next_time, time, initial, seen,
     bias, edges, head, heads, last_bucket, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of pairs and their rows of ``bias``, whose last row stands for initial states."""
+    """Compute scores of pairs and their rows of ``bias``, the last one for initial states."""
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     bucket = tl.zeros(scores.shape, tl.int32)
     if BIASED:
@@ -86,7 +86,7 @@ def forward_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile over its keys: ``out = softmax_s(<q, k_s> + bias_s) v_s``, one pass.
+    """Walk a tile over its keys: ``out = softmax_s(<q, k_s> + bias_s) v_s``, one pass.
 
     log_mass: (L, H) float32, logarithm of the softmax's denominator.
     """
@@ -144,7 +144,7 @@ def query_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_AGE: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A tile over its keys: ``dq = sum_s ds_s k_s``, weights computed again.
+    """Walk a tile over its keys: ``dq = sum_s ds_s k_s``, weights computed again.
 
     by_age: (tiles, H, last_bucket + 1) float32, sums of ``ds`` by row of the bias.
     inner: (L, H) float32, ``<out, grad_out>``, which the gradients of the keys need as well.
@@ -206,7 +206,7 @@ def _add_key_gradients(
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """What some tokens before ``stop`` add to ``dk = sum_i ds_i q_i`` and ``dv = sum_i w_i do_i``.
+    """Add what some tokens before ``stop`` give ``dk = sum_i ds_i q_i``, ``dv = sum_i w_i do_i``.
 
     Pairs are transposed, a key to a row, so that they enter the sums as they are.
     """
@@ -242,7 +242,7 @@ def token_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the states that tokens wrote, over all tokens that see any state of the tile."""
+    """Sum gradients of states that tokens wrote over all tokens that see any state of the tile."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     entry = key_tiles + (program // heads) * 2
@@ -280,7 +280,7 @@ def initial_gradient_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the initial states of some domains, over every so many-th tile of tokens.
+    """Sum gradients of initial states of some domains over every so many-th tile of tokens.
 
     grad_k, grad_v: (shares, D, H, d) float32, partial sums; strides are those within a share.
     """

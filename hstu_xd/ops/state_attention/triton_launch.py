@@ -8,16 +8,15 @@ from torch import Tensor
 
 from hstu_xd.ops.relative_bias import bucket_edges
 from hstu_xd.ops.state_attention import triton_kernels as kernels
-from hstu_xd.ops.state_attention.fused import Inputs
-from hstu_xd.ops.state_attention.state_table import StateTable, key_height
-from hstu_xd.ops.triton_arguments import INTERPRETED, computable, strides, widths
+from hstu_xd.ops.state_attention.state_table import StateKernelInputs, StateTable, key_height
+from hstu_xd.ops.triton_blocks import INTERPRETED, computable, strides, widths
 
 # Shares of the tiles in which gradients of initial states are summed, and numbers in all of them.
 _MOST_SHARES, _MOST_NUMBERS = (2 if INTERPRETED else 64), 2**24
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(L, H, dv) output and (L, H) float32 logarithms of the softmax's denominators."""
+def forward(inputs: StateKernelInputs) -> tuple[Tensor, Tensor]:
+    """Compute (L, H, dv) and (L, H) float32 logarithms of the softmax's denominators."""
     given = _computable(inputs)
     length, heads = given.q.shape[:2]
     out = given.v.new_empty(length, heads, given.v.shape[2])
@@ -37,9 +36,9 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def gradients(
-    grad_out: Tensor, out: Tensor, log_mass: Tensor, inputs: Inputs
+    grad_out: Tensor, out: Tensor, log_mass: Tensor, inputs: StateKernelInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the bias, (0,) where there is none."""
+    """Compute gradients of q, k, v and of the bias, (0,) where there is none."""
     given = _computable(inputs)
     out, grad_out = computable(out), computable(grad_out.to(inputs.v.dtype))
     inner = torch.empty_like(log_mass)
@@ -54,9 +53,9 @@ def gradients(
 
 
 def _query_gradient(
-    grad_out: Tensor, out: Tensor, log_mass: Tensor, inner: Tensor, given: Inputs
+    grad_out: Tensor, out: Tensor, log_mass: Tensor, inner: Tensor, given: StateKernelInputs
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of q and (G, H, C) float32 gradient of the bias by tile; fills ``inner``."""
+    """Compute gradients of q and, by tile, of the bias, (G, H, C) float32; fill ``inner``."""
     table, heads = given.table, given.q.shape[1]
     classes = 0 if given.bias is None else len(given.bias)
     grad_q = given.q.new_empty(given.q.shape)
@@ -80,8 +79,8 @@ def _query_gradient(
     return grad_q, by_age
 
 
-def _key_gradients(given: Inputs, shared: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v: of the tokens' states, then of the initial ones."""
+def _key_gradients(given: StateKernelInputs, shared: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute gradients of k and v: of the tokens' states, then of the initial ones."""
     table, (length, heads) = given.table, given.q.shape[:2]
     height, num_domains = key_height(table.tile), len(given.k) - length
     grad_k, grad_v = (x.new_empty(x.shape) for x in (given.k, given.v))
@@ -126,14 +125,14 @@ def _key_gradients(given: Inputs, shared: dict[str, Tensor]) -> tuple[Tensor, Te
     return grad_k, grad_v
 
 
-def _computable(inputs: Inputs) -> Inputs:
+def _computable(inputs: StateKernelInputs) -> StateKernelInputs:
     q, k, v = (computable(x) for x in (inputs.q, inputs.k, inputs.v))
     bias = None if inputs.bias is None else inputs.bias.contiguous()
     return inputs._replace(q=q, k=k, v=v, bias=bias)
 
 
 def _walk(table: StateTable) -> dict[str, Any]:
-    """What a kernel needs to find the keys of a tile of tokens."""
+    """Collect what a kernel needs to find the keys of a tile of tokens."""
     return {
         "tiles": table.tiles,
         "offsets": table.offsets,
@@ -147,7 +146,7 @@ def _walk(table: StateTable) -> dict[str, Any]:
     }
 
 
-def _launch(kernel: Any, given: Inputs, per_head: int, **own: Any) -> None:
+def _launch(kernel: Any, given: StateKernelInputs, per_head: int, **own: Any) -> None:
     """Launch ``per_head`` programs a head with what all kernels take, beside ``own`` arguments."""
     q, k, v, bias, table = given
     blocks = widths(q, v)

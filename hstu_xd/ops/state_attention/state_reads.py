@@ -1,8 +1,9 @@
-"""Tiles of DDSR: what a few consecutive tokens of a user read, laid out for matrix products.
+"""Which domain states every token of a batch reads: the plan that all layers with DDSR share.
 
-A tile reads the states that were there when it began (the carry-in, the same for all its tokens)
-and those that its own tokens write. Which of them a token still sees is a matter of when they are
-overwritten: a state is replaced by the ``M``-th visit after it.
+For plain PyTorch it is laid out in tiles: what a few consecutive tokens of a user read, in the
+shape of matrix products. A tile reads the states that were there when it began (the carry-in, the
+same for all its tokens) and those that its own tokens write. Which of them a token still sees is a
+matter of when they are overwritten: a state is replaced by the ``M``-th visit after it.
 """
 
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu_xd.errors import InputError
 from hstu_xd.ops.grouping import DomainGrouping, lazy_property
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, time_bucket
-from hstu_xd.ops.state_attention.state_table import replacements
+from hstu_xd.ops.state_attention.state_table import StateTable
+from hstu_xd.ops.visibility import replacements
 
 _HEIGHTS = (8, 16, 32, 64, 128)
 # Costs of a key of a tile and of a tile itself, in query-key pairs (measured on CPU).
@@ -73,7 +76,7 @@ class StateTiles:
             tensor([[3, 4, 0, 1],
                     [1, 0, 2, 2]])
         """
-        cut = _Cut.of(grouping, height, grouping.num_domains * states_per_domain)
+        cut = _Cut.build(grouping, height, grouping.num_domains * states_per_domain)
         overwritten = replacements(grouping, states_per_domain)
         depth = states_per_domain if cut.carries else 1
         carried, until = _carry_in(grouping, cut, overwritten, depth)
@@ -91,7 +94,7 @@ class StateTiles:
 
     @lazy_property
     def unseen(self) -> Tensor:
-        """(G, T, S) bool, keys that a token does not see: overwritten, or not yet written."""
+        """Tell which keys a token does not see, overwritten or not yet written: (G, T, S) bool."""
         carried = self.rows.shape[1] - self.tokens.shape[1]
         query = self.tokens.unsqueeze(2)
         unseen = query >= self.overwritten.unsqueeze(1)
@@ -100,7 +103,7 @@ class StateTiles:
 
     @lazy_property
     def ages(self) -> Tensor:
-        """(G, T, S) uint8, log bucket of the time from a state's writing to the event to predict.
+        """Bucket the time from a state's writing to the event to predict: (G, T, S) uint8.
 
         ``NUM_TIME_BUCKETS`` stands for "never written", the number after it for unseen.
         """
@@ -110,6 +113,92 @@ class StateTiles:
         bucket = time_bucket(age, NUM_TIME_BUCKETS).to(torch.uint8)
         bucket.masked_fill_((self.rows >= length).unsqueeze(1), NUM_TIME_BUCKETS)
         return bucket.masked_fill_(self.unseen, NUM_TIME_BUCKETS + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class StateReads:
+    """The plan of :func:`hstu_xd.ops.state_attention`: tokens, their times, states per domain.
+
+    A token reads the latest ``M`` states of each domain, its own included. The layout that an
+    implementation needs is built on its first use.
+
+    Attributes:
+        grouping: the batch by (user, domain).
+        timestamps: (L,) int64, when each token happened, in the log's own unit.
+        next_timestamps: (L,) int64, time of the event after each token.
+        states_per_domain: latest states ``M`` of each domain that a token reads.
+
+    Raises:
+        InputError: a target view for ``grouping``, times that are not int64 or not one a token, or
+            ``states_per_domain`` below 1.
+
+    Example:
+        >>> domains, offsets = torch.tensor([0, 1, 0]), torch.tensor([0, 3])
+        >>> grouping = DomainGrouping.from_jagged(domains, offsets, 2)
+        >>> times = torch.tensor([5, 6, 9])
+        >>> StateReads(grouping, times, times, states_per_domain=1).num_rows
+        5
+    """
+
+    grouping: DomainGrouping
+    timestamps: Tensor
+    next_timestamps: Tensor
+    states_per_domain: int
+
+    def __post_init__(self) -> None:
+        length = self.grouping.num_tokens
+        if self.grouping.key_grouping is not None:
+            raise InputError(
+                "reads.grouping is a target view; the grouping of the tokens by their own domain "
+                "is needed, as DomainGrouping.from_jagged gives it"
+            )
+        for name in ("timestamps", "next_timestamps"):
+            tensor: Tensor = getattr(self, name)
+            if tensor.shape != (length,) or tensor.dtype != torch.int64:
+                raise InputError(
+                    f"reads.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                    f"torch.int64 of shape ({length},) is needed, one entry a token"
+                )
+        if self.states_per_domain < 1:
+            raise InputError(
+                f"reads.states_per_domain is {self.states_per_domain}; at least 1 is needed"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows ``L + D`` of keys and values: a state of each token, an initial one a domain."""
+        return self.grouping.num_tokens + self.grouping.num_domains
+
+    @lazy_property
+    def tiles(self) -> StateTiles:
+        """Lay out tiles for plain PyTorch; to cut them the host reads the histories' lengths."""
+        return StateTiles.build(
+            self.grouping,
+            self.timestamps,
+            self.next_timestamps,
+            states_per_domain=self.states_per_domain,
+        )
+
+    @lazy_property
+    def table(self) -> StateTable:
+        """Lay out the work list of the fused kernels."""
+        return StateTable.build(
+            self.grouping,
+            self.timestamps,
+            self.next_timestamps,
+            states_per_domain=self.states_per_domain,
+            tile=self._tile(),
+        )
+
+    def _tile(self) -> int:
+        """Choose the tokens of a tile by what the host knows: nothing may wait for the device."""
+        if self.timestamps.device.type == "cpu":
+            return 16
+        if torch.compiler.is_compiling():
+            # The mean length differs from batch to batch: it must not lead to a compilation.
+            return 64
+        users = max(1, self.grouping.batch_offsets.numel() - 1)
+        return 32 if self.grouping.num_tokens / users < 40 else 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +222,7 @@ class _Cut:
     carries: bool
 
     @classmethod
-    def of(cls, grouping: DomainGrouping, height: int | None, carried: int) -> "_Cut":
+    def build(cls, grouping: DomainGrouping, height: int | None, carried: int) -> "_Cut":
         if grouping.padded_length is not None:
             return cls._one_tile_a_user(grouping, grouping.padded_length)
         offsets = grouping.batch_offsets
@@ -163,7 +252,7 @@ class _Cut:
 
     @classmethod
     def _one_tile_a_user(cls, grouping: DomainGrouping, length: int) -> "_Cut":
-        """Where all users have as many tokens: no size depends on what the lengths are."""
+        """Cut where all users have as many tokens: no size depends on what the lengths are."""
         slots = torch.arange(grouping.num_tokens, device=grouping.permutation.device)
         tokens = slots.view(-1, length)
         users = torch.arange(tokens.shape[0], device=slots.device)
@@ -182,7 +271,7 @@ def _num_tiles(lengths: np.ndarray, height: int) -> int:
 
 
 def _cheapest_height(lengths: np.ndarray, carried: int) -> int:
-    """Tokens of a tile: tall tiles waste pairs, low ones read the carry-in often."""
+    """Choose the tokens of a tile: tall ones waste pairs, low ones read the carry-in often."""
     longest = max(1, int(lengths.max(initial=1)))
     heights = [height for height in _HEIGHTS if height < longest]
     heights.append(min(longest, _HEIGHTS[-1]))
@@ -197,7 +286,7 @@ def _cheapest_height(lengths: np.ndarray, carried: int) -> int:
 def _carry_in(
     grouping: DomainGrouping, cut: _Cut, overwritten: Tensor, depth: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows and ends of the states before each tile, (G, D * depth) int64 each."""
+    """Find rows and ends of the states before each tile, (G, D * depth) int64 each."""
     length, num_domains = grouping.num_tokens, grouping.num_domains
     if not length:
         return (cut.users.new_zeros(0, num_domains * depth),) * 2

@@ -1,18 +1,58 @@
-"""The definition of DDSR that every implementation is held to: each token looks all states up.
+"""The definition of DDSR's attention: every token looks the states of all domains up.
 
-It materialises (L, D, M) rows of keys and of values, which is what implementations avoid.
+It lays out (L, D, M) rows of keys and of values, which is what the other implementations avoid.
 """
 
 import torch
 from torch import Tensor
 
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, time_bucket
+from hstu_xd.ops.state_attention.state_reads import StateReads
+
+
+def reference_state_attention(
+    q: Tensor, k: Tensor, v: Tensor, reads: StateReads, *, bias: Tensor | None = None
+) -> Tensor:
+    """Compute the formula of :func:`hstu_xd.ops.state_attention` as it stands there."""
+    row, weights = state_weights(q, k, reads, bias=bias)
+    return torch.einsum("lsh,lshv->lhv", weights, v[row])
+
+
+def state_weights(
+    q: Tensor, k: Tensor, reads: StateReads, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the rows of ``k`` that every token reads, and the softmax of their scores.
+
+    Args:
+        q: (L, H, dqk) float, scaled.
+        k: (L + D, H, dqk) float.
+        reads: which states each token reads.
+        bias: (129, H) float by age of the state, or None.
+
+    Returns:
+        (L, D * M) int64 and (L, D * M, H) float, zero for a visit that has not been.
+    """
+    domains = reads.grouping.group_of % reads.grouping.num_domains
+    index = last_state_index(
+        domains, reads.grouping.batch_offsets, reads.grouping.num_domains, reads.states_per_domain
+    )
+    length, num_domains, depth = index.shape
+    initial = length + torch.arange(num_domains, device=index.device).unsqueeze(1)
+    row = torch.where(index < 0, initial, index)
+    scores = torch.einsum("lhk,ldmhk->ldmh", q, k[row])
+    if bias is not None:
+        ages = state_age_bucket(index, reads.timestamps, reads.next_timestamps)
+        scores = scores + bias.to(scores.dtype)[ages]
+    # A domain is represented once by its initial state, not once for every missing visit.
+    missing = (index < 0) & (torch.arange(depth, device=index.device) > 0)
+    scores = scores.masked_fill(missing.unsqueeze(3), float("-inf"))
+    return row.flatten(1), scores.flatten(1, 2).softmax(1)
 
 
 def last_state_index(
     domains: Tensor, offsets: Tensor, num_domains: int, states_per_domain: int = 1
 ) -> Tensor:
-    """Token that last visited each domain, for every token: a running maximum, no loop over time.
+    """Find the tokens that last visited each domain, for every token, by a running maximum.
 
     Args:
         domains: (L,) int64, domain of each token.
@@ -45,7 +85,7 @@ def last_state_index(
 
 
 def state_age_bucket(index: Tensor, timestamps: Tensor, next_timestamps: Tensor) -> Tensor:
-    """Log bucket of the time from a state's writing to the event to predict.
+    """Bucket the time from a state's writing to the event to predict, on a logarithmic scale.
 
     Args:
         index: (L, D, M) int64 of :func:`last_state_index`.
@@ -57,49 +97,3 @@ def state_age_bucket(index: Tensor, timestamps: Tensor, next_timestamps: Tensor)
     """
     age = next_timestamps.view(-1, 1, 1) - timestamps[index.clamp(min=0)]
     return time_bucket(age, NUM_TIME_BUCKETS).masked_fill(index < 0, NUM_TIME_BUCKETS)
-
-
-def state_weights(
-    q: Tensor, k: Tensor, index: Tensor, *, bias: Tensor | None = None, ages: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rows of ``k`` that every token reads, (L, D * M), and their softmax, (L, D * M, H).
-
-    For the arguments see :func:`read_states`.
-    """
-    length, num_domains, depth = index.shape
-    initial = length + torch.arange(num_domains).unsqueeze(1)
-    row = torch.where(index < 0, initial, index)
-    scores = torch.einsum("lhk,ldmhk->ldmh", q, k[row])
-    if bias is not None:
-        assert ages is not None
-        scores = scores + bias[ages]
-    # A domain is represented once by its initial state, not once for every missing visit.
-    missing = (index < 0) & (torch.arange(depth) > 0)
-    scores = scores.masked_fill(missing.unsqueeze(3), float("-inf"))
-    return row.flatten(1), scores.flatten(1, 2).softmax(1)
-
-
-def read_states(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ages: Tensor | None = None,
-) -> Tensor:
-    """``softmax_s(<q_i, k_s> + bias[age_is]) v_s`` over the states of all domains.
-
-    Args:
-        q: (L, H, dqk) float, scaled.
-        k: (L + D, H, dqk) float, of the tokens, then of the domains' initial states.
-        v: (L + D, H, dv) float, likewise.
-        index: (L, D, M) int64 of :func:`last_state_index`.
-        bias: (C, H) float, or None.
-        ages: (L, D, M) int64 of :func:`state_age_bucket`, with ``bias``.
-
-    Returns:
-        (L, H, dv).
-    """
-    row, weights = state_weights(q, k, index, bias=bias, ages=ages)
-    return torch.einsum("lsh,lshv->lhv", weights, v[row])

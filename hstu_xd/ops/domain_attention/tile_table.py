@@ -1,0 +1,111 @@
+"""The work list of the fused kernels, and all that a launch of one is given.
+
+A tile says which rows a program owns and which rows they can meet. Everything is computed where the
+grouping lies and its sizes follow from shapes alone, so the host never waits for the device.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.triton_support import split
+from hstu_xd.ops.visibility import seeing_start, seen_end
+
+
+class PairPlan(NamedTuple):
+    """Integer tensors that say which pairs meet, and what the bias of a pair depends on.
+
+    Attributes:
+        query_tiles: (T, 4) int32, see :func:`query_tiles`.
+        key_tiles: (T, 4) int32, see :func:`key_tiles`.
+        query_tokens: (L,) int64, grouped order of the queries -> token of the batch.
+        key_tokens: (L,) int64, grouped order of the keys -> token.
+        query_order: (L,) int64, position of each token as a query, which decides causality.
+        key_order: (L,) int64, position of each token as a key.
+        positions: (L,) int64, position of each token for the bias; None without bias.
+        next_times: (L,) int64, time of the event after each token; None without bias.
+        times: (L,) int64, time of each token; None without bias.
+    """
+
+    query_tiles: Tensor
+    key_tiles: Tensor
+    query_tokens: Tensor
+    key_tokens: Tensor
+    query_order: Tensor
+    key_order: Tensor
+    positions: Tensor | None = None
+    next_times: Tensor | None = None
+    times: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors as an operator takes them: six, or nine with a bias."""
+        return [x for x in self if x is not None]
+
+
+class KernelInputs(NamedTuple):
+    """What every kernel is given.
+
+    Attributes:
+        q: (L, H, dqk) float.
+        k: (L, H, dqk) float.
+        v: (L, H, dv) float.
+        position_weights: (2 N - 1,) float, or None.
+        time_weights: (num_buckets + 1,) float, or None.
+        plan: pairs and their coordinates.
+        norm_length: the divisor ``N``.
+        tile: rows of the tiles in ``plan``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    position_weights: Tensor | None
+    time_weights: Tensor | None
+    plan: PairPlan
+    norm_length: int
+    tile: int
+
+
+def query_tiles(grouping: DomainGrouping, tile: int) -> Tensor:
+    """Cut the queries into tiles, each with the keys that any of its queries may see.
+
+    Args:
+        grouping: the plan of the batch.
+        tile: rows of a tile at most.
+
+    Returns:
+        (T, 4) int32 rows ``first, stop, key_first, key_stop`` in grouped order, the most work
+        first, and ``T = L // tile + min(L, groups)``; zeros where there are fewer tiles.
+    """
+    group, first, stop = split(grouping.offsets, grouping.num_tokens, tile)
+    last_position = grouping.positions[grouping.permutation[stop - 1]]
+    key_first = grouping.keys.offsets[group]
+    return _longest_first(first, stop, key_first, seen_end(grouping, group, last_position))
+
+
+def key_tiles(grouping: DomainGrouping, tile: int) -> Tensor:
+    """Cut the keys into tiles, each with the queries that may see any of its keys.
+
+    Args:
+        grouping: the plan of the batch.
+        tile: rows of a tile at most.
+
+    Returns:
+        (T, 4) int32 rows ``first, stop, query_first, query_stop``, like :func:`query_tiles`.
+    """
+    keys = grouping.keys
+    group, first, stop = split(keys.offsets, keys.num_tokens, tile)
+    first_row = first.clamp(max=keys.num_tokens - 1)
+    first_position = keys.positions[keys.permutation[first_row]]
+    query_first = seeing_start(grouping, group, first_position)
+    return _longest_first(first, stop, query_first, grouping.offsets[group + 1])
+
+
+def _longest_first(first: Tensor, stop: Tensor, other_first: Tensor, other_stop: Tensor) -> Tensor:
+    """Order the table so that no long tile starts when all others are done."""
+    work = (other_stop - other_first).masked_fill(first >= stop, -1)
+    order = torch.argsort(work, descending=True, stable=True)
+    rows = torch.stack([first, stop, other_first, other_stop], dim=1)
+    return rows[order].to(torch.int32)

@@ -1,0 +1,117 @@
+"""The public operator of DDSR: checks its arguments, chooses an implementation, runs it."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hstu_xd.errors import InputError
+from hstu_xd.ops import triton_support
+from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
+from hstu_xd.ops.state_attention.eager import eager_state_attention
+from hstu_xd.ops.state_attention.fused import fused_state_attention
+from hstu_xd.ops.state_attention.reference import reference_state_attention
+from hstu_xd.ops.state_attention.state_reads import StateReads
+
+_IMPLS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference_state_attention,
+    "eager": eager_state_attention,
+    "triton": fused_state_attention,
+}
+
+
+def available_state_impls() -> tuple[str, ...]:
+    """Return the names that ``state_attention(..., impl=...)`` accepts here, slowest first.
+
+    "triton" is among them where triton is installed and there is a CUDA device, or where Triton's
+    interpreter stands in for one.
+    """
+    return tuple(x for x in _IMPLS if x != "triton" or triton_support.installed())
+
+
+def state_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reads: StateReads,
+    *,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Let every token of a jagged batch attend to the latest states of all domains.
+
+    ``out_i = sum_s softmax_s(<q_i, k_s> + bias[age_is]) v_s`` over the states ``s`` that token
+    ``i`` of a user reads: of every domain those that the user's latest ``M`` tokens up to ``i``
+    wrote, and the domain's initial state where there is none yet. ``age_is`` is the logarithmic
+    bucket of the time from the writing of ``s`` to the event after ``i``.
+
+    Args:
+        q: (L, H, dqk) float, queries of the tokens in batch order; the caller has scaled them,
+            usually by ``dqk ** -0.5``.
+        k: (L + D, H, dqk) float, keys: of the state that each token writes, then of the initial
+            state of each domain.
+        v: (L + D, H, dv) float, values likewise.
+        reads: the plan of the batch, built once and shared by all layers.
+        bias: (129, H) float by ``age``, its last row for initial states; None for no bias.
+        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width, else
+            eager) or a name of :func:`available_state_impls`.
+
+    Returns:
+        (L, H, dv) float, in batch order.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together, or an unknown ``impl``.
+
+    Example:
+        >>> import torch
+        >>> from hstu_xd.ops.grouping import DomainGrouping
+        >>> domains, offsets = torch.tensor([0, 1, 0]), torch.tensor([0, 3])
+        >>> times = torch.tensor([5, 6, 9])
+        >>> grouping = DomainGrouping.from_jagged(domains, offsets, 2)
+        >>> reads = StateReads(grouping, times, times, states_per_domain=1)
+        >>> q, k, v = torch.zeros(3, 1, 4), torch.zeros(5, 1, 4), torch.arange(5.0).view(5, 1, 1)
+        >>> state_attention(q, k, v, reads).flatten()  # means of states 0 4, 0 1 and 2 1
+        tensor([2.0000, 0.5000, 1.5000])
+
+    Source: arXiv 2508.20945, dynamic domain state representation; several states a domain and the
+        bias by age are this project's.
+    """
+    _check(q, k, v, reads, bias)
+    if impl == "auto":
+        impl = "triton" if q.is_cuda and triton_support.suits(q, v) else "eager"
+    elif impl not in available_state_impls():
+        known = ", ".join(available_state_impls())
+        raise InputError(
+            f"impl {impl!r} is not available here; use auto, {known} for state_attention"
+        )
+    return _IMPLS[impl](q, k, v, reads, bias=bias)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> None:
+    # Text with sizes in it is made only to be shown: a compiled graph would be tied to the numbers.
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        size = reads.grouping.num_tokens if name == "q" else reads.num_rows
+        if tensor.ndim != 3 or tensor.shape[0] != size:
+            meaning = "tokens of reads"
+            if name != "q":
+                meaning = "states: of each token, then an initial one of each domain"
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}; ({size}, heads, width) is needed for "
+                f"{size} {meaning}"
+            )
+        if tensor.dtype != q.dtype or not tensor.is_floating_point():
+            raise InputError(
+                f"{name} is {tensor.dtype}; q, k and v need one float dtype ({q.dtype})"
+            )
+    heads, width = q.shape[1:]
+    if k.shape[1:] != q.shape[1:]:
+        raise InputError(
+            f"k has shape {tuple(k.shape)}; the {heads} heads of width {width} of q are needed"
+        )
+    if v.shape[1] != heads:
+        raise InputError(f"v has {v.shape[1]} heads; the {heads} of q and k are needed")
+    needed = NUM_TIME_BUCKETS + 1, heads
+    if bias is not None and (bias.shape != needed or not bias.is_floating_point()):
+        raise InputError(
+            f"bias is {bias.dtype} of shape {tuple(bias.shape)}; float of shape {needed} is "
+            "needed: a row for each bucket of time, the last one for initial states"
+        )

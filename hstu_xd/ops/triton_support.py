@@ -1,0 +1,81 @@
+"""What the fused operators share before a kernel is launched; loading it does not load triton.
+
+Whether the kernels can run here, which tensors they take, and how rows are cut into the tiles that
+their programs own.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hstu_xd.errors import InputError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST_HEAD = 256
+
+_FOUND = find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Return whether Triton is asked to interpret kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def installed() -> bool:
+    """Return whether the kernels can run: triton, and a CUDA device or Triton's interpreter."""
+    return _FOUND and (torch.cuda.is_available() or interpreting())
+
+
+def suits(q: Tensor, v: Tensor) -> bool:
+    """Return whether "auto" takes the kernels: for tensors on a CUDA device that they accept."""
+    width = max(q.shape[2], v.shape[2])
+    return q.is_cuda and q.dtype in DTYPES and width <= WIDEST_HEAD and installed()
+
+
+def check_kernels_take(q: Tensor, v: Tensor) -> None:
+    """Refuse (L, H, d) tensors of a type, a width or a device that the kernels do not have.
+
+    Raises:
+        InputError: the message names the tensor and what to do.
+    """
+    if q.dtype not in DTYPES:
+        raise InputError(
+            f"q is {q.dtype}; impl 'triton' needs float32, float16 or bfloat16: "
+            "convert q, k and v or use impl='eager'"
+        )
+    for name, tensor in (("q", q), ("v", v)):
+        if tensor.shape[2] > WIDEST_HEAD:
+            raise InputError(
+                f"{name} has heads of width {tensor.shape[2]}; impl 'triton' takes up to "
+                f"{WIDEST_HEAD}: use more heads or impl='eager'"
+            )
+    if q.device.type == "cpu" and not interpreting():
+        raise InputError(
+            f"q is on {q.device}; impl 'triton' needs a CUDA device, or TRITON_INTERPRET=1 set "
+            "before triton is imported: use impl='eager'"
+        )
+
+
+def split(offsets: Tensor, length: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut groups of rows into tiles, where the rows lie and without a wait of the host.
+
+    Args:
+        offsets: (groups + 1,) int64, where the groups begin.
+        length: rows ``L`` of all groups together.
+        tile: rows of a tile at most.
+
+    Returns:
+        Group, first row and end of every tile, ``(L // tile + min(L, groups),)`` int64 each; empty
+        tiles come last.
+    """
+    lengths = offsets.diff()
+    groups = lengths.numel()
+    counts = (lengths + (tile - 1)) // tile
+    ends = counts.cumsum(0)
+    index = torch.arange(length // tile + min(length, groups), device=ends.device)
+    group = torch.searchsorted(ends, index, right=True).clamp_(max=groups - 1)
+    first = offsets[group] + (index - (ends - counts)[group]) * tile
+    end = offsets[group + 1]
+    return group, torch.minimum(first, end), torch.minimum(first + tile, end)
