@@ -6,14 +6,14 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from bench_runs import TINY, run_bench
+from bench_runs import run_bench
 
 from hstu_xd.bench import attention_passes, correctness, providers
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.computation import Computation
 from hstu_xd.bench.roofline import Ceilings, Work, delta, visible_pairs
 
-CASE = Case("attention", 20, 3, **TINY)
+CASE = Case("attention", 20, 3, batch_size=2, heads=2, dqk=4, dv=4, width=8, layers=1)
 UPSTREAM = find_spec("generative_recommenders") and find_spec("fbgemm_gpu")
 needs_upstream = pytest.mark.skipif(
     not UPSTREAM,

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_runs import run_bench
+from bench_runs import call, run_bench
 
 from hstu_xd.bench import row_files
-from hstu_xd.cli.bench import bench
 from hstu_xd.errors import InputError
 
 ROWS: list[dict[str, Any]] = [
@@ -87,7 +86,7 @@ def test_plot_draws_time_and_memory_over_what_changes(
     rows += curve("eager", heads=4) + curve("eager", num_domains=7)[:1]
     row_files.write(tmp_path / "rows.csv", rows)
     folder = tmp_path / "new" / "figures"
-    bench("plot", [tmp_path / "rows.csv"], out=folder)
+    call("plot", tmp_path / "rows.csv", out=folder)
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(files) == sorted(folder.iterdir())
     stem = "by-seq_len-attention-cpu-float32-random-D=5-skew=0-batch=2"
@@ -102,4 +101,4 @@ def test_plot_draws_time_and_memory_over_what_changes(
 def test_plot_of_no_rows_is_refused(tmp_path: Path) -> None:
     row_files.write(tmp_path / "rows.json", [])
     with pytest.raises(InputError, match="there are no rows to draw"):
-        bench("plot", [tmp_path / "rows.json"], out=tmp_path)
+        call("plot", tmp_path / "rows.json", out=tmp_path)
