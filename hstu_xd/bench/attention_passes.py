@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hstu_xd.bench.cases import Draw
-from hstu_xd.bench.computation import Builder, Computation, phased
-from hstu_xd.bench.timing import Pass
+from hstu_xd.bench.timing import Builder, Computation, Pass, phased
 from hstu_xd.ops import RelativeBias, domain_attention
 from hstu_xd.ops.grouping import DomainGrouping
 
@@ -24,7 +23,7 @@ class _Numbers(NamedTuple):
     grad_out: Tensor
 
     @classmethod
-    def of(cls, draw: Draw, dtype: torch.dtype, computes: Computation) -> "_Numbers":
+    def from_draw(cls, draw: Draw, dtype: torch.dtype, computes: Computation) -> "_Numbers":
         case = draw.case
         rows = draw.num_tokens, case.heads
         shapes: dict[str, tuple[int, ...]] = {
@@ -50,7 +49,7 @@ def own(impl: str) -> Builder:
     """This package's attention by ``impl``."""
 
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
-        numbers = _Numbers.of(draw, dtype, computes)
+        numbers = _Numbers.from_draw(draw, dtype, computes)
 
         def forward(grouping: DomainGrouping) -> Tensor:
             bias = None
@@ -87,7 +86,7 @@ def upstream(kernel: str) -> Builder:
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
         hstu_mha = import_module("generative_recommenders.ops.hstu_attention").hstu_mha
         kernels = import_module("generative_recommenders.common").HammerKernel
-        numbers = _Numbers.of(draw, dtype, computes)
+        numbers = _Numbers.from_draw(draw, dtype, computes)
 
         def attend(offsets: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # alpha scales the scores; max_seq_len is the length that they are divided by, too.
@@ -119,7 +118,7 @@ def upstream(kernel: str) -> Builder:
 def dense_mask(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
     """PyTorch's ``scaled_dot_product_attention`` with a mask of all pairs of a user."""
     case = draw.case
-    numbers = _Numbers.of(draw, dtype, computes)
+    numbers = _Numbers.from_draw(draw, dtype, computes)
     shape = case.batch_size, case.seq_len
 
     def plan() -> Tensor:

@@ -126,7 +126,7 @@ class Draw:
     next_timestamps: Tensor
 
     @classmethod
-    def of(cls, case: Case) -> "Draw":
+    def from_case(cls, case: Case) -> "Draw":
         """Draw the batch of a case."""
         generator = torch.Generator().manual_seed(case.seq_len + case.num_domains)
         shape = case.batch_size, case.seq_len

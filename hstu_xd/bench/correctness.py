@@ -30,7 +30,7 @@ def largest_error(provider: str, case: Case) -> float:
     Returns:
         A fraction; above 1 the provider is wrong.
     """
-    draw, dtype = Draw.of(case.small), case.torch_dtype
+    draw, dtype = Draw.from_case(case.small), case.torch_dtype
     one = PROVIDERS[case.what][provider]
     computes = one.computation(case)
     found = one.build(draw, dtype, computes)(unmarked)

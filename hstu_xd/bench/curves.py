@@ -8,8 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from hstu_xd.bench.row_files import markdown
-from hstu_xd.bench.rows import Row
+from hstu_xd.bench.rows import Row, markdown
 from hstu_xd.errors import InputError
 from hstu_xd.experiments.report.style import Canvas, Image, colour, house_style, line_style, marker
 

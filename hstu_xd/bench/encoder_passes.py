@@ -1,15 +1,15 @@
 """Passes of a stack of layers: this package's encoder and upstream's dense research code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from hstu_xd.bench import jagged_operators
 from hstu_xd.bench.cases import Draw
-from hstu_xd.bench.computation import Builder, Computation, phased
-from hstu_xd.bench.timing import Pass
+from hstu_xd.bench.timing import Builder, Computation, Pass, phased
 from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.model.plan import EncoderPlan
 
@@ -53,7 +53,7 @@ def upstream_stack(
     draw: Draw, dtype: torch.dtype, computes: Computation
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """Upstream's layers, and their forward pass of inputs (L, K) and a causal mask (N, N)."""
-    jagged_operators.provide()
+    provide_jagged_operators()
     hstu = import_module("generative_recommenders.research.modeling.sequential.hstu")
     case = draw.case
     layers = [
@@ -108,3 +108,57 @@ def _input_and_gradient(draw: Draw, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def _leaves(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"x": x, **dict(module.named_parameters())}
+
+
+# A library takes its operators along when it goes.
+_libraries: list[torch.library.Library] = []
+
+
+def source_of_jagged_operators() -> str:
+    """Whose operators :func:`provide` provides here."""
+    return "fbgemm" if find_spec("fbgemm_gpu") else "plain PyTorch"
+
+
+@cache
+def provide_jagged_operators() -> None:
+    """Make ``torch.ops.fbgemm`` know the two operators."""
+    if source_of_jagged_operators() == "fbgemm":
+        import_module("fbgemm_gpu")
+    else:
+        register_jagged_operators("fbgemm")
+
+
+def register_jagged_operators(namespace: str) -> None:
+    """Register the plain ones under fbgemm's names and signatures."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _libraries.append(library)
+    library.define(
+        "jagged_to_padded_dense(Tensor values, Tensor[] offsets, SymInt[] max_lengths, "
+        "float padding_value=0) -> Tensor"
+    )
+    library.define(
+        "dense_to_jagged(Tensor dense, Tensor[] x_offsets, SymInt? total_L=None) "
+        "-> (Tensor, Tensor[])"
+    )
+    for function in (jagged_to_padded_dense, dense_to_jagged):
+        library.impl(function.__name__, function, "CompositeImplicitAutograd")
+
+
+def jagged_to_padded_dense(
+    values: Tensor, offsets: Sequence[Tensor], max_lengths: Sequence[int], padding_value: float = 0
+) -> Tensor:
+    """(L, K) -> (B, N, K), each sequence padded or cut to ``max_lengths[0]``."""
+    (starts,), (columns,) = offsets, max_lengths
+    column = torch.arange(columns, device=values.device)
+    inside = column < starts.diff().unsqueeze(1)
+    row = (starts[:-1].unsqueeze(1) + column).masked_fill(~inside, 0)
+    return values[row].masked_fill(~inside.unsqueeze(2), padding_value)
+
+
+def dense_to_jagged(
+    dense: Tensor, x_offsets: Sequence[Tensor], total_L: int | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """(B, N, K) -> (L, K), the leading rows of each sequence, and the offsets."""
+    (starts,) = x_offsets
+    inside = torch.arange(dense.shape[1], device=dense.device) < starts.diff().unsqueeze(1)
+    return dense[inside], list(x_offsets)

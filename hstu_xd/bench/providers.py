@@ -16,8 +16,7 @@ import torch
 
 from hstu_xd.bench import attention_passes, encoder_passes
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.computation import Builder, Computation
-from hstu_xd.bench.timing import Pass
+from hstu_xd.bench.timing import Builder, Computation, Pass
 from hstu_xd.ops.domain_attention import fused
 
 

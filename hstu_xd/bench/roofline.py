@@ -33,7 +33,7 @@ class Work:
     backward_bytes: float
 
     @classmethod
-    def of(cls, draw: Draw, *, masked: bool) -> "Work":
+    def from_draw(cls, draw: Draw, *, masked: bool) -> "Work":
         """The work of an attention or an encoder case.
 
         ``2 H (dqk + dv)`` operations forward for each visible pair, whether or not a provider
@@ -109,7 +109,7 @@ class Ceilings:
     gbs: float
 
     @classmethod
-    def of(cls, case: Case) -> "Ceilings":
+    def measure(cls, case: Case) -> "Ceilings":
         """Of the case's dtype on its device, measured once a process."""
         return _measure(case.device, case.dtype, torch.get_num_threads())
 

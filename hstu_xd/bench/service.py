@@ -24,6 +24,7 @@ import torch
 from hstu_xd.bench.cases import Case
 from hstu_xd.bench.http_load import Call, Load, Outcome
 from hstu_xd.bench.rows import Row, empty_row
+from hstu_xd.bench.timing import torch_threads
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.serving import EncoderSession
@@ -49,7 +50,7 @@ def measure(run: Path | None, case: Case, *, seconds: float, threads: int) -> li
         seconds: of overload.
         threads: of PyTorch, in the service.
     """
-    with TemporaryDirectory() as folder, _threads(threads):
+    with TemporaryDirectory() as folder, torch_threads(threads):
         place = Path(folder)
         served = _Served.of(run or _synthetic_run(place, case), place / "events.sqlite")
         with _process(served, threads) as (process, port):
@@ -201,16 +202,6 @@ def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seco
         "other_errors": others.total(),
         "other_statuses": {str(status): count for status, count in sorted(others.items())},
     }
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """``bench serving``: one event and an answer, against encoding the whole history again.
 
 The answers of every provider are compared with the dense definition in float64 first; then all
-take turns in one process, each turn from a user with the same history.
+take turns in one process, each turn from a user with the same history. With ``--retrieval-items``
+the search for the best of many items is measured too, by each kind of retrieval.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from hstu_xd.bench import correctness, encoder_passes, providers
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.rows import Row, empty_row
+from hstu_xd.bench.rows import Row, empty_row, environment, time_columns, times_faster
+from hstu_xd.bench.timing import Mark, Pass, take_turns, torch_threads
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.serving import EncoderSession
-from hstu_xd.serving.retrieval import ItemIndex
+from hstu_xd.serving.retrieval import RETRIEVALS, ItemIndex
 from hstu_xd.serving.state import expected_bytes
 
 # Provider -> calls a turn: many of what takes a millisecond for one of what takes a hundred.
@@ -47,6 +51,15 @@ _ITEMS, _TOP = 20_000, 10
 _USER = "user"
 _UPSTREAM = providers.PROVIDERS["encoder"]["upstream"]
 
+# Retrieval: the best hundred for 32 users. The vectors are drawn, four fifths of their variance in
+# sixteen directions, as few directions matter to embeddings that were trained. The smaller that
+# share is, the more an index misses.
+_BEST, _ASKING_USERS, _DIRECTIONS = 100, 32, 16
+# Largest difference of a score from the dot product in float64.
+_SCORE_BUDGET = 1e-5
+
+_Found = list[tuple[int, float]]
+
 
 def measure(
     cases: Iterable[Case], names: Iterable[str], *, threads: int, repeats: int
@@ -65,14 +78,9 @@ def measure(
         threads: of PyTorch.
         repeats: turns.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            kept = list(names)
-            return [row for case in cases for row in _rows(_Bench(case), kept, threads, repeats)]
-    finally:
-        torch.set_num_threads(before)
+    chosen = list(names)
+    with torch_threads(threads), torch.no_grad():
+        return [row for case in cases for row in _rows(_Bench(case), chosen, threads, repeats)]
 
 
 def _rows(bench: "_Bench", names: list[str], threads: int, repeats: int) -> list[Row]:
@@ -113,7 +121,7 @@ class _Bench:
 
     def __init__(self, case: Case) -> None:
         self.case = replace(case, batch_size=1)
-        draw = Draw.of(self.case)
+        draw = Draw.from_case(self.case)
         self._model, self._dense = _model(case, "auto"), _model(case, "reference")
         self._truth = _model(case, "reference").double()
         self._session, self._index = EncoderSession(self._model), ItemIndex(self._model)
@@ -239,3 +247,109 @@ def _milliseconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+def measure_retrieval(items: int, *, width: int, threads: int, repeats: int) -> list[Row]:
+    """A row for each kind of retrieval: one request for the best hundred items of one domain.
+
+    ``recall`` is the share of the exact best hundred that were found, over 32 users; ``correct``
+    says that every score is the item's dot product and no item comes twice.
+
+    Args:
+        items: of the one domain.
+        width: of the vectors.
+        threads: of PyTorch; the index searches with one.
+        repeats: timed requests of each kind, in turns.
+    """
+    with torch_threads(threads), torch.inference_mode():
+        return _retrieval_rows(items, width, threads, repeats)
+
+
+def _retrieval_rows(items: int, width: int, threads: int, repeats: int) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(_DIRECTIONS, width, generator=generator) / _DIRECTIONS**0.5
+    model = _model_of_vectors(_draw_vectors(items + 1, mixing, generator))
+    users = torch.nn.functional.normalize(_draw_vectors(_ASKING_USERS, mixing, generator), dim=1)
+    rows: dict[str, Row] = {}
+    found: dict[str, list[_Found]] = {}
+    runs: dict[str, Pass] = {}
+    for kind in RETRIEVALS:
+        rows[kind] = _empty_retrieval_row(kind, items, width, threads, repeats)
+        start = time.perf_counter()
+        try:
+            index = ItemIndex(model, kind)
+        except InputError as absent:
+            rows[kind]["absent"] = str(absent)
+            continue
+        rows[kind]["seconds"] = time.perf_counter() - start
+        found[kind] = [index.best(user, 0, _BEST, None) for user in users]
+        rows[kind] |= _retrieval_quality(found[kind], found["exact"], model, users)
+        if rows[kind]["correct"]:
+            runs[kind] = _retrieval_request(index, users)
+    times = take_turns(runs, {}, device="cpu", repeats=repeats)
+    for kind, taken in times.items():
+        rows[kind] |= time_columns(taken) | times_faster(times, kind, "exact")
+    rows["exact"].pop("times_faster_than_exact", None)
+    return list(rows.values())
+
+
+def _empty_retrieval_row(kind: str, items: int, width: int, threads: int, repeats: int) -> Row:
+    return {
+        "provider": f"{kind} retrieval",
+        "seq_len": None,
+        "num_domains": 1,
+        "skew": None,
+        "dtype": "float32",
+        "device": "cpu",
+        "ms_median": None,
+        "ms_p20": None,
+        "ms_p80": None,
+        "peak_bytes": None,
+        "correct": None,
+        "what": "serving",
+        "items": items,
+        "width": width,
+        "threads": threads,
+        "repeats": repeats,
+        **environment("cpu"),
+    }
+
+
+def _draw_vectors(rows: int, mixing: Tensor, generator: torch.Generator) -> Tensor:
+    """(rows, K) normal vectors, four fifths of their variance in directions of ``mixing``."""
+    noise = torch.randn(rows, mixing.shape[1], generator=generator) / 2
+    return noise.addmm_(torch.randn(rows, len(mixing), generator=generator), mixing)
+
+
+def _model_of_vectors(item_vectors: Tensor) -> CrossDomainHSTU:
+    """A model of these item vectors; what else it is made of does not matter."""
+    catalog = DomainCatalog(torch.zeros(len(item_vectors), dtype=torch.int64), ["all"])
+    settings = EncoderSettings(
+        num_domains=1, norm_length=1, embedding_dim=item_vectors.shape[1], num_blocks=1
+    )
+    model = CrossDomainHSTU(catalog, settings)
+    model.get_parameter("_embedding_module._item_emb.weight").copy_(item_vectors)
+    return model
+
+
+def _retrieval_quality(
+    found: list[_Found], exact: list[_Found], model: CrossDomainHSTU, users: Tensor
+) -> Row:
+    hits, correct = 0, True
+    for best, truth, user in zip(found, exact, users):
+        items = [item for item, _ in best]
+        hits += len({item for item, _ in truth} & set(items))
+        vectors = model.item_vectors(torch.tensor(items)).double()
+        difference = vectors @ user.double() - torch.tensor([score for _, score in best])
+        correct &= len(set(items)) == len(truth) and float(difference.abs().max()) <= _SCORE_BUDGET
+    return {"recall": hits / sum(map(len, exact)), "correct": correct}
+
+
+def _retrieval_request(index: ItemIndex, users: Tensor) -> Pass:
+    turns = cycle(users)
+
+    def run(mark: Mark) -> dict[str, Tensor]:
+        index.best(next(turns), 0, _BEST, None)
+        return {}
+
+    return run

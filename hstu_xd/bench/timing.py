@@ -1,13 +1,21 @@
-"""Passes that are timed: who takes part takes turns, and every pass is clocked phase by phase."""
+"""Passes of providers: what they compute, how they take turns, and a clock for every phase.
+
+A pass has the phases "plan", "forward" and "backward". Providers take turns, so that what disturbs
+the machine disturbs all of them.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from hstu_xd.bench.cases import Case, Draw
 
 # Called with a phase's name when that phase of a pass is over.
 Mark = Callable[[str], None]
@@ -17,9 +25,71 @@ Pass = Callable[[Mark], dict[str, Tensor]]
 # spent on it: what others on the machine take of the clock is not in there.
 Times = dict[str, list[float]]
 
+_Plan = TypeVar("_Plan")
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What comes out, whoever computes it.
+
+    Attributes:
+        masked: attention inside domains; else to everything.
+        normalization: "silu" or "softmax".
+        biased: with relative position and time bias.
+    """
+
+    masked: bool
+    normalization: str
+    biased: bool
+
+
+# From a batch, the dtype of its numbers and what to compute to the pass.
+Builder = Callable[[Draw, torch.dtype, Computation], Pass]
+
+
+def phased(
+    case: Case,
+    plan: Callable[[], _Plan],
+    forward: Callable[[_Plan], Tensor],
+    leaves: Mapping[str, Tensor],
+    grad_out: Tensor,
+) -> Pass:
+    """The pass of a provider.
+
+    Args:
+        case: says how often the plan is made.
+        plan: makes what depends on the batch's structure alone.
+        forward: from the plan to the output.
+        leaves: what gradients are taken of, by name.
+        grad_out: gradient of the output.
+    """
+    made = cache(plan) if case.plan == "once" else plan
+
+    def run(mark: Mark) -> dict[str, Tensor]:
+        ready = made()
+        mark("plan")
+        out = forward(ready)
+        mark("forward")
+        gradients = torch.autograd.grad(out, list(leaves.values()), grad_out)
+        mark("backward")
+        return {"out": out.detach(), **dict(zip(leaves, gradients))}
+
+    return run
+
 
 def unmarked(phase: str) -> None:
     """The mark of a pass that is not timed."""
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let PyTorch use so many threads inside the block, and as many as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def take_turns(

@@ -16,7 +16,7 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.correctness import FORWARD_BUDGET, row_error
 from hstu_xd.bench.rows import Row, empty_row, time_columns, times_faster
-from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns
+from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns, torch_threads
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -64,14 +64,10 @@ def measure(
                 "train-step measures float32 with the relative bias and a plan for each batch; "
                 "drop --dtype, --no-bias and --plan"
             )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         rows = [
             row for case in cases for row in _rows(case, list(names), threads, repeats, against)
         ]
-    finally:
-        torch.set_num_threads(before)
     for row in rows:
         row["equal_time_seq_len"] = _equal_time(row, rows)
     return rows
@@ -87,7 +83,7 @@ def _rows(
         with noting_failure(name, failed):
             errors[name] = _error(name, case.small)
             if errors[name] <= 1:
-                steps[name] = _Step(name, Draw.of(case)).run
+                steps[name] = _Step(name, Draw.from_case(case)).run
     times = take_turns(steps, failed, device=case.device, repeats=repeats)
     rows = []
     for name in names:
@@ -162,7 +158,7 @@ def _error(name: str, case: Case) -> float:
     """Largest row error of the user vectors against the float64 definition, of the budget."""
     model = _model(name, case)
     truth = _model(name, case, impl="reference").double()
-    batch, _ = _batch(Draw.of(case), model.catalog)
+    batch, _ = _batch(Draw.from_case(case), model.catalog)
     with torch.no_grad():
         return row_error(model(batch), truth(batch)) / FORWARD_BUDGET
 

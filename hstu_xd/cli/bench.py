@@ -204,9 +204,7 @@ def serving(
     def measure() -> Iterable[dict[str, Any]]:
         yield from calls.measure(cases, names, threads=threads, repeats=repeats)
         if retrieval_items:
-            from hstu_xd.bench import retrieval
-
-            yield from retrieval.measure(
+            yield from calls.measure_retrieval(
                 retrieval_items, width=width, threads=threads, repeats=repeats
             )
 
@@ -300,9 +298,9 @@ def plot(
 ) -> None:
     """Draw curves and a table from stored rows."""
     from hstu_xd.bench.curves import draw
-    from hstu_xd.bench.row_files import read
+    from hstu_xd.bench.rows import read_rows
 
-    for path in draw(read(rows), out):
+    for path in draw(read_rows(rows), out):
         typer.echo(path)
 
 
@@ -406,15 +404,15 @@ def _show(
         InputError: rows cannot be stored in that file.
         HstuXdError: a provider disagrees with the reference, or raised.
     """
-    from hstu_xd.bench.row_files import check_name, render, write
+    from hstu_xd.bench.rows import check_file_name, render, write_rows
 
     if out is not None:
-        check_name(out)
+        check_file_name(out)
     rows: list[dict[str, Any]] = []
     for row in measure():
         rows.append(row)
         if out is not None:
-            write(out, rows)
+            write_rows(out, rows)
     typer.echo(json.dumps(rows) if as_json else render(rows))
     wrong = sorted({row["provider"] for row in rows if row["correct"] is False})
     if wrong:

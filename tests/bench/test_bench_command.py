@@ -10,11 +10,10 @@ import torch
 from bench_runs import KEYS, call, run_bench
 from torch import Tensor
 
-from hstu_xd.bench import correctness, memory, passes, providers, train_step
+from hstu_xd.bench import correctness, passes, providers, train_step
 from hstu_xd.bench.cases import DTYPES, PLANS, Case, Draw, sweep
-from hstu_xd.bench.computation import Builder, Computation, phased
-from hstu_xd.bench.row_files import markdown, render
-from hstu_xd.bench.timing import Mark, Pass, unmarked
+from hstu_xd.bench.rows import markdown, render
+from hstu_xd.bench.timing import Builder, Computation, Mark, Pass, phased, unmarked
 from hstu_xd.cli import bench_options
 from hstu_xd.cli.app import run
 from hstu_xd.errors import HstuXdError, InputError
@@ -356,6 +355,6 @@ def test_memory_of_a_real_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     case = Case("attention", 400, 1, batch_size=2, heads=2, dqk=4, dv=4)
     dense = case.batch_size * case.heads * case.seq_len**2 * 4
-    assert memory.peak_bytes("reference", case, 1, lambda mark: {}) > dense
+    assert passes.peak_bytes("reference", case, 1, lambda mark: {}) > dense
     with pytest.raises(HstuXdError, match="measuring the memory of nobody failed"):
-        memory.peak_bytes("nobody", case, 1, lambda mark: {})
+        passes.peak_bytes("nobody", case, 1, lambda mark: {})
