@@ -1,4 +1,9 @@
-"""Passes of a stack of layers: this package's encoder and upstream's dense research code."""
+"""Passes of a stack of layers: this package's encoder and upstream's dense research code.
+
+Upstream's layers call two jagged operators of fbgemm, which is large and tied to one release of
+PyTorch. They spend next to nothing in them, so that they can be measured with the same operators in
+plain PyTorch where fbgemm is not installed; every row says whose operators were used.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,7 +20,7 @@ from hstu_xd.model.plan import EncoderPlan
 
 
 def own(impl: str) -> Builder:
-    """This package's encoder with its attention by ``impl``."""
+    """Return a builder of passes through this package's encoder, its attention by ``impl``."""
 
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
         encoder = _stack(draw, dtype, computes, impl)
@@ -39,7 +44,7 @@ def own(impl: str) -> Builder:
 
 
 def upstream(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
-    """The dense layers of generative-recommenders' research code, with the same parameters."""
+    """Build the pass of the dense layers of generative-recommenders, with the same parameters."""
     stack, forward = upstream_stack(draw, dtype, computes)
     case, (x, grad_out) = draw.case, _input_and_gradient(draw, dtype)
 
@@ -52,7 +57,7 @@ def upstream(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
 def upstream_stack(
     draw: Draw, dtype: torch.dtype, computes: Computation
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """Upstream's layers, and their forward pass of inputs (L, K) and a causal mask (N, N)."""
+    """Return upstream's layers, and their forward of inputs (L, K) and a causal mask (N, N)."""
     provide_jagged_operators()
     hstu = import_module("generative_recommenders.research.modeling.sequential.hstu")
     case = draw.case
@@ -87,7 +92,7 @@ def upstream_stack(
 
 
 def _stack(draw: Draw, dtype: torch.dtype, computes: Computation, impl: str) -> CrossDomainEncoder:
-    """Always the same parameters, which the case's own dtype holds exactly."""
+    """Build an encoder of always the same parameters, which the case's own dtype holds exactly."""
     case = draw.case
     settings = case.encoder_settings(
         domain_mask=computes.masked and case.num_domains > 1,
@@ -110,12 +115,12 @@ def _leaves(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"x": x, **dict(module.named_parameters())}
 
 
-# A library takes its operators along when it goes.
+# Operators live as long as the library that registered them.
 _libraries: list[torch.library.Library] = []
 
 
 def source_of_jagged_operators() -> str:
-    """Whose operators :func:`provide` provides here."""
+    """Return whose operators :func:`provide_jagged_operators` provides here."""
     return "fbgemm" if find_spec("fbgemm_gpu") else "plain PyTorch"
 
 
@@ -129,7 +134,7 @@ def provide_jagged_operators() -> None:
 
 
 def register_jagged_operators(namespace: str) -> None:
-    """Register the plain ones under fbgemm's names and signatures."""
+    """Register the operators in plain PyTorch under fbgemm's names and signatures."""
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
     library.define(
@@ -147,7 +152,7 @@ def register_jagged_operators(namespace: str) -> None:
 def jagged_to_padded_dense(
     values: Tensor, offsets: Sequence[Tensor], max_lengths: Sequence[int], padding_value: float = 0
 ) -> Tensor:
-    """(L, K) -> (B, N, K), each sequence padded or cut to ``max_lengths[0]``."""
+    """Pad or cut each sequence to ``max_lengths[0]``: (L, K) -> (B, N, K)."""
     (starts,), (columns,) = offsets, max_lengths
     column = torch.arange(columns, device=values.device)
     inside = column < starts.diff().unsqueeze(1)
@@ -158,7 +163,7 @@ def jagged_to_padded_dense(
 def dense_to_jagged(
     dense: Tensor, x_offsets: Sequence[Tensor], total_L: int | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """(B, N, K) -> (L, K), the leading rows of each sequence, and the offsets."""
+    """Take the leading rows of each sequence, and return the offsets too: (B, N, K) -> (L, K)."""
     (starts,) = x_offsets
     inside = torch.arange(dense.shape[1], device=dense.device) < starts.diff().unsqueeze(1)
     return dense[inside], list(x_offsets)

@@ -32,13 +32,13 @@ RESETS_PEAK = Path("/proc/self/clear_refs")
 
 
 def empty_row(provider: str, case: Case, *, threads: int, repeats: int) -> Row:
-    """The row of a provider before anything is known of it.
+    """Return the row of a provider before it is measured.
 
     Args:
         provider: its name.
-        case: what is measured.
-        threads: of PyTorch.
-        repeats: timed passes.
+        case: the case that is measured.
+        threads: threads of PyTorch.
+        repeats: number of timed passes.
     """
     return {
         "provider": provider,
@@ -70,14 +70,14 @@ def empty_row(provider: str, case: Case, *, threads: int, repeats: int) -> Row:
 
 
 def time_columns(times: Times) -> Row:
-    """Median, 20th and 80th percentile of whole passes, and the median of everything else."""
+    """Return median, 20th and 80th percentile of whole passes, and the median of each phase."""
     low, median, high = (float(x) for x in np.percentile(times["total"], [20, 50, 80]))
     others = {f"ms_{name}": float(np.median(x)) for name, x in times.items() if name != "total"}
     return {"ms_median": median, "ms_p20": low, "ms_p80": high, **others}
 
 
 def times_faster(times: Mapping[str, Times], provider: str, rival: str) -> Row:
-    """How often a provider runs in the time of its rival: the median over turns, if both ran."""
+    """Return how often a provider runs in the time of its rival: the median over turns, if any."""
     if rival not in times:
         return {}
     ratios = np.divide(times[rival]["total"], times[provider]["total"])
@@ -85,15 +85,14 @@ def times_faster(times: Mapping[str, Times], provider: str, rival: str) -> Row:
 
 
 def speed_columns(work: Work, row: Row, ceilings: Ceilings) -> Row:
-    """Achieved arithmetic and traffic of both phases, beside what the machine reached.
+    """Return the speed of both phases, and its share of what the machine can reach.
 
-    ``roofline_*`` is the share of the attainable: the time that the work takes at the ceilings
-    over the time it took.
+    ``roofline_*`` is the time that the work takes at the ceilings over the time that it took.
 
     Args:
-        work: of the case, as the provider computes it.
-        row: with the times of the phases.
-        ceilings: measured in this run.
+        work: work of the case, as the provider computes it.
+        row: row with the times of the phases.
+        ceilings: ceilings measured in this run.
     """
     columns: Row = {"ceiling_tflops": ceilings.tflops, "ceiling_gbs": ceilings.gbs}
     for phase, flops, moved in (
@@ -125,9 +124,9 @@ def environment(device: str) -> dict[str, object]:
         device: "cpu" or "cuda".
 
     Returns:
-        ``device_name``, versions of torch, triton (None where it is not installed), python and
-        hstu_xd, whose ``jagged_operators`` upstream's dense layers find, ``load_average``
-        (processes that wanted a core in the last minute) and the command.
+        ``device_name``; versions of torch, triton (None where it is not installed), python and
+        hstu_xd; ``jagged_operators``, whose operators upstream's dense layers use;
+        ``load_average``, the processes that wanted a core in the last minute; and the command.
     """
     return {
         "device_name": _device_name(device),
@@ -164,7 +163,7 @@ def check_file_name(path: Path) -> None:
     """Refuse a file that :func:`write_rows` could not write, before anything is measured.
 
     Raises:
-        InputError: another ending than ``.json`` or ``.csv``, or no folder to write to.
+        InputError: the name ends in neither ``.json`` nor ``.csv``, or its folder is not there.
     """
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: rows are stored as {' or '.join(FORMATS)}; name such a file")
@@ -188,10 +187,10 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:
-    """Rows of several files, one after the other.
+    """Read the rows of several files, one file after the other.
 
     Raises:
-        InputError: no such file, or no rows of a benchmark in it.
+        InputError: a file is not there, or holds no rows of a benchmark.
     """
     return [row for path in paths for row in _read(path)]
 
@@ -213,7 +212,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _cell(value: Any) -> str:
-    """Empty for None, else JSON; text without quotes unless it would read as something else."""
+    """Return a cell of CSV: empty for None, else JSON; text is bare where it reads back as text."""
     if value is None:
         return ""
     return value if isinstance(value, str) and _value(value) == value else json.dumps(value)
@@ -275,7 +274,7 @@ _RATIO = "times_faster_than_"
 
 
 def render(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows of one benchmark, a line each, columns aligned; unknown values are a dash."""
+    """Lay out rows of one benchmark, a line each, columns aligned; unknown values are a dash."""
     lines = _cells(list(rows))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
@@ -288,7 +287,7 @@ def render(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def markdown(rows: Iterable[dict[str, Any]]) -> str:
-    """The same as a Markdown table."""
+    """Lay out the same as a Markdown table."""
     head, *lines = _cells(list(rows))
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))

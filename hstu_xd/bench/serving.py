@@ -26,7 +26,7 @@ from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.retrieval import RETRIEVALS, ItemIndex
 from hstu_xd.serving.state import expected_bytes
 
-# Provider -> calls a turn: many of what takes a millisecond for one of what takes a hundred.
+# Provider -> calls in a turn: ten of those that take a millisecond, one of those that take more.
 PROVIDERS = {
     "append": 10,
     "re-encode": 1,
@@ -36,16 +36,16 @@ PROVIDERS = {
     "ask all": 10,
     "state float16": 0,
 }
-# Ratio -> the provider it is about, and the one whose time it divides.
+# Ratio -> the provider whose time is the divisor, and the one whose time is divided.
 _RATIOS = {
     "times_faster_than_re_encode": ("append", "re-encode"),
     "times_faster_than_dense": ("append", "re-encode dense"),
     "times_faster_than_upstream": ("append", "upstream"),
     "times_of_ask_one": ("ask one", "ask all"),
 }
-# Largest difference of a user vector, of length 1, from the definition.
+# Largest difference of a user vector from the definition; the vector has length 1.
 _BUDGET = 1e-5
-# Difference of a state's bytes from the formula, as a share of it; or a few spare places.
+# A state's bytes may differ from the formula by this share of it, or by a few events.
 _BYTES_BUDGET, _SPARE_EVENTS = 0.05, 8
 _ITEMS, _TOP = 20_000, 10
 _USER = "user"
@@ -64,7 +64,7 @@ _Found = list[tuple[int, float]]
 def measure(
     cases: Iterable[Case], names: Iterable[str], *, threads: int, repeats: int
 ) -> list[Row]:
-    """Rows of all cases, one a provider.
+    """Measure all cases and return their rows, one for each provider.
 
     "append" is one event and ten recommendations for one domain. "re-encode" encodes the history by
     this package's fastest path and recommends the same way, "re-encode dense" by the dense
@@ -73,10 +73,10 @@ def measure(
     medians over turns. "state float16" has bytes instead of a time.
 
     Args:
-        cases: what to measure; of one user, whatever the batch size.
-        names: providers.
-        threads: of PyTorch.
-        repeats: turns.
+        cases: the cases to measure; they have one user, whatever the batch size.
+        names: names of the providers.
+        threads: threads of PyTorch.
+        repeats: number of turns.
     """
     chosen = list(names)
     with torch_threads(threads), torch.no_grad():
@@ -112,12 +112,12 @@ def _rows(bench: "_Bench", names: list[str], threads: int, repeats: int) -> list
 
 
 def _missing(name: str, case: Case) -> str | None:
-    """Why a provider cannot run here; None where it can."""
+    """Return why a provider cannot run here; None where it can."""
     return _UPSTREAM.missing(case) if name == "upstream" else None
 
 
 class _Bench:
-    """A model with every switch on, a user, and all that competes to answer for them."""
+    """A model with every switch on, a user, and the providers that answer for this user."""
 
     def __init__(self, case: Case) -> None:
         self.case = replace(case, batch_size=1)
@@ -145,7 +145,7 @@ class _Bench:
             self._calls["upstream"] = lambda: forward(x, causal)
 
     def error(self, name: str) -> float:
-        """How wrong a provider is, as a fraction of what is allowed."""
+        """Return the error of a provider, as a fraction of what is allowed."""
         if name == "upstream":
             with torch.enable_grad():
                 return correctness.largest_error(name, replace(self.case, what="encoder"))
@@ -160,7 +160,7 @@ class _Bench:
         return max(self._session_error(events - 1), self._session_error(events))
 
     def take_turns(self, names: list[str], repeats: int) -> dict[str, np.ndarray]:
-        """(turns, calls) milliseconds of each provider, after a turn that warms up."""
+        """Return the milliseconds of each provider (turns, calls), after a turn that warms up."""
         times: dict[str, list[list[float]]] = {name: [] for name in names if name in self._calls}
         for turn in range(repeats + 1):
             self._restart(self._session, self.case.seq_len)
@@ -171,7 +171,7 @@ class _Bench:
         return {name: np.array(kept) for name, kept in times.items()}
 
     def bytes_of_state(self) -> tuple[int, int]:
-        """Of a state in float16 that has grown event by event: what it takes, and the formula."""
+        """Return the bytes of a float16 state grown event by event, and those by the formula."""
         session = EncoderSession(self._model, dtype=torch.float16)
         self._restart(session, self.case.seq_len)
         return session.num_bytes, self._formula(self.case.seq_len)
@@ -180,7 +180,7 @@ class _Bench:
         return expected_bytes(self._model.settings, events, torch.float16)
 
     def _restart(self, session: EncoderSession, events: int) -> None:
-        """The user with the first events, the last of them on top of a state that was there."""
+        """Give the user the first events, the last of them on top of an existing state."""
         session.forget(_USER)
         items, times = self._items[:events].tolist(), self._times[:events].tolist()
         session.append([_USER] * (events - 1), items[:-1], times[:-1])
@@ -196,7 +196,7 @@ class _Bench:
         self._index.best(vector, 0, _TOP, self._items)
 
     def _encode(self, model: CrossDomainHSTU, events: int) -> Tensor:
-        """(D, K) the user's vector after the first events, for every domain."""
+        """Encode the user after the first events, for every domain: (D, K)."""
         domains = torch.arange(self.case.num_domains)
         items, times = (x[:events].expand(len(domains), -1) for x in (self._items, self._times))
         return model.encode(items, times, domains)
@@ -211,7 +211,7 @@ class _Bench:
 
 
 def _model(case: Case, impl: str) -> CrossDomainHSTU:
-    """Every switch on; moved away from its initial values, of which some are zero."""
+    """Build a model with every switch on, away from its initial values, of which some are zero."""
     catalog = DomainCatalog(
         (torch.arange(_ITEMS + 1) - 1) % case.num_domains, [str(d) for d in range(case.num_domains)]
     )
@@ -239,7 +239,7 @@ def _model(case: Case, impl: str) -> CrossDomainHSTU:
 
 
 def _difference(found: Tensor, truth: Tensor) -> float:
-    """Largest difference of a vector, as a fraction of what is allowed."""
+    """Return the largest difference of a vector, as a fraction of what is allowed."""
     return float((found.to(truth.dtype) - truth).norm(dim=1).max()) / _BUDGET
 
 
@@ -250,15 +250,15 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def measure_retrieval(items: int, *, width: int, threads: int, repeats: int) -> list[Row]:
-    """A row for each kind of retrieval: one request for the best hundred items of one domain.
+    """Measure one request for the best hundred items of a domain, by each kind of retrieval.
 
     ``recall`` is the share of the exact best hundred that were found, over 32 users; ``correct``
     says that every score is the item's dot product and no item comes twice.
 
     Args:
-        items: of the one domain.
-        width: of the vectors.
-        threads: of PyTorch; the index searches with one.
+        items: number of items of the one domain.
+        width: width of the vectors.
+        threads: threads of PyTorch; the index searches with one.
         repeats: timed requests of each kind, in turns.
     """
     with torch_threads(threads), torch.inference_mode():
@@ -316,13 +316,13 @@ def _empty_retrieval_row(kind: str, items: int, width: int, threads: int, repeat
 
 
 def _draw_vectors(rows: int, mixing: Tensor, generator: torch.Generator) -> Tensor:
-    """(rows, K) normal vectors, four fifths of their variance in directions of ``mixing``."""
+    """Draw normal vectors (rows, K), four fifths of their variance in directions of ``mixing``."""
     noise = torch.randn(rows, mixing.shape[1], generator=generator) / 2
     return noise.addmm_(torch.randn(rows, len(mixing), generator=generator), mixing)
 
 
 def _model_of_vectors(item_vectors: Tensor) -> CrossDomainHSTU:
-    """A model of these item vectors; what else it is made of does not matter."""
+    """Build a model with these item vectors; its other parts do not matter."""
     catalog = DomainCatalog(torch.zeros(len(item_vectors), dtype=torch.int64), ["all"])
     settings = EncoderSettings(
         num_domains=1, norm_length=1, embedding_dim=item_vectors.shape[1], num_blocks=1

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from hstu_xd.bench.cases import Case, Draw
 
-# Called with a phase's name when that phase of a pass is over.
+# A pass calls it with the name of each phase that is over.
 Mark = Callable[[str], None]
-# One pass, "plan", "forward" and "backward": the output, and all gradients by name.
+# Runs one pass and returns the output ("out") and all gradients, by name.
 Pass = Callable[[Mark], dict[str, Tensor]]
-# Milliseconds of every timed pass, "total" and by phase; on a CPU also "cpu", what the processors
-# spent on it: what others on the machine take of the clock is not in there.
+# Milliseconds of every timed pass, "total" and by phase. On a CPU there is also "cpu", the time
+# that the processors spent on it, which leaves out what other processes took of the clock.
 Times = dict[str, list[float]]
 
 _Plan = TypeVar("_Plan")
@@ -30,12 +30,12 @@ _Plan = TypeVar("_Plan")
 
 @dataclass(frozen=True)
 class Computation:
-    """What comes out, whoever computes it.
+    """The function that a provider computes.
 
     Attributes:
-        masked: attention inside domains; else to everything.
+        masked: whether attention stays inside domains; else it goes to everything.
         normalization: "silu" or "softmax".
-        biased: with relative position and time bias.
+        biased: whether there is a relative bias of position and time.
     """
 
     masked: bool
@@ -43,7 +43,7 @@ class Computation:
     biased: bool
 
 
-# From a batch, the dtype of its numbers and what to compute to the pass.
+# Makes a pass from a batch, the dtype of its numbers and what is to be computed.
 Builder = Callable[[Draw, torch.dtype, Computation], Pass]
 
 
@@ -54,13 +54,13 @@ def phased(
     leaves: Mapping[str, Tensor],
     grad_out: Tensor,
 ) -> Pass:
-    """The pass of a provider.
+    """Build the pass of a provider from its parts.
 
     Args:
-        case: says how often the plan is made.
-        plan: makes what depends on the batch's structure alone.
-        forward: from the plan to the output.
-        leaves: what gradients are taken of, by name.
+        case: case that says how often the plan is made.
+        plan: makes what depends on the structure of the batch alone.
+        forward: computes the output from the plan.
+        leaves: tensors to take the gradients of, by name.
         grad_out: gradient of the output.
     """
     made = cache(plan) if case.plan == "once" else plan
@@ -78,7 +78,7 @@ def phased(
 
 
 def unmarked(phase: str) -> None:
-    """The mark of a pass that is not timed."""
+    """Do nothing: the mark of a pass that is not timed."""
 
 
 @contextmanager
@@ -97,13 +97,13 @@ def take_turns(
 ) -> dict[str, Times]:
     """Time passes in turns (A B A B ...), after one turn that warms up.
 
-    What disturbs the machine disturbs all of them, and ratios of the same turn hold.
+    Whatever disturbs the machine disturbs all of them, so that ratios within a turn hold.
 
     Args:
         runs: passes by name.
-        failed: takes the reason for everyone whose pass raises; they get no times.
-        device: where they run.
-        repeats: timed turns.
+        failed: gets the reason of every provider whose pass raises; it has no times then.
+        device: where the passes run.
+        repeats: number of timed turns.
     """
     times: dict[str, Times] = {name: {} for name in runs}
     for turn in range(repeats + 1):
@@ -130,7 +130,7 @@ def noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
 
 
 class _Stopwatch:
-    """Clocks one pass; on CUDA with events in the stream, so that nothing waits inside it."""
+    """Clocks one pass; on CUDA by events in the stream, so that nothing waits inside the pass."""
 
     def __init__(self, device: str) -> None:
         self._on_cuda = device != "cpu"
@@ -143,7 +143,7 @@ class _Stopwatch:
         self._marks.append((phase, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Milliseconds of each phase, and of all together until now."""
+        """Return the milliseconds of each phase, and of all together until now."""
         end = self._now()
         if self._on_cuda:
             torch.cuda.synchronize()

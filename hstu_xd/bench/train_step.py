@@ -23,7 +23,7 @@ from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.sampled_softmax import sample_negatives, sampled_softmax_loss
 
 _ALL = {"domain_mask": True, "tape": True, "ddsr": True}
-# Provider -> switches; half of the heads take the target view under "all".
+# Provider -> switches; under "all" half of the heads also take the target view.
 PROVIDERS: dict[str, dict[str, Any]] = {
     "dense": {"impl": "reference"},
     "hstu": {},
@@ -42,27 +42,27 @@ def measure(
     repeats: int,
     against: Sequence[str] = ("dense",),
 ) -> list[Row]:
-    """Rows of all cases, one a provider, taking turns in this process.
+    """Measure all cases and return their rows, one for each provider, taking turns.
 
     ``equal_time_seq_len`` is the longest history that a provider reads in the time that "dense"
     takes at the row's ``seq_len``: interpolated between measured lengths, on logarithmic axes;
     absent where it lies outside them.
 
     Args:
-        cases: what to measure.
-        names: providers.
-        threads: of PyTorch.
-        repeats: timed steps of each provider.
+        cases: the cases to measure.
+        names: names of the providers.
+        threads: threads of PyTorch.
+        repeats: number of timed steps of each provider.
         against: providers that the others' times are compared with.
 
     Raises:
-        InputError: a case without bias, of another dtype than float32, or with a plan made once.
+        InputError: a case has no bias, another dtype than float32, or a plan that is made once.
     """
     for case in cases:
         if (case.dtype, case.biased, case.plan) != ("float32", True, "each"):
             raise InputError(
                 "train-step measures float32 with the relative bias and a plan for each batch; "
-                "drop --dtype, --no-bias and --plan"
+                f"the case has dtype={case.dtype!r}, biased={case.biased}, plan={case.plan!r}"
             )
     with torch_threads(threads):
         rows = [
@@ -136,7 +136,7 @@ def _model(name: str, case: Case, **others: Any) -> CrossDomainHSTU:
 
 
 def _batch(draw: Draw, catalog: DomainCatalog) -> tuple[JaggedBatch, Tensor]:
-    """The drawn domains with items of theirs, and the item after each."""
+    """Return a batch of items of the drawn domains, and the item after each of them."""
     case = draw.case
     generator = torch.Generator().manual_seed(1)
     place = torch.randint(_ITEMS // case.num_domains - 1, draw.domains.shape, generator=generator)
@@ -155,7 +155,7 @@ def _batch(draw: Draw, catalog: DomainCatalog) -> tuple[JaggedBatch, Tensor]:
 
 
 def _error(name: str, case: Case) -> float:
-    """Largest row error of the user vectors against the float64 definition, of the budget."""
+    """Return the largest error of a user vector against the float64 definition, over the budget."""
     model = _model(name, case)
     truth = _model(name, case, impl="reference").double()
     batch, _ = _batch(Draw.from_case(case), model.catalog)
