@@ -224,6 +224,16 @@ def test_values_that_are_refused(what: str, options: dict[str, Any], message: st
     assert caught.value.exit_code == 2
 
 
+def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a wrong command says."""
+    assert run(["bench", *line.split()]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("hstu-xd: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -235,31 +245,39 @@ def test_values_that_are_refused(what: str, options: dict[str, Any], message: st
         ("encoder a.json", "unexpected extra argument"),
         ("plot a.json", "Missing option '--out'"),
         ("plot --out figures", "Missing argument 'ROWS...'"),
-        # What a benchmark does not heed is no option of it.
-        ("prepare --dtype bfloat16 --sweep --device cuda --against nobody", "option: --dtype"),
-        ("prepare --seq-len 8", "No such option: --seq-len"),
-        ("sampler --retrieval-items 5000", "No such option: --retrieval-items"),
-        ("sampler --num-domains 3", "No such option: --num-domains"),
-        ("attention --width 8", "No such option: --width"),
-        ("attention --layers 3", "No such option: --layers"),
-        ("train-step --dtype bfloat16", "No such option: --dtype"),
-        ("train-step --no-bias", "No such option: --no-bias"),
-        ("train-step --plan once", "No such option: --plan"),
-        ("serving --against append", "No such option: --against"),
-        ("serving --batch-size 8", "No such option: --batch-size"),
-        ("serving --device cuda", "No such option: --device"),
-        ("service --provider triton", "No such option: --provider"),
-        ("service --skew 0.5", "No such option: --skew"),
-        ("plot a.json --out figures --json", "No such option: --json"),
     ],
 )
 def test_usage_errors(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", *line.split()]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("hstu-xd: ")
-    assert message in said.err
-    assert said.err.count("\n") == 1
+    assert message in refused(line, capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("prepare --dtype bfloat16 --sweep --device cuda --against nobody", "--dtype"),
+        ("prepare --seq-len 8", "--seq-len"),
+        ("sampler --retrieval-items 5000", "--retrieval-items"),
+        ("sampler --num-domains 3", "--num-domains"),
+        ("attention --width 8", "--width"),
+        ("attention --layers 3", "--layers"),
+        ("train-step --dtype bfloat16", "--dtype"),
+        ("train-step --no-bias", "--no-bias"),
+        ("train-step --plan once", "--plan"),
+        ("serving --against append", "--against"),
+        ("serving --batch-size 8", "--batch-size"),
+        ("serving --device cuda", "--device"),
+        ("service --provider triton", "--provider"),
+        ("service --skew 0.5", "--skew"),
+        ("plot a.json --out figures --json", "--json"),
+    ],
+)
+def test_what_a_benchmark_does_not_heed_is_no_option_of_it(
+    line: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(line, capsys)
+    assert "No such option" in said
+    assert option in said
+    assert f"See hstu-xd bench {line.split()[0]} --help" in said
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"biased": False}, {"plan": "once"}])
