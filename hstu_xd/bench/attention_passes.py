@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hstu_xd.bench.cases import Draw
-from hstu_xd.bench.computation import Builder, Computation, phased
-from hstu_xd.bench.timing import Pass
+from hstu_xd.bench.timing import Builder, Computation, Pass, phased
 from hstu_xd.ops import RelativeBias, domain_attention
 from hstu_xd.ops.grouping import DomainGrouping
 
@@ -18,13 +17,13 @@ _TIME_BUCKETS = 128
 
 
 class _Numbers(NamedTuple):
-    """Leaves by name, q, k and v first, and the gradient of the output."""
+    """The inputs that get a gradient, by name, q, k and v first; and the gradient of the output."""
 
     leaves: dict[str, Tensor]
     grad_out: Tensor
 
     @classmethod
-    def of(cls, draw: Draw, dtype: torch.dtype, computes: Computation) -> "_Numbers":
+    def from_draw(cls, draw: Draw, dtype: torch.dtype, computes: Computation) -> "_Numbers":
         case = draw.case
         rows = draw.num_tokens, case.heads
         shapes: dict[str, tuple[int, ...]] = {
@@ -47,10 +46,10 @@ class _Numbers(NamedTuple):
 
 
 def own(impl: str) -> Builder:
-    """This package's attention by ``impl``."""
+    """Return a builder of passes through this package's attention by ``impl``."""
 
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
-        numbers = _Numbers.of(draw, dtype, computes)
+        numbers = _Numbers.from_draw(draw, dtype, computes)
 
         def forward(grouping: DomainGrouping) -> Tensor:
             bias = None
@@ -78,19 +77,23 @@ def own(impl: str) -> Builder:
 
 
 def upstream(kernel: str) -> Builder:
-    """``hstu_mha`` of generative-recommenders by one of its kernels ("TRITON", "PYTORCH").
+    """Return a builder of passes through ``hstu_mha`` of generative-recommenders.
 
-    Inside domains it gets the regrouped sequence, one sequence a user and domain; bringing the rows
-    into that order and back is part of the forward pass, as its inputs lie in the batch's order.
+    Inside domains it gets the regrouped sequence, one sequence for each user and domain. Bringing
+    the rows into that order and back is part of the forward pass, because its inputs lie in the
+    batch's order.
+
+    Args:
+        kernel: one of its kernels, "TRITON" or "PYTORCH".
     """
 
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
         hstu_mha = import_module("generative_recommenders.ops.hstu_attention").hstu_mha
         kernels = import_module("generative_recommenders.common").HammerKernel
-        numbers = _Numbers.of(draw, dtype, computes)
+        numbers = _Numbers.from_draw(draw, dtype, computes)
 
         def attend(offsets: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # alpha scales the scores; max_seq_len is the length that they are divided by, too.
+            # alpha scales the scores; max_seq_len is also the length that they are divided by.
             return hstu_mha(
                 max_seq_len=draw.case.seq_len,
                 alpha=1.0,
@@ -117,9 +120,9 @@ def upstream(kernel: str) -> Builder:
 
 
 def dense_mask(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
-    """PyTorch's ``scaled_dot_product_attention`` with a mask of all pairs of a user."""
+    """Build the pass of PyTorch's ``scaled_dot_product_attention`` with a dense mask."""
     case = draw.case
-    numbers = _Numbers.of(draw, dtype, computes)
+    numbers = _Numbers.from_draw(draw, dtype, computes)
     shape = case.batch_size, case.seq_len
 
     def plan() -> Tensor:

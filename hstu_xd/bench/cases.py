@@ -1,6 +1,6 @@
-"""What is measured: the sizes of one benchmark row and the batch drawn for them.
+"""Cases: the sizes of one row of a benchmark, the batch drawn for them, and the preset of cases.
 
-The preset of ``--sweep``: one size at a time around a base, so that a curve has one cause.
+The preset (``--sweep``) changes one size at a time around a base, so that a curve has one cause.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 INTERLEAVINGS = ("random", "blocks")
 PLANS = ("each", "once")
 
-# A session lasts some hours, the pause to the next some days: time buckets of both sizes occur.
+# About half a day: buckets of short and of long times both occur.
 _MEAN_PAUSE_SECONDS = 40_000
 
 
@@ -28,25 +28,26 @@ class Case:
     """Sizes of one row; all users have ``seq_len`` events.
 
     Attributes:
-        what: "encoder" (a stack of layers), "attention" (the op alone) or "train-step".
-        seq_len: events of a user ``N``.
-        num_domains: domains ``D``; the domain mask is on where there are several.
+        what: name of the benchmark: "encoder" (a stack of layers), "attention" (the operator
+            alone), "train-step", "serving" or "service".
+        seq_len: number of events of a user ``N``.
+        num_domains: number of domains ``D``; the domain mask is on where there are several.
         skew: 0 = balanced, else the share of domain 0; the others divide the rest evenly.
-        batch_size: users ``B``.
-        heads: heads ``H``.
-        dqk: width of queries and keys a head.
-        dv: width of values a head.
-        width: model width ``K`` (encoder).
-        layers: layers of the stack (encoder).
+        batch_size: number of users ``B``.
+        heads: number of heads ``H``.
+        dqk: width of queries and keys in a head.
+        dv: width of values in a head.
+        width: width of the model ``K``; attention alone has none.
+        layers: layers of the model; attention alone has one.
         device: "cpu" or "cuda".
-        dtype: of all numbers, a name of :data:`DTYPES`.
+        dtype: type of all numbers, a name of :data:`DTYPES`.
         interleaving: "random", or "blocks": every user visits one domain after the other.
-        biased: relative position and time bias, where a provider has one.
-        plan: groupings and block masks are built in "each" pass, or "once" before all of them, as
-            the layers of a model share them.
+        biased: use the relative bias of position and time, where a provider has one.
+        plan: build groupings and block masks in "each" pass, or "once" before all of them, as the
+            layers of a model share them.
 
     Raises:
-        InputError: a size below 1, a skew outside 0..1, an unknown name, or a device that is not
+        InputError: a size is below 1, a skew outside 0..1, a name unknown, or the device is not
             here.
     """
 
@@ -84,7 +85,7 @@ class Case:
 
     @property
     def small(self) -> "Case":
-        """The same shape of problem, small enough for the float64 reference."""
+        """The same case, small enough for the float64 reference."""
         return replace(self, seq_len=min(self.seq_len, 70), batch_size=min(self.batch_size, 3))
 
     @property
@@ -93,7 +94,7 @@ class Case:
         return DTYPES[self.dtype]
 
     def encoder_settings(self, **switches: Any) -> EncoderSettings:
-        """Settings of an encoder of these sizes, without dropout."""
+        """Return the settings of an encoder of these sizes, without dropout."""
         return EncoderSettings(
             num_domains=self.num_domains,
             norm_length=self.seq_len,
@@ -109,7 +110,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """The numbers of a case, always the same for the same case.
+    """The batch of a case, always the same for the same case.
 
     Attributes:
         case: the sizes.
@@ -126,7 +127,7 @@ class Draw:
     next_timestamps: Tensor
 
     @classmethod
-    def of(cls, case: Case) -> "Draw":
+    def from_case(cls, case: Case) -> "Draw":
         """Draw the batch of a case."""
         generator = torch.Generator().manual_seed(case.seq_len + case.num_domains)
         shape = case.batch_size, case.seq_len
@@ -153,13 +154,13 @@ class Draw:
         return self.domains.numel()
 
     def normal(self, *shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-        """Unit-normal numbers that the case's own dtype holds exactly, as ``dtype``."""
+        """Draw unit-normal numbers that the case's own dtype holds exactly, as ``dtype``."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.empty(shape).normal_(generator=generator)
         return drawn.to(self.case.device, self.case.torch_dtype).to(dtype)
 
     def grouping(self, *, masked: bool) -> DomainGrouping:
-        """The plan of the batch: groups of one domain, or (not ``masked``) whole users."""
+        """Group the batch by user and domain, or (not ``masked``) by user."""
         if masked:
             return DomainGrouping.from_jagged(self.domains, self.offsets, self.case.num_domains)
         return DomainGrouping.single(self.offsets, self.num_tokens)
@@ -171,7 +172,7 @@ SKEWS = (0.0, 0.4, 0.6, 0.8)
 
 
 def sweep(case: Case) -> Iterator[Case]:
-    """Cases of the preset, each once; everything else is as in ``case``."""
+    """Yield the cases of the preset, each once; everything else is as in ``case``."""
     base = replace(case, seq_len=4096, num_domains=8)
     yield from dict.fromkeys(
         [

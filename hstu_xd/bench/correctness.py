@@ -1,4 +1,4 @@
-"""The gate: every provider is compared with the float64 reference before it is timed."""
+"""The gate: every provider is compared with the reference in float64 before it is timed."""
 
 import torch
 from torch import Tensor
@@ -10,27 +10,29 @@ from hstu_xd.bench.timing import unmarked
 # Largest relative error of a row in float32.
 FORWARD_BUDGET = 1e-5
 GRADIENT_BUDGET = 2e-5
-# Rows below this share of the average are measured against that: their terms cancel. Where softmax
-# sees a single key, the exact gradient of the query is zero, the difference of two equal terms.
+# A row shorter than this share of the average row is compared with that share instead of its own
+# length, because its terms cancel. Where softmax sees a single key, the exact gradient of the query
+# is zero, the difference of two equal terms.
 _SHORT_ROW = {"silu": 1e-3, "softmax": 0.1}
-# Times the error of the definition in the same precision: the budget in half precisions, and in
-# float32 of rows that nobody gets closer to. Where a query sees one key alone and SiLU is flat
-# there, its gradient is a rest of terms that cancel.
+# The budget as a multiple of the error that the definition itself has in the same precision. It
+# holds for half precisions, and in float32 for rows that no implementation can compute better:
+# where a query sees a single key and SiLU is flat there, its gradient is the rest of terms that
+# cancel.
 SAME_PRECISION_BUDGET = 2.0
 
 
 def largest_error(provider: str, case: Case) -> float:
-    """Largest error of output and gradients, as a fraction of the budget.
+    """Return the largest error of output and gradients, as a fraction of the budget.
 
     The provider runs the small version of the case through the code that is timed, and is compared
     with the definition of what it computes: with or without bias, inside domains or not, SiLU or
-    softmax. In float32 every row counts; half precisions are judged by whole tensors. See
+    softmax. In float32 every row is compared, in half precisions whole tensors are; see
     :data:`SAME_PRECISION_BUDGET`.
 
     Returns:
         A fraction; above 1 the provider is wrong.
     """
-    draw, dtype = Draw.of(case.small), case.torch_dtype
+    draw, dtype = Draw.from_case(case.small), case.torch_dtype
     one = PROVIDERS[case.what][provider]
     computes = one.computation(case)
     found = one.build(draw, dtype, computes)(unmarked)
@@ -55,12 +57,12 @@ def largest_error(provider: str, case: Case) -> float:
 
 
 def row_error(found: Tensor, truth: Tensor, short: float = _SHORT_ROW["silu"]) -> float:
-    """Largest ``|found - truth| / |truth|`` of a row; a vector counts as one row.
+    """Return the largest ``|found - truth| / |truth|`` of a row; a vector counts as one row.
 
     Args:
-        found: what came out.
-        truth: what should have.
-        short: rows below this share of the average are measured against that share.
+        found: tensor to judge.
+        truth: the right tensor, of the same shape.
+        short: rows shorter than this share of the average row are compared with that share.
     """
     rows = truth.flatten(1) if truth.ndim > 1 else truth.unsqueeze(0)
     difference = (found.to(truth.dtype).reshape(rows.shape) - rows).norm(dim=1)

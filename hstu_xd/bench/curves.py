@@ -1,4 +1,4 @@
-"""Curves and a table from stored rows: time and peak memory over one size, a line a provider."""
+"""Curves and a table from stored rows: time and peak memory over one size, a line per provider."""
 
 import re
 from collections import Counter
@@ -8,8 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from hstu_xd.bench.row_files import markdown
-from hstu_xd.bench.rows import Row
+from hstu_xd.bench.rows import Row, markdown
 from hstu_xd.errors import InputError
 from hstu_xd.experiments.report.style import Canvas, Image, colour, house_style, line_style, marker
 
@@ -19,7 +18,7 @@ _ACROSS = {
     "num_domains": ("domains", "log"),
     "skew": ("share of the first domain (0: balanced)", "linear"),
 }
-# What decides whether two rows belong in one figure, where a row says it.
+# Two rows belong in one figure if these columns are equal, where a row has them.
 _ALIKE = (
     "what", "device", "device_name", "dtype", "batch_size", "heads", "dqk", "dv", "width", "layers",
     "interleaving", "plan", *_ACROSS,
@@ -54,7 +53,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     with house_style():
         for image in _images(rows, providers):
             seen[image.name] += 1
-            # Names tell the usual sizes; others may differ too.
+            # The name tells the usual sizes only; figures of other sizes get a number.
             again = f"-{seen[image.name]}" if seen[image.name] > 1 else ""
             files.append(folder / f"{image.name}{again}.png")
             files[-1].write_bytes(image.png)

@@ -1,21 +1,26 @@
-"""Passes of a stack of layers: this package's encoder and upstream's dense research code."""
+"""Passes of a stack of layers: this package's encoder and upstream's dense research code.
 
-from collections.abc import Callable
+Upstream's layers call two jagged operators of fbgemm, which is large and tied to one release of
+PyTorch. They spend next to nothing in them, so that they can be measured with the same operators in
+plain PyTorch where fbgemm is not installed; every row says whose operators were used.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from hstu_xd.bench import jagged_operators
 from hstu_xd.bench.cases import Draw
-from hstu_xd.bench.computation import Builder, Computation, phased
-from hstu_xd.bench.timing import Pass
+from hstu_xd.bench.timing import Builder, Computation, Pass, phased
 from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.model.plan import EncoderPlan
 
 
 def own(impl: str) -> Builder:
-    """This package's encoder with its attention by ``impl``."""
+    """Return a builder of passes through this package's encoder, its attention by ``impl``."""
 
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
         encoder = _stack(draw, dtype, computes, impl)
@@ -39,7 +44,7 @@ def own(impl: str) -> Builder:
 
 
 def upstream(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
-    """The dense layers of generative-recommenders' research code, with the same parameters."""
+    """Build the pass of the dense layers of generative-recommenders, with the same parameters."""
     stack, forward = upstream_stack(draw, dtype, computes)
     case, (x, grad_out) = draw.case, _input_and_gradient(draw, dtype)
 
@@ -52,8 +57,8 @@ def upstream(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
 def upstream_stack(
     draw: Draw, dtype: torch.dtype, computes: Computation
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """Upstream's layers, and their forward pass of inputs (L, K) and a causal mask (N, N)."""
-    jagged_operators.provide()
+    """Return upstream's layers, and their forward of inputs (L, K) and a causal mask (N, N)."""
+    provide_jagged_operators()
     hstu = import_module("generative_recommenders.research.modeling.sequential.hstu")
     case = draw.case
     layers = [
@@ -87,7 +92,7 @@ def upstream_stack(
 
 
 def _stack(draw: Draw, dtype: torch.dtype, computes: Computation, impl: str) -> CrossDomainEncoder:
-    """Always the same parameters, which the case's own dtype holds exactly."""
+    """Build an encoder of always the same parameters, which the case's own dtype holds exactly."""
     case = draw.case
     settings = case.encoder_settings(
         domain_mask=computes.masked and case.num_domains > 1,
@@ -108,3 +113,57 @@ def _input_and_gradient(draw: Draw, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def _leaves(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"x": x, **dict(module.named_parameters())}
+
+
+# Operators live as long as the library that registered them.
+_libraries: list[torch.library.Library] = []
+
+
+def source_of_jagged_operators() -> str:
+    """Return whose operators :func:`provide_jagged_operators` provides here."""
+    return "fbgemm" if find_spec("fbgemm_gpu") else "plain PyTorch"
+
+
+@cache
+def provide_jagged_operators() -> None:
+    """Make ``torch.ops.fbgemm`` know the two operators."""
+    if source_of_jagged_operators() == "fbgemm":
+        import_module("fbgemm_gpu")
+    else:
+        register_jagged_operators("fbgemm")
+
+
+def register_jagged_operators(namespace: str) -> None:
+    """Register the operators in plain PyTorch under fbgemm's names and signatures."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _libraries.append(library)
+    library.define(
+        "jagged_to_padded_dense(Tensor values, Tensor[] offsets, SymInt[] max_lengths, "
+        "float padding_value=0) -> Tensor"
+    )
+    library.define(
+        "dense_to_jagged(Tensor dense, Tensor[] x_offsets, SymInt? total_L=None) "
+        "-> (Tensor, Tensor[])"
+    )
+    for function in (jagged_to_padded_dense, dense_to_jagged):
+        library.impl(function.__name__, function, "CompositeImplicitAutograd")
+
+
+def jagged_to_padded_dense(
+    values: Tensor, offsets: Sequence[Tensor], max_lengths: Sequence[int], padding_value: float = 0
+) -> Tensor:
+    """Pad or cut each sequence to ``max_lengths[0]``: (L, K) -> (B, N, K)."""
+    (starts,), (columns,) = offsets, max_lengths
+    column = torch.arange(columns, device=values.device)
+    inside = column < starts.diff().unsqueeze(1)
+    row = (starts[:-1].unsqueeze(1) + column).masked_fill(~inside, 0)
+    return values[row].masked_fill(~inside.unsqueeze(2), padding_value)
+
+
+def dense_to_jagged(
+    dense: Tensor, x_offsets: Sequence[Tensor], total_L: int | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Take the leading rows of each sequence, and return the offsets too: (B, N, K) -> (L, K)."""
+    (starts,) = x_offsets
+    inside = torch.arange(dense.shape[1], device=dense.device) < starts.diff().unsqueeze(1)
+    return dense[inside], list(x_offsets)

@@ -1,4 +1,4 @@
-"""Load on an HTTP service over raw sockets: as fast as it answers, or at a rate of its own."""
+"""Load on an HTTP service over raw sockets: as fast as it answers, or at a given rate."""
 
 import asyncio
 import json
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-# Connections of a load that does not wait for answers; beyond them requests queue here, and their
-# time counts all the same.
+# Connections of a load that does not wait for answers. When all are taken, further requests wait
+# here, and this time counts as time of the answer.
 _MOST_CONNECTIONS = 256
 
 
@@ -22,7 +22,7 @@ class Call:
     body: dict[str, Any] | None = None
 
     def encode(self) -> bytes:
-        """As HTTP/1.1."""
+        """Return the bytes of the request in HTTP/1.1."""
         if self.body is None:
             return f"GET {self.path} HTTP/1.1\r\nhost: load\r\n\r\n".encode()
         body = json.dumps(self.body).encode()
@@ -35,13 +35,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call.
+    """The answer to a call, or its failure.
 
     Attributes:
-        call: which.
-        status: of HTTP; 0 where the connection broke.
+        call: the call.
+        status: status of HTTP; 0 where the connection broke.
         seconds: from the time the call was due to the end of its answer.
-        answer: the body.
+        answer: the body of the answer.
     """
 
     call: Call
@@ -51,10 +51,10 @@ class Outcome:
 
 
 class Load:
-    """Calls a service on this machine and keeps what became of every call.
+    """Calls a service on this machine and returns the outcome of every call.
 
     Args:
-        port: of the service.
+        port: port of the service.
     """
 
     def __init__(self, port: int) -> None:
@@ -64,12 +64,12 @@ class Load:
     def closed(
         self, draw: Callable[[], Call | None], *, seconds: float, connections: int
     ) -> list[Outcome]:
-        """Each connection sends its next call when the one before is answered.
+        """Send calls from connections that each wait for the answer before their next call.
 
         Args:
-            draw: makes the next call; None: there are no more.
-            seconds: after which no further call is sent.
-            connections: number of them.
+            draw: makes the next call, or None when there are no more.
+            seconds: time after which no further call is sent.
+            connections: number of connections.
         """
 
         async def run() -> list[Outcome]:
@@ -88,13 +88,13 @@ class Load:
     def open(
         self, draw: Callable[[], Call], *, rate: float, seconds: float, seed: int = 0
     ) -> list[Outcome]:
-        """Calls come at random times, whether or not earlier ones are answered.
+        """Send calls at random times, whether or not earlier ones are answered.
 
         Args:
             draw: makes the next call.
             rate: calls a second, on average.
-            seconds: of load; answers are waited for beyond it.
-            seed: of the times.
+            seconds: time after which no further call is sent; all answers are waited for.
+            seed: seed of the random times.
         """
         gaps = np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds))
 

@@ -1,15 +1,33 @@
-"""``bench encoder`` and ``bench attention``: gate, interleaved timing, memory, one row each."""
+"""``bench encoder`` and ``bench attention``: the gate, timing in turns, peak memory, one row each.
 
+Peak memory is what one pass adds. On a CPU it is the growth of the resident set over one pass in a
+process of its own, after inputs, parameters and a tiny warm-up are in memory; on CUDA it is the
+allocator's own count.
+"""
+
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from hstu_xd.bench import correctness, memory
+from hstu_xd.bench import correctness
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.providers import PROVIDERS
+from hstu_xd.bench.providers import PROVIDERS, Provider
 from hstu_xd.bench.roofline import Ceilings, Work, delta, visible_pairs
-from hstu_xd.bench.rows import Row, empty_row, speed_columns, time_columns, times_faster
-from hstu_xd.bench.timing import noting_failure, take_turns
+from hstu_xd.bench.rows import (
+    RESETS_PEAK,
+    Row,
+    empty_row,
+    speed_columns,
+    time_columns,
+    times_faster,
+)
+from hstu_xd.bench.timing import Pass, noting_failure, take_turns, torch_threads, unmarked
+from hstu_xd.errors import HstuXdError
 
 
 def measure(
@@ -20,7 +38,7 @@ def measure(
     repeats: int,
     against: Sequence[str] = ("reference",),
 ) -> Iterator[Row]:
-    """Rows of all cases, one a provider.
+    """Yield the rows of all cases, one for each provider.
 
     Providers take turns (A B A B ...) in this process, so that what disturbs the machine disturbs
     all of them and ratios hold. A provider that disagrees with the definition of what it computes
@@ -28,19 +46,15 @@ def measure(
     raised (out of memory, say) under ``failed``.
 
     Args:
-        cases: what to measure.
-        names: providers.
-        threads: of PyTorch.
+        cases: the cases to measure.
+        names: names of the providers.
+        threads: threads of PyTorch.
         repeats: timed passes of each provider.
         against: providers that the others' times are compared with.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         for case in cases:
             yield from _rows(case, list(names), threads, repeats, against)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _rows(
@@ -53,7 +67,7 @@ def _rows(
     for name in (name for name in known if name not in absent):
         with noting_failure(name, failed):
             errors[name] = correctness.largest_error(name, case)
-    draw, runs = Draw.of(case), {}
+    draw, runs = Draw.from_case(case), {}
     for name, one in known.items():
         if errors.get(name, 2) <= 1:
             with noting_failure(name, failed):
@@ -62,26 +76,95 @@ def _rows(
     peaks: dict[str, int] = {}
     for name in times:
         with noting_failure(name, failed):
-            peaks[name] = memory.peak_bytes(name, case, threads, runs[name])
+            peaks[name] = peak_bytes(name, case, threads, runs[name])
     for name, one in known.items():
-        computes = one.computation(case)
         row = empty_row(name, case, threads=threads, repeats=repeats)
-        row |= {
-            "inside_domains": case.num_domains > 1 and computes.masked,
-            "normalization": computes.normalization,
-            "biased": computes.biased,
-            "delta": delta(draw),
-            "visible_pairs": visible_pairs(draw, masked=computes.masked),
-            "absent": absent.get(name),
-            "failed": failed.get(name),
-        }
+        row |= _computation_columns(one, draw)
+        row |= {"absent": absent.get(name), "failed": failed.get(name)}
         if name in errors:
             row |= {"correct": errors[name] <= 1, "error_of_budget": errors[name]}
         if name in times:
-            work = Work.of(draw, masked=computes.masked)
             row |= time_columns(times[name])
             for rival in against:
                 row |= times_faster(times, name, rival)
-            row |= speed_columns(work, row, Ceilings.of(case))
+            work = Work.from_draw(draw, masked=one.computation(case).masked)
+            row |= speed_columns(work, row, Ceilings.measure(case))
             row["peak_bytes"] = peaks.get(name)
         yield row
+
+
+def _computation_columns(provider: Provider, draw: Draw) -> Row:
+    """Return the columns that say what a provider computes, and over how many pairs."""
+    computes = provider.computation(draw.case)
+    return {
+        "inside_domains": draw.case.num_domains > 1 and computes.masked,
+        "normalization": computes.normalization,
+        "biased": computes.biased,
+        "delta": delta(draw),
+        "visible_pairs": visible_pairs(draw, masked=computes.masked),
+    }
+
+
+def peak_bytes(provider: str, case: Case, threads: int, run: Pass) -> int:
+    """Return the bytes that one forward and backward pass adds.
+
+    Args:
+        provider: its name.
+        case: the case that is measured.
+        threads: threads of PyTorch.
+        run: the provider's pass, warmed up; it is called on CUDA only, where no process of its own
+            is needed.
+
+    Raises:
+        HstuXdError: the process failed; with the last line it wrote.
+    """
+    if case.device != "cpu":
+        return _allocated(run)
+    job = json.dumps({"provider": provider, "case": asdict(case), "threads": threads})
+    command = [sys.executable, "-m", "hstu_xd.bench.passes", job]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise HstuXdError(f"measuring the memory of {provider} failed: {reason}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def _growth(provider: str, case: Case, threads: int) -> int:
+    """Return the growth of this process's resident set over one pass."""
+    torch.set_num_threads(threads)
+    one = PROVIDERS[case.what][provider]
+    computes = one.computation(case)
+    one.build(Draw.from_case(case.small), case.torch_dtype, computes)(unmarked)
+    run = one.build(Draw.from_case(case), case.torch_dtype, computes)
+    baseline = _resident(reset=True)
+    run(unmarked)
+    return max(0, _resident(reset=False) - baseline)
+
+
+def _allocated(run: Pass) -> int:
+    """Return the bytes that CUDA's allocator adds over one pass."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    baseline = torch.cuda.memory_allocated()
+    run(unmarked)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - baseline
+
+
+def _resident(*, reset: bool) -> int:
+    """Return the resident set now, and start its peak anew (``reset``), or its peak since then."""
+    if RESETS_PEAK.exists():
+        if reset:
+            RESETS_PEAK.write_text("5")
+        field = "VmRSS:" if reset else "VmHWM:"
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    print(_growth(job["provider"], Case(**job["case"]), job["threads"]))

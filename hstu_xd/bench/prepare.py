@@ -1,4 +1,4 @@
-"""Measures ``prepare`` on a generated CSV against a plain-Python reader of the same file."""
+"""``bench prepare``: preparing a generated CSV file, against a reader in plain Python."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def prepare_file(file: str, out: str) -> dict[str, Any]:
 
 
 def read_with_dicts(file: str, out: str) -> dict[str, Any]:
-    """The straightforward way: ``csv`` rows into a dict of lists, sorted user by user, saved."""
+    """Read the file the straightforward way: ``csv`` rows into a dict of lists, sorted by user."""
     import csv
 
     from hstu_xd.data.statistics import DIGITS
@@ -145,9 +145,9 @@ PROVIDERS = {"hstu-xd prepare": prepare_file, "csv + dict": read_with_dicts}
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far.
+    """Return the largest resident memory of this process so far.
 
-    Linux's VmHWM starts anew with each program, where getrusage would count the parent's memory.
+    Linux's VmHWM starts anew with each program; getrusage would count the parent's memory.
     """
     import resource
 

@@ -1,9 +1,9 @@
-"""Those who compete, what each computes, and what it needs to run.
+"""Providers: the implementations that compete, what each computes, and what it needs to run.
 
-This package's own come by implementation: "triton" (the fused kernels; "triton-unbiased" tells what
-the bias costs), "eager", and "reference", the dense masked definition. "eager-softmax" and "flex"
-(FlexAttention with a block mask on the mixed sequence) compute softmax inside domains, "sdpa" too,
-with a dense mask. "upstream" is the dense layer stack of generative-recommenders and
+This package's own are named by implementation: "triton" (the fused kernels; "triton-unbiased" tells
+what the bias costs), "eager", and "reference", the dense masked definition. "eager-softmax", "flex"
+(FlexAttention with a block mask on the mixed sequence) and "sdpa" (with a dense mask) compute
+softmax inside domains. "upstream" is the dense layer stack of generative-recommenders and
 "upstream-triton-mixed" its fused attention, which know no domains and so compute full attention
 whatever their number; "upstream-triton-grouped" is the latter on the sequence as this package
 regroups it.
@@ -16,23 +16,22 @@ import torch
 
 from hstu_xd.bench import attention_passes, encoder_passes
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.computation import Builder, Computation
-from hstu_xd.bench.timing import Pass
+from hstu_xd.bench.timing import Builder, Computation, Pass
 from hstu_xd.ops import triton_support
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One who competes.
+    """An implementation that competes.
 
     Attributes:
         build: makes the pass.
-        masked: computes attention inside domains; else it attends to everything.
+        masked: whether it attends inside domains; else it attends to everything.
         normalization: "silu" or "softmax".
-        bias: has the relative bias, "always", "never", or as the "case" says.
-        modules: what must be importable.
-        needs: "nothing", "kernels" (Triton, and a GPU or its interpreter) or "cuda".
-        powers_of_two: head widths must be powers of two from 16 on.
+        bias: when it has the relative bias: "always", "never", or as the "case" says.
+        modules: modules that must be importable.
+        needs: "nothing", "kernels" (Triton, and a GPU or its interpreter) or "cuda", a GPU.
+        powers_of_two: whether head widths must be powers of two from 16 on.
     """
 
     build: Builder
@@ -44,12 +43,12 @@ class Provider:
     powers_of_two: bool = False
 
     def computation(self, case: Case) -> Computation:
-        """What it computes in a case."""
+        """Return what it computes in a case."""
         biased = case.biased if self.bias == "case" else self.bias == "always"
         return Computation(self.masked, self.normalization, biased)
 
     def missing(self, case: Case) -> str | None:
-        """Why it cannot run here; None where it can."""
+        """Return why it cannot run here; None where it can."""
         absent = [name for name in self.modules if not find_spec(name)]
         if absent:
             return f"{' and '.join(absent)} not importable"
@@ -108,5 +107,5 @@ _DEFINITIONS = {
 
 
 def definition(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
-    """The pass of the dense masked definition, whatever is to be computed."""
+    """Build the pass of the dense masked definition of what is to be computed."""
     return _DEFINITIONS[draw.case.what](draw, dtype, computes)

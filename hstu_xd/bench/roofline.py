@@ -1,6 +1,7 @@
-"""The fastest that the machine does here and now: one large matrix product, one large copy.
+"""The roofline: the least time that a case can take on this machine.
 
-What a case costs at least: visible pairs, arithmetic and memory traffic of one pass.
+The work of a case is its visible pairs, their arithmetic and the memory traffic of a pass; the
+ceilings are the speed of one large matrix product and of one large copy, measured here and now.
 """
 
 import time
@@ -13,9 +14,9 @@ import torch
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.ops.visibility import num_pairs
 
-# The backward pass of attention computes the scores again and four more products: 5 for 2.
+# Forward attention is two matrix products; backward computes the scores again and four more.
 _BACKWARD_OF_ATTENTION = 2.5
-# That of a matrix product computes two.
+# The backward pass of a matrix product computes two of them.
 _BACKWARD_OF_PRODUCT = 2.0
 
 
@@ -33,15 +34,15 @@ class Work:
     backward_bytes: float
 
     @classmethod
-    def of(cls, draw: Draw, *, masked: bool) -> "Work":
-        """The work of an attention or an encoder case.
+    def from_draw(cls, draw: Draw, *, masked: bool) -> "Work":
+        """Count the work of an attention or an encoder case.
 
-        ``2 H (dqk + dv)`` operations forward for each visible pair, whether or not a provider
-        computes others too, and 2.5 times as many backward.
+        There are ``2 H (dqk + dv)`` operations forward for each visible pair, whether or not a
+        provider computes others too, and 2.5 times as many backward.
 
         Args:
             draw: the batch.
-            masked: pairs inside domains only are visible.
+            masked: whether only pairs inside domains are visible.
         """
         case = draw.case
         attention = _attention(case, draw.num_tokens, visible_pairs(draw, masked=masked))
@@ -57,12 +58,12 @@ class Work:
 
 
 def visible_pairs(draw: Draw, *, masked: bool) -> int:
-    """Pairs of a query and a key that it may see, itself included, over the whole batch."""
+    """Count the pairs of a query and a key that it may see, itself included, in the whole batch."""
     return num_pairs(draw.grouping(masked=masked))
 
 
 def delta(draw: Draw) -> float:
-    """Mean over users of ``sum_d (s_d / S)^2``: what the mask leaves of the pairs."""
+    """Return the mean over users of ``sum_d (s_d / S)^2``: the share of pairs a mask leaves."""
     lengths = draw.grouping(masked=True).lengths.view(draw.case.batch_size, -1)
     return float((lengths / draw.case.seq_len).double().square().sum(1).mean())
 
@@ -80,7 +81,7 @@ def _attention(case: Case, tokens: int, pairs: int) -> Work:
 
 
 def _layer(case: Case, tokens: int, attention: Work) -> Work:
-    """Attention between the input's projection to u, v, q, k and the output's projection."""
+    """Count a layer: attention between the projection to u, v, q, k and that of the output."""
     projected, gated = 2 * case.heads * (case.dqk + case.dv), case.heads * case.dv
     flops = 2 * tokens * case.width * (projected + gated)
     numbers = tokens * (2 * case.width + projected + gated) + case.width * (projected + gated)
@@ -93,12 +94,13 @@ def _layer(case: Case, tokens: int, attention: Work) -> Work:
     )
 
 
+# Tries of each ceiling, of which the fastest counts.
 _TRIES = 10
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Best of several tries.
+    """The speed that this machine reaches, the best of several tries.
 
     Attributes:
         tflops: 1e12 floating-point operations a second of a square matrix product.
@@ -109,12 +111,12 @@ class Ceilings:
     gbs: float
 
     @classmethod
-    def of(cls, case: Case) -> "Ceilings":
-        """Of the case's dtype on its device, measured once a process."""
+    def measure(cls, case: Case) -> "Ceilings":
+        """Measure the ceilings of the case's dtype on its device, once in a process."""
         return _measure(case.device, case.dtype, torch.get_num_threads())
 
     def seconds(self, flops: float, moved: float) -> float:
-        """The roofline: whichever takes longer at full speed, arithmetic or traffic."""
+        """Return the time of whichever takes longer at full speed, arithmetic or traffic."""
         return max(flops / (self.tflops * 1e12), moved / (self.gbs * 1e9))
 
 
@@ -135,7 +137,7 @@ def _measure(device: str, dtype: str, threads: int) -> Ceilings:
 
 
 def _fastest(run: Callable[[], object], on_cuda: bool) -> float:
-    """Seconds of the fastest try."""
+    """Return the seconds of the fastest try."""
     seconds = []
     for _ in range(_TRIES):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""``bench sampler``: training sequences a second out of a prepared store, in one process."""
+"""``bench sampler``: training sequences per second from a prepared store, in one process."""
 
 import time
 from pathlib import Path
@@ -10,19 +10,19 @@ import numpy as np
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
 
-# The store that is made where none is given: enough users that one batch repeats nobody.
+# The store that is made where none is given has enough users for a batch without repetition.
 _USERS = 2000
 _MEAN_LENGTH = 400.0
 
 
 def run(data: Path | None, *, history: int, batch_size: int, repeats: int) -> list[dict[str, Any]]:
-    """Samples a second of training batches, beside a reader that takes users one by one.
+    """Time training batches, against a reader that takes users one by one.
 
     Args:
-        data: a prepared store; None: a synthetic one is made in a temporary folder.
+        data: a prepared store; None makes a synthetic one in a temporary folder.
         history: longest history of a sample.
-        batch_size: users of a batch.
-        repeats: timed batches of each provider.
+        batch_size: number of users of a batch.
+        repeats: number of timed batches of each provider.
 
     Returns:
         Rows with the keys of the other benchmarks, and ``samples_per_second``.
@@ -92,7 +92,7 @@ def _fields(sequences: SequenceData, users: np.ndarray) -> list[np.ndarray]:
 
 
 def _one_by_one(store: InteractionStore, users: np.ndarray, history: int) -> list[np.ndarray]:
-    """The same batch by a loop over users, as a data set class that serves single samples does."""
+    """Build the same batch by a loop over users, as a data set of single samples does."""
     items, times, next_times, targets, lengths = [], [], [], [], [0]
     for user in users:
         item_ids, timestamps = store.history(int(user))

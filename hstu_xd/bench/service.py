@@ -1,9 +1,9 @@
 """``bench service``: the real service under twice the load that it can bear.
 
-A load is one half events and one half recommendations. What the service can bear is measured first,
-by a few connections that wait for their answers; then calls come at twice that rate and wait for
-nobody. In the end every accepted event must be in the log, no other one may be, and the answers
-must be those of states that are made anew from the log.
+Half of the calls are events, half are recommendations. The rate that the service can bear is
+measured first, by a few connections that wait for their answers; then calls come at twice that
+rate, whether or not earlier ones are answered. In the end the log must hold every accepted event
+and no other one, and the answers must equal those of states that are built anew from the log.
 """
 
 import json
@@ -24,34 +24,36 @@ import torch
 from hstu_xd.bench.cases import Case
 from hstu_xd.bench.http_load import Call, Load, Outcome
 from hstu_xd.bench.rows import Row, empty_row
+from hstu_xd.bench.timing import torch_threads
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.serving import EncoderSession
 
-# Closed loop: connections, and the share of the seconds that it lasts.
+# The load that waits for its answers: connections, and its share of the given seconds.
 _CONNECTIONS, _SHARE = 8, 0.2
 _OVERLOAD = 2.0
 _USERS, _ITEMS_PER_DOMAIN, _TOP = 300, 2000, 10
-# Not before any event of a log, whatever its unit; events at the same time keep their order.
+# Later than all events of a log, whatever its unit; events of the same time keep their order.
 _NOW = 2**44
-# Largest difference of a score, a cosine.
+# Largest difference of a score, which is a cosine.
 _BUDGET = 1e-5
 
 
 def measure(run: Path | None, case: Case, *, seconds: float, threads: int) -> list[Row]:
-    """The row of a service.
+    """Put a service under load and return its row.
 
-    ``ms_*`` are of accepted requests at twice the capacity, from the time a request was due.
+    The times ``ms_*`` are those of accepted requests at twice the capacity, from the time that a
+    request was due.
 
     Args:
-        run: a trained run; None: a model with random weights and a synthetic log.
-        case: sizes of that model; ``seq_len`` is its window and its users' mean history.
-        seconds: of overload.
-        threads: of PyTorch, in the service.
+        run: a trained run; None takes a model with random weights and a synthetic log.
+        case: sizes of that model; ``seq_len`` is its window and the mean history of its users.
+        seconds: seconds of overload.
+        threads: threads of PyTorch in the service.
     """
-    with TemporaryDirectory() as folder, _threads(threads):
+    with TemporaryDirectory() as folder, torch_threads(threads):
         place = Path(folder)
-        served = _Served.of(run or _synthetic_run(place, case), place / "events.sqlite")
+        served = _Served.from_folder(run or _synthetic_run(place, case), place / "events.sqlite")
         with _process(served, threads) as (process, port):
             traffic = _Traffic(served, _users(port))
             _warm_up(port, traffic)
@@ -77,9 +79,9 @@ class _Served:
     """A run that is served, and the log of the service.
 
     Attributes:
-        run: its folder.
+        run: folder of the run.
         log: file of the events.
-        catalog: of the run.
+        catalog: catalogue of the run.
     """
 
     run: Path
@@ -87,11 +89,11 @@ class _Served:
     catalog: DomainCatalog
 
     @classmethod
-    def of(cls, run: Path, log: Path) -> "_Served":
+    def from_folder(cls, run: Path, log: Path) -> "_Served":
         return cls(run, log, DomainCatalog.load(run))
 
     def case(self, case: Case) -> Case:
-        """The case with the sizes of this run's model."""
+        """Return the case with the sizes of this run's model."""
         from hstu_xd.training.run import load, read_run
 
         s = load(self.run).settings
@@ -111,8 +113,8 @@ class _Served:
         """Compare log and answers with what was accepted.
 
         Args:
-            outcomes: of all events.
-            found: by user, items and their scores for the user's domain of :func:`_domain`.
+            outcomes: outcomes of all calls.
+            found: by user the items and their scores, for the user's domain by :func:`_domain`.
         """
         from hstu_xd.serving.http.event_log import EventLog
         from hstu_xd.serving.http.histories import Histories, Items
@@ -148,11 +150,11 @@ class _Served:
 
 
 class _Traffic:
-    """Calls of users in turn: an event, or recommendations of a domain.
+    """Draws calls: an event of a user, or recommendations for a user.
 
     Args:
-        served: whose items and domains.
-        users: names.
+        served: run whose items and domains are drawn from.
+        users: names of the users.
     """
 
     def __init__(self, served: _Served, users: list[str]) -> None:
@@ -161,7 +163,7 @@ class _Traffic:
         self._items = [served.catalog.token(i) for i in served.catalog.domain_items.tolist()]
 
     def draw(self) -> Call:
-        """The next call."""
+        """Draw the next call."""
         user = self._random.choice(self.users)
         if self._random.random() < 0.5:
             item = self._random.choice(self._items)
@@ -170,13 +172,13 @@ class _Traffic:
         return self.recommend(user, self._random.choice(self.catalog.domain_names), _TOP)
 
     def recommend(self, user: str, domain: str, k: int) -> Call:
-        """Recommendations of a domain, of items the user has seen too."""
+        """Ask for recommendations of a domain, items that the user has seen included."""
         body = {"user": user, "domains": [domain], "k": k, "exclude_seen": False}
         return Call("/v1/recommend", body)
 
 
 def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seconds: float) -> Row:
-    """Times and shares of both loads."""
+    """Return the columns of times and shares of both loads."""
     accepted = np.array([x.seconds for x in opened if x.status == 200]) * 1e3
     refused = sum(x.status == 503 for x in opened)
     others = Counter(x.status for x in (*closed, *opened) if x.status not in (200, 503))
@@ -204,18 +206,8 @@ def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seco
 
 
 @contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _process(served: _Served, threads: int) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """The service, and its port; drained in the end."""
+    """Start the service, give process and port, and drain the service in the end."""
     command = [sys.executable, "-m", "hstu_xd", "serve", str(served.run), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--events", str(served.log), "--threads", str(threads)],
@@ -237,18 +229,18 @@ def _process(served: _Served, threads: int) -> Iterator[tuple["subprocess.Popen[
 
 
 def _users(port: int) -> list[str]:
-    """Users the service knows, or new ones."""
+    """Return the users that the service knows, or names of new ones."""
     (outcome,) = _ask_all(port, [Call(f"/v1/users?limit={_USERS}")])
     return json.loads(outcome.answer)["users"] or [f"user-{n}" for n in range(_USERS)]
 
 
 def _warm_up(port: int, traffic: _Traffic) -> None:
-    """Every user once: states are made from the histories before anything is measured."""
+    """Ask for every user once, so that all states are built before anything is measured."""
     _answers(port, traffic)
 
 
 def _answers(port: int, traffic: _Traffic) -> dict[str, dict[str, float]]:
-    """Recommendations of every user, of the user's domain: items and scores."""
+    """Ask for recommendations of each user's domain; return items and scores by user."""
     names = traffic.catalog.domain_names
     calls = [
         traffic.recommend(user, names[_domain(user, traffic.catalog)], _TOP)
@@ -263,7 +255,7 @@ def _answers(port: int, traffic: _Traffic) -> dict[str, dict[str, float]]:
 
 
 def _ask_all(port: int, calls: list[Call]) -> list[Outcome]:
-    """Outcomes of calls, one after the other."""
+    """Send calls one after the other and return their outcomes; each must succeed."""
     left = iter(calls)
     outcomes = Load(port).closed(lambda: next(left, None), seconds=600, connections=1)
     for outcome in outcomes:
@@ -273,7 +265,7 @@ def _ask_all(port: int, calls: list[Call]) -> list[Outcome]:
 
 
 def _domain(user: str, catalog: DomainCatalog) -> int:
-    """A domain that has items; another one for another user."""
+    """Choose a domain that has items, by the user's name."""
     sizes = catalog.domain_offsets.diff()
     filled = sizes.nonzero().flatten().tolist()
     return filled[sum(user.encode()) % len(filled)]
@@ -288,7 +280,7 @@ def _peak_bytes(process: "subprocess.Popen[str]") -> int | None:
 
 
 def _synthetic_run(folder: Path, case: Case) -> Path:
-    """A run with every switch on and random weights, over a synthetic store."""
+    """Write a run with every switch on and random weights, over a synthetic store."""
     from hstu_xd.data.store import InteractionStore
     from hstu_xd.data.synthetic import synthesize
     from hstu_xd.data.synthetic_catalog import SynthOptions

@@ -1,12 +1,14 @@
 """``bench serving``: one event and an answer, against encoding the whole history again.
 
 The answers of every provider are compared with the dense definition in float64 first; then all
-take turns in one process, each turn from a user with the same history.
+take turns in one process, each turn from a user with the same history. With ``--retrieval-items``
+the search for the best of many items is measured too, by each kind of retrieval.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -14,15 +16,17 @@ from torch import Tensor
 
 from hstu_xd.bench import correctness, encoder_passes, providers
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.rows import Row, empty_row
+from hstu_xd.bench.rows import Row, empty_row, environment, time_columns, times_faster
+from hstu_xd.bench.timing import Mark, Pass, take_turns, torch_threads
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.serving import EncoderSession
-from hstu_xd.serving.retrieval import ItemIndex
+from hstu_xd.serving.retrieval import RETRIEVALS, ItemIndex
 from hstu_xd.serving.state import expected_bytes
 
-# Provider -> calls a turn: many of what takes a millisecond for one of what takes a hundred.
+# Provider -> calls in a turn: ten of those that take a millisecond, one of those that take more.
 PROVIDERS = {
     "append": 10,
     "re-encode": 1,
@@ -32,26 +36,35 @@ PROVIDERS = {
     "ask all": 10,
     "state float16": 0,
 }
-# Ratio -> the provider it is about, and the one whose time it divides.
+# Ratio -> the provider whose time is the divisor, and the one whose time is divided.
 _RATIOS = {
     "times_faster_than_re_encode": ("append", "re-encode"),
     "times_faster_than_dense": ("append", "re-encode dense"),
     "times_faster_than_upstream": ("append", "upstream"),
     "times_of_ask_one": ("ask one", "ask all"),
 }
-# Largest difference of a user vector, of length 1, from the definition.
+# Largest difference of a user vector from the definition; the vector has length 1.
 _BUDGET = 1e-5
-# Difference of a state's bytes from the formula, as a share of it; or a few spare places.
+# A state's bytes may differ from the formula by this share of it, or by a few events.
 _BYTES_BUDGET, _SPARE_EVENTS = 0.05, 8
 _ITEMS, _TOP = 20_000, 10
 _USER = "user"
 _UPSTREAM = providers.PROVIDERS["encoder"]["upstream"]
 
+# Retrieval: the best hundred for 32 users. The vectors are drawn, four fifths of their variance in
+# sixteen directions, as few directions matter to embeddings that were trained. The smaller that
+# share is, the more an index misses.
+_BEST, _ASKING_USERS, _DIRECTIONS = 100, 32, 16
+# Largest difference of a score from the dot product in float64.
+_SCORE_BUDGET = 1e-5
+
+_Found = list[tuple[int, float]]
+
 
 def measure(
     cases: Iterable[Case], names: Iterable[str], *, threads: int, repeats: int
 ) -> list[Row]:
-    """Rows of all cases, one a provider.
+    """Measure all cases and return their rows, one for each provider.
 
     "append" is one event and ten recommendations for one domain. "re-encode" encodes the history by
     this package's fastest path and recommends the same way, "re-encode dense" by the dense
@@ -60,19 +73,14 @@ def measure(
     medians over turns. "state float16" has bytes instead of a time.
 
     Args:
-        cases: what to measure; of one user, whatever the batch size.
-        names: providers.
-        threads: of PyTorch.
-        repeats: turns.
+        cases: the cases to measure; they have one user, whatever the batch size.
+        names: names of the providers.
+        threads: threads of PyTorch.
+        repeats: number of turns.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            kept = list(names)
-            return [row for case in cases for row in _rows(_Bench(case), kept, threads, repeats)]
-    finally:
-        torch.set_num_threads(before)
+    chosen = list(names)
+    with torch_threads(threads), torch.no_grad():
+        return [row for case in cases for row in _rows(_Bench(case), chosen, threads, repeats)]
 
 
 def _rows(bench: "_Bench", names: list[str], threads: int, repeats: int) -> list[Row]:
@@ -104,16 +112,16 @@ def _rows(bench: "_Bench", names: list[str], threads: int, repeats: int) -> list
 
 
 def _missing(name: str, case: Case) -> str | None:
-    """Why a provider cannot run here; None where it can."""
+    """Return why a provider cannot run here; None where it can."""
     return _UPSTREAM.missing(case) if name == "upstream" else None
 
 
 class _Bench:
-    """A model with every switch on, a user, and all that competes to answer for them."""
+    """A model with every switch on, a user, and the providers that answer for this user."""
 
     def __init__(self, case: Case) -> None:
         self.case = replace(case, batch_size=1)
-        draw = Draw.of(self.case)
+        draw = Draw.from_case(self.case)
         self._model, self._dense = _model(case, "auto"), _model(case, "reference")
         self._truth = _model(case, "reference").double()
         self._session, self._index = EncoderSession(self._model), ItemIndex(self._model)
@@ -137,7 +145,7 @@ class _Bench:
             self._calls["upstream"] = lambda: forward(x, causal)
 
     def error(self, name: str) -> float:
-        """How wrong a provider is, as a fraction of what is allowed."""
+        """Return the error of a provider, as a fraction of what is allowed."""
         if name == "upstream":
             with torch.enable_grad():
                 return correctness.largest_error(name, replace(self.case, what="encoder"))
@@ -152,7 +160,7 @@ class _Bench:
         return max(self._session_error(events - 1), self._session_error(events))
 
     def take_turns(self, names: list[str], repeats: int) -> dict[str, np.ndarray]:
-        """(turns, calls) milliseconds of each provider, after a turn that warms up."""
+        """Return the milliseconds of each provider (turns, calls), after a turn that warms up."""
         times: dict[str, list[list[float]]] = {name: [] for name in names if name in self._calls}
         for turn in range(repeats + 1):
             self._restart(self._session, self.case.seq_len)
@@ -163,7 +171,7 @@ class _Bench:
         return {name: np.array(kept) for name, kept in times.items()}
 
     def bytes_of_state(self) -> tuple[int, int]:
-        """Of a state in float16 that has grown event by event: what it takes, and the formula."""
+        """Return the bytes of a float16 state grown event by event, and those by the formula."""
         session = EncoderSession(self._model, dtype=torch.float16)
         self._restart(session, self.case.seq_len)
         return session.num_bytes, self._formula(self.case.seq_len)
@@ -172,7 +180,7 @@ class _Bench:
         return expected_bytes(self._model.settings, events, torch.float16)
 
     def _restart(self, session: EncoderSession, events: int) -> None:
-        """The user with the first events, the last of them on top of a state that was there."""
+        """Give the user the first events, the last of them on top of an existing state."""
         session.forget(_USER)
         items, times = self._items[:events].tolist(), self._times[:events].tolist()
         session.append([_USER] * (events - 1), items[:-1], times[:-1])
@@ -188,7 +196,7 @@ class _Bench:
         self._index.best(vector, 0, _TOP, self._items)
 
     def _encode(self, model: CrossDomainHSTU, events: int) -> Tensor:
-        """(D, K) the user's vector after the first events, for every domain."""
+        """Encode the user after the first events, for every domain: (D, K)."""
         domains = torch.arange(self.case.num_domains)
         items, times = (x[:events].expand(len(domains), -1) for x in (self._items, self._times))
         return model.encode(items, times, domains)
@@ -203,7 +211,7 @@ class _Bench:
 
 
 def _model(case: Case, impl: str) -> CrossDomainHSTU:
-    """Every switch on; moved away from its initial values, of which some are zero."""
+    """Build a model with every switch on, away from its initial values, of which some are zero."""
     catalog = DomainCatalog(
         (torch.arange(_ITEMS + 1) - 1) % case.num_domains, [str(d) for d in range(case.num_domains)]
     )
@@ -231,7 +239,7 @@ def _model(case: Case, impl: str) -> CrossDomainHSTU:
 
 
 def _difference(found: Tensor, truth: Tensor) -> float:
-    """Largest difference of a vector, as a fraction of what is allowed."""
+    """Return the largest difference of a vector, as a fraction of what is allowed."""
     return float((found.to(truth.dtype) - truth).norm(dim=1).max()) / _BUDGET
 
 
@@ -239,3 +247,109 @@ def _milliseconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+def measure_retrieval(items: int, *, width: int, threads: int, repeats: int) -> list[Row]:
+    """Measure one request for the best hundred items of a domain, by each kind of retrieval.
+
+    ``recall`` is the share of the exact best hundred that were found, over 32 users; ``correct``
+    says that every score is the item's dot product and no item comes twice.
+
+    Args:
+        items: number of items of the one domain.
+        width: width of the vectors.
+        threads: threads of PyTorch; the index searches with one.
+        repeats: timed requests of each kind, in turns.
+    """
+    with torch_threads(threads), torch.inference_mode():
+        return _retrieval_rows(items, width, threads, repeats)
+
+
+def _retrieval_rows(items: int, width: int, threads: int, repeats: int) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(_DIRECTIONS, width, generator=generator) / _DIRECTIONS**0.5
+    model = _model_of_vectors(_draw_vectors(items + 1, mixing, generator))
+    users = torch.nn.functional.normalize(_draw_vectors(_ASKING_USERS, mixing, generator), dim=1)
+    rows: dict[str, Row] = {}
+    found: dict[str, list[_Found]] = {}
+    runs: dict[str, Pass] = {}
+    for kind in RETRIEVALS:
+        rows[kind] = _empty_retrieval_row(kind, items, width, threads, repeats)
+        start = time.perf_counter()
+        try:
+            index = ItemIndex(model, kind)
+        except InputError as absent:
+            rows[kind]["absent"] = str(absent)
+            continue
+        rows[kind]["seconds"] = time.perf_counter() - start
+        found[kind] = [index.best(user, 0, _BEST, None) for user in users]
+        rows[kind] |= _retrieval_quality(found[kind], found["exact"], model, users)
+        if rows[kind]["correct"]:
+            runs[kind] = _retrieval_request(index, users)
+    times = take_turns(runs, {}, device="cpu", repeats=repeats)
+    for kind, taken in times.items():
+        rows[kind] |= time_columns(taken) | times_faster(times, kind, "exact")
+    rows["exact"].pop("times_faster_than_exact", None)
+    return list(rows.values())
+
+
+def _empty_retrieval_row(kind: str, items: int, width: int, threads: int, repeats: int) -> Row:
+    return {
+        "provider": f"{kind} retrieval",
+        "seq_len": None,
+        "num_domains": 1,
+        "skew": None,
+        "dtype": "float32",
+        "device": "cpu",
+        "ms_median": None,
+        "ms_p20": None,
+        "ms_p80": None,
+        "peak_bytes": None,
+        "correct": None,
+        "what": "serving",
+        "items": items,
+        "width": width,
+        "threads": threads,
+        "repeats": repeats,
+        **environment("cpu"),
+    }
+
+
+def _draw_vectors(rows: int, mixing: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw normal vectors (rows, K), four fifths of their variance in directions of ``mixing``."""
+    noise = torch.randn(rows, mixing.shape[1], generator=generator) / 2
+    return noise.addmm_(torch.randn(rows, len(mixing), generator=generator), mixing)
+
+
+def _model_of_vectors(item_vectors: Tensor) -> CrossDomainHSTU:
+    """Build a model with these item vectors; its other parts do not matter."""
+    catalog = DomainCatalog(torch.zeros(len(item_vectors), dtype=torch.int64), ["all"])
+    settings = EncoderSettings(
+        num_domains=1, norm_length=1, embedding_dim=item_vectors.shape[1], num_blocks=1
+    )
+    model = CrossDomainHSTU(catalog, settings)
+    model.get_parameter("_embedding_module._item_emb.weight").copy_(item_vectors)
+    return model
+
+
+def _retrieval_quality(
+    found: list[_Found], exact: list[_Found], model: CrossDomainHSTU, users: Tensor
+) -> Row:
+    hits, correct = 0, True
+    for best, truth, user in zip(found, exact, users):
+        items = [item for item, _ in best]
+        hits += len({item for item, _ in truth} & set(items))
+        vectors = model.item_vectors(torch.tensor(items)).double()
+        difference = vectors @ user.double() - torch.tensor([score for _, score in best])
+        correct &= len(set(items)) == len(truth) and float(difference.abs().max()) <= _SCORE_BUDGET
+    return {"recall": hits / sum(map(len, exact)), "correct": correct}
+
+
+def _retrieval_request(index: ItemIndex, users: Tensor) -> Pass:
+    turns = cycle(users)
+
+    def run(mark: Mark) -> dict[str, Tensor]:
+        index.best(next(turns), 0, _BEST, None)
+        return {}
+
+    return run

@@ -1,25 +1,95 @@
-"""Passes that are timed: who takes part takes turns, and every pass is clocked phase by phase."""
+"""Passes of providers: what they compute, how they take turns, and a clock for every phase.
+
+A pass has the phases "plan", "forward" and "backward". Providers take turns, so that what disturbs
+the machine disturbs all of them.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-# Called with a phase's name when that phase of a pass is over.
+from hstu_xd.bench.cases import Case, Draw
+
+# A pass calls it with the name of each phase that is over.
 Mark = Callable[[str], None]
-# One pass, "plan", "forward" and "backward": the output, and all gradients by name.
+# Runs one pass and returns the output ("out") and all gradients, by name.
 Pass = Callable[[Mark], dict[str, Tensor]]
-# Milliseconds of every timed pass, "total" and by phase; on a CPU also "cpu", what the processors
-# spent on it: what others on the machine take of the clock is not in there.
+# Milliseconds of every timed pass, "total" and by phase. On a CPU there is also "cpu", the time
+# that the processors spent on it, which leaves out what other processes took of the clock.
 Times = dict[str, list[float]]
+
+_Plan = TypeVar("_Plan")
+
+
+@dataclass(frozen=True)
+class Computation:
+    """The function that a provider computes.
+
+    Attributes:
+        masked: whether attention stays inside domains; else it goes to everything.
+        normalization: "silu" or "softmax".
+        biased: whether there is a relative bias of position and time.
+    """
+
+    masked: bool
+    normalization: str
+    biased: bool
+
+
+# Makes a pass from a batch, the dtype of its numbers and what is to be computed.
+Builder = Callable[[Draw, torch.dtype, Computation], Pass]
+
+
+def phased(
+    case: Case,
+    plan: Callable[[], _Plan],
+    forward: Callable[[_Plan], Tensor],
+    leaves: Mapping[str, Tensor],
+    grad_out: Tensor,
+) -> Pass:
+    """Build the pass of a provider from its parts.
+
+    Args:
+        case: case that says how often the plan is made.
+        plan: makes what depends on the structure of the batch alone.
+        forward: computes the output from the plan.
+        leaves: tensors to take the gradients of, by name.
+        grad_out: gradient of the output.
+    """
+    made = cache(plan) if case.plan == "once" else plan
+
+    def run(mark: Mark) -> dict[str, Tensor]:
+        ready = made()
+        mark("plan")
+        out = forward(ready)
+        mark("forward")
+        gradients = torch.autograd.grad(out, list(leaves.values()), grad_out)
+        mark("backward")
+        return {"out": out.detach(), **dict(zip(leaves, gradients))}
+
+    return run
 
 
 def unmarked(phase: str) -> None:
-    """The mark of a pass that is not timed."""
+    """Do nothing: the mark of a pass that is not timed."""
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let PyTorch use so many threads inside the block, and as many as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def take_turns(
@@ -27,13 +97,13 @@ def take_turns(
 ) -> dict[str, Times]:
     """Time passes in turns (A B A B ...), after one turn that warms up.
 
-    What disturbs the machine disturbs all of them, and ratios of the same turn hold.
+    Whatever disturbs the machine disturbs all of them, so that ratios within a turn hold.
 
     Args:
         runs: passes by name.
-        failed: takes the reason for everyone whose pass raises; they get no times.
-        device: where they run.
-        repeats: timed turns.
+        failed: gets the reason of every provider whose pass raises; it has no times then.
+        device: where the passes run.
+        repeats: number of timed turns.
     """
     times: dict[str, Times] = {name: {} for name in runs}
     for turn in range(repeats + 1):
@@ -60,7 +130,7 @@ def noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
 
 
 class _Stopwatch:
-    """Clocks one pass; on CUDA with events in the stream, so that nothing waits inside it."""
+    """Clocks one pass; on CUDA by events in the stream, so that nothing waits inside the pass."""
 
     def __init__(self, device: str) -> None:
         self._on_cuda = device != "cpu"
@@ -73,7 +143,7 @@ class _Stopwatch:
         self._marks.append((phase, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Milliseconds of each phase, and of all together until now."""
+        """Return the milliseconds of each phase, and of all together until now."""
         end = self._now()
         if self._on_cuda:
             torch.cuda.synchronize()

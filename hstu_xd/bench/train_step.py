@@ -16,14 +16,14 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.correctness import FORWARD_BUDGET, row_error
 from hstu_xd.bench.rows import Row, empty_row, time_columns, times_faster
-from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns
+from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns, torch_threads
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.sampled_softmax import sample_negatives, sampled_softmax_loss
 
 _ALL = {"domain_mask": True, "tape": True, "ddsr": True}
-# Provider -> switches; half of the heads take the target view under "all".
+# Provider -> switches; under "all" half of the heads also take the target view.
 PROVIDERS: dict[str, dict[str, Any]] = {
     "dense": {"impl": "reference"},
     "hstu": {},
@@ -42,36 +42,32 @@ def measure(
     repeats: int,
     against: Sequence[str] = ("dense",),
 ) -> list[Row]:
-    """Rows of all cases, one a provider, taking turns in this process.
+    """Measure all cases and return their rows, one for each provider, taking turns.
 
     ``equal_time_seq_len`` is the longest history that a provider reads in the time that "dense"
     takes at the row's ``seq_len``: interpolated between measured lengths, on logarithmic axes;
     absent where it lies outside them.
 
     Args:
-        cases: what to measure.
-        names: providers.
-        threads: of PyTorch.
-        repeats: timed steps of each provider.
+        cases: the cases to measure.
+        names: names of the providers.
+        threads: threads of PyTorch.
+        repeats: number of timed steps of each provider.
         against: providers that the others' times are compared with.
 
     Raises:
-        InputError: a case without bias, of another dtype than float32, or with a plan made once.
+        InputError: a case has no bias, another dtype than float32, or a plan that is made once.
     """
     for case in cases:
         if (case.dtype, case.biased, case.plan) != ("float32", True, "each"):
             raise InputError(
                 "train-step measures float32 with the relative bias and a plan for each batch; "
-                "drop --dtype, --no-bias and --plan"
+                f"the case has dtype={case.dtype!r}, biased={case.biased}, plan={case.plan!r}"
             )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         rows = [
             row for case in cases for row in _rows(case, list(names), threads, repeats, against)
         ]
-    finally:
-        torch.set_num_threads(before)
     for row in rows:
         row["equal_time_seq_len"] = _equal_time(row, rows)
     return rows
@@ -87,7 +83,7 @@ def _rows(
         with noting_failure(name, failed):
             errors[name] = _error(name, case.small)
             if errors[name] <= 1:
-                steps[name] = _Step(name, Draw.of(case)).run
+                steps[name] = _Step(name, Draw.from_case(case)).run
     times = take_turns(steps, failed, device=case.device, repeats=repeats)
     rows = []
     for name in names:
@@ -140,7 +136,7 @@ def _model(name: str, case: Case, **others: Any) -> CrossDomainHSTU:
 
 
 def _batch(draw: Draw, catalog: DomainCatalog) -> tuple[JaggedBatch, Tensor]:
-    """The drawn domains with items of theirs, and the item after each."""
+    """Return a batch of items of the drawn domains, and the item after each of them."""
     case = draw.case
     generator = torch.Generator().manual_seed(1)
     place = torch.randint(_ITEMS // case.num_domains - 1, draw.domains.shape, generator=generator)
@@ -173,7 +169,7 @@ def _error(name: str, case: Case) -> float:
                 parameter.copy_(0.1 * numbers)
         truth = _model(name, case, impl="reference").double()
         truth.load_state_dict(model.state_dict())
-        batch, _ = _batch(Draw.of(case), model.catalog)
+        batch, _ = _batch(Draw.from_case(case), model.catalog)
         return row_error(model(batch), truth(batch)) / FORWARD_BUDGET
 
 

@@ -1,35 +1,57 @@
-"""Entry point of ``hstu-xd``: registers the commands and maps errors to exit codes."""
+"""Entry point of ``hstu-xd``: the table of commands, their help, and the exit codes of errors."""
 
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from hstu_xd.errors import HstuXdError
 from hstu_xd.version import __version__
 
-# Command -> module of hstu_xd.cli that defines a function of the command's name.
+# Command -> the module of hstu_xd.cli that defines it under that name, and its section in the help.
 COMMANDS = {
-    "prepare": "data",
-    "synth": "data",
-    "train": "runs",
-    "evaluate": "runs",
-    "recommend": "runs",
-    "export": "runs",
-    "compare": "experiments",
-    "report": "experiments",
-    "ablate": "experiments",
-    "demo": "experiments",
-    "serve": "serve",
-    "bench": "bench",
-    "init": "upstream",
-    "patch": "upstream",
-    "upstream-train": "upstream",
-    "upstream-evaluate": "upstream",
-    "rec-dataset": "upstream",
-    "doctor": "upstream",
+    "prepare": ("data", "Data"),
+    "synth": ("data", "Data"),
+    "train": ("runs", "Models"),
+    "evaluate": ("runs", "Models"),
+    "recommend": ("runs", "Models"),
+    "ablate": ("experiments", "Experiments"),
+    "compare": ("experiments", "Experiments"),
+    "report": ("experiments", "Experiments"),
+    "demo": ("experiments", "Experiments"),
+    "export": ("runs", "Production"),
+    "serve": ("serve", "Production"),
+    "init": ("upstream", "Other codebases"),
+    "patch": ("upstream", "Other codebases"),
+    "upstream-train": ("upstream", "Other codebases"),
+    "upstream-evaluate": ("upstream", "Other codebases"),
+    "rec-dataset": ("upstream", "Other codebases"),
+    "doctor": ("upstream", "This machine"),
+    "bench": ("bench", "This machine"),
 }
+
+
+class SectionedHelp(typer.core.TyperGroup):
+    """Lists commands by section, in plain text that a pipe can take, a whole sentence each."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for every ``rich_help_panel`` of the commands."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        commands: dict[str, Any] = {**self.commands}
+        for name, command in commands.items():
+            rows = sections.setdefault(command.rich_help_panel, [])
+            rows.append((name, command.get_short_help_str(_WHOLE_SENTENCE)))
+        # All sections get the width of the longest name, so that their texts stand in one column.
+        width = max(map(len, self.commands))
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows])
+
+
+# More characters than a first sentence has: it is wrapped rather than cut.
+_WHOLE_SENTENCE = 1000
 
 
 def build_app() -> typer.Typer:
@@ -37,22 +59,41 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         name="hstu-xd",
         help="Cross-domain HSTU: prepare logs, train, evaluate, serve, compare, benchmark.",
-        no_args_is_help=True,
-        add_completion=False,
+        cls=SectionedHelp,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
+        context_settings={"max_content_width": 100},
     )
 
     @app.callback(invoke_without_command=True)
-    def root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    def root(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    ) -> None:
         if version:
             typer.echo(__version__)
             raise typer.Exit
+        _print_help_alone(context)
 
-    for name, module in COMMANDS.items():
-        function = getattr(import_module(f"hstu_xd.cli.{module}"), name.replace("-", "_"))
-        app.command(name)(function)
+    for name, (module, section) in COMMANDS.items():
+        command = getattr(import_module(f"hstu_xd.cli.{module}"), name.replace("-", "_"))
+        if isinstance(command, typer.Typer):
+            app.add_typer(
+                command,
+                name=name,
+                cls=SectionedHelp,
+                callback=_print_help_alone,
+                invoke_without_command=True,
+                rich_help_panel=section,
+            )
+        else:
+            app.command(name, rich_help_panel=section)(command)
     return app
+
+
+def _print_help_alone(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,9 +119,17 @@ def run(argv: list[str]) -> int:
         # Typer's usage errors carry their own one-line text and exit code; anything else is ours
         # to fix and keeps its traceback.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            return _fail(error.format_message(), error.exit_code)
+            return _fail(_with_hint(error), error.exit_code)
         raise
     return result if isinstance(result, int) else 0
+
+
+def _with_hint(error: Any) -> str:
+    """Return the text of a usage error, and where the usage is described."""
+    text, context = error.format_message(), getattr(error, "ctx", None)
+    if context is None:
+        return text
+    return f"{text}{'' if text[-1] in '.?!' else '.'} See {context.command_path} --help"
 
 
 def _fail(message: str, exit_code: int) -> int:

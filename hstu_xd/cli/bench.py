@@ -1,252 +1,418 @@
-"""``hstu-xd bench``: timings behind a correctness gate, as a table, as JSON rows or as curves."""
+"""``hstu-xd bench``: a sub-command for each benchmark, with only those options that it heeds."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hstu_xd.cli.bench_options import (
+    Against,
+    AgainstDense,
+    BatchSize,
+    Bias,
+    Device,
+    Dqk,
+    DType,
+    Dv,
+    Heads,
+    Interleavings,
+    Json,
+    Layers,
+    NumDomains,
+    NumDomainsServed,
+    Out,
+    Plan,
+    Providers,
+    Repeats,
+    RetrievalItems,
+    SeqLens,
+    Skews,
+    Sweep,
+    Threads,
+    Width,
+)
 from hstu_xd.errors import HstuXdError, InputError
 
-BENCHMARKS = ("encoder", "attention", "train-step", "serving", "service", "prepare", "sampler")
-
-
-def bench(
-    what: Annotated[
-        str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}; or plot, of stored rows.")
-    ],
-    stored: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="Files of rows (plot). Run folder (service) [default: random weights].",
-            metavar="[ROWS]...",
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the rows as one JSON array.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="File for the rows, .json or .csv. Folder for the log (prepare) [default: a "
-            "temporary one] or for figures and table (plot)."
-        ),
-    ] = None,
-    seq_len: Annotated[
-        list[int] | None, typer.Option(help="Events of a user; repeat for several. [default: 1000]")
-    ] = None,
-    num_domains: Annotated[
-        list[int] | None, typer.Option(help="Domains; repeat for several. [default: 1, 5, 10]")
-    ] = None,
-    skew: Annotated[
-        list[float] | None,
-        typer.Option(help="0 = balanced, else the share of the first domain. [default: 0]"),
-    ] = None,
-    interleaving: Annotated[
-        list[str] | None,
-        typer.Option(help="random, or blocks: one domain after the other. [default: random]"),
-    ] = None,
-    sweep: Annotated[
-        bool,
-        typer.Option(
-            "--sweep", help="N 256..16384, D 1..64, skews and interleavings, one at a time."
-        ),
-    ] = False,
-    provider: Annotated[
-        list[str] | None, typer.Option(help="Provider; repeat for several. [default: all]")
-    ] = None,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Provider to compare with; repeat for several. [default: reference; train-step "
-            "dense]"
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    bias: Annotated[
-        bool, typer.Option("--bias/--no-bias", help="Relative bias, where a provider has one.")
-    ] = True,
-    plan: Annotated[
-        str,
-        typer.Option(help="Build groupings and masks in each pass, or once, as layers share them."),
-    ] = "each",
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Users of a batch. [default: 8; sampler 128]")
-    ] = None,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    dqk: Annotated[int, typer.Option(help="Width of queries and keys a head.")] = 16,
-    dv: Annotated[int, typer.Option(help="Width of values a head.")] = 16,
-    width: Annotated[int, typer.Option(help="Model width (encoder).")] = 64,
-    layers: Annotated[
-        int | None, typer.Option(help="Layers (encoder). [default: 2; serving, service 4]")
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Threads of PyTorch. [default: 2; service as hstu-xd serve]"),
-    ] = None,
-    repeats: Annotated[
-        int | None,
-        typer.Option(min=1, help="Timed passes of each provider. [default: 5; sampler 50]"),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu or cuda (encoder, attention, train-step).")
-    ] = "cpu",
-    seconds: Annotated[
-        float, typer.Option(min=1, help="Of twice the load that can be borne (service).")
-    ] = 60.0,
-    rows: Annotated[int, typer.Option(min=100, help="Events of the log (prepare).")] = 1_000_000,
-    data: Annotated[
-        Path | None, typer.Option(help="Prepared store (sampler). [default: a synthetic one]")
-    ] = None,
-    retrieval_items: Annotated[
-        int | None,
-        typer.Option(
-            min=1000, help="Also search the best of so many items, 1000000 say (serving)."
-        ),
-    ] = None,
-) -> None:
-    """Measure a part of hstu-xd. A provider that computes something else gets no time."""
-    if what == "plot":
-        _plot(stored or [], out)
-        return
-    if what not in BENCHMARKS:
-        raise InputError(_unknown("benchmark", what, (*BENCHMARKS, "plot")))
-    if stored and what != "service":
-        raise InputError(f"{stored[0]}: only bench plot reads rows; to write them use --out")
-    if retrieval_items and what != "serving":
-        raise InputError(
-            f"--retrieval-items belongs to bench serving, not to bench {what}; drop it"
-        )
-    if what == "prepare":
-        _show(_prepare(rows, out), as_json)
-        return
-    if out is not None:
-        from hstu_xd.bench.row_files import check_name
-
-        check_name(out)
-    if what == "sampler":
-        from hstu_xd.bench.sampler import run
-
-        history = (seq_len or [200])[0]
-        results = run(data, history=history, batch_size=batch_size or 128, repeats=repeats or 50)
-        _show(results, as_json, out)
-        return
-    if what == "service":
-        from hstu_xd.bench import service
-        from hstu_xd.bench.cases import Case
-        from hstu_xd.cli.serve import check_packages
-
-        check_packages()
-        from hstu_xd.serving.http.settings import default_threads
-
-        case = Case(
-            what, (seq_len or [200])[0], (num_domains or [5])[0], heads=heads, dqk=dqk, dv=dv,
-            width=width, layers=layers or 4,
-        )  # fmt: skip
-        run = stored[0] if stored else None
-        _show(
-            service.measure(run, case, seconds=seconds, threads=threads or default_threads()),
-            as_json,
-            out,
-        )
-        return
-    from hstu_xd.bench import passes, retrieval, serving, train_step
+if TYPE_CHECKING:
     from hstu_xd.bench.cases import Case
 
-    chosen, rivals = _competitors(what, provider, against)
+bench = typer.Typer(
+    help="Measure speed and memory, results checked first.\n\n"
+    "Every provider is compared with a reference before it is timed; one that computes something "
+    "else gets no time. Providers take turns in one process, so that ratios hold."
+)
+_MODEL, _SERVING, _DATA, _ROWS = "Model", "Serving", "Data", "Stored rows"
+
+
+@bench.command(rich_help_panel=_MODEL)
+def encoder(
+    seq_len: SeqLens = None,
+    num_domains: NumDomains = None,
+    skew: Skews = None,
+    interleaving: Interleavings = None,
+    sweep: Sweep = False,
+    provider: Providers = None,
+    against: Against = None,
+    dtype: DType = "float32",
+    bias: Bias = True,
+    plan: Plan = "each",
+    batch_size: BatchSize = 8,
+    heads: Heads = 4,
+    dqk: Dqk = 16,
+    dv: Dv = 16,
+    width: Width = 64,
+    layers: Layers = 2,
+    threads: Threads = 2,
+    repeats: Repeats = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Time a stack of layers, forward and backward."""
+    from hstu_xd.bench import passes
+    from hstu_xd.bench.cases import Case
+    from hstu_xd.bench.providers import PROVIDERS
+
+    names = _chosen(PROVIDERS["encoder"], provider)
+    rivals = _rivals(PROVIDERS["encoder"], names, against, "reference")
+    _refuse_bias_without_effect(bias, "encoder", names)
     base = Case(
-        what, 1000, 1, batch_size=batch_size or 8, heads=heads, dqk=dqk, dv=dv, width=width,
-        layers=layers or (4 if what == "serving" else 2), device=device, dtype=dtype,
-        biased=bias, plan=plan,
+        "encoder", 1000, 1, batch_size=batch_size, heads=heads, dqk=dqk, dv=dv, width=width,
+        layers=layers, device=device, dtype=dtype, biased=bias, plan=plan,
     )  # fmt: skip
-    cases = [
-        replace(base, seq_len=n, num_domains=d, skew=s, interleaving=order)
-        for n in seq_len or [1000]
-        for d in num_domains or ([5] if what == "serving" else [1, 5, 10])
-        for s in skew or [0.0]
-        for order in interleaving or ["random"]
-    ]
+    cases = _cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
+    _show(
+        lambda: passes.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
+        as_json,
+        out,
+    )
+
+
+@bench.command(rich_help_panel=_MODEL)
+def attention(
+    seq_len: SeqLens = None,
+    num_domains: NumDomains = None,
+    skew: Skews = None,
+    interleaving: Interleavings = None,
+    sweep: Sweep = False,
+    provider: Providers = None,
+    against: Against = None,
+    dtype: DType = "float32",
+    bias: Bias = True,
+    plan: Plan = "each",
+    batch_size: BatchSize = 8,
+    heads: Heads = 4,
+    dqk: Dqk = 16,
+    dv: Dv = 16,
+    threads: Threads = 2,
+    repeats: Repeats = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Time attention alone, forward and backward."""
+    from hstu_xd.bench import passes
+    from hstu_xd.bench.cases import Case
+    from hstu_xd.bench.providers import PROVIDERS
+
+    names = _chosen(PROVIDERS["attention"], provider)
+    rivals = _rivals(PROVIDERS["attention"], names, against, "reference")
+    _refuse_bias_without_effect(bias, "attention", names)
+    base = Case(
+        "attention", 1000, 1, batch_size=batch_size, heads=heads, dqk=dqk, dv=dv,
+        device=device, dtype=dtype, biased=bias, plan=plan,
+    )  # fmt: skip
+    cases = _cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
+    _show(
+        lambda: passes.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
+        as_json,
+        out,
+    )
+
+
+@bench.command("train-step", rich_help_panel=_MODEL)
+def train_step(
+    seq_len: SeqLens = None,
+    num_domains: NumDomains = None,
+    skew: Skews = None,
+    interleaving: Interleavings = None,
+    sweep: Sweep = False,
+    provider: Providers = None,
+    against: AgainstDense = None,
+    batch_size: BatchSize = 8,
+    heads: Heads = 4,
+    dqk: Dqk = 16,
+    dv: Dv = 16,
+    width: Width = 64,
+    layers: Layers = 2,
+    threads: Threads = 2,
+    repeats: Repeats = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Time whole training steps of HSTU and its variants."""
+    from hstu_xd.bench import train_step as steps
+    from hstu_xd.bench.cases import Case
+
+    names = _chosen(steps.PROVIDERS, provider)
+    rivals = _rivals(steps.PROVIDERS, names, against, "dense")
+    base = Case(
+        "train-step", 1000, 1, batch_size=batch_size, heads=heads, dqk=dqk, dv=dv, width=width,
+        layers=layers, device=device,
+    )  # fmt: skip
+    cases = _cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
+    _show(
+        lambda: steps.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
+        as_json,
+        out,
+    )
+
+
+@bench.command(rich_help_panel=_SERVING)
+def serving(
+    seq_len: SeqLens = None,
+    num_domains: NumDomainsServed = None,
+    skew: Skews = None,
+    interleaving: Interleavings = None,
+    sweep: Sweep = False,
+    provider: Providers = None,
+    heads: Heads = 4,
+    dqk: Dqk = 16,
+    dv: Dv = 16,
+    width: Width = 64,
+    layers: Layers = 4,
+    threads: Threads = 2,
+    repeats: Repeats = 5,
+    retrieval_items: RetrievalItems = None,
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Time one event and an answer against encoding it all again."""
+    from hstu_xd.bench import serving as calls
+    from hstu_xd.bench.cases import Case
+
+    names = _chosen(calls.PROVIDERS, provider)
+    base = Case("serving", 1000, 1, heads=heads, dqk=dqk, dv=dv, width=width, layers=layers)
+    cases = _cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep, default_domains=[5])
+
+    def measure() -> Iterable[dict[str, Any]]:
+        yield from calls.measure(cases, names, threads=threads, repeats=repeats)
+        if retrieval_items:
+            yield from calls.measure_retrieval(
+                retrieval_items, width=width, threads=threads, repeats=repeats
+            )
+
+    _show(measure, as_json, out)
+
+
+@bench.command(rich_help_panel=_SERVING)
+def service(
+    context: typer.Context,
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Run folder to serve. [default: a model with random weights]"),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Seconds of load at twice the rate that can be answered.")
+    ] = 60.0,
+    seq_len: Annotated[int, typer.Option(help="Events that the model reads of a user.")] = 200,
+    num_domains: Annotated[int, typer.Option(help="Domains.")] = 5,
+    heads: Heads = 4,
+    dqk: Dqk = 16,
+    dv: Dv = 16,
+    width: Width = 64,
+    layers: Layers = 4,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of PyTorch. [default: as many as serve takes]"),
+    ] = None,
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Put the HTTP service under twice the load it can bear."""
+    from hstu_xd.bench import service as loads
+    from hstu_xd.bench.cases import Case
+    from hstu_xd.cli.serve import check_packages
+
+    sizes = "seq_len", "num_domains", "heads", "dqk", "dv", "width", "layers"
+    if run and (given := _given(context, sizes)):
+        raise InputError(f"{given[0]} has no effect on a trained run; drop it, or {run}")
+    check_packages()
+    from hstu_xd.serving.http.settings import default_threads
+
+    case = Case(
+        "service", seq_len, num_domains, heads=heads, dqk=dqk, dv=dv, width=width, layers=layers
+    )
+    _show(
+        lambda: loads.measure(run, case, seconds=seconds, threads=threads or default_threads()),
+        as_json,
+        out,
+    )
+
+
+@bench.command(rich_help_panel=_DATA)
+def prepare(
+    rows: Annotated[int, typer.Option(min=100, help="Events of the generated log.")] = 1_000_000,
+    as_json: Json = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the log and the stores. [default: a temporary one]"),
+    ] = None,
+) -> None:
+    """Time hstu-xd prepare against a reader in plain Python."""
+    from hstu_xd.bench.prepare import run
+
+    with TemporaryDirectory() as folder:
+        _show(lambda: run(rows, out or Path(folder)), as_json)
+
+
+@bench.command(rich_help_panel=_DATA)
+def sampler(
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared store. [default: a synthetic one]")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Longest history of a sample.")] = 200,
+    batch_size: BatchSize = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed batches of each provider.")] = 50,
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Time the batches that training draws from a store."""
+    from hstu_xd.bench.sampler import run
+
+    _show(lambda: run(data, history=seq_len, batch_size=batch_size, repeats=repeats), as_json, out)
+
+
+@bench.command(rich_help_panel=_ROWS)
+def plot(
+    rows: Annotated[
+        list[Path], typer.Argument(metavar="ROWS...", help="Files that --out of a benchmark wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the figures and the table.")],
+) -> None:
+    """Draw curves and a table from stored rows."""
+    from hstu_xd.bench.curves import draw
+    from hstu_xd.bench.rows import read_rows
+
+    for path in draw(read_rows(rows), out):
+        typer.echo(path)
+
+
+def _chosen(known: Collection[str], provider: list[str] | None) -> list[str]:
+    """Return the providers to measure: those that the user named, or all."""
+    for name in provider or ():
+        _check_provider(name, known)
+    return provider or list(known)
+
+
+def _rivals(
+    known: Collection[str], names: list[str], against: list[str] | None, default: str
+) -> list[str]:
+    """Return those of the measured providers that the others are compared with.
+
+    Raises:
+        InputError: the user named one that is not measured.
+    """
+    for name in against or ():
+        _check_provider(name, known)
+        if name not in names:
+            raise InputError(f"--against {name} is not measured; add --provider {name}")
+    return against or [default]
+
+
+def _check_provider(name: str, known: Collection[str]) -> None:
+    """Check that a benchmark has a provider of that name.
+
+    Raises:
+        InputError: it has none; with the nearest name and all others.
+    """
+    if name not in known:
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise InputError(f"no provider {name!r}{hint} There are {', '.join(known)}")
+
+
+def _refuse_bias_without_effect(bias: bool, what: str, names: list[str]) -> None:
+    from hstu_xd.bench.providers import PROVIDERS
+
+    if not bias and all(PROVIDERS[what][name].bias == "never" for name in names):
+        raise InputError(f"--no-bias has no effect: {', '.join(names)} never has a bias; drop it")
+
+
+def _cases(
+    base: "Case",
+    seq_len: list[int] | None,
+    num_domains: list[int] | None,
+    skew: list[float] | None,
+    interleaving: Sequence[str] | None,
+    *,
+    sweep: bool,
+    default_domains: Sequence[int] = (1, 5, 10),
+) -> list["Case"]:
+    """Combine the sizes that were asked for, or take the preset of --sweep.
+
+    Raises:
+        InputError: an option has no effect beside the others.
+    """
+    from hstu_xd.bench import cases
+
     if sweep:
         if seq_len or num_domains or skew or interleaving:
             raise InputError(
                 "--sweep chooses lengths, domains, skews and interleavings; drop --seq-len, "
                 "--num-domains, --skew and --interleaving, or --sweep"
             )
-        from hstu_xd.bench.cases import sweep as preset
-
-        cases = list(preset(base))
-    how_often = {"threads": threads or 2, "repeats": repeats or 5}
-    if what == "serving":
-        results = serving.measure(cases, chosen, **how_often)
-        if retrieval_items:
-            results += retrieval.measure(retrieval_items, width=width, **how_often)
-    else:
-        measure = train_step.measure if what == "train-step" else passes.measure
-        results = measure(cases, chosen, **how_often, against=rivals)
-    _show(results, as_json, out)
-
-
-def _competitors(
-    what: str, provider: list[str] | None, against: list[str] | None
-) -> tuple[list[str], list[str]]:
-    """Who is measured, and who of them the others are compared with.
-
-    Raises:
-        InputError: an unknown provider, or one to compare with that is not measured.
-    """
-    from hstu_xd.bench import providers, serving, train_step
-
-    own = {"train-step": train_step, "serving": serving}
-    known = tuple(own[what].PROVIDERS if what in own else providers.PROVIDERS[what])
-    if what == "serving" and against:
-        raise InputError("bench serving has comparisons of its own; drop --against")
-    chosen = provider or list(known)
-    for name in (*chosen, *(against or ())):
-        if name not in known:
-            raise InputError(_unknown("provider", name, known))
-    for name in against or ():
-        if name not in chosen:
-            raise InputError(f"--against {name} is not measured; add --provider {name}")
-    return chosen, against or ["dense" if what == "train-step" else "reference"]
+        return list(cases.sweep(base))
+    domains = num_domains or default_domains
+    skews, orders = skew or [0.0], interleaving or ["random"]
+    if max(domains) == 1 and (any(skews) or set(orders) != {"random"}):
+        raise InputError(
+            "--skew and --interleaving have no effect on a single domain; drop them, or add "
+            "--num-domains 5"
+        )
+    return [
+        replace(base, seq_len=n, num_domains=d, skew=s, interleaving=order)
+        for n in seq_len or [1000]
+        for d in domains
+        for s in skews
+        for order in orders
+    ]
 
 
-def _prepare(rows: int, out: Path | None) -> list[dict[str, Any]]:
-    from tempfile import TemporaryDirectory
-
-    from hstu_xd.bench.prepare import run
-
-    if out is not None:
-        return run(rows, out)
-    with TemporaryDirectory() as folder:
-        return run(rows, Path(folder))
-
-
-def _plot(stored: list[Path], out: Path | None) -> None:
-    from hstu_xd.bench.curves import draw
-    from hstu_xd.bench.row_files import read
-
-    if not stored or out is None:
-        raise InputError("bench plot needs files of rows and --out FOLDER")
-    for path in draw(read(stored), out):
-        typer.echo(path)
+def _given(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Return the options of these parameters that stand in the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    ]
 
 
-def _show(results: Iterable[dict[str, Any]], as_json: bool, out: Path | None = None) -> None:
-    """Store the rows as they come, and print them.
+def _show(
+    measure: Callable[[], Iterable[dict[str, Any]]], as_json: bool, out: Path | None = None
+) -> None:
+    """Measure, store the rows as they come, and print them.
 
     Raises:
+        InputError: rows cannot be stored in that file.
         HstuXdError: a provider disagrees with the reference, or raised.
     """
-    from hstu_xd.bench.row_files import render, write
+    from hstu_xd.bench.rows import check_file_name, render, write_rows
 
+    if out is not None:
+        check_file_name(out)
     rows: list[dict[str, Any]] = []
-    for row in results:
+    for row in measure():
         rows.append(row)
         if out is not None:
-            write(out, rows)
+            write_rows(out, rows)
     typer.echo(json.dumps(rows) if as_json else render(rows))
     wrong = sorted({row["provider"] for row in rows if row["correct"] is False})
     if wrong:
@@ -254,9 +420,3 @@ def _show(results: Iterable[dict[str, Any]], as_json: bool, out: Path | None = N
     for row in rows:
         if row.get("failed"):
             raise HstuXdError(f"{row['provider']} failed: {row['failed']}")
-
-
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no {kind} {name!r}{hint} There are {', '.join(known)}"

@@ -17,16 +17,19 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[  # the option's name is part of the command line's contract
-        str, typer.Option(help="auto, csv, amazon-ratings, amazon-reviews or recbole.")
+        str,
+        typer.Option(help="File format: auto, csv, amazon-ratings, amazon-reviews or recbole."),
     ] = "auto",
     user_col: Annotated[str | None, typer.Option(help="Column of the user id.")] = None,
     item_col: Annotated[str | None, typer.Option(help="Column of the item id.")] = None,
     domain_col: Annotated[str | None, typer.Option(help="Column of the domain.")] = None,
     time_col: Annotated[str | None, typer.Option(help="Column of the time in seconds.")] = None,
-    min_user: Annotated[int, typer.Option(help="Least events of a user in a domain (k-core).")] = 0,
-    min_item: Annotated[int, typer.Option(help="Least events of an item (k-core).")] = 0,
+    min_user: Annotated[
+        int, typer.Option(help="Fewest events of a user in a domain (k-core).")
+    ] = 0,
+    min_item: Annotated[int, typer.Option(help="Fewest events of an item (k-core).")] = 0,
     min_user_total: Annotated[
-        int, typer.Option(help="Least events of a user over all domains (k-core).")
+        int, typer.Option(help="Fewest events of a user over all domains (k-core).")
     ] = 0,
     write_upstream: Annotated[
         bool,
@@ -38,7 +41,10 @@ def prepare(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
 ) -> None:
-    """Read interaction logs and write a prepared store: histories, catalogue, manifest."""
+    """Read interaction logs and write a prepared store.
+
+    The store holds histories, the catalogue of items and a manifest with counts and hashes.
+    """
     from hstu_xd.data.filters import Filters
     from hstu_xd.data.prepare import prepare_logs
     from hstu_xd.data.sources.columns import ColumnOptions
@@ -62,13 +68,17 @@ def synth(
     domains: Annotated[int, typer.Option(help="Number of domains.")] = 5,
     items_per_domain: Annotated[int, typer.Option(help="Number of items in each domain.")] = 400,
     skew: Annotated[
-        float, typer.Option(help="0 = balanced domains; towards 1 the first takes nearly all.")
+        float,
+        typer.Option(help="Imbalance: 0 for equal domains; near 1 the first has nearly all."),
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal logs.")] = 0,
     mean_length: Annotated[float, typer.Option(help="Mean number of events of a user.")] = 40.0,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
 ) -> None:
-    """Write a synthetic log (a prepared store) in which domains tell about each other."""
+    """Write a prepared store of synthetic users.
+
+    What a user does in one domain tells about the others, so that models can be compared on it.
+    """
     from hstu_xd.data.statistics import print_summary
     from hstu_xd.data.synthetic import synthesize
     from hstu_xd.data.synthetic_catalog import SynthOptions

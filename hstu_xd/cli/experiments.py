@@ -30,7 +30,10 @@ def report(
         Path | None, typer.Option(help="The prepared folder, if it has moved since training.")
     ] = None,
 ) -> None:
-    """Compare runs: curves, test metrics, domains, switch targets, and the data behind them."""
+    """Write a page of figures and tables about runs.
+
+    It shows training curves, test metrics, domains, targets that switch the domain, and the data.
+    """
     from hstu_xd.experiments.report.page import write_report
 
     page = write_report(runs, out, force=force, allow_mixed_data=allow_mixed_data, data=data)
@@ -42,20 +45,25 @@ def ablate(
     out: Annotated[Path, typer.Option("--out", help="Folder of runs and table; may be continued.")],
     variants: Annotated[
         str | None,
-        typer.Option("--variants", help="Names, a,b,...; default: all sets of switches."),
+        typer.Option("--variants", help="Names of variants, a,b,... [default: all]"),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 1..N.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds: 1, 2, ...")] = 3,
     gin_config_file: Annotated[
-        list[Path] | None, typer.Option("--gin_config_file", help="Recipe that all share.")
+        list[Path] | None,
+        typer.Option("--gin_config_file", help="Settings that all share; repeat to layer files."),
     ] = None,
     gin_bindings: Annotated[
-        list[str] | None, typer.Option("--gin_bindings", help="Settings on top of the recipe.")
+        list[str] | None,
+        typer.Option("--gin_bindings", help="One more setting; repeat for several."),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Runs at a time; default: one per core.")
+        int | None, typer.Option("--jobs", min=1, help="Runs at a time. [default: one per core]")
     ] = None,
 ) -> None:
-    """Train every variant under every seed and print mean and spread of their test metrics."""
+    """Train variants under several seeds and compare them.
+
+    Prints the mean and the spread of their test metrics as a Markdown table.
+    """
     from hstu_xd.experiments.ablation import ablate as run_ablation
     from hstu_xd.experiments.variants import parse_variants
 
@@ -74,13 +82,18 @@ def ablate(
 
 def compare(
     runs: Runs,
-    split: Annotated[str, typer.Option("--split", help="valid or test.")] = "test",
+    split: Annotated[
+        str, typer.Option("--split", help="Split of the events: valid or test.")
+    ] = "test",
     data: Annotated[
         Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Differences between variants on the same users, with their standard errors over users."""
+    """Compare variants user by user.
+
+    Prints the differences on the same users, with their standard errors over users.
+    """
     from hstu_xd.experiments.comparison import pair_runs, paired_table
 
     found = pair_runs(
@@ -107,7 +120,10 @@ def demo(
         Path, typer.Option("--out", help="Folder of everything the demo writes; new.")
     ] = Path("hstu-xd-demo"),
 ) -> None:
-    """Make synthetic data, train HSTU and the cross-domain model on it, compare them."""
+    """Train HSTU and the full model on synthetic data.
+
+    Takes about three minutes on two cores and ends with a report that compares them.
+    """
     from hstu_xd.data.synthetic import synthesize
     from hstu_xd.data.synthetic_catalog import SynthOptions
     from hstu_xd.errors import InputError

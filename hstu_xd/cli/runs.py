@@ -13,19 +13,25 @@ def train(
     gin_config_file: Annotated[
         list[Path] | None,
         typer.Option(
-            "--gin_config_file", help="Settings; repeat to layer files; default: plain HSTU."
+            "--gin_config_file",
+            help="File of settings; repeat to layer files. [default: plain HSTU]",
         ),
     ] = None,
     gin_bindings: Annotated[
         list[str] | None,
-        typer.Option("--gin_bindings", help='One setting, "xd_encoder.ddsr = True".'),
+        typer.Option(
+            "--gin_bindings", help='Setting, "xd_encoder.ddsr = True"; repeat for several.'
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="What tables call the run.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run in tables.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
 ) -> None:
-    """Train a model on a prepared store; torchrun starts it on several processes."""
+    """Train a model on a prepared store.
+
+    Start it with torchrun to use several processes.
+    """
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.settings import load_settings
 
@@ -42,11 +48,11 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared store; default: the run's own.")
+        Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Rank the held-out events of every user with a run's best model."""
+    """Rank every user's held-out events with a trained run."""
     from hstu_xd.data.batches import SequenceData, Split
     from hstu_xd.evaluation.metrics import METRICS
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
@@ -76,13 +82,13 @@ def recommend(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     user: Annotated[str, typer.Option("--user", help="User id as in the log.")],
     domain: Annotated[str, typer.Option("--domain", help="Domain to recommend from.")],
-    k: Annotated[int, typer.Option("--k", min=1, help="Number of items.")] = 10,
+    k: Annotated[int, typer.Option("--k", min=1, help="Number of items to recommend.")] = 10,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared store; default: the run's own.")
+        Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Recommend unseen items of a domain from a user's whole history."""
+    """Recommend unseen items of a domain to a user."""
     from hstu_xd.evaluation.ranks import recommend_items
     from hstu_xd.training.run import load, open_data, read_run
 
@@ -105,7 +111,10 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
-    """Write the encoder as a torch.export program, with weights, item vectors and catalogue."""
+    """Write a trained run as a torch.export program.
+
+    Weights, item vectors and the catalogue stand beside it.
+    """
     from hstu_xd.export import MANIFEST, write_export
 
     manifest = write_export(run, out, force=force)

@@ -4,73 +4,97 @@ import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from hstu_xd.errors import HstuXdError, InputError
 
+if TYPE_CHECKING:
+    from hstu_xd.serving.http.settings import ServiceSettings
+
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 _TOKEN = "HSTU_XD_TOKEN"
 
 
+Run = Annotated[Path, typer.Argument(help="Run folder.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any free one.")
+]
+Events = Annotated[
+    Path | None,
+    typer.Option(help="Log of accepted events. [default: serving/events.sqlite in RUN]"),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Prepared store of earlier histories. [default: the run's own]"),
+]
+UseData = Annotated[
+    bool, typer.Option("--use-data/--no-data", help="Read the earlier histories of users.")
+]
+Store = Annotated[
+    str, typer.Option(help="Place of users' states: memory, sqlite:FILE or redis://HOST:PORT/DB.")
+]
+StoreTtl = Annotated[
+    int | None, typer.Option(min=1, help="Seconds that Redis keeps a state. [default: for good]")
+]
+WhenStoreFails = Annotated[
+    Literal["refuse", "rebuild"],
+    typer.Option(help="Answer 503, or rebuild states in memory until the store is back."),
+]
+MaxBytes = Annotated[int, typer.Option(min=1 << 20, help="Most bytes of states in memory.")]
+Retrieval = Annotated[
+    Literal["exact", "approximate"],
+    typer.Option(help="Search large domains by all dot products, or by FAISS lists."),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help=f"File with the token that clients must send; or set {_TOKEN}."),
+]
+MaxBody = Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")]
+MaxK = Annotated[int, typer.Option(min=1, help="Most items recommended of a domain.")]
+MaxBatch = Annotated[int, typer.Option(min=1, help="Most requests handled together.")]
+MaxWait = Annotated[
+    float, typer.Option(min=0, help="Milliseconds that a batch waits for more requests.")
+]
+MaxQueue = Annotated[int, typer.Option(min=1, help="Most requests that wait.")]
+MaxDelay = Annotated[
+    float, typer.Option(min=1, help="Milliseconds that a request may wait; 503 beyond them.")
+]
+Drain = Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of PyTorch. [default: all cores but one]")
+]
+
+
 def serve(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    events: Annotated[
-        Path | None,
-        typer.Option(help="Log of accepted events. [default: serving/events.sqlite in RUN]"),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="Prepared store with earlier histories; default: the run's."),
-    ] = None,
-    use_data: Annotated[
-        bool, typer.Option("--use-data/--no-data", help="Know the earlier histories.")
-    ] = True,
-    store: Annotated[
-        str, typer.Option(help="States of users: memory, sqlite:FILE or redis://HOST:PORT/DB.")
-    ] = "memory",
-    store_ttl: Annotated[
-        int | None,
-        typer.Option(min=1, help="Seconds that Redis keeps a state. [default: for good]"),
-    ] = None,
-    when_store_fails: Annotated[
-        Literal["refuse", "rebuild"],
-        typer.Option(help="Answer 503, or rebuild states in memory until it is back."),
-    ] = "refuse",
-    max_bytes: Annotated[int, typer.Option(min=1 << 20, help="Bytes of states in memory.")] = 1
-    << 30,
-    retrieval: Annotated[
-        Literal["exact", "approximate"],
-        typer.Option(help="Search large domains by all dot products, or by FAISS lists."),
-    ] = "exact",
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help=f"File with the token clients must send; or set {_TOKEN}."),
-    ] = None,
-    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 1 << 20,
-    max_k: Annotated[int, typer.Option(min=1, help="Items recommended for a domain.")] = 1000,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests handled together.")] = 32,
-    max_wait: Annotated[
-        float, typer.Option(min=0, help="Milliseconds that a batch waits for more requests.")
-    ] = 0.0,
-    max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait.")] = 1024,
-    max_delay: Annotated[
-        float, typer.Option(min=1, help="Milliseconds a request may wait; 503 beyond it.")
-    ] = 100.0,
-    drain: Annotated[
-        float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")
-    ] = 30.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of PyTorch. [default: all cores but one]")
-    ] = None,
+    run: Run,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    events: Events = None,
+    data: Data = None,
+    use_data: UseData = True,
+    store: Store = "memory",
+    store_ttl: StoreTtl = None,
+    when_store_fails: WhenStoreFails = "refuse",
+    max_bytes: MaxBytes = 1 << 30,
+    retrieval: Retrieval = "exact",
+    token_file: TokenFile = None,
+    max_body: MaxBody = 1 << 20,
+    max_k: MaxK = 1000,
+    max_batch: MaxBatch = 32,
+    max_wait: MaxWait = 0.0,
+    max_queue: MaxQueue = 1024,
+    max_delay: MaxDelay = 100.0,
+    drain: Drain = 30.0,
+    threads: Threads = None,
 ) -> None:
-    """Serve a trained run: take events, recommend items of any domain, over HTTP."""
+    """Serve a trained run over HTTP.
+
+    Takes events of users and recommends items of any domain.
+    """
     check_packages()
-    from hstu_xd.serving.http import server
-    from hstu_xd.serving.http.service import Served, Service
     from hstu_xd.serving.http.settings import Limits, QueueSettings, ServiceSettings, StateSettings
 
     logging.basicConfig(level=logging.WARNING, format="hstu-xd: %(message)s")
@@ -84,6 +108,14 @@ def serve(
         limits=Limits(max_body=max_body, max_k=max_k),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
+    _listen(run, settings, host, port)
+
+
+def _listen(run: Path, settings: "ServiceSettings", host: str, port: int) -> None:
+    """Load the run and answer requests until the process is told to stop."""
+    from hstu_xd.serving.http import server
+    from hstu_xd.serving.http.service import Served, Service
+
     served = Served.of(run, settings)
     _make_folder(settings.events.parent)
     with server.listen(host, port) as sock:
@@ -99,10 +131,10 @@ def serve(
 
 
 def check_packages() -> None:
-    """Refuse to go on without what the service is made of.
+    """Check that the packages of the service are installed.
 
     Raises:
-        HstuXdError: a package is not installed.
+        HstuXdError: one of them is not.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
@@ -112,7 +144,7 @@ def check_packages() -> None:
 
 
 def _token(file: Path | None) -> str | None:
-    """The token, of the file or the environment."""
+    """Return the token of the file or else of the environment; None where neither has one."""
     text = os.environ.get(_TOKEN)
     if file is not None:
         try:

@@ -17,7 +17,7 @@ def init(
         bool, typer.Option("--force", help="Replace files of the same name in DIR/gin/.")
     ] = False,
 ) -> None:
-    """Copy the gin files for upstream's own trainer into DIR/gin/."""
+    """Copy the gin files for upstream's trainer into DIR/gin/."""
     from hstu_xd.plugins.gr.research.gin_files import copy_gin_files
 
     files = copy_gin_files(checkout, force=force)
@@ -33,13 +33,15 @@ def init(
 
 def patch(
     check: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Only tell whether the patches fit.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Checkout to check, unchanged."),
     ] = None,
     apply: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Apply the patches: all or none.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Checkout to patch; all or none apply."),
     ] = None,
 ) -> None:
-    """Check or apply the patches for a git checkout of an upstream codebase."""
+    """Check or apply the patches for an upstream checkout."""
     from hstu_xd.plugins.source_patches import APPLIED, REFUSED, apply_patches, inspect_tree
 
     root = check or apply
@@ -67,20 +69,27 @@ def patch(
 
 def upstream_train(
     gin_config_file: Annotated[
-        Path, typer.Option("--gin_config_file", help="As for upstream's main.py.")
+        Path, typer.Option("--gin_config_file", help="File of settings, as for upstream's main.py.")
     ],
     gin_bindings: Annotated[
         list[str] | None,
-        typer.Option("--gin_bindings", help='One more setting, "train_fn.num_epochs = 1".'),
+        typer.Option(
+            "--gin_bindings",
+            help='Setting, "train_fn.num_epochs = 1"; repeat for several.',
+        ),
     ] = None,
     processes: Annotated[
-        int, typer.Option("--processes", min=1, help="Processes on CPU; a GPU each otherwise.")
+        int,
+        typer.Option("--processes", min=1, help="Processes on a CPU; each GPU has its own."),
     ] = 1,
     master_port: Annotated[
-        int, typer.Option("--master_port", help="Of the process group; 0: any free one.")
+        int, typer.Option("--master_port", help="Port of the process group; 0 takes any free one.")
     ] = 0,
 ) -> None:
-    """Train with generative-recommenders' train_fn, on CPU where there is no GPU."""
+    """Train with generative-recommenders' own train_fn.
+
+    Runs on the CPU where there is no GPU.
+    """
     from hstu_xd.plugins.gr.research.upstream_trainer import upstream_train as run_training
 
     run_training(gin_config_file, gin_bindings or [], processes=processes, port=master_port)
@@ -89,15 +98,18 @@ def upstream_train(
 def upstream_evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A file of upstream's ckpts folder.")],
     gin_config_file: Annotated[
-        Path, typer.Option("--gin_config_file", help="What it was trained with.")
+        Path, typer.Option("--gin_config_file", help="File of settings that it was trained with.")
     ],
     gin_bindings: Annotated[
-        list[str] | None, typer.Option("--gin_bindings", help="Bindings of the training.")
+        list[str] | None,
+        typer.Option("--gin_bindings", help="Setting of the training; repeat for several."),
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="upstream, valid or test.")] = "test",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    split: Annotated[
+        str, typer.Option("--split", help="Split to rank: upstream, valid or test.")
+    ] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Rank a split's targets with a checkpoint of upstream's trainer."""
+    """Rank held-out events with a checkpoint of upstream."""
     from hstu_xd.plugins.gr.research.upstream_trainer import upstream_evaluate as run_evaluation
 
     metrics = run_evaluation(gin_config_file, checkpoint, gin_bindings or [], split=split)
@@ -112,11 +124,12 @@ def upstream_evaluate(
 def rec_dataset(
     data: Annotated[Path, typer.Argument(metavar="STORE", help="Prepared store.")],
     out: Annotated[
-        Path, typer.Option("--out", help="The CSV, ../dataset/NAME.csv for --dataset NAME.")
+        Path,
+        typer.Option("--out", help="CSV to write, ../dataset/NAME.csv for --dataset NAME."),
     ],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write the interactions of a prepared store as HLLM and PerSRec read them."""
+    """Write a prepared store as HLLM and PerSRec read it."""
     from hstu_xd.plugins.rec.export import write_interactions
 
     count = write_interactions(data, out, force=force)
@@ -130,7 +143,10 @@ def rec_dataset(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Report versions, what loads, which upstream is found, and which attention will run."""
+    """Report what is installed, found and going to run.
+
+    Names versions, the upstream codebases that are found, and the attention that will run.
+    """
     from hstu_xd.doctor import examine, render
 
     report = examine()

@@ -3,20 +3,22 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from bench_runs import KEYS, TINY, run_bench
+from bench_runs import KEYS, call, run_bench
 from torch import Tensor
 
-from hstu_xd.bench import correctness, memory, passes, providers
-from hstu_xd.bench.cases import Case, Draw, sweep
-from hstu_xd.bench.computation import Builder, Computation, phased
-from hstu_xd.bench.row_files import markdown, render
-from hstu_xd.bench.timing import Mark, Pass, unmarked
-from hstu_xd.cli.bench import bench
+from hstu_xd.bench import correctness, passes, providers, train_step
+from hstu_xd.bench.cases import DTYPES, PLANS, Case, Draw, sweep
+from hstu_xd.bench.rows import markdown, render
+from hstu_xd.bench.timing import Builder, Computation, Mark, Pass, phased, unmarked
+from hstu_xd.cli import bench_options
+from hstu_xd.cli.app import run
 from hstu_xd.errors import HstuXdError, InputError
+
+SMALL = {"batch_size": 2, "heads": 2, "dqk": 4, "dv": 4, "width": 8, "layers": 1}
 
 
 def replace_builder(monkeypatch: pytest.MonkeyPatch, what: str, name: str, build: Builder) -> None:
@@ -136,7 +138,7 @@ def test_a_provider_that_raises_says_why_and_the_others_are_measured(
 
 
 def test_the_gate_runs_the_code_that_is_timed() -> None:
-    case = Case("encoder", 80, 3, **TINY)
+    case = Case("encoder", 80, 3, **SMALL)
     assert case.small.seq_len == 70
     assert 0 < correctness.largest_error("eager", case) <= 1
 
@@ -192,42 +194,109 @@ def test_a_plan_is_made_in_each_pass_or_once(plan: str, times: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("what", "options", "message"),
     [
-        ({"what": "encodr"}, "no benchmark 'encodr'; did you mean 'encoder'?"),
-        ({"what": "train-stop"}, "no benchmark 'train-stop'; did you mean 'train-step'"),
-        ({"what": "encoder", "provider": ["refrence"]}, "did you mean 'reference'?"),
+        ("encoder", {"provider": "refrence"}, "did you mean 'reference'?"),
+        ("attention", {"provider": "upstream"}, "There are triton, triton-unbiased, eager"),
+        ("train-step", {"provider": "hst"}, "did you mean 'hstu'? There are dense, hstu, mask"),
+        ("serving", {"provider": "apend"}, "did you mean 'append'?"),
+        ("attention", {"against": "nobody"}, "no provider 'nobody'. There are"),
         (
-            {"what": "attention", "provider": ["upstream"]},
-            "There are triton, triton-unbiased, eager",
-        ),
-        ({"what": "attention", "against": ["nobody"]}, "no provider 'nobody'"),
-        (
-            {"what": "attention", "provider": ["eager"], "against": ["sdpa"]},
+            "attention",
+            {"provider": "eager", "against": "sdpa"},
             "--against sdpa is not measured; add --provider sdpa",
         ),
-        ({"what": "encoder", "seq_len": [0]}, "seq_len is 0; at least 1"),
-        ({"what": "encoder", "skew": [1.5]}, "skew is 1.5"),
-        ({"what": "encoder", "device": "gpu"}, "device is 'gpu'"),
-        ({"what": "encoder", "dtype": "half"}, "dtype is 'half'; one of float32, bfloat16"),
-        ({"what": "encoder", "plan": "never"}, "plan is 'never'; one of each, once"),
-        (
-            {"what": "encoder", "interleaving": ["sorted"]},
-            "interleaving is 'sorted'; one of random, blocks",
-        ),
-        ({"what": "train-step", "dtype": "bfloat16"}, "train-step measures float32"),
-        ({"what": "encoder", "sweep": True, "seq_len": [8]}, "drop --seq-len"),
-        ({"what": "encoder", "out": Path("rows.txt")}, "rows.txt: rows are stored as .json or"),
-        ({"what": "encoder", "out": Path("no/such/rows.csv")}, "there is no folder no/such"),
-        ({"what": "encoder", "stored": [Path("a.json")]}, "only bench plot reads rows"),
-        ({"what": "plot"}, "bench plot needs files of rows and --out FOLDER"),
+        ("encoder", {"seq_len": 0}, "seq_len is 0; at least 1"),
+        ("encoder", {"skew": 1.5}, "skew is 1.5"),
+        ("encoder", {"interleaving": "sorted"}, "interleaving is 'sorted'; one of random, blocks"),
+        ("encoder", {"sweep": True, "seq_len": 8}, "drop --seq-len"),
+        ("encoder", {"skew": 0.5, "num_domains": 1}, "no effect on a single domain"),
+        ("serving", {"interleaving": "blocks", "num_domains": 1}, "no effect on a single domain"),
+        ("attention", {"bias": False, "provider": ["sdpa", "flex"]}, "--no-bias has no effect"),
+        ("encoder", {"out": "rows.txt"}, "rows.txt: rows are stored as .json or"),
+        ("sampler", {"out": "no/such/rows.csv"}, "there is no folder no/such"),
     ],
 )
-def test_usage_errors(arguments: dict[str, Any], message: str) -> None:
+def test_values_that_are_refused(what: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        bench(**arguments)
+        call(what, **options)
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a wrong command says."""
+    assert run(["bench", *line.split()]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("hstu-xd: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("encodr", "No such command 'encodr'. Did you mean 'encoder'?"),
+        ("train-stop", "No such command 'train-stop'. Did you mean 'train-step'?"),
+        ("encoder --device gpu", "'gpu' is not one of 'cpu', 'cuda'"),
+        ("encoder --dtype half", "'half' is not one of 'float32', 'bfloat16', 'float16'"),
+        ("encoder --plan never", "'never' is not one of 'each', 'once'"),
+        ("encoder a.json", "unexpected extra argument"),
+        ("plot a.json", "Missing option '--out'"),
+        ("plot --out figures", "Missing argument 'ROWS...'"),
+    ],
+)
+def test_usage_errors(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(line, capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("prepare --dtype bfloat16 --sweep --device cuda --against nobody", "--dtype"),
+        ("prepare --seq-len 8", "--seq-len"),
+        ("sampler --retrieval-items 5000", "--retrieval-items"),
+        ("sampler --num-domains 3", "--num-domains"),
+        ("attention --width 8", "--width"),
+        ("attention --layers 3", "--layers"),
+        ("train-step --dtype bfloat16", "--dtype"),
+        ("train-step --no-bias", "--no-bias"),
+        ("train-step --plan once", "--plan"),
+        ("serving --against append", "--against"),
+        ("serving --batch-size 8", "--batch-size"),
+        ("serving --device cuda", "--device"),
+        ("service --provider triton", "--provider"),
+        ("service --skew 0.5", "--skew"),
+        ("plot a.json --out figures --json", "--json"),
+    ],
+)
+def test_what_a_benchmark_does_not_heed_is_no_option_of_it(
+    line: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(line, capsys)
+    assert "No such option" in said
+    assert option in said
+    assert f"See hstu-xd bench {line.split()[0]} --help" in said
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"biased": False}, {"plan": "once"}])
+def test_a_training_step_has_one_precision_bias_and_plan(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="train-step measures float32"):
+        train_step.measure([Case("train-step", 8, 1, **changes)], ["hstu"], threads=1, repeats=1)
+
+
+def test_the_options_offer_what_a_case_takes() -> None:
+    offered = {
+        name: get_args(get_args(getattr(bench_options, name))[0]) for name in ("DType", "Plan")
+    }
+    assert offered == {"DType": tuple(DTYPES), "Plan": PLANS}
+    with pytest.raises(InputError, match="device is 'gpu'"):
+        Case("encoder", 8, 1, device="gpu")
+    with pytest.raises(InputError, match="dtype is 'half'; one of float32, bfloat16"):
+        Case("encoder", 8, 1, dtype="half")
+    with pytest.raises(InputError, match="plan is 'never'; one of each, once"):
+        Case("encoder", 8, 1, plan="never")
 
 
 def test_the_sweep_changes_one_size_at_a_time() -> None:
@@ -305,6 +374,6 @@ def test_memory_of_a_real_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     case = Case("attention", 400, 1, batch_size=2, heads=2, dqk=4, dv=4)
     dense = case.batch_size * case.heads * case.seq_len**2 * 4
-    assert memory.peak_bytes("reference", case, 1, lambda mark: {}) > dense
+    assert passes.peak_bytes("reference", case, 1, lambda mark: {}) > dense
     with pytest.raises(HstuXdError, match="measuring the memory of nobody failed"):
-        memory.peak_bytes("nobody", case, 1, lambda mark: {})
+        passes.peak_bytes("nobody", case, 1, lambda mark: {})

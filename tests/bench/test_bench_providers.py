@@ -6,14 +6,14 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from bench_runs import TINY, run_bench
+from bench_runs import run_bench
 
 from hstu_xd.bench import attention_passes, correctness, providers
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.computation import Computation
 from hstu_xd.bench.roofline import Ceilings, Work, delta, visible_pairs
+from hstu_xd.bench.timing import Computation
 
-CASE = Case("attention", 20, 3, **TINY)
+CASE = Case("attention", 20, 3, batch_size=2, heads=2, dqk=4, dv=4, width=8, layers=1)
 UPSTREAM = find_spec("generative_recommenders") and find_spec("fbgemm_gpu")
 needs_upstream = pytest.mark.skipif(
     not UPSTREAM,
@@ -114,29 +114,29 @@ def test_an_absent_provider_says_so(
 
 
 def test_skew_is_the_share_of_the_first_domain() -> None:
-    draw = Draw.of(Case("encoder", 1000, 4, skew=0.8))
+    draw = Draw.from_case(Case("encoder", 1000, 4, skew=0.8))
     share = np.bincount(draw.domains.numpy(), minlength=4) / draw.num_tokens
     np.testing.assert_allclose(share, [0.8, 0.2 / 3, 0.2 / 3, 0.2 / 3], atol=0.02)
-    balanced = Draw.of(Case("encoder", 1000, 4)).domains
+    balanced = Draw.from_case(Case("encoder", 1000, 4)).domains
     np.testing.assert_allclose(np.bincount(balanced.numpy()) / 8000, 0.25, atol=0.02)
 
 
 def test_blocks_are_the_same_events_one_domain_after_the_other() -> None:
-    random = Draw.of(CASE).domains.view(2, 20)
-    blocks = Draw.of(replace(CASE, interleaving="blocks")).domains.view(2, 20)
+    random = Draw.from_case(CASE).domains.view(2, 20)
+    blocks = Draw.from_case(replace(CASE, interleaving="blocks")).domains.view(2, 20)
     assert torch.equal(blocks, random.sort(1).values)
     assert not torch.equal(blocks, random)
 
 
 def test_numbers_are_those_of_the_dtype() -> None:
-    draw = Draw.of(replace(CASE, dtype="bfloat16"))
+    draw = Draw.from_case(replace(CASE, dtype="bfloat16"))
     exact = draw.normal(50, dtype=torch.float64, seed=3)
     assert torch.equal(exact, exact.bfloat16().double())
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_visible_pairs_are_counted_one_by_one(masked: bool) -> None:
-    draw = Draw.of(CASE)
+    draw = Draw.from_case(CASE)
     domains = draw.domains.view(2, 20)
     pairs = sum(
         1
@@ -151,8 +151,8 @@ def test_visible_pairs_are_counted_one_by_one(masked: bool) -> None:
 def test_work_of_attention() -> None:
     """One user, two domains of one and two events: four pairs."""
     case = Case("attention", 3, 2, batch_size=1, heads=5, dqk=7, dv=11, dtype="bfloat16")
-    draw = replace(Draw.of(case), domains=torch.tensor([0, 1, 0]))
-    work = Work.of(draw, masked=True)
+    draw = replace(Draw.from_case(case), domains=torch.tensor([0, 1, 0]))
+    work = Work.from_draw(draw, masked=True)
     assert work.forward_flops == 2 * 5 * (7 + 11) * 4
     assert work.backward_flops == 2.5 * work.forward_flops
     assert work.forward_bytes == 2 * 3 * 5 * (7 + 7 + 11 + 11)
@@ -163,7 +163,7 @@ def test_work_of_attention() -> None:
 def test_work_of_an_encoder_adds_the_projections() -> None:
     sizes = {"batch_size": 1, "heads": 2, "dqk": 3, "dv": 4, "width": 6}
     attention, encoder = (
-        Work.of(Draw.of(Case(what, 8, 1, layers=3, **sizes)), masked=True)
+        Work.from_draw(Draw.from_case(Case(what, 8, 1, layers=3, **sizes)), masked=True)
         for what in ("attention", "encoder")
     )
     projected = 2 * 8 * 6 * (2 * (4 + 4 + 3 + 3) + 2 * 4)
@@ -179,6 +179,6 @@ def test_the_roofline_is_what_takes_longer() -> None:
 
 def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    found = Ceilings.of(CASE)
+    found = Ceilings.measure(CASE)
     assert found.tflops > 0
     assert found.gbs > 0

@@ -61,8 +61,3 @@ def test_without_the_library_only_the_exact_row_has_times(
     assert exact["ms_median"] > 0
     assert approximate["absent"] == "FAISS is not installed"
     assert approximate["ms_median"] is None
-
-
-def test_other_benchmarks_have_no_retrieval(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.run(["bench", "sampler", "--retrieval-items", "5000"]) == 2
-    assert "--retrieval-items belongs to bench serving" in capsys.readouterr().err

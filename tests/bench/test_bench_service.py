@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_runs import KEYS
+from bench_runs import KEYS, call
 
 pytest.importorskip("fastapi", reason="no fastapi here: bench service is NOT covered")
 
 from hstu_xd.bench import service
 from hstu_xd.bench.http_load import Call, Load, Outcome
-from hstu_xd.cli.bench import bench
 from hstu_xd.errors import HstuXdError, InputError
 
-TINY = {"heads": 2, "dqk": 4, "dv": 4, "width": 8, "layers": 1, "seq_len": [12], "threads": 1}
+TINY = {"heads": 2, "dqk": 4, "dv": 4, "width": 8, "layers": 1, "seq_len": 12, "threads": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +34,7 @@ def test_a_service_under_load_loses_nothing(
         return kept
 
     monkeypatch.setattr(Load, "open", watched)
-    bench("service", as_json=True, seconds=1.0, num_domains=[3], **TINY)
+    call("service", json=True, seconds=1.0, num_domains=3, **TINY)
     (row,) = json.loads(capsys.readouterr().out)
     assert row.keys() >= KEYS
     assert row["provider"] == row["what"] == "service"
@@ -67,7 +66,7 @@ def test_an_event_that_is_lost_or_made_up_is_noticed(
 
     monkeypatch.setattr(service._Served, "check", check)
     with pytest.raises(HstuXdError, match="service disagrees"):
-        bench("service", as_json=True, seconds=1.0, num_domains=[2], **TINY)
+        call("service", json=True, seconds=1.0, num_domains=2, **TINY)
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["lost_events"], row["foreign_events"]) == (1, 1)
     assert row["error_of_budget"] == pytest.approx(100, rel=0.1)
@@ -75,4 +74,9 @@ def test_an_event_that_is_lost_or_made_up_is_noticed(
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no catalogue here"):
-        bench("service", stored=[tmp_path], seconds=1.0, **TINY)
+        call("service", tmp_path, seconds=1.0)
+
+
+def test_sizes_of_a_run_are_its_own(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--seq-len has no effect on a trained run; drop it"):
+        call("service", tmp_path, seq_len=200)

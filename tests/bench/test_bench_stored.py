@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_runs import run_bench
+from bench_runs import call, run_bench
 
-from hstu_xd.bench import row_files
-from hstu_xd.cli.bench import bench
+from hstu_xd.bench import rows as stored
 from hstu_xd.errors import InputError
 
 ROWS: list[dict[str, Any]] = [
@@ -24,8 +23,8 @@ def without_unknown(rows: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("name", ["rows.json", "rows.csv"])
 def test_rows_come_back_the_same(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    row_files.write(path, ROWS)
-    assert without_unknown(row_files.read([path, path])) == 2 * without_unknown(ROWS)
+    stored.write_rows(path, ROWS)
+    assert without_unknown(stored.read_rows([path, path])) == 2 * without_unknown(ROWS)
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
@@ -41,10 +40,10 @@ def test_the_command_stores_what_it_prints(
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    row_files.write(path, ROWS)
+    stored.write_rows(path, ROWS)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        row_files.write(path, [{"provider": object()}])
+        stored.write_rows(path, [{"provider": object()}])
     assert path.read_bytes() == before
 
 
@@ -63,7 +62,7 @@ def test_what_is_no_file_of_rows_is_refused(name: str, text: str | None, tmp_pat
     if text is not None:
         path.write_text(text)
     with pytest.raises(InputError, match=name):
-        row_files.read([path])
+        stored.read_rows([path])
 
 
 def curve(provider: str, **changes: Any) -> list[dict]:
@@ -85,9 +84,9 @@ def test_plot_draws_time_and_memory_over_what_changes(
     rows = [*curve("eager"), *curve("a $ngh"), *curve("late", ms_median=None, peak_bytes=None)]
     # The same sizes but for the heads, and one length alone.
     rows += curve("eager", heads=4) + curve("eager", num_domains=7)[:1]
-    row_files.write(tmp_path / "rows.csv", rows)
+    stored.write_rows(tmp_path / "rows.csv", rows)
     folder = tmp_path / "new" / "figures"
-    bench("plot", [tmp_path / "rows.csv"], out=folder)
+    call("plot", tmp_path / "rows.csv", out=folder)
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(files) == sorted(folder.iterdir())
     stem = "by-seq_len-attention-cpu-float32-random-D=5-skew=0-batch=2"
@@ -100,6 +99,6 @@ def test_plot_draws_time_and_memory_over_what_changes(
 
 
 def test_plot_of_no_rows_is_refused(tmp_path: Path) -> None:
-    row_files.write(tmp_path / "rows.json", [])
+    stored.write_rows(tmp_path / "rows.json", [])
     with pytest.raises(InputError, match="there are no rows to draw"):
-        bench("plot", [tmp_path / "rows.json"], out=tmp_path)
+        call("plot", tmp_path / "rows.json", out=tmp_path)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from bench_runs import call
 from torch import Tensor
 
 from hstu_xd.bench import providers, serving
-from hstu_xd.cli.bench import bench
 from hstu_xd.errors import HstuXdError
 from hstu_xd.serving import EncoderSession
 
@@ -25,7 +25,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_bench(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str, dict]:
-    bench("serving", as_json=True, threads=1, **(TINY | {"repeats": 2} | options))
+    call("serving", json=True, threads=1, **(TINY | {"repeats": 2} | options))
     return {row["provider"]: row for row in json.loads(capsys.readouterr().out)}
 
 
@@ -59,7 +59,7 @@ def test_a_session_that_answers_otherwise_gets_no_time(
 
     monkeypatch.setattr(EncoderSession, "query", query)
     with pytest.raises(HstuXdError, match="append, ask all, ask one disagrees"):
-        bench("serving", as_json=True, threads=1, repeats=1, seq_len=[12], num_domains=[2], **TINY)
+        call("serving", json=True, threads=1, repeats=1, seq_len=12, num_domains=2, **TINY)
     rows = {row["provider"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["append"]["correct"] is False
     assert rows["append"]["ms_median"] is None
