@@ -141,7 +141,7 @@ def setting(default: Any = dataclasses.MISSING, **declared: Any) -> Any:
 
 
 @cache
-def settings_of(cls: type) -> Mapping[str, Setting]:
+def settings_of(cls: type) -> dict[str, Setting]:
     """Every declared setting of a dataclass, by name, in order."""
     hints, meanings = get_type_hints(cls), _meanings(cls)
     return {

@@ -24,7 +24,6 @@ class EncoderSettings:
         linear_activation: "silu" or "none", after the input projection.
         concat_ua: feed the output projection with gate, attention and their product.
         enable_relative_attention_bias: relative position and time bias.
-        normalization: of the attention's scores, "silu" as in HSTU or "softmax".
         domain_mask: attend inside the domain only.
         target_view_heads: heads that read the target domain's run.
         tape: transition-aware positional embedding.
@@ -46,6 +45,7 @@ class EncoderSettings:
         segment_lookback: segments of the run before an event's own that it reads all the same.
         history_tokens: learnable tokens ``K`` that stand for a segment from then on; 0: nothing
             does.
+        normalization: of the attention's scores, "silu" as in HSTU or "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
 
     Raises:
@@ -67,7 +67,6 @@ class EncoderSettings:
     enable_relative_attention_bias: bool = setting(
         True, upstream=True, reads="time", also=("rab", "relative_bias")
     )
-    normalization: str = setting("silu", allowed=("silu", "softmax"), tag="{normalization}")
     domain_mask: bool = setting(False, per_domain=True, around_llm=True, tag="mask")
     target_view_heads: int = setting(
         0,
@@ -117,6 +116,7 @@ class EncoderSettings:
     segment_gap: int = setting(86_400, at_least=0, needs={"segment_by": ("time_gap", "session")})
     segment_lookback: int = setting(0, at_least=0, tag="lookback{segment_lookback}")
     history_tokens: int = setting(0, at_least=0, also=("tokens",))
+    normalization: str = setting("silu", allowed=("silu", "softmax"), tag="{normalization}")
     impl: str = setting("auto", same_model=True, also=("backend", "implementation"))
 
     def __post_init__(self) -> None:

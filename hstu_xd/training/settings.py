@@ -3,8 +3,8 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,7 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     gin.clear_config()
     try:
         for file in files:
-            with _neighbours_first(gin, file):
-                gin.parse_config_file(str(file.resolve()))
+            _parse_file(gin, (file.absolute(),))
         gin.parse_config_files_and_bindings([], list(bindings))
         _refuse_unread(gin.config_str())
         blocks = {name: dict(gin.get_bindings(name)) for name in _BLOCKS}
@@ -195,18 +194,52 @@ def _gin() -> Any:
     return gin
 
 
-@contextmanager
-def _neighbours_first(gin: Any, file: Path) -> Iterator[None]:
-    """Let a file include its neighbours, ahead of their namesakes where the command runs.
+_INCLUDE = re.compile(r"""\s*include\s+(["'])(?P<name>.+?)\1""")
 
-    gin can only be told of places to look in after those, and logs an error for each it misses.
+
+def _parse_file(gin: Any, files: tuple[Path, ...]) -> None:
+    """Parse a gin file, and what it includes where it includes it.
+
+    An included file is looked up beside the file that names it, beside those that included that
+    one, in the working folder, and among the recipes of this package, ``gin/standalone/xd.gin``;
+    gin itself would look into the working folder first.
+
+    Args:
+        gin: the library.
+        files: the file, behind those that include it.
+
+    Raises:
+        InputError: an included file that is not there or that includes itself.
     """
-    places = gin.config._LOCATION_PREFIXES
-    places.insert(0, str(file.parent.resolve()))
-    try:
-        yield
-    finally:
-        places.pop(0)
+    file = files[-1]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    begin = 0
+    for number, line in enumerate(lines):
+        if include := _INCLUDE.match(line):
+            _parse_lines(gin, file, lines, begin, number)
+            _parse_file(gin, (*files, _included(include["name"], files)))
+            begin = number + 1
+    _parse_lines(gin, file, lines, begin, len(lines))
+
+
+def _parse_lines(gin: Any, file: Path, lines: Sequence[str], begin: int, end: int) -> None:
+    """Parse a part of a file so that gin's errors name the file and the line."""
+    part = StringIO("\n" * begin + "".join(lines[begin:end]))
+    part.name = str(file)
+    gin.parse_config(part)
+
+
+def _included(name: str, files: Sequence[Path]) -> Path:
+    folders = [*(file.parent for file in reversed(files)), Path.cwd(), gin_folder().parent]
+    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if found is None:
+        raise InputError(
+            f"{files[-1]} includes {name!r}: no such file beside it, in {Path.cwd()} or among the "
+            "recipes of hstu-xd"
+        )
+    if found.resolve() in (file.resolve() for file in files):
+        raise InputError(f"{files[-1]} includes {name!r}, which includes it in turn")
+    return found
 
 
 def _register() -> dict[str, Any]:
