@@ -309,23 +309,22 @@ def nearest_setting(name: str, blocks: Mapping[str, type], block: str = "") -> s
     return spelled.get(nearest(name, spelled, cutoff=0.5) or "")
 
 
-def rows(cls: type, block: str, written: str) -> list[dict[str, Any]]:
-    """One row a setting, for people who look for it.
+def rows(block: str, settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
+    """Return one row a setting that a user can set, for people who look for it.
 
     Args:
-        cls: a dataclass of settings.
         block: what the row calls the settings' place.
-        written: a template of the name as users write it, ``xd_train.{name}``.
+        settings: by the name that users write, ``xd_train.learning_rate``.
     """
     return [
         {
-            "name": written.format(name=each.name),
+            "name": name,
             "type": each.type_name,
-            "default": list(each.default) if type(each.default) is tuple else each.default,
-            "meaning": each.meaning,
+            "default": each.default,
+            "meaning": each.meaning.replace("``", ""),
             "block": block,
             "also": list(each.also),
         }
-        for each in settings_of(cls).values()
+        for name, each in settings.items()
         if not each.from_data
     ]

@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "runs",
     "recommend": "runs",
     "export": "runs",
+    "settings": "runs",
     "compare": "experiments",
     "report": "experiments",
     "ablate": "experiments",

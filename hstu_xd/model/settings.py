@@ -16,18 +16,18 @@ class EncoderSettings:
         norm_length: the padded length ``N`` that scores are divided by and positions run up to;
             upstream's ``max_sequence_length + max_output_length``.
         embedding_dim: model width ``K``.
-        num_blocks: layers.
-        num_heads: heads ``H``.
-        dqk: width of queries and keys a head.
-        dv: width of values a head.
+        num_blocks: number of layers.
+        num_heads: number of attention heads ``H``.
+        dqk: width of each head's queries and keys.
+        dv: width of each head's values.
         linear_dropout_rate: dropout before each layer's output projection.
-        linear_activation: "silu" or "none", after the input projection.
+        linear_activation: activation after the input projection, "silu" or "none".
         concat_ua: feed the output projection with gate, attention and their product.
-        enable_relative_attention_bias: relative position and time bias.
+        enable_relative_attention_bias: add a bias for relative positions and times to the scores.
         domain_mask: attend inside the domain only.
-        target_view_heads: heads that read the target domain's run.
-        tape: transition-aware positional embedding.
-        ddsr: dynamic domain states.
+        target_view_heads: number of heads that read the target domain's run; 0: none does.
+        tape: tell the input of a switch to another domain (transition-aware positional embedding).
+        ddsr: let every event read the latest states of all domains (dynamic domain states).
         target_domain_embedding: add a plain embedding of the target domain to the input.
         full_attention_layers: layers, counted from 0, that keep full attention under domain_mask.
         state_from: what a token writes as its domain's state, the layer's "input" or the
@@ -40,12 +40,12 @@ class EncoderSettings:
             into segments: "none", after "segment_length" events ("count"), where the run pauses
             longer than segment_gap ("time_gap"), or where the user does ("session"). Events of a
             segment are hidden once another one begins in the run.
-        segment_length: events of a segment.
-        segment_gap: pause, in the log's unit of time.
+        segment_length: events of a segment that is cut by "count".
+        segment_gap: pause that ends a segment, in the log's unit of time.
         segment_lookback: segments of the run before an event's own that it reads all the same.
         history_tokens: learnable tokens ``K`` that stand for a segment from then on; 0: nothing
             does.
-        normalization: of the attention's scores, "silu" as in HSTU or "softmax".
+        normalization: how attention scores become weights, by "silu" as in HSTU or by "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
 
     Raises:

@@ -30,17 +30,18 @@ class TrainSettings:
         eval_batch_size: users encoded at once in evaluation.
         dropout_rate: dropout on the input features.
         num_negatives: sampled negatives per positive.
-        negatives: "domain" (the positive's own domain) or "catalogue" (all items, as upstream).
-        temperature: of the softmax over dot products of unit vectors.
+        negatives: where negatives are drawn, "domain" (the positive's own) or "catalogue" (all
+            items, as upstream).
+        temperature: what the loss divides the dot products of unit vectors by.
         learning_rate: peak rate of AdamW.
-        weight_decay: of AdamW.
+        weight_decay: weight decay of AdamW.
         num_warmup_steps: steps of linear warm-up.
         num_epochs: passes over the training users at most.
         early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
         select_metric: the validation metric that picks the best epoch.
         checkpoint_every: steps between two saves of the resumable state; epochs end with one.
-        main_module_bf16: bfloat16 autocast (CUDA only).
-        random_seed: seeds weights, order, dropout and negatives.
+        main_module_bf16: compute in bfloat16 by autocast (CUDA only).
+        random_seed: seed of weights, order, dropout and negatives.
     """
 
     max_sequence_length: int = setting(100, at_least=1, also=("max_len", "window"))
@@ -73,7 +74,8 @@ class TrainSettings:
         return self.max_sequence_length + self.gr_output_length + 1
 
 
-_BLOCKS: dict[str, type] = {"xd_encoder": EncoderSettings, "xd_train": TrainSettings}
+# What gin files bind: block -> the settings of it.
+BLOCKS: dict[str, type] = {"xd_encoder": EncoderSettings, "xd_train": TrainSettings}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
             _parse_file(gin, (file.absolute(),))
         gin.parse_config_files_and_bindings([], list(bindings))
         _refuse_unread(gin.config_str())
-        blocks = {name: dict(gin.get_bindings(name)) for name in _BLOCKS}
+        blocks = {name: dict(gin.get_bindings(name)) for name in BLOCKS}
     except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
         if isinstance(error, InputError):
             raise
@@ -246,12 +248,12 @@ def _register() -> dict[str, Any]:
     register = _gin().external_configurable
     return {
         name: register(settings, name=name, module="hstu_xd", allowlist=_names(name))
-        for name, settings in _BLOCKS.items()
+        for name, settings in BLOCKS.items()
     }
 
 
 def _names(block: str) -> list[str]:
-    return [name for name, each in settings_of(_BLOCKS[block]).items() if not each.from_data]
+    return [name for name, each in settings_of(BLOCKS[block]).items() if not each.from_data]
 
 
 def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -> str:
@@ -262,10 +264,10 @@ def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -
         text = f"{', '.join([*map(str, files), *bindings])}: {text}"
     near = None
     if wrong := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
-        near = nearest_setting(wrong[2], _BLOCKS, wrong[1])
+        near = nearest_setting(wrong[2], BLOCKS, wrong[1])
     elif wrong := re.search(r"matching '([\w./]+)'.* \1\.(\w+)\s*=", text):
-        block = nearest(wrong[1], _BLOCKS)
-        near = block and (nearest_setting(wrong[2], _BLOCKS, block) or block)
+        block = nearest(wrong[1], BLOCKS)
+        near = block and (nearest_setting(wrong[2], BLOCKS, block) or block)
     return f"gin: {text} Did you mean {near}?" if near else f"gin: {text}"
 
 
@@ -275,11 +277,11 @@ def _refuse_unread(config: str) -> None:
     unread = [name for name in macros if not re.search(rf"%{name}\b", config)]
     unread += re.findall(r"^([\w.]+/[\w./]+)\s*=", config, re.MULTILINE)
     bound = re.findall(r"^((?:\w+\.)*(\w+)\.\w+)\s*=", config, re.MULTILINE)
-    unread += [name for name, block in bound if block not in _BLOCKS]
+    unread += [name for name, block in bound if block not in BLOCKS]
     if unread:
         # A name without its block is most often one of the training.
         bare = unread[0] in macros
-        near = bare and nearest_setting(unread[0], dict(reversed(_BLOCKS.items())))
+        near = bare and nearest_setting(unread[0], dict(reversed(BLOCKS.items())))
         raise InputError(
             f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope"
             + (f". Did you mean {near}?" if near else "")
@@ -292,7 +294,7 @@ def check_types(block: str, values: dict[str, Any]) -> None:
     Raises:
         InputError: a value of another type.
     """
-    declared = settings_of(_BLOCKS[block])
+    declared = settings_of(BLOCKS[block])
     for name, value in values.items():
         values[name] = declared[name].typed(value, f"gin: {block}.{name} = {value!r}")
 

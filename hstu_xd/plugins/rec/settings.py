@@ -36,19 +36,20 @@ _COMMON = ("combine", "normalization", "impl", "negatives", "candidates", "warm_
 
 @dataclasses.dataclass(frozen=True)
 class RecSettings:
-    """What the keys of a run ask for.
+    """What the keys of a run ask for; all but ``model`` and the path stand behind ``xd_``.
 
     Attributes:
         model: REC's key ``model``.
         item_domain_path: item -> domain file; empty: no domains are known.
         encoder: ``xd_<name>`` for the names of :data:`ENCODER_KEYS`, only those that were given.
-        relative_bias: ``xd_relative_bias``; apply the relative attention bias, which REC builds
-            and never applies; HSTU_XD only.
-        negatives: ``xd_negatives``; "domain" (the positive's own), "catalogue" (as REC), or "auto":
-            "domain" where a switch of the encoder is on, so that all off is REC's own model.
-        candidates: ``xd_candidates``; whom the target is ranked against, "domain" (its own) or
-            "catalogue" (as REC); for every model.
-        warm_start: ``xd_warm_start``; a checkpoint of REC's trainer to continue from. Empty: none.
+        relative_bias: apply the relative attention bias, which REC builds and never applies;
+            HSTU_XD only.
+        negatives: where negatives come from, "domain" (the positive's own), "catalogue" (as REC),
+            or "auto": "domain" where a switch of the encoder is on, so that all off is REC's own
+            model.
+        candidates: whom the target is ranked against, "domain" (its own) or "catalogue" (as REC);
+            for every model.
+        warm_start: a checkpoint of REC's trainer to continue from. Empty: none.
 
     Raises:
         InputError: a value that is not one of those named, a switch without domains, or a setting
@@ -56,7 +57,7 @@ class RecSettings:
     """
 
     model: str
-    item_domain_path: str = ""
+    item_domain_path: str = setting("", around_llm=True)
     encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     relative_bias: bool = setting(False)
     negatives: str = setting("auto", allowed=("auto", "domain", "catalogue"), around_llm=True)
@@ -75,11 +76,11 @@ class RecSettings:
             self._refuse_hstu_only()
 
     def _refuse_hstu_only(self) -> None:
-        for name, each in (_ENCODER | settings_of(RecSettings)).items():
-            value = self._value(name)
+        for key, each in keys().items():
+            value = self._value(each.name)
             if not each.around_llm and value != each.default:
                 raise InputError(
-                    f"{PREFIX}{name}: {value!r}; {HLLM_MODEL} has no such setting, leave it at "
+                    f"{key}: {value!r}; {HLLM_MODEL} has no such setting, leave it at "
                     f"{each.default!r}"
                 )
 
@@ -166,19 +167,13 @@ class RecSettings:
         """
         _refuse_unknown(config)
         given = {
-            name: each.typed(config[key], f"{key}: {config[key]!r}")
-            for key, name, each in _keys()
+            each.name: each.typed(config[key], f"{key}: {config[key]!r}")
+            for key, each in keys().items()
             if config.get(key) is not None
         }
         encoder = {name: given.pop(name) for name in ENCODER_KEYS if name in given}
-        path = config.get(PATH_KEY)
-        settings = cls(
-            model=str(config.get("model", "")),
-            item_domain_path="" if path is None else str(path),
-            encoder=encoder,
-            **given,
-        )
-        if config.get(f"{PREFIX}candidates") == "domain" and path is None:
+        settings = cls(model=str(config.get("model", "")), encoder=encoder, **given)
+        if config.get(f"{PREFIX}candidates") == "domain" and config.get(PATH_KEY) is None:
             _logger.warning("%scandidates: 'domain' does nothing without %s", PREFIX, PATH_KEY)
         settings._warn_inert()
         return settings
@@ -199,14 +194,14 @@ class RecSettings:
             )
 
 
-def _keys() -> Iterator[tuple[str, str, Setting]]:
-    """Every key of this package but the path, the name behind its prefix, and its setting."""
-    for name, each in (_ENCODER | settings_of(RecSettings)).items():
-        yield PREFIX + name, name, each
+def keys() -> dict[str, Setting]:
+    """Return every key of this package, with its setting."""
+    declared = [*_ENCODER.values(), *settings_of(RecSettings).values()]
+    return {each.name if each.name == PATH_KEY else PREFIX + each.name: each for each in declared}
 
 
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
-    known = [*(key for key, _, _ in _keys()), PATH_KEY]
+    known = keys()
     for key in config:
         wanted = PREFIX + key if PREFIX + key in known and key not in _COMMON else key
         if key in known or not wanted.startswith((PREFIX, "item_domain")):
