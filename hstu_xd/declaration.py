@@ -81,7 +81,7 @@ class Setting:
         return self.type.__name__ if plain else str(self.type)
 
     def fault(self, value: Any) -> str | None:
-        """What a value out of range would have to be; None for one in range."""
+        """Say what a value out of range would have to be; None for one in range."""
         if self.allowed and value not in self.allowed:
             return f"one of {', '.join(map(str, self.allowed))}"
         if None not in (self.at_least, self.below):
@@ -96,14 +96,14 @@ class Setting:
         return None
 
     def missing_need(self, values: Mapping[str, Any]) -> str | None:
-        """The setting whose value leaves this one nothing to do; None where there is none."""
+        """Return the setting whose value leaves this one nothing to do; None where none does."""
         for other, wanted in self.needs.items():
             if values[other] not in (wanted if isinstance(wanted, tuple) else (wanted,)):
                 return other
         return None
 
     def typed(self, value: Any, told: str) -> Any:
-        """A value in the declared type: a list becomes a tuple and a whole number a float.
+        """Return a value in the declared type: a list becomes a tuple, a whole number a float.
 
         Args:
             value: as a user wrote it.
@@ -142,7 +142,7 @@ def setting(default: Any = dataclasses.MISSING, **declared: Any) -> Any:
 
 @cache
 def settings_of(cls: type) -> dict[str, Setting]:
-    """Every declared setting of a dataclass, by name, in order."""
+    """Return every declared setting of a dataclass, by name, in order."""
     hints, meanings = get_type_hints(cls), _meanings(cls)
     return {
         field.name: dataclasses.replace(
@@ -158,7 +158,7 @@ def settings_of(cls: type) -> dict[str, Setting]:
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
-    """The default of every setting that has one."""
+    """Return the default of every setting that has one."""
     return {
         name: each.default
         for name, each in settings_of(cls).items()
@@ -167,7 +167,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """What the section "Attributes" of the docstrings says of each field."""
+    """Return what the section "Attributes" of the docstrings says of each field."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, section = cleandoc(base.__doc__ or "").partition("Attributes:\n")
@@ -202,7 +202,7 @@ def check(settings: Any, message: str) -> None:
 
 
 def inert(cls: type, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Settings that are not at their default and do nothing, each with the one that it lacks.
+    """Yield settings that are not at their default and do nothing, each with what it lacks.
 
     Args:
         cls: a dataclass of settings.
@@ -215,7 +215,7 @@ def inert(cls: type, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def requirements(cls: type, values: Mapping[str, Any]) -> frozenset[str]:
-    """What a model of these settings must be given besides the items: "time", "target_domain"."""
+    """Return what a model must be given besides the items: "time", "target_domain"."""
     needed: set[str] = set()
     for name in defaults_of(cls):
         each, value = settings_of(cls)[name], values[name]
@@ -229,7 +229,7 @@ def requirements(cls: type, values: Mapping[str, Any]) -> frozenset[str]:
 
 
 def tags(settings: Any) -> list[str]:
-    """How settings stand in the path of a checkpoint: a tag each, and a hash of what has none.
+    """Name settings in the path of a checkpoint: a tag each, and a hash of what has none.
 
     Defaults say nothing; nor do settings that upstream's own name tells or that the data decide.
     Apart from those, settings that differ have different tags.
@@ -244,7 +244,7 @@ def tags(settings: Any) -> list[str]:
 
 
 def labels(settings: Any) -> list[str]:
-    """How settings stand in the name of a run: a label each, ``name=value`` for what has none.
+    """Name settings for people: a label each, ``name=value`` for what has none.
 
     Defaults say nothing; nor does what the data decide. Apart from those, settings that differ
     have different labels.
@@ -256,7 +256,7 @@ def labels(settings: Any) -> list[str]:
 def _named(
     settings: Any, naming_of: Callable[[Setting], Naming]
 ) -> tuple[list[str], dict[str, Any]]:
-    """Names of the settings that are not at their default, and the values that no name tells."""
+    """Name the settings that are not at their default; return what no name tells, too."""
     declared, values = settings_of(type(settings)), vars(settings)
     changed = {
         name: values[name]
@@ -278,7 +278,7 @@ def _named(
 
 
 def nearest_setting(name: str, blocks: Mapping[str, type], block: str = "") -> str | None:
-    """The setting that a wrong name means, as ``block.name``; None where nothing is near.
+    """Find the setting that a wrong name means, as ``block.name``; None where nothing is near.
 
     Another block's setting of this very name comes first, then one that is also known by it, then
     one whose name holds all its parts (``batch_size``: ``local_batch_size``), then the nearest

@@ -86,7 +86,7 @@ class RunSettings:
     train: TrainSettings
 
     def encoder_settings(self, num_domains: int) -> EncoderSettings:
-        """The encoder's settings for a catalogue of ``num_domains`` domains."""
+        """Build the encoder's settings for a catalogue of ``num_domains`` domains."""
         return EncoderSettings(
             num_domains=num_domains,
             norm_length=self.train.norm_length,
@@ -95,7 +95,7 @@ class RunSettings:
         )
 
     def to_gin(self) -> str:
-        """Every setting, defaults included, as a gin file that reads back to the same settings."""
+        """Write every setting, defaults included, as a gin file that reads back the same."""
         encoder = dataclasses.asdict(self.encoder_settings(num_domains=1))
         lines = ["import hstu_xd.training.settings", ""]
         for block, values in (
@@ -106,7 +106,7 @@ class RunSettings:
         return "\n".join(lines)
 
     def unlike(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Settings that are not a run's, each as ``not xd_train.num_epochs = 5 but 2``.
+        """List settings that are not a run's, each as ``not xd_train.num_epochs = 5 but 2``.
 
         Args:
             recorded: the run's ``run.json``; a setting that it does not know is not compared.
@@ -272,7 +272,7 @@ def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -
 
 
 def _refuse_unread(config: str) -> None:
-    """Macros and bindings, scoped or of somebody else's, that no setting refers to are inert."""
+    """Refuse macros and bindings, scoped or of somebody else's, that no setting refers to."""
     macros = re.findall(r"^(\w+)\s*=", config, re.MULTILINE)
     unread = [name for name in macros if not re.search(rf"%{name}\b", config)]
     unread += re.findall(r"^([\w.]+/[\w./]+)\s*=", config, re.MULTILINE)

@@ -89,24 +89,24 @@ class RecSettings:
 
     @property
     def is_ours(self) -> bool:
-        """The model is one of this package's."""
+        """Whether the model is one of this package's."""
         return self.model in MODELS
 
     @property
     def is_cross_domain(self) -> bool:
-        """A model of this package is asked for something that needs domains."""
+        """Whether a model of this package is asked for something that needs domains."""
         return self.is_ours and any(map(self._asks, (*PER_DOMAIN, "negatives")))
 
     @property
     def scopes_negatives(self) -> bool:
-        """Negatives come out of the positive's own domain."""
+        """Whether negatives come out of the positive's own domain."""
         if self.negatives == "auto":
             return any(map(self._asks, PER_DOMAIN))
         return self.negatives == "domain"
 
     @property
     def is_plain(self) -> bool:
-        """Everything off: REC's own model, its own code included."""
+        """Whether everything is off: it is REC's own model then, its own code included."""
         asked = any(self._differs(name) for name, each in _ENCODER.items() if not each.needs)
         return not (asked or self.relative_bias or self.scopes_negatives)
 
@@ -120,7 +120,7 @@ class RecSettings:
 
     @property
     def reads_time(self) -> bool:
-        """The model needs the times of the events."""
+        """Whether the model needs the times of the events."""
         return "time" in requirements(EncoderSettings, self._encoder_values)
 
     @property
@@ -129,7 +129,7 @@ class RecSettings:
         return {**_DEFAULTS, **bias, **self.encoder}
 
     def encoder_settings(self, sizes: Mapping[str, Any], num_domains: int) -> EncoderSettings:
-        """The encoder's settings.
+        """Build the encoder's settings.
 
         Args:
             sizes: of :mod:`hstu_xd.plugins.rec.sizes`.
@@ -213,7 +213,7 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
 
 @contextmanager
 def as_theirs(config: Any) -> Iterator[None]:
-    """A configuration that names REC's own model which ours extends, for REC to look it up by."""
+    """Let a configuration name REC's own model that ours extends, for REC to look it up by."""
     name = config["model"]
     config["model"] = MODELS.get(name, name)
     try:

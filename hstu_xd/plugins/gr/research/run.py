@@ -14,7 +14,6 @@ import torch.multiprocessing as mp
 
 import gin
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.files import gin_folder
 from hstu_xd.plugins.gr.research.verified import RESEARCH, inspect_upstream
 from hstu_xd.plugins.rebinding import Rebinding, apply
 from hstu_xd.training.distributed import keep_group
@@ -100,12 +99,10 @@ def read_gin(gin_config_file: Path, bindings: Sequence[str]) -> None:
     Raises:
         InputError: gin refuses it, or it names an ``xd:`` data set without importing the plug-in.
     """
-    # Included files are named from the checkout's root, "gin/...", wherever the command runs; those
-    # of this package are found last.
+    # Included files are named from the checkout's root, "gin/...", wherever the command runs.
     for folder in gin_config_file.resolve().parents:
         if folder.name == "gin":
             gin.add_config_file_search_path(str(folder.parent))
-    gin.add_config_file_search_path(str(gin_folder().parent))
     try:
         gin.parse_config_files_and_bindings([str(gin_config_file)], list(bindings))
     except ValueError as error:

@@ -49,7 +49,7 @@ class UpstreamSettings:
 def encoder_settings(
     hstu_encoder: Callable[..., Any], num_domains: int, norm_length: int, embedding_dim: int
 ) -> EncoderSettings:
-    """The settings of HSTU_XD: ``xd_encoder.*`` where bound, else what ``hstu_encoder`` would use.
+    """Build the settings of HSTU_XD: ``xd_encoder.*`` where bound, else what ``hstu_encoder`` has.
 
     So a team that switches ``main_module`` keeps the sizes of its HSTU.
 
@@ -84,7 +84,7 @@ def encoder_settings(
 
 
 def bound_arguments(configurable: Callable[..., Any]) -> dict[str, Any]:
-    """Every argument of a gin configurable that has a default, as bound or by default."""
+    """Return every argument of a gin configurable that has a default, as bound or by default."""
     parameters = inspect.signature(configurable).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return defaults | dict(gin.get_bindings(inspect.unwrap(configurable).__name__))
