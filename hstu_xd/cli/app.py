@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("runs", "Models"),
     "evaluate": ("runs", "Models"),
     "recommend": ("runs", "Models"),
+    "settings": ("runs", "Models"),
     "ablate": ("experiments", "Experiments"),
     "compare": ("experiments", "Experiments"),
     "report": ("experiments", "Experiments"),

@@ -1,10 +1,14 @@
-"""Commands of one run: train, evaluate, recommend and export."""
+"""Commands of one run: train, evaluate, recommend and export; and the settings of one."""
 
 import json
+import re
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated
 
 import typer
+
+from hstu_xd.errors import InputError
 
 
 def train(
@@ -120,3 +124,39 @@ def export(
     manifest = write_export(run, out, force=force)
     for name in (*manifest["hashes"], MANIFEST):
         typer.echo(f"wrote {out / name} ({(out / name).stat().st_size:,} bytes)")
+
+
+def settings(
+    word: Annotated[
+        str | None, typer.Argument(help="List only what has a word that begins so.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """List the settings with type, default and meaning.
+
+    These are the bindings of gin files and the keys of HLLM and PerSRec.
+    """
+    from hstu_xd.declaration import nearest_setting, rows, settings_of
+    from hstu_xd.plugins.gr.research.settings import UpstreamSettings
+    from hstu_xd.plugins.rec.settings import keys
+    from hstu_xd.training.settings import BLOCKS
+
+    blocks = {**BLOCKS, "xd_upstream": UpstreamSettings}
+    found = [
+        row
+        for block, declared in blocks.items()
+        for row in rows(block, {f"{block}.{k}": each for k, each in settings_of(declared).items()})
+    ]
+    found += rows("rec", keys())
+    if word is not None:
+        begins = re.compile(rf"(?<![^\W_]){re.escape(word)}", re.IGNORECASE)
+        found = [r for r in found if begins.search(" ".join([r["name"], r["meaning"], *r["also"]]))]
+        if not found:
+            near = nearest_setting(word.rpartition(".")[2], blocks)
+            raise InputError(f"no setting speaks of {word!r}" + (f"; see {near}" if near else ""))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for row in found:
+        typer.echo(f"{row['name']} = {row['default']!r}  ({row['type']})")
+        typer.echo(fill(row["meaning"], 96, initial_indent="    ", subsequent_indent="    "))

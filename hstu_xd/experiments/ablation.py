@@ -20,7 +20,7 @@ from hstu_xd.experiments.run_folders import (
     read_run,
 )
 from hstu_xd.experiments.variants import variant_bindings
-from hstu_xd.training.run import SWITCHES
+from hstu_xd.model.settings import SWITCHES, EncoderSettings
 from hstu_xd.training.settings import RunSettings, load_settings
 
 TABLE_FILE = "ablation.md"
@@ -145,8 +145,9 @@ def _check_name(variant: str, settings: RunSettings) -> None:
     """Refuse a recipe that switches on what the variant's name leaves out."""
     named = {binding.partition(" = ")[0] for binding in variant_bindings(variant)}
     for switch in SWITCHES:
-        value = settings.encoder.get(switch)
-        if value and f"xd_encoder.{switch}" not in named:
+        default = getattr(EncoderSettings, switch)
+        value = settings.encoder.get(switch, default)
+        if value != default and f"xd_encoder.{switch}" not in named:
             raise InputError(
                 f"variant {variant!r} would have xd_encoder.{switch} = {value!r} from the recipe "
                 "and its row another model's numbers; leave switches out of the recipe"

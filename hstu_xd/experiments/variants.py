@@ -1,9 +1,8 @@
 """The variants an ablation compares, each a list of gin bindings on top of one recipe."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 
-from hstu_xd.errors import InputError
+from hstu_xd.errors import InputError, did_you_mean
 
 _MASK = ("xd_encoder.domain_mask = True",)
 _VIEW = ("xd_encoder.target_view_heads = 2",)
@@ -55,9 +54,9 @@ def variant_bindings(name: str) -> tuple[str, ...]:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    near = get_close_matches(name, VARIANTS, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}{hint}")
+    raise InputError(
+        f"unknown variant {name!r}; known: {', '.join(VARIANTS)}{did_you_mean(name, VARIANTS)}"
+    )
 
 
 def parse_variants(text: str | None) -> Sequence[str]:

@@ -1,7 +1,9 @@
-"""Every setting of the encoder in one frozen place, checked once."""
+"""Every setting of the encoder, declared once; names, keys and warnings are derived from here."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from hstu_xd.declaration import check, requirements, setting, settings_of
 from hstu_xd.errors import InputError
 
 
@@ -14,19 +16,19 @@ class EncoderSettings:
         norm_length: the padded length ``N`` that scores are divided by and positions run up to;
             upstream's ``max_sequence_length + max_output_length``.
         embedding_dim: model width ``K``.
-        num_blocks: layers.
-        num_heads: heads ``H``.
-        dqk: width of queries and keys a head.
-        dv: width of values a head.
+        num_blocks: number of layers.
+        num_heads: number of attention heads ``H``.
+        dqk: width of each head's queries and keys.
+        dv: width of each head's values.
         linear_dropout_rate: dropout before each layer's output projection.
-        linear_activation: "silu" or "none", after the input projection.
+        linear_activation: activation after the input projection, "silu" or "none".
         concat_ua: feed the output projection with gate, attention and their product.
-        enable_relative_attention_bias: relative position and time bias.
+        enable_relative_attention_bias: add a bias for relative positions and times to the scores.
         domain_mask: attend inside the domain only.
-        tape: transition-aware positional embedding.
-        ddsr: dynamic domain states.
+        target_view_heads: number of heads that read the target domain's run; 0: none does.
+        tape: tell the input of a switch to another domain (transition-aware positional embedding).
+        ddsr: let every event read the latest states of all domains (dynamic domain states).
         target_domain_embedding: add a plain embedding of the target domain to the input.
-        target_view_heads: heads that read the target domain's run.
         full_attention_layers: layers, counted from 0, that keep full attention under domain_mask.
         state_from: what a token writes as its domain's state, the layer's "input" or the
             attention's "output".
@@ -38,71 +40,92 @@ class EncoderSettings:
             into segments: "none", after "segment_length" events ("count"), where the run pauses
             longer than segment_gap ("time_gap"), or where the user does ("session"). Events of a
             segment are hidden once another one begins in the run.
-        segment_length: events of a segment.
-        segment_gap: pause, in the log's unit of time.
+        segment_length: events of a segment that is cut by "count".
+        segment_gap: pause that ends a segment, in the log's unit of time.
         segment_lookback: segments of the run before an event's own that it reads all the same.
         history_tokens: learnable tokens ``K`` that stand for a segment from then on; 0: nothing
             does.
-        normalization: of the attention's scores, "silu" as in HSTU or "softmax".
+        normalization: how attention scores become weights, by "silu" as in HSTU or by "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
 
     Raises:
         InputError: a value outside its range; the message names it.
     """
 
-    num_domains: int
-    norm_length: int
-    embedding_dim: int = 64
-    num_blocks: int = 2
-    num_heads: int = 4
-    dqk: int = 16
-    dv: int = 16
-    linear_dropout_rate: float = 0.4
-    linear_activation: str = "silu"
-    concat_ua: bool = False
-    enable_relative_attention_bias: bool = True
-    domain_mask: bool = False
-    tape: bool = False
-    ddsr: bool = False
-    target_domain_embedding: bool = False
-    target_view_heads: int = 0
-    full_attention_layers: tuple[int, ...] = ()
-    state_from: str = "input"
-    combine: str = "before_gate"
-    query_target_domain: bool = True
-    states_per_domain: int = 4
-    state_age_bias: bool = True
-    segment_by: str = "none"
-    segment_length: int = 64
-    segment_gap: int = 86_400
-    segment_lookback: int = 0
-    history_tokens: int = 0
-    normalization: str = "silu"
-    impl: str = "auto"
+    num_domains: int = setting(at_least=1, from_data=True)
+    norm_length: int = setting(at_least=1, from_data=True)
+    embedding_dim: int = setting(64, at_least=1, from_data=True)
+    num_blocks: int = setting(2, at_least=1, upstream=True, also=("layers", "num_layers", "depth"))
+    num_heads: int = setting(4, at_least=1, upstream=True)
+    dqk: int = setting(16, at_least=1, upstream=True, also=("attention_dim",))
+    dv: int = setting(16, at_least=1, upstream=True, also=("linear_dim", "hidden_dim"))
+    linear_dropout_rate: float = setting(
+        0.4, at_least=0, below=1, upstream=True, also=("dropout", "hidden_dropout_prob")
+    )
+    linear_activation: str = setting("silu", allowed=("silu", "none"), upstream=True)
+    concat_ua: bool = setting(False, upstream=True, tag="concat_ua")
+    enable_relative_attention_bias: bool = setting(
+        True, upstream=True, reads="time", also=("rab", "relative_bias")
+    )
+    domain_mask: bool = setting(False, per_domain=True, around_llm=True, tag="mask")
+    target_view_heads: int = setting(
+        0,
+        per_domain=True,
+        reads="target_domain",
+        tag="view{target_view_heads}",
+        # Two of four heads are what the recipes say; their runs keep the name they have had.
+        label={2: "target view", ...: "target view of {target_view_heads}"},
+    )
+    tape: bool = setting(
+        False, per_domain=True, around_llm=True, reads="target_domain", tag="tape", label="TAPE"
+    )
+    ddsr: bool = setting(
+        False, per_domain=True, around_llm=True, tag="ddsr{states_per_domain}", label="DDSR"
+    )
+    target_domain_embedding: bool = setting(
+        False,
+        per_domain=True,
+        around_llm=True,
+        reads="target_domain",
+        tag="target",
+        label="target-domain embedding",
+    )
+    full_attention_layers: tuple[int, ...] = setting(
+        (), needs={"domain_mask": True}, around_llm=True
+    )
+    state_from: str = setting("input", allowed=("input", "output"), needs={"ddsr": True})
+    combine: str = setting(
+        "before_gate", allowed=("before_gate", "after_gate"), needs={"ddsr": True}
+    )
+    query_target_domain: bool = setting(
+        True, needs={"ddsr": True}, around_llm=True, reads="target_domain"
+    )
+    states_per_domain: int = setting(4, at_least=1, needs={"ddsr": True}, around_llm=True)
+    state_age_bias: bool = setting(True, needs={"ddsr": True}, around_llm=True, reads="time")
+    segment_by: str = setting(
+        "none",
+        allowed=("none", "count", "time_gap", "session"),
+        reads={"time_gap": "time", "session": "time"},
+        tag={
+            "count": "count{segment_length}-tokens{history_tokens}",
+            "time_gap": "time_gap{segment_gap}-tokens{history_tokens}",
+            "session": "session{segment_gap}-tokens{history_tokens}",
+        },
+    )
+    segment_length: int = setting(64, at_least=1, needs={"segment_by": "count"})
+    segment_gap: int = setting(86_400, at_least=0, needs={"segment_by": ("time_gap", "session")})
+    segment_lookback: int = setting(0, at_least=0, tag="lookback{segment_lookback}")
+    history_tokens: int = setting(0, at_least=0, also=("tokens",))
+    normalization: str = setting("silu", allowed=("silu", "softmax"), tag="{normalization}")
+    impl: str = setting("auto", same_model=True, also=("backend", "implementation"))
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_domains", "norm_length", "embedding_dim", "num_blocks", "num_heads", "dqk", "dv",
-            "states_per_domain", "segment_length",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        check(self, "{name} is {value!r}; {needed} is needed")
         if not 0 <= self.target_view_heads <= self.num_heads:
             raise InputError(
                 f"target_view_heads is {self.target_view_heads}; 0..num_heads={self.num_heads} "
                 "heads can read the target domain"
             )
-        if not 0 <= self.linear_dropout_rate < 1:
-            raise InputError(f"linear_dropout_rate is {self.linear_dropout_rate}; 0 <= rate < 1")
-        for name, allowed in (
-            ("linear_activation", ("silu", "none")),
-            ("state_from", ("input", "output")),
-            ("combine", ("before_gate", "after_gate")),
-            ("segment_by", ("none", "count", "time_gap", "session")),
-            ("normalization", ("silu", "softmax")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}; one of {', '.join(allowed)}")
         outside = [i for i in self.full_attention_layers if not 0 <= i < self.num_blocks]
         if outside:
             raise InputError(
@@ -120,9 +143,6 @@ class EncoderSettings:
         self._check_segments()
 
     def _check_segments(self) -> None:
-        for name in ("history_tokens", "segment_gap", "segment_lookback"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; 0 or more is needed")
         if self.segment_by == "none":
             for name in ("history_tokens", "segment_lookback"):
                 if getattr(self, name):
@@ -144,14 +164,16 @@ class EncoderSettings:
 
     @property
     def is_cross_domain(self) -> bool:
-        """Whether any switch is on; plain HSTU otherwise."""
-        return bool(
-            self.domain_mask
-            or self.tape
-            or self.ddsr
-            or self.target_domain_embedding
-            or self.target_view_heads
-            or self.has_segments
+        """Whether anything is on that needs the domain of every item."""
+        return any(getattr(self, name) for name in PER_DOMAIN)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is HSTU as upstream computes it: every switch off, no ``impl`` asked for."""
+        return all(
+            getattr(self, name) == each.default
+            for name, each in settings_of(type(self)).items()
+            if each.is_own and not each.needs
         )
 
     @property
@@ -162,18 +184,20 @@ class EncoderSettings:
     @property
     def reads_target_domain(self) -> bool:
         """Whether the encoder needs to know the domain of the next event."""
-        return bool(
-            self.tape
-            or self.target_domain_embedding
-            or self.target_view_heads
-            or (self.ddsr and self.query_target_domain)
-        )
+        return "target_domain" in self._requirements
 
     @property
     def reads_time(self) -> bool:
         """Whether the encoder needs timestamps."""
-        return (
-            self.enable_relative_attention_bias
-            or (self.ddsr and self.state_age_bias)
-            or self.segment_by in ("time_gap", "session")
-        )
+        return "time" in self._requirements
+
+    @cached_property
+    def _requirements(self) -> frozenset[str]:
+        return requirements(type(self), vars(self))
+
+
+_DECLARED = settings_of(EncoderSettings)
+# What makes another model of HSTU when it alone is set.
+SWITCHES = tuple(name for name, each in _DECLARED.items() if each.is_switch)
+# Those of them that need the domain of every item.
+PER_DOMAIN = tuple(name for name, each in _DECLARED.items() if each.per_domain)

@@ -13,12 +13,14 @@ import torch
 
 from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import SWITCHES
 from hstu_xd.ops.domain_attention.api import check_impl
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
-from hstu_xd.training.settings import RunSettings, load_settings
+from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
 from hstu_xd.training.trainer import Trainer
 from hstu_xd.version import __version__
 
@@ -27,7 +29,6 @@ _logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
 _PARTIAL_FILE = "run.partial"
-SWITCHES = ("domain_mask", "tape", "ddsr", "target_domain_embedding", "target_view_heads")
 
 
 def train(
@@ -139,16 +140,14 @@ def open_data(run: Path, data: Path | None = None) -> InteractionStore:
 
 
 def variant_name(settings: RunSettings) -> str:
-    """A name made of what is switched on: "HSTU", "HSTU + mask + TAPE", ..."""
-    encoder = settings.encoder_settings(num_domains=1)
+    """Name a run after what its model is trained as: "HSTU", "HSTU + mask + TAPE", ...
+
+    Of the training, only where negatives are drawn is told; :meth:`RunSettings.unlike` tells all.
+    """
     parts = ["HSTU"]
-    parts += ["catalogue negatives"] * (settings.train.negatives == "catalogue")
-    parts += ["target-domain embedding"] * encoder.target_domain_embedding
-    parts += ["mask"] * encoder.domain_mask
-    parts += ["target view"] * bool(encoder.target_view_heads)
-    parts += ["TAPE"] * encoder.tape
-    parts += ["DDSR"] * encoder.ddsr
-    return " + ".join(parts)
+    if settings.train.negatives != TrainSettings.negatives:
+        parts.append(f"{settings.train.negatives} negatives")
+    return " + ".join(parts + labels(settings.encoder_settings(num_domains=1)))
 
 
 def lay_out(

@@ -3,13 +3,13 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from hstu_xd.errors import InputError
+from hstu_xd.declaration import check, inert, nearest_setting, setting, settings_of
+from hstu_xd.errors import InputError, nearest
 from hstu_xd.evaluation.metrics import METRICS
 from hstu_xd.files import gin_folder
 from hstu_xd.model.settings import EncoderSettings
@@ -30,56 +30,43 @@ class TrainSettings:
         eval_batch_size: users encoded at once in evaluation.
         dropout_rate: dropout on the input features.
         num_negatives: sampled negatives per positive.
-        negatives: "domain" (the positive's own domain) or "catalogue" (all items, as upstream).
-        temperature: of the softmax over dot products of unit vectors.
+        negatives: where negatives are drawn, "domain" (the positive's own) or "catalogue" (all
+            items, as upstream).
+        temperature: what the loss divides the dot products of unit vectors by.
         learning_rate: peak rate of AdamW.
-        weight_decay: of AdamW.
+        weight_decay: weight decay of AdamW.
         num_warmup_steps: steps of linear warm-up.
         num_epochs: passes over the training users at most.
         early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
         select_metric: the validation metric that picks the best epoch.
         checkpoint_every: steps between two saves of the resumable state; epochs end with one.
-        main_module_bf16: bfloat16 autocast (CUDA only).
-        random_seed: seeds weights, order, dropout and negatives.
+        main_module_bf16: compute in bfloat16 by autocast (CUDA only).
+        random_seed: seed of weights, order, dropout and negatives.
     """
 
-    max_sequence_length: int = 100
-    gr_output_length: int = 10
-    item_embedding_dim: int = 64
-    local_batch_size: int = 64
-    eval_batch_size: int = 256
-    dropout_rate: float = 0.4
-    num_negatives: int = 2048
-    negatives: str = "domain"
-    temperature: float = 0.05
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-3
-    num_warmup_steps: int = 100
-    num_epochs: int = 30
-    early_stop_patience: int = 2
-    select_metric: str = "ndcg@100"
-    checkpoint_every: int = 1000
-    main_module_bf16: bool = False
-    random_seed: int = 42
+    max_sequence_length: int = setting(100, at_least=1, also=("max_len", "window"))
+    gr_output_length: int = setting(10, at_least=0)
+    item_embedding_dim: int = setting(64, at_least=1, also=("width", "hidden_size", "d_model"))
+    local_batch_size: int = setting(64, at_least=1)
+    eval_batch_size: int = setting(256, at_least=1)
+    dropout_rate: float = setting(0.4, at_least=0, below=1, also=("dropout",))
+    num_negatives: int = setting(2048, at_least=1)
+    negatives: str = setting(
+        "domain", allowed=("domain", "catalogue"), also=("negative_sampling", "sampling_strategy")
+    )
+    temperature: float = setting(0.05, above=0)
+    learning_rate: float = setting(3e-3, above=0, also=("lr",))
+    weight_decay: float = setting(1e-3, at_least=0, also=("wd", "l2"))
+    num_warmup_steps: int = setting(100, at_least=0)
+    num_epochs: int = setting(30, at_least=1, also=("max_epochs",))
+    early_stop_patience: int = setting(2, at_least=1)
+    select_metric: str = setting("ndcg@100", allowed=METRICS)
+    checkpoint_every: int = setting(1000, at_least=1)
+    main_module_bf16: bool = setting(False, also=("amp", "mixed_precision", "dtype"))
+    random_seed: int = setting(42, at_least=0, at_most=2**64 - 1)
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_sequence_length", "item_embedding_dim", "local_batch_size", "eval_batch_size",
-            "num_negatives", "num_epochs", "early_stop_patience", "checkpoint_every",
-        ):  # fmt: skip
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("gr_output_length", "num_warmup_steps", "weight_decay", "random_seed"):
-            _require(getattr(self, name) >= 0, self, name, "at least 0")
-        for name in ("temperature", "learning_rate"):
-            _require(getattr(self, name) > 0, self, name, "above 0")
-        _require(0 <= self.dropout_rate < 1, self, "dropout_rate", "from 0 to below 1")
-        _require(self.random_seed < 1 << 64, self, "random_seed", "at most 2**64 - 1")
-        _require(
-            self.select_metric in METRICS, self, "select_metric", f"one of {', '.join(METRICS)}"
-        )
-        _require(
-            self.negatives in ("domain", "catalogue"), self, "negatives", "domain or catalogue"
-        )
+        check(self, "xd_train.{name} = {value!r}; it must be {needed}")
 
     @property
     def norm_length(self) -> int:
@@ -87,14 +74,8 @@ class TrainSettings:
         return self.max_sequence_length + self.gr_output_length + 1
 
 
-def _require(holds: bool, settings: TrainSettings, name: str, needed: str) -> None:
-    if not holds:
-        raise InputError(f"xd_train.{name} = {getattr(settings, name)!r}; it must be {needed}")
-
-
-# What the trainer derives from the data and from xd_train; gin may not set it.
-_DERIVED = ("num_domains", "norm_length", "embedding_dim")
-_BLOCKS: dict[str, type] = {"xd_encoder": EncoderSettings, "xd_train": TrainSettings}
+# What gin files bind: block -> the settings of it.
+BLOCKS: dict[str, type] = {"xd_encoder": EncoderSettings, "xd_train": TrainSettings}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +86,7 @@ class RunSettings:
     train: TrainSettings
 
     def encoder_settings(self, num_domains: int) -> EncoderSettings:
-        """The encoder's settings for a catalogue of ``num_domains`` domains."""
+        """Build the encoder's settings for a catalogue of ``num_domains`` domains."""
         return EncoderSettings(
             num_domains=num_domains,
             norm_length=self.train.norm_length,
@@ -114,19 +95,18 @@ class RunSettings:
         )
 
     def to_gin(self) -> str:
-        """Every setting, defaults included, as a gin file that reads back to the same settings."""
+        """Write every setting, defaults included, as a gin file that reads back the same."""
         encoder = dataclasses.asdict(self.encoder_settings(num_domains=1))
         lines = ["import hstu_xd.training.settings", ""]
         for block, values in (
             ("xd_encoder", encoder),
             ("xd_train", dataclasses.asdict(self.train)),
         ):
-            names = [name for name in values if name not in _DERIVED]
-            lines += [f"{block}.{name} = {values[name]!r}" for name in names] + [""]
+            lines += [f"{block}.{name} = {values[name]!r}" for name in _names(block)] + [""]
         return "\n".join(lines)
 
     def unlike(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Settings that are not a run's, each as ``not xd_train.num_epochs = 5 but 2``.
+        """List settings that are not a run's, each as ``not xd_train.num_epochs = 5 but 2``.
 
         Args:
             recorded: the run's ``run.json``; a setting that it does not know is not compared.
@@ -161,11 +141,10 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     gin.clear_config()
     try:
         for file in files:
-            with _neighbours_first(gin, file):
-                gin.parse_config_file(str(file.resolve()))
+            _parse_file(gin, (file.absolute(),))
         gin.parse_config_files_and_bindings([], list(bindings))
         _refuse_unread(gin.config_str())
-        blocks = {name: dict(gin.get_bindings(name)) for name in _BLOCKS}
+        blocks = {name: dict(gin.get_bindings(name)) for name in BLOCKS}
     except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
         if isinstance(error, InputError):
             raise
@@ -193,29 +172,12 @@ def _found(file: Path) -> Path:
     )
 
 
-# A setting, values of it, and others that act only while it has one of these.
-_NEEDED = (
-    (
-        "ddsr",
-        (True,),
-        ("state_from", "combine", "query_target_domain", "states_per_domain", "state_age_bias"),
-    ),
-    ("domain_mask", (True,), ("full_attention_layers",)),
-    ("segment_by", ("count",), ("segment_length",)),
-    ("segment_by", ("time_gap", "session"), ("segment_gap",)),
-)
-
-
 def _warn_inert(encoder: EncoderSettings) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(EncoderSettings)}
-    for needed, values, names in _NEEDED:
-        found = getattr(encoder, needed)
-        for name in names if found not in values else ():
-            if getattr(encoder, name) != defaults[name]:
-                _logger.warning(
-                    "xd_encoder.%s = %r does nothing while xd_encoder.%s is %r",
-                    *(name, getattr(encoder, name), needed, found),
-                )
+    for name, needed in inert(EncoderSettings, vars(encoder)):
+        _logger.warning(
+            "xd_encoder.%s = %r does nothing while xd_encoder.%s is %r",
+            *(name, getattr(encoder, name), needed, getattr(encoder, needed)),
+        )
     own_heads = encoder.target_view_heads < encoder.num_heads
     masked = len(set(encoder.full_attention_layers)) < encoder.num_blocks
     if encoder.domain_mask and not encoder.has_segments and not (own_heads and masked):
@@ -234,60 +196,96 @@ def _gin() -> Any:
     return gin
 
 
-@contextmanager
-def _neighbours_first(gin: Any, file: Path) -> Iterator[None]:
-    """Let a file include its neighbours, ahead of their namesakes where the command runs.
+_INCLUDE = re.compile(r"""\s*include\s+(["'])(?P<name>.+?)\1""")
 
-    gin can only be told of places to look in after those, and logs an error for each it misses.
+
+def _parse_file(gin: Any, files: tuple[Path, ...]) -> None:
+    """Parse a gin file, and what it includes where it includes it.
+
+    An included file is looked up beside the file that names it, beside those that included that
+    one, in the working folder, and among the recipes of this package, ``gin/standalone/xd.gin``;
+    gin itself would look into the working folder first.
+
+    Args:
+        gin: the library.
+        files: the file, behind those that include it.
+
+    Raises:
+        InputError: an included file that is not there or that includes itself.
     """
-    places = gin.config._LOCATION_PREFIXES
-    places.insert(0, str(file.parent.resolve()))
-    try:
-        yield
-    finally:
-        places.pop(0)
+    file = files[-1]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    begin = 0
+    for number, line in enumerate(lines):
+        if include := _INCLUDE.match(line):
+            _parse_lines(gin, file, lines, begin, number)
+            _parse_file(gin, (*files, _included(include["name"], files)))
+            begin = number + 1
+    _parse_lines(gin, file, lines, begin, len(lines))
+
+
+def _parse_lines(gin: Any, file: Path, lines: Sequence[str], begin: int, end: int) -> None:
+    """Parse a part of a file so that gin's errors name the file and the line."""
+    part = StringIO("\n" * begin + "".join(lines[begin:end]))
+    part.name = str(file)
+    gin.parse_config(part)
+
+
+def _included(name: str, files: Sequence[Path]) -> Path:
+    folders = [*(file.parent for file in reversed(files)), Path.cwd(), gin_folder().parent]
+    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if found is None:
+        raise InputError(
+            f"{files[-1]} includes {name!r}: no such file beside it, in {Path.cwd()} or among the "
+            "recipes of hstu-xd"
+        )
+    if found.resolve() in (file.resolve() for file in files):
+        raise InputError(f"{files[-1]} includes {name!r}, which includes it in turn")
+    return found
 
 
 def _register() -> dict[str, Any]:
     register = _gin().external_configurable
     return {
         name: register(settings, name=name, module="hstu_xd", allowlist=_names(name))
-        for name, settings in _BLOCKS.items()
+        for name, settings in BLOCKS.items()
     }
 
 
 def _names(block: str) -> list[str]:
-    fields = [f.name for f in dataclasses.fields(_BLOCKS[block])]
-    return [name for name in fields if name not in _DERIVED]
+    return [name for name, each in settings_of(BLOCKS[block]).items() if not each.from_data]
 
 
 def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -> str:
-    """One line for gin's error, with the nearest name where a name is unknown."""
+    """Turn gin's error into one line, with the nearest name where a name is unknown."""
     text = " ".join(str(error).split())
     if "named" not in text and "matching" not in text:
         # A syntax error gives a line number and no text.
         text = f"{', '.join([*map(str, files), *bindings])}: {text}"
-    known = [f"{block}.{name}" for block in _BLOCKS for name in _names(block)]
-    wrong = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text)
-    if wrong:
-        near = get_close_matches(f"{wrong[1]}.{wrong[2]}", known, n=1, cutoff=0.4)
-    else:
-        wrong = re.search(r"matching '([\w./]+)'", text)
-        near = get_close_matches(wrong[1], _BLOCKS, n=1, cutoff=0.4) if wrong else []
-    if near:
-        return f"gin: {text} Did you mean {near[0]}?"
-    return f"gin: {text}"
+    near = None
+    if wrong := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
+        near = nearest_setting(wrong[2], BLOCKS, wrong[1])
+    elif wrong := re.search(r"matching '([\w./]+)'.* \1\.(\w+)\s*=", text):
+        block = nearest(wrong[1], BLOCKS)
+        near = block and (nearest_setting(wrong[2], BLOCKS, block) or block)
+    return f"gin: {text} Did you mean {near}?" if near else f"gin: {text}"
 
 
 def _refuse_unread(config: str) -> None:
-    """Macros and bindings, scoped or of somebody else's, that no setting refers to are inert."""
+    """Refuse macros and bindings, scoped or of somebody else's, that no setting refers to."""
     macros = re.findall(r"^(\w+)\s*=", config, re.MULTILINE)
     unread = [name for name in macros if not re.search(rf"%{name}\b", config)]
     unread += re.findall(r"^([\w.]+/[\w./]+)\s*=", config, re.MULTILINE)
     bound = re.findall(r"^((?:\w+\.)*(\w+)\.\w+)\s*=", config, re.MULTILINE)
-    unread += [name for name, block in bound if block not in _BLOCKS]
+    unread += [name for name, block in bound if block not in BLOCKS]
     if unread:
-        raise InputError(f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope")
+        # A name without its block is most often one of the training.
+        bare = unread[0] in macros
+        near = bare and nearest_setting(unread[0], dict(reversed(BLOCKS.items())))
+        raise InputError(
+            f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope"
+            + (f". Did you mean {near}?" if near else "")
+        )
 
 
 def check_types(block: str, values: dict[str, Any]) -> None:
@@ -296,25 +294,9 @@ def check_types(block: str, values: dict[str, Any]) -> None:
     Raises:
         InputError: a value of another type.
     """
-    hints = get_type_hints(_BLOCKS[block])
+    declared = settings_of(BLOCKS[block])
     for name, value in values.items():
-        wanted = getattr(hints[name], "__origin__", hints[name])
-        if wanted is tuple and isinstance(value, list | tuple):
-            values[name] = tuple(value)
-            member = get_args(hints[name])[0]
-            for each in value:
-                if type(each) is not member:
-                    raise InputError(
-                        f"gin: {block}.{name} = {value!r}: {each!r} is a {type(each).__name__}; "
-                        f"a {member.__name__} is needed"
-                    )
-        elif wanted is float and type(value) is int:
-            values[name] = float(value)
-        elif type(value) is not wanted:
-            raise InputError(
-                f"gin: {block}.{name} = {value!r} is a {type(value).__name__}; "
-                f"a {wanted.__name__} is needed"
-            )
+        values[name] = declared[name].typed(value, f"gin: {block}.{name} = {value!r}")
 
 
 # The settings classes as gin sees them: called, they take what is bound.

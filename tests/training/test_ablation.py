@@ -56,12 +56,21 @@ def test_unknown_to_an_older_run_is_not_compared(finished: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("switch", "variant"),
+    [
+        ("ddsr = True", "hstu"),
+        ("target_view_heads = 1", "hstu"),
+        ("normalization = 'softmax'", "all"),
+        ("segment_by = 'count'", "all"),
+    ],
+)
 def test_recipe_with_a_switch_would_give_a_variant_the_wrong_name(
-    store_path: Path, tmp_path: Path
+    switch: str, variant: str, store_path: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "recipe.gin"
-    recipe.write_text("xd_encoder.ddsr = True\n")
-    message = r"'hstu'.*xd_encoder.ddsr = True.*recipe"
+    recipe.write_text(f"xd_encoder.{switch}\n")
+    message = rf"'{variant}'.*xd_encoder.{switch}.*recipe"
     with pytest.raises(InputError, match=message):
         ablate(store_path, ["all", "hstu"], [1], tmp_path / "out", files=[recipe])
     assert not (tmp_path / "out").exists()

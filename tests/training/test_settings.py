@@ -67,6 +67,36 @@ def test_bad_binding_names_value_and_mend(binding: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("xd_train.lr", "xd_train.learning_rate"),
+        ("xd_train.batch_size", "xd_train.local_batch_size"),
+        ("xd_train.dropout", "xd_train.dropout_rate"),
+        ("xd_train.seed", "xd_train.random_seed"),
+        ("xd_encoder.num_epochs", "xd_train.num_epochs"),
+        ("xd_encoder.dropout", "xd_encoder.linear_dropout_rate"),
+        ("xd_encoder.mask", "xd_encoder.domain_mask"),
+        ("xd_encoder.num_layers", "xd_encoder.num_blocks"),
+        ("train_fn.learning_rate", "xd_train.learning_rate"),
+        ("num_epochs", "xd_train.num_epochs"),
+        ("lr", "xd_train.learning_rate"),
+        ("batch_size", "xd_train.local_batch_size"),
+    ],
+)
+def test_wrong_name_gets_the_setting_that_it_means(written: str, meant: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_settings([], [f"{written} = 1"])
+    assert str(caught.value).endswith(f"Did you mean {meant}?")
+
+
+def test_name_that_means_nothing_gets_no_advice() -> None:
+    for name in ("xd_train.qqqq", "qqqq"):
+        with pytest.raises(InputError, match="qqqq") as caught:
+            load_settings([], [f"{name} = 1"])
+        assert "Did you mean" not in str(caught.value)
+
+
 def test_missing_file_is_named() -> None:
     with pytest.raises(InputError, match=r"nowhere\.gin: no such file"):
         load_settings([Path("nowhere.gin")])
@@ -102,6 +132,35 @@ def test_file_includes_its_neighbour_before_anything_else(
     assert load_settings([a, b]).train.num_epochs == 3
     assert load_settings([b, a]).train.num_epochs == 2
     assert not caplog.records
+
+
+def test_own_file_anywhere_includes_a_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "mine" / "own.gin"
+    own.parent.mkdir()
+    own.write_text('include "gin/standalone/xd.gin"\nxd_train.num_epochs = 3\n')
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings([own])
+    assert settings.train.num_epochs == 3
+    assert settings.encoder["ddsr"] is True
+    assert settings.encoder["num_blocks"] == 2  # of hstu.gin, which the recipe includes
+    # A file beside the user's own comes before the shipped one.
+    beside = own.parent / "gin" / "standalone"
+    beside.mkdir(parents=True)
+    (beside / "xd.gin").write_text("xd_encoder.ddsr = False\n")
+    assert load_settings([own]).encoder == {"ddsr": False}
+
+
+def test_error_in_an_included_file_names_it_and_its_line(tmp_path: Path) -> None:
+    (tmp_path / "top.gin").write_text('include "part.gin"\n')
+    part = tmp_path / "part.gin"
+    part.write_text('include "gin/standalone/hstu.gin"\n\nxd_encoder.dssr = True\n')
+    with pytest.raises(InputError, match=r'part\.gin", line 3.*Did you mean xd_encoder\.ddsr'):
+        load_settings([tmp_path / "top.gin"])
+    part.write_text('include "top.gin"\n')
+    with pytest.raises(InputError, match=r"part\.gin includes 'top\.gin', which includes it"):
+        load_settings([tmp_path / "top.gin"])
 
 
 def test_included_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ def test_switches_without_domains_are_refused_with_the_mend(active: Any) -> None
         encoder("HSTU_XD")
 
 
+def test_segments_of_whole_histories_need_no_domains(active: Any) -> None:
+    gin.parse_config("xd_encoder.segment_by = 'count'")
+    assert encoder("HSTU_XD").catalog.num_domains == 1
+
+
 def test_sizes_come_from_hstu_encoder_unless_bound(active: Any) -> None:
     gin.parse_config("hstu_encoder.num_blocks = 3\nhstu_encoder.dv = 4\nxd_encoder.dv = 6")
     model = encoder("HSTU_XD")

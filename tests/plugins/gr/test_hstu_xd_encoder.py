@@ -186,3 +186,24 @@ def test_debug_str_tells_the_switches() -> None:
     assert text == theirs.replace("HSTU", "HSTU_XD") + "-mask-view1-tape-ddsr4-target"
     text = hstu_xd(**TOKENS).debug_str()
     assert text == theirs.replace("HSTU", "HSTU_XD") + "-count4-tokens2"
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        {"combine": "after_gate"},
+        {"query_target_domain": False},
+        {"state_age_bias": False},
+        {"state_from": "output"},
+        {"full_attention_layers": (0,)},
+        {"concat_ua": True},
+        {"impl": "eager"},
+    ],
+    ids=str,
+)
+def test_two_models_never_share_the_path_of_a_checkpoint(detail: dict[str, Any]) -> None:
+    switches = {"domain_mask": True, "ddsr": True}
+    text = hstu_xd(**switches, **detail).debug_str()
+    assert text != hstu_xd(**switches).debug_str()
+    assert text.startswith(upstream_hstu().debug_str().replace("HSTU", "HSTU_XD") + "-")
+    assert "/" not in text

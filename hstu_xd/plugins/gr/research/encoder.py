@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.declaration import tags
 from hstu_xd.errors import HstuXdError
 from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.model.inputs import next_domain_modules, next_domain_signal
@@ -75,11 +76,7 @@ class HSTU_XD(HSTU):
         )
         self.settings = settings
         self.catalog = catalog
-        self._is_plain = (
-            not settings.is_cross_domain
-            and settings.normalization == "silu"
-            and settings.impl == "auto"
-        )
+        self._is_plain = settings.is_plain
         self._tape: nn.Module | None = None
         self._target_domain_emb: nn.Embedding | None = None
         if self._is_plain:
@@ -91,19 +88,8 @@ class HSTU_XD(HSTU):
 
     def debug_str(self) -> str:
         """Upstream's description with this model's name and switches; a part of its paths."""
-        s = self.settings
-        parts = [super().debug_str().replace("HSTU", "HSTU_XD", 1)]
-        parts += [s.normalization] * (s.normalization != "silu")
-        parts += ["mask"] * s.domain_mask
-        parts += [f"view{s.target_view_heads}"] * bool(s.target_view_heads)
-        parts += ["tape"] * s.tape
-        parts += [f"ddsr{s.states_per_domain}"] * s.ddsr
-        parts += ["target"] * s.target_domain_embedding
-        if s.has_segments:
-            size = s.segment_length if s.segment_by == "count" else s.segment_gap
-            parts += [f"{s.segment_by}{size}", f"tokens{s.history_tokens}"]
-            parts += [f"lookback{s.segment_lookback}"] * bool(s.segment_lookback)
-        return "-".join(parts)
+        name = super().debug_str().replace("HSTU", "HSTU_XD", 1)
+        return "-".join([name, *tags(self.settings)])
 
     def generate_user_embeddings(
         self,

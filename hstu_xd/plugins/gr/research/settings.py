@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import gin
+from hstu_xd.declaration import check, setting, settings_of
 from hstu_xd.errors import InputError
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.plugins.gr.research.dataset import SPLITS
 from hstu_xd.training import settings as shared
-
-NEGATIVES = ("domain", "catalogue")
-CANDIDATES = ("domain", "catalogue", "upstream")
 
 
 @gin.configurable("xd_upstream", module="hstu_xd")
@@ -23,54 +21,35 @@ class UpstreamSettings:
     Attributes:
         item_domain_path: item -> domain file for upstream's own data sets; "xd:" data sets bring
             their own. Empty: no domains are known and upstream's behaviour stays.
-        split: "upstream" (train on all but the last event, evaluate on the last), or a three-way
-            split that trains on all but the last two: "valid" evaluates on the one before the
-            last, "test" on the last.
-        negatives: "domain" (negatives from the positive's own domain) or "catalogue".
+        split: how events are held out, "upstream" (train on all but the last event, evaluate on the
+            last), or a three-way split that trains on all but the last two: "valid" evaluates on
+            the one before the last, "test" on the last.
+        negatives: where negatives are drawn, "domain" (the positive's own) or "catalogue".
         candidates: whom the target is ranked against in evaluation: its "domain", the whole
             "catalogue", or "upstream" for upstream's own function.
         warm_start: checkpoint of an HSTU to start from; empty: none.
-        seed: of PyTorch's random numbers, so that a run can be repeated; upstream's own
+        seed: seed of PyTorch's random numbers, so that a run can be repeated; upstream's own
             ``train_fn.random_seed`` does not reach them. None: another run every time.
 
     Raises:
         InputError: a value that is not one of those named above.
     """
 
-    item_domain_path: str = ""
-    split: str = "upstream"
-    negatives: str = "domain"
-    candidates: str = "domain"
-    warm_start: str = ""
-    seed: int | None = None
+    item_domain_path: str = setting("")
+    split: str = setting("upstream", allowed=tuple(SPLITS))
+    negatives: str = setting("domain", allowed=("domain", "catalogue"))
+    candidates: str = setting("domain", allowed=("domain", "catalogue", "upstream"))
+    warm_start: str = setting("", also=("checkpoint",))
+    seed: int | None = setting(None, also=("random_seed",))
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("split", SPLITS), ("negatives", NEGATIVES), ("candidates", CANDIDATES),
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"xd_upstream.{name} = {getattr(self, name)!r}; known: {', '.join(known)}"
-                )
-
-
-# Settings that upstream's hstu_encoder has too.
-_SIZES = (
-    "num_blocks",
-    "num_heads",
-    "dqk",
-    "dv",
-    "linear_dropout_rate",
-    "linear_activation",
-    "concat_ua",
-    "enable_relative_attention_bias",
-)
+        check(self, "xd_upstream.{name} = {value!r}; known: {known}")
 
 
 def encoder_settings(
     hstu_encoder: Callable[..., Any], num_domains: int, norm_length: int, embedding_dim: int
 ) -> EncoderSettings:
-    """The settings of HSTU_XD: ``xd_encoder.*`` where bound, else what ``hstu_encoder`` would use.
+    """Build the settings of HSTU_XD: ``xd_encoder.*`` where bound, else what ``hstu_encoder`` has.
 
     So a team that switches ``main_module`` keeps the sizes of its HSTU.
 
@@ -96,12 +75,16 @@ def encoder_settings(
         num_domains=num_domains,
         norm_length=norm_length,
         embedding_dim=embedding_dim,
-        **{name: theirs[name] for name in _SIZES if name not in bound},
+        **{
+            name: theirs[name]
+            for name, each in settings_of(EncoderSettings).items()
+            if each.upstream and name not in bound
+        },
     )
 
 
 def bound_arguments(configurable: Callable[..., Any]) -> dict[str, Any]:
-    """Every argument of a gin configurable that has a default, as bound or by default."""
+    """Return every argument of a gin configurable that has a default, as bound or by default."""
     parameters = inspect.signature(configurable).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return defaults | dict(gin.get_bindings(inspect.unwrap(configurable).__name__))
