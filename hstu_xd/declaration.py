@@ -238,7 +238,7 @@ def tags(settings: Any) -> list[str]:
     declared = settings_of(type(settings))
     untold = {name: value for name, value in untold.items() if not declared[name].upstream}
     if untold:
-        text = json.dumps(untold, sort_keys=True)
+        text = json.dumps(untold, sort_keys=True, default=str)
         parts.append(f"x{blake2b(text.encode(), digest_size=4).hexdigest()}")
     return parts
 
