@@ -39,3 +39,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+    # Upstream's train_fn switches it on for the whole process, and for the tests after it.
+    torch.autograd.set_detect_anomaly(False)

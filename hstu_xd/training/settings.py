@@ -279,9 +279,9 @@ def _refuse_unread(config: str) -> None:
     bound = re.findall(r"^((?:\w+\.)*(\w+)\.\w+)\s*=", config, re.MULTILINE)
     unread += [name for name, block in bound if block not in BLOCKS]
     if unread:
-        # A name without its block is most often one of the training.
-        bare = unread[0] in macros
-        near = bare and nearest_setting(unread[0], dict(reversed(BLOCKS.items())))
+        # A name without its block, or with that of another trainer, is most often of the training.
+        name = unread[0].rpartition(".")[2]
+        near = "/" not in name and nearest_setting(name, dict(reversed(BLOCKS.items())))
         raise InputError(
             f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope"
             + (f". Did you mean {near}?" if near else "")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gin
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.files import gin_folder
 from hstu_xd.plugins import cpu_shims
 from hstu_xd.plugins.bridge import CheckpointFormat
 from hstu_xd.plugins.gr.research import HOST
@@ -104,6 +105,8 @@ def read_gin(gin_config_file: Path, bindings: Sequence[str]) -> None:
     for folder in gin_config_file.resolve().parents:
         if folder.name == "gin":
             gin.add_config_file_search_path(str(folder.parent))
+    # Recipes that come with this package can be included from anywhere.
+    gin.add_config_file_search_path(str(gin_folder().parent))
     try:
         gin.parse_config_files_and_bindings([str(gin_config_file)], list(bindings))
     except ValueError as error:
