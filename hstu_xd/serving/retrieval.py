@@ -156,8 +156,14 @@ class ItemIndex:
         """Score items for users: (B, K) float vectors, (B, C) int64 ids -> (B, C) float."""
         if isinstance(self.scorer, DotProduct):
             return torch.einsum("bk,bck->bc", vectors, self.scorer.item_vectors(items))
-        rows = [self.scorer(row)(user[None])[0] for user, row in zip(vectors, items)]
+        rows = [self.scores_of_one(user, row) for user, row in zip(vectors, items)]
         return torch.stack(rows) if rows else vectors.new_empty(items.shape)
+
+    def scores_of_one(self, vector: Tensor, items: Tensor) -> Tensor:
+        """Score items for one user: (K,) float vector, (C,) int64 ids -> (C,) float."""
+        if isinstance(self.scorer, DotProduct):
+            return self.scorer.item_vectors(items) @ vector
+        return self.scorer(items)(vector[None])[0]
 
     def _near(
         self, vector: Tensor, domain: int, k: int, left_out: Tensor
@@ -186,7 +192,7 @@ class ItemIndex:
             if self._by_dot_product:
                 scores = self._vectors[first:last] @ vector
             else:
-                scores = self.scorer(self._items[first:last])(vector[None])[0].clone()
+                scores = self.scores_of_one(vector, self._items[first:last]).clone()
             inside = left_out[(left_out >= first) & (left_out < last)]
             scores.index_fill_(0, inside - first, float("-inf"))
             top = scores.topk(min(k, len(scores)))
