@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from hstu_xd.cli.runs import AllowImports
+
 Runs = Annotated[
     list[Path],
     typer.Argument(
@@ -42,7 +44,11 @@ def ablate(
     out: Annotated[Path, typer.Option("--out", help="Folder of runs and table; may be continued.")],
     variants: Annotated[
         str | None,
-        typer.Option("--variants", help="Names, a,b,...; default: all sets of switches."),
+        typer.Option(
+            "--variants",
+            help="Names and gin files of your own, a,b,mine.gin,...; "
+            "default: all sets of switches.",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 1..N.")] = 3,
     gin_config_file: Annotated[
@@ -79,12 +85,17 @@ def compare(
         Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Differences between variants on the same users, with their standard errors over users."""
     from hstu_xd.experiments.comparison import pair_runs, paired_table
 
     found = pair_runs(
-        runs, split=split, data=data, announce=lambda line: typer.echo(line, err=True)
+        runs,
+        split=split,
+        data=data,
+        allow_imports=allow_imports,
+        announce=lambda line: typer.echo(line, err=True),
     )
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from hstu_xd.cli.runs import AllowImports
 from hstu_xd.errors import HstuXdError, InputError
 
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
@@ -66,6 +67,7 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of PyTorch. [default: all cores but one]")
     ] = None,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Serve a trained run: take events, recommend items of any domain, over HTTP."""
     check_packages()
@@ -84,7 +86,7 @@ def serve(
         limits=Limits(max_body=max_body, max_k=max_k),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
-    served = Served.of(run, settings)
+    served = Served.of(run, settings, allow_imports=allow_imports)
     _make_folder(settings.events.parent)
     with server.listen(host, port) as sock:
         service = Service(served, settings)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from hstu_xd.errors import InputError
 
@@ -47,21 +48,39 @@ LONG_HISTORIES: dict[str, tuple[str, ...]] = {
 VARIANTS = SWITCHES | LONG_HISTORIES
 
 
+def variant_file(name: str) -> Path | None:
+    """Tell a user's gin file, which is a variant named after it, from the name of one of ours.
+
+    Raises:
+        InputError: no such file, or it would be named as another variant is.
+    """
+    file = Path(name)
+    if file.suffix != ".gin":
+        return None
+    if not file.is_file():
+        raise InputError(f"variant {name}: no such file in {Path.cwd()}")
+    if file.stem in VARIANTS:
+        raise InputError(f"variant {name}: {file.stem!r} is the name of another; rename the file")
+    return file
+
+
 def variant_bindings(name: str) -> tuple[str, ...]:
-    """Bindings of a variant.
+    """Bindings of a variant; none of a user's gin file, which holds its own.
 
     Raises:
         InputError: unknown name; the message gives the nearest.
     """
     if name in VARIANTS:
         return VARIANTS[name]
+    if variant_file(name) is not None:
+        return ()
     near = get_close_matches(name, VARIANTS, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise InputError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}{hint}")
 
 
 def parse_variants(text: str | None) -> Sequence[str]:
-    """Names out of "a,b,c"; the switches for None."""
+    """Split "a,b,mine.gin" into names and gin files; the switches for None."""
     names = list(SWITCHES) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         variant_bindings(name)

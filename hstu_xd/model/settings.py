@@ -1,8 +1,9 @@
 """Every setting of the encoder in one frozen place, checked once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hstu_xd.errors import InputError
+from hstu_xd.parts import Part
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class EncoderSettings:
             does.
         normalization: of the attention's scores, "silu" as in HSTU or "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
+        layer: "hstu", or a class of your own in its place, ``@MyLayer``: built and called as
+            :class:`hstu_xd.model.layer.HSTULayer` is.
 
     Raises:
         InputError: a value outside its range; the message names it.
@@ -79,8 +82,15 @@ class EncoderSettings:
     history_tokens: int = 0
     normalization: str = "silu"
     impl: str = "auto"
+    # Not in the text of the settings, by which stored states of older versions are known.
+    layer: str = field(default="hstu", repr=False)
 
     def __post_init__(self) -> None:
+        if self.layer != "hstu" and not isinstance(self.layer, Part):
+            raise InputError(
+                f"layer is {self.layer!r}; 'hstu', or a reference to a class of your own is "
+                "needed: xd_encoder.layer = @MyLayer"
+            )
         for name in (
             "num_domains", "norm_length", "embedding_dim", "num_blocks", "num_heads", "dqk", "dv",
             "states_per_domain", "segment_length",

@@ -3,16 +3,24 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.metrics import METRICS
 from hstu_xd.files import gin_folder
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.parts import Part, importable_from
+from hstu_xd.training.extension import (
+    ForeignCode,
+    check_layer,
+    check_parts,
+    parts_of,
+    read_bindings,
+    warn_inert,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -29,14 +37,18 @@ class TrainSettings:
         local_batch_size: users per step and process.
         eval_batch_size: users encoded at once in evaluation.
         dropout_rate: dropout on the input features.
+        objective: what is minimised and what ranks: "retrieval" (sampled softmax, dot products), or
+            one of your own, ``@my_objective()``.
         num_negatives: sampled negatives per positive.
-        negatives: "domain" (the positive's own domain) or "catalogue" (all items, as upstream).
+        negatives: "domain" (the positive's own domain) or "catalogue" (all items, as upstream), or
+            a sampler of your own, ``@my_sampler``.
         temperature: of the softmax over dot products of unit vectors.
         learning_rate: peak rate of AdamW.
         weight_decay: of AdamW.
         num_warmup_steps: steps of linear warm-up.
         num_epochs: passes over the training users at most.
         early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
+        metrics: further functions of ranks of your own, ``(@my_metric,)``.
         select_metric: the validation metric that picks the best epoch.
         checkpoint_every: steps between two saves of the resumable state; epochs end with one.
         main_module_bf16: bfloat16 autocast (CUDA only).
@@ -49,6 +61,7 @@ class TrainSettings:
     local_batch_size: int = 64
     eval_batch_size: int = 256
     dropout_rate: float = 0.4
+    objective: str = "retrieval"
     num_negatives: int = 2048
     negatives: str = "domain"
     temperature: float = 0.05
@@ -57,6 +70,7 @@ class TrainSettings:
     num_warmup_steps: int = 100
     num_epochs: int = 30
     early_stop_patience: int = 2
+    metrics: tuple[str, ...] = ()
     select_metric: str = "ndcg@100"
     checkpoint_every: int = 1000
     main_module_bf16: bool = False
@@ -74,12 +88,9 @@ class TrainSettings:
             _require(getattr(self, name) > 0, self, name, "above 0")
         _require(0 <= self.dropout_rate < 1, self, "dropout_rate", "from 0 to below 1")
         _require(self.random_seed < 1 << 64, self, "random_seed", "at most 2**64 - 1")
-        _require(
-            self.select_metric in METRICS, self, "select_metric", f"one of {', '.join(METRICS)}"
-        )
-        _require(
-            self.negatives in ("domain", "catalogue"), self, "negatives", "domain or catalogue"
-        )
+        known = isinstance(self.negatives, Part) or self.negatives in ("domain", "catalogue")
+        _require(known, self, "negatives", "domain or catalogue, or a sampler: @my_sampler")
+        check_parts(self)
 
     @property
     def norm_length(self) -> int:
@@ -99,10 +110,22 @@ _BLOCKS: dict[str, type] = {"xd_encoder": EncoderSettings, "xd_train": TrainSett
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """All bindings of a run: the encoder's, without what the data decide, and the trainer's."""
+    """All bindings of a run: the encoder's, without what the data decide, and the trainer's.
+
+    Attributes:
+        encoder: the encoder's, by name.
+        train: the trainer's.
+        foreign: what the parts among them need that are not of this package.
+    """
 
     encoder: Mapping[str, Any]
     train: TrainSettings
+    foreign: ForeignCode = dataclasses.field(default_factory=ForeignCode)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of the parts that are not of this package, by what they are."""
+        return parts_of(self.encoder, self.train)
 
     def encoder_settings(self, num_domains: int) -> EncoderSettings:
         """The encoder's settings for a catalogue of ``num_domains`` domains."""
@@ -116,13 +139,14 @@ class RunSettings:
     def to_gin(self) -> str:
         """Every setting, defaults included, as a gin file that reads back to the same settings."""
         encoder = dataclasses.asdict(self.encoder_settings(num_domains=1))
-        lines = ["import hstu_xd.training.settings", ""]
+        lines = ["import hstu_xd.training.settings", *self.foreign.imports, ""]
         for block, values in (
             ("xd_encoder", encoder),
             ("xd_train", dataclasses.asdict(self.train)),
         ):
             names = [name for name in values if name not in _DERIVED]
             lines += [f"{block}.{name} = {values[name]!r}" for name in names] + [""]
+        lines += [*self.foreign.bindings, ""] if self.foreign.bindings else []
         return "\n".join(lines)
 
     def unlike(self, recorded: Mapping[str, Any]) -> list[str]:
@@ -149,7 +173,8 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
 
     Args:
         files: gin files; one that is not in the working folder, such as ``gin/standalone/xd.gin``,
-            is looked up among those of this package.
+            is looked up among those of this package. What they import may lie beside them or in the
+            working folder.
         bindings: single settings, ``xd_encoder.ddsr = True``.
 
     Raises:
@@ -157,24 +182,27 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
             gives the nearest), a value of the wrong type, or a binding that nothing reads.
     """
     files = [_found(file) for file in files]
-    gin = _gin()
+    gin = gin_library()
     gin.clear_config()
     try:
-        for file in files:
-            with _neighbours_first(gin, file):
-                gin.parse_config_file(str(file.resolve()))
-        gin.parse_config_files_and_bindings([], list(bindings))
-        _refuse_unread(gin.config_str())
-        blocks = {name: dict(gin.get_bindings(name)) for name in _BLOCKS}
+        with importable_from([*(file.parent for file in files), Path.cwd()]):
+            for file in files:
+                _parse_file(gin, (file.absolute(),))
+            gin.parse_config_files_and_bindings([], list(bindings))
+            bound = read_bindings(gin, _BLOCKS)
+        _refuse_unread(bound.unread)
     except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(_explain(error, files, bindings)) from error
     finally:
         gin.clear_config()
-    for name, values in blocks.items():
+    for name, values in bound.blocks.items():
         check_types(name, values)
-    settings = RunSettings(blocks["xd_encoder"], TrainSettings(**blocks["xd_train"]))
+    encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
+    check_layer(encoder.get("layer"))
+    warn_inert(train)
+    settings = RunSettings(encoder, train, bound.foreign)
     _warn_inert(settings.encoder_settings(num_domains=1))  # range checks, before any data are read
     return settings
 
@@ -225,7 +253,8 @@ def _warn_inert(encoder: EncoderSettings) -> None:
         )
 
 
-def _gin() -> Any:
+def gin_library() -> Any:
+    """Import gin-config, or say that it is missing."""
     import gin
 
     # Run from a folder that has a subfolder gin/, an absent gin-config would import as that folder.
@@ -234,22 +263,56 @@ def _gin() -> Any:
     return gin
 
 
-@contextmanager
-def _neighbours_first(gin: Any, file: Path) -> Iterator[None]:
-    """Let a file include its neighbours, ahead of their namesakes where the command runs.
+_INCLUDE = re.compile(r"""\s*include\s+(["'])(?P<name>.+?)\1""")
 
-    gin can only be told of places to look in after those, and logs an error for each it misses.
+
+def _parse_file(gin: Any, files: tuple[Path, ...]) -> None:
+    """Parse a gin file, and what it includes where it includes it.
+
+    An included file is looked up beside the file that names it, beside those that included that
+    one, in the working folder, and among the recipes of this package, ``gin/standalone/xd.gin``;
+    gin itself would look into the working folder first.
+
+    Args:
+        gin: the library.
+        files: the file, behind those that include it.
+
+    Raises:
+        InputError: an included file that is not there or that includes itself.
     """
-    places = gin.config._LOCATION_PREFIXES
-    places.insert(0, str(file.parent.resolve()))
-    try:
-        yield
-    finally:
-        places.pop(0)
+    file = files[-1]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    begin = 0
+    for number, line in enumerate(lines):
+        if include := _INCLUDE.match(line):
+            _parse_lines(gin, file, lines, begin, number)
+            _parse_file(gin, (*files, _included(include["name"], files)))
+            begin = number + 1
+    _parse_lines(gin, file, lines, begin, len(lines))
+
+
+def _parse_lines(gin: Any, file: Path, lines: Sequence[str], begin: int, end: int) -> None:
+    """Parse a part of a file so that gin's errors name the file and the line."""
+    part = StringIO("\n" * begin + "".join(lines[begin:end]))
+    part.name = str(file)
+    gin.parse_config(part)
+
+
+def _included(name: str, files: Sequence[Path]) -> Path:
+    folders = [*(file.parent for file in reversed(files)), Path.cwd(), gin_folder().parent]
+    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if found is None:
+        raise InputError(
+            f"{files[-1]} includes {name!r}: no such file beside it, in {Path.cwd()} or among the "
+            "recipes of hstu-xd"
+        )
+    if found.resolve() in (file.resolve() for file in files):
+        raise InputError(f"{files[-1]} includes {name!r}, which includes it in turn")
+    return found
 
 
 def _register() -> dict[str, Any]:
-    register = _gin().external_configurable
+    register = gin_library().external_configurable
     return {
         name: register(settings, name=name, module="hstu_xd", allowlist=_names(name))
         for name, settings in _BLOCKS.items()
@@ -267,6 +330,12 @@ def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -
     if "named" not in text and "matching" not in text:
         # A syntax error gives a line number and no text.
         text = f"{', '.join([*map(str, files), *bindings])}: {text}"
+    if isinstance(error, ImportError):
+        text += (
+            "; run the command where the module lies, add its folder to PYTHONPATH, or install it"
+        )
+    elif "matching reference" in text:
+        text += " Import its module in the gin file, and register it there with @gin.configurable."
     known = [f"{block}.{name}" for block in _BLOCKS for name in _names(block)]
     wrong = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text)
     if wrong:
@@ -279,13 +348,8 @@ def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -
     return f"gin: {text}"
 
 
-def _refuse_unread(config: str) -> None:
-    """Macros and bindings, scoped or of somebody else's, that no setting refers to are inert."""
-    macros = re.findall(r"^(\w+)\s*=", config, re.MULTILINE)
-    unread = [name for name in macros if not re.search(rf"%{name}\b", config)]
-    unread += re.findall(r"^([\w.]+/[\w./]+)\s*=", config, re.MULTILINE)
-    bound = re.findall(r"^((?:\w+\.)*(\w+)\.\w+)\s*=", config, re.MULTILINE)
-    unread += [name for name, block in bound if block not in _BLOCKS]
+def _refuse_unread(unread: Sequence[str]) -> None:
+    """Refuse macros and bindings, scoped or of somebody else's, that no setting refers to."""
     if unread:
         raise InputError(f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope")
 
@@ -299,11 +363,13 @@ def check_types(block: str, values: dict[str, Any]) -> None:
     hints = get_type_hints(_BLOCKS[block])
     for name, value in values.items():
         wanted = getattr(hints[name], "__origin__", hints[name])
-        if wanted is tuple and isinstance(value, list | tuple):
+        if isinstance(value, Part):
+            values[name] = (value,) if wanted is tuple else value
+        elif wanted is tuple and isinstance(value, list | tuple):
             values[name] = tuple(value)
             member = get_args(hints[name])[0]
             for each in value:
-                if type(each) is not member:
+                if type(each) is not member and not isinstance(each, Part):
                     raise InputError(
                         f"gin: {block}.{name} = {value!r}: {each!r} is a {type(each).__name__}; "
                         f"a {member.__name__} is needed"

@@ -26,7 +26,6 @@ from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective
-from hstu_xd.objectives.retrieval import Retrieval
 from hstu_xd.objectives.sampled_softmax import count_per_domain
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
@@ -39,6 +38,7 @@ from hstu_xd.training.checkpoint import (
     save_checkpoint,
 )
 from hstu_xd.training.distributed import World
+from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.settings import TrainSettings
 
@@ -107,9 +107,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self._objective = Retrieval(
-            settings.negatives, settings.num_negatives, settings.temperature
-        )
+        self._objective, self._metrics = objective_of(settings), metrics_of(settings)
         loss: nn.Module = _Loss(model, self._objective, bf16=settings.main_module_bf16)
         self._loss = DistributedDataParallel(loss) if world.size > 1 else loss
         self._log = MetricsLog(run, enabled=world.is_main)
@@ -207,11 +205,13 @@ class Trainer:
         if pending is not None:
             self.progress.loss_sum += pending.item()
         if not np.isfinite(self.progress.loss_sum):
+            temperature = getattr(self._objective, "temperature", None)
             raise HstuXdError(
                 f"the loss is not finite at step {self.progress.step}; the checkpoints in "
                 f"{self.run} are from before it. Lower xd_train.learning_rate "
-                f"({self.settings.learning_rate}) or raise xd_train.temperature "
-                f"({self.settings.temperature}) and train again"
+                f"({self.settings.learning_rate}) "
+                + (f"or raise xd_train.temperature ({temperature}) " if temperature else "")
+                + "and train again"
             )
 
     def _finish_epoch(self) -> None:
@@ -221,8 +221,10 @@ class Trainer:
         self._log.write(Split.TRAIN, progress.epoch, progress.step, row)
         values = self.evaluate(Split.VALID)
         self._log.write(Split.VALID, progress.epoch, progress.step, values)
-        if values[settings.select_metric] > progress.best:
-            progress.best, progress.best_epoch = values[settings.select_metric], progress.epoch
+        found = values[settings.select_metric]
+        # A user's metric may be below any number: the first epoch is the best so far.
+        if progress.best_epoch < 0 or found > progress.best:
+            progress.best, progress.best_epoch = found, progress.epoch
             if self.world.is_main:
                 save_checkpoint(
                     self.run / MODEL_FILE, self.model.state_dict(), {"epoch": progress.epoch}
@@ -252,7 +254,7 @@ class Trainer:
                 )
             )
         names = self.model.catalog.domain_names
-        return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names)
+        return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names, self._metrics)
 
     def _total_loss(self) -> float:
         """The epoch's loss so far, summed over all processes."""
