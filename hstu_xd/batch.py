@@ -19,6 +19,8 @@ class JaggedBatch:
         target_domains: (L,) int64, domain of the event that the token predicts.
         offsets: (B + 1,) int64, user ``b`` owns tokens ``offsets[b]:offsets[b + 1]``.
         padded_length: tokens of every user, padding included, where padding was kept; else None.
+        targets_per_domain: D counts of ``target_domains`` where the host knows them, so that
+            nobody waits for a GPU to count; else None.
     """
 
     item_ids: Tensor
@@ -27,6 +29,7 @@ class JaggedBatch:
     target_domains: Tensor
     offsets: Tensor
     padded_length: int | None = None
+    targets_per_domain: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "JaggedBatch":
         """Return the same batch on another device."""

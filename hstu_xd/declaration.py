@@ -15,6 +15,7 @@ from string import Formatter
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hstu_xd.errors import InputError, nearest
+from hstu_xd.parts import Part
 
 # What a name says of a setting: a template for all values, or one a value and `...` for the others.
 # A template takes in the values of settings: "ddsr{states_per_domain}".
@@ -39,6 +40,8 @@ class Setting:
         from_data: whether the data and the trainer decide it, and no user.
         upstream: whether upstream's HSTU has it too, under this name; its own name tells those
             that have no tag here.
+        part: whether a part of the user's own may be bound to it; only the trainer of this package
+            takes such parts.
         around_llm: whether it also exists where a language model takes the place of the layers.
         also: names by which people look for it.
         name, type, default, meaning: of the field; the meaning is out of the docstring.
@@ -57,6 +60,7 @@ class Setting:
     same_model: bool = False
     from_data: bool = False
     upstream: bool = False
+    part: bool = False
     around_llm: bool = False
     also: tuple[str, ...] = ()
     name: str = ""
@@ -81,7 +85,9 @@ class Setting:
         return self.type.__name__ if plain else str(self.type)
 
     def fault(self, value: Any) -> str | None:
-        """Say what a value out of range would have to be; None for one in range."""
+        """Say what a value out of range would have to be; None for one in range, and for parts."""
+        if self.part and isinstance(value, Part):
+            return None
         if self.allowed and value not in self.allowed:
             return f"one of {', '.join(map(str, self.allowed))}"
         if None not in (self.at_least, self.below):
@@ -113,10 +119,12 @@ class Setting:
             InputError: a value of another type.
         """
         wanted = get_origin(self.type) or self.type
+        if self.part and isinstance(value, Part):
+            return (value,) if wanted is tuple else value
         if wanted is tuple and isinstance(value, list | tuple):
             member = get_args(self.type)[0]
             for each in value:
-                if type(each) is not member:
+                if type(each) is not member and not (self.part and isinstance(each, Part)):
                     raise InputError(
                         f"{told}: {each!r} is a {type(each).__name__}; a {member.__name__} is "
                         "needed"

@@ -6,8 +6,9 @@ length, its weights, the vectors of all items, the catalogue and a manifest.
 
 import io
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder, sha256_of
 from hstu_xd.model.ddsr import DynamicDomainState
 from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.objectives.objective import DotProduct
 from hstu_xd.training.checkpoint import MODEL_FILE
-from hstu_xd.training.run import load, read_run
+from hstu_xd.training.run import load_trained, read_run
 from hstu_xd.version import __version__
+
+_logger = logging.getLogger(__name__)
 
 # The one check that an exported program keeps; torch has no public name for it.
 _assert = torch._assert_async
@@ -120,13 +124,16 @@ ITEM_VECTORS = "item_vectors.pt"
 CATALOG = "catalog.json"
 
 
-def write_export(run: Path, out: Path, *, force: bool = False) -> dict[str, Any]:
+def write_export(
+    run: Path, out: Path, *, force: bool = False, allow_imports: bool = False
+) -> dict[str, Any]:
     """Export the best model of a run into a folder, which appears whole or not at all.
 
     Args:
         run: a folder written by ``hstu-xd train``.
         out: folder to write.
         force: replace an existing export.
+        allow_imports: import the modules that the run names beside this package.
 
     Returns:
         The manifest.
@@ -136,17 +143,30 @@ def write_export(run: Path, out: Path, *, force: bool = False) -> dict[str, Any]
         HstuXdError: the folder cannot be written.
     """
     check_output(out, force=force, ours=is_export, kind="hstu-xd export")
-    model, facts = load(run), read_run(run)
+    trained, facts = load_trained(run, allow_imports=allow_imports), read_run(run)
+    model, scorer = trained.model, trained.scorer
+    vectors = scorer.item_vectors if isinstance(scorer, DotProduct) else model.item_vectors
+    if not isinstance(scorer, DotProduct):
+        _logger.warning(
+            "%s: its objective does not score by dot products; the export holds the vectors of "
+            "users and items, and scoring them is left to you",
+            run,
+        )
     program = io.BytesIO()
     torch.export.save(export_encoder(model), program)
     with replaced_folder(out) as folder:
         (folder / PROGRAM).write_bytes(program.getbuffer())
         shutil.copyfile(run / MODEL_FILE, folder / WEIGHTS)
-        (folder / ITEM_VECTORS).write_bytes(_item_vectors(model))
+        (folder / ITEM_VECTORS).write_bytes(_item_vectors(vectors, model.catalog.num_items))
         _write_json(folder / CATALOG, describe_catalog(model.catalog))
         files = (PROGRAM, WEIGHTS, ITEM_VECTORS, CATALOG)
         hashes = {name: sha256_of(folder / name) for name in files}
         manifest = _manifest(model, facts, hashes)
+        if not isinstance(scorer, DotProduct):
+            manifest["scores"] = (
+                f"by {facts['train']['objective']}, which is not exported; "
+                + (manifest["scores"].partition("; ")[2])
+            )
         _write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -183,9 +203,9 @@ def _ranges(ids: list[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _item_vectors(model: CrossDomainHSTU) -> bytes:
+def _item_vectors(item_vectors: Callable[[Tensor], Tensor], num_items: int) -> bytes:
     vectors = io.BytesIO()
-    torch.save(model.item_vectors(torch.arange(model.catalog.num_items + 1)), vectors)
+    torch.save(item_vectors(torch.arange(num_items + 1)), vectors)
     return vectors.getvalue()
 
 

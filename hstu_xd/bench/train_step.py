@@ -20,7 +20,7 @@ from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns, torch_t
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.objectives.sampled_softmax import sample_negatives, sampled_softmax_loss
+from hstu_xd.objectives.retrieval import Retrieval
 
 _ALL = {"domain_mask": True, "tape": True, "ddsr": True}
 # Provider -> switches; under "all" half of the heads also take the target view.
@@ -105,21 +105,18 @@ class _Step:
     def __init__(self, name: str, draw: Draw) -> None:
         self._draw, self._model = draw, _model(name, draw.case)
         self._batch, self._targets = _batch(draw, self._model.catalog)
+        self._objective = Retrieval(num_negatives=_NEGATIVES)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), fused=True)
 
     def run(self, mark: Mark) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        negatives = sample_negatives(self._model.catalog, _NEGATIVES, generator, scope="domain")
-        vectors = self._model(self._batch)
-        loss = sampled_softmax_loss(
-            self._model, vectors, self._targets, negatives, temperature=0.05
-        )
+        loss = self._objective.loss(self._model, self._batch, self._targets, generator)
         mark("forward")
         self._optimizer.zero_grad(set_to_none=True)
         (loss / len(self._targets)).backward()
         mark("backward")
         self._optimizer.step()
-        return {"out": vectors.detach()}
+        return {"loss": loss.detach()}
 
 
 def _model(name: str, case: Case, **others: Any) -> CrossDomainHSTU:

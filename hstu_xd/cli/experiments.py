@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from hstu_xd.cli.runs import AllowImports
+
 Runs = Annotated[
     list[Path],
     typer.Argument(
@@ -45,7 +47,10 @@ def ablate(
     out: Annotated[Path, typer.Option("--out", help="Folder of runs and table; may be continued.")],
     variants: Annotated[
         str | None,
-        typer.Option("--variants", help="Names of variants, a,b,... [default: all]"),
+        typer.Option(
+            "--variants",
+            help="Names and gin files of variants, a,mine.gin. [default: all]",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds: 1, 2, ...")] = 3,
     gin_config_file: Annotated[
@@ -89,6 +94,7 @@ def compare(
         Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Compare variants user by user.
 
@@ -97,7 +103,11 @@ def compare(
     from hstu_xd.experiments.comparison import pair_runs, paired_table
 
     found = pair_runs(
-        runs, split=split, data=data, announce=lambda line: typer.echo(line, err=True)
+        runs,
+        split=split,
+        data=data,
+        allow_imports=allow_imports,
+        announce=lambda line: typer.echo(line, err=True),
     )
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))

@@ -10,6 +10,15 @@ import typer
 
 from hstu_xd.errors import InputError
 
+AllowImports = Annotated[
+    bool,
+    typer.Option(
+        "--allow-imports",
+        help="Import, and so execute, the modules of your own that a run names; "
+        "HSTU_XD_ALLOW_IMPORTS=1 says the same.",
+    ),
+]
+
 
 def train(
     data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
@@ -31,6 +40,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Train a model on a prepared store.
 
@@ -41,7 +51,9 @@ def train(
 
     given = gin_config_file or gin_bindings
     settings = load_settings(gin_config_file or [], gin_bindings or []) if given else None
-    summary = run_training(data, settings, out, name=name, resume=resume)
+    summary = run_training(
+        data, settings, out, name=name, resume=resume, allow_imports=allow_imports
+    )
     test = summary["test"]
     typer.echo(
         f"{out}: best epoch {summary['best_epoch']}, test "
@@ -55,30 +67,38 @@ def evaluate(
         Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Rank every user's held-out events with a trained run."""
     from hstu_xd.data.batches import SequenceData, Split
     from hstu_xd.evaluation.metrics import METRICS
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
-    from hstu_xd.training.run import load, open_data, read_run
+    from hstu_xd.training.run import load_trained, open_data, read_run
 
-    facts, model = read_run(run), load(run)
+    facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
     store = open_data(run, data)
     length = facts["max_sequence_length"]
     values = {
-        split.value: evaluate_split(model, SequenceData(store, split, length))
+        split.value: evaluate_split(
+            trained.model,
+            SequenceData(store, split, length),
+            scorer=trained.scorer,
+            metrics=trained.metrics,
+        )
         for split in (Split.VALID, Split.TEST)
     }
     if as_json:
         typer.echo(json.dumps({"run": str(run), "data": str(store.path), **values}))
         return
     groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
+    # Metrics of one's own are shown in hundredths like the others.
+    names = [*METRICS, *trained.metrics]
     for split, metrics in values.items():
         typer.echo(
-            f"{split} (%)".ljust(24) + "".join(m.rjust(10) for m in METRICS) + "users".rjust(10)
+            f"{split} (%)".ljust(24) + "".join(f" {m:>9}" for m in names) + "users".rjust(10)
         )
         for group in (g for g in groups if f"count{g}" in metrics):
-            cells = "".join(f"{100 * metrics[m + group]:10.2f}" for m in METRICS)
+            cells = "".join(f" {100 * metrics[m + group]:{max(9, len(m))}.2f}" for m in names)
             typer.echo((group or "all").ljust(24) + cells + f"{metrics['count' + group]:10,}")
 
 
@@ -91,17 +111,26 @@ def recommend(
         Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Recommend unseen items of a domain to a user."""
     from hstu_xd.evaluation.ranks import recommend_items
-    from hstu_xd.training.run import load, open_data, read_run
+    from hstu_xd.training.run import load_trained, open_data, read_run
 
     store = open_data(run, data)
     user_index = store.user_index(user)
-    model = load(run)
+    trained = load_trained(run, allow_imports=allow_imports)
+    model = trained.model
     domain_id = model.catalog.domain_index(domain)
     window = read_run(run)["max_sequence_length"]
-    found = recommend_items(model, *store.history(user_index), domain_id, k, window=window)
+    found = recommend_items(
+        model,
+        *store.history(user_index),
+        domain_id,
+        k,
+        window=window,
+        scorer=trained.scorer,
+    )
     rows = [{"item": model.catalog.token(item), "score": score} for item, score in found]
     if as_json:
         typer.echo(json.dumps({"user": user, "domain": domain, "items": rows}))
@@ -114,6 +143,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Write a trained run as a torch.export program.
 
@@ -121,7 +151,7 @@ def export(
     """
     from hstu_xd.export import MANIFEST, write_export
 
-    manifest = write_export(run, out, force=force)
+    manifest = write_export(run, out, force=force, allow_imports=allow_imports)
     for name in (*manifest["hashes"], MANIFEST):
         typer.echo(f"wrote {out / name} ({(out / name).stat().st_size:,} bytes)")
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from hstu_xd.cli.runs import AllowImports
 from hstu_xd.errors import HstuXdError, InputError
 
 if TYPE_CHECKING:
+    from hstu_xd.serving.http.service import Served
     from hstu_xd.serving.http.settings import ServiceSettings
 
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
@@ -89,12 +91,14 @@ def serve(
     max_delay: MaxDelay = 100.0,
     drain: Drain = 30.0,
     threads: Threads = None,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Serve a trained run over HTTP.
 
     Takes events of users and recommends items of any domain.
     """
     check_packages()
+    from hstu_xd.serving.http.service import Served
     from hstu_xd.serving.http.settings import Limits, QueueSettings, ServiceSettings, StateSettings
 
     logging.basicConfig(level=logging.WARNING, format="hstu-xd: %(message)s")
@@ -108,15 +112,14 @@ def serve(
         limits=Limits(max_body=max_body, max_k=max_k),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
-    _listen(run, settings, host, port)
+    _listen(Served.of(run, settings, allow_imports=allow_imports), settings, host, port)
 
 
-def _listen(run: Path, settings: "ServiceSettings", host: str, port: int) -> None:
-    """Load the run and answer requests until the process is told to stop."""
+def _listen(served: "Served", settings: "ServiceSettings", host: str, port: int) -> None:
+    """Answer requests until the process is told to stop."""
     from hstu_xd.serving.http import server
-    from hstu_xd.serving.http.service import Served, Service
+    from hstu_xd.serving.http.service import Service
 
-    served = Served.of(run, settings)
     _make_folder(settings.events.parent)
     with server.listen(host, port) as sock:
         service = Service(served, settings)

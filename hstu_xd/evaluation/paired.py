@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hstu_xd.evaluation.metrics import target_groups, user_metrics
+from hstu_xd.evaluation.metrics import Metrics, target_groups, user_metrics
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def paired_differences(
     domains: Tensor,
     switched: Tensor,
     domain_names: Sequence[str],
+    more: Metrics | None = None,
 ) -> dict[str, Difference]:
     """Metrics of one model minus those of another, a user's mean over seeds first.
 
@@ -52,11 +53,12 @@ def paired_differences(
         domains: (Q,) int64, domain of each target.
         switched: (Q,) bool, the target's domain differs from that of the event before it.
         domain_names: names by domain id.
+        more: further metrics that both models are measured by.
 
     Returns:
         Names as :func:`hstu_xd.evaluation.metrics.grouped_metrics` has them.
     """
-    found, of_base = _over_seeds(other), _over_seeds(base)
+    found, of_base = _over_seeds(other, more), _over_seeds(base, more)
     differences = {name: found[name] - of_base[name] for name in found}
     return {
         f"{name}{suffix}": _difference(values[members])
@@ -65,8 +67,8 @@ def paired_differences(
     }
 
 
-def _over_seeds(ranks: Sequence[Tensor]) -> dict[str, Tensor]:
-    each = [user_metrics(one) for one in ranks]
+def _over_seeds(ranks: Sequence[Tensor], more: Metrics | None) -> dict[str, Tensor]:
+    each = [user_metrics(one, more) for one in ranks]
     return {name: torch.stack([values[name] for values in each]).mean(0) for name in each[0]}
 
 

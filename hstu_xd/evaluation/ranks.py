@@ -14,24 +14,12 @@ from torch import Tensor
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import SequenceData
 from hstu_xd.errors import HstuXdError
-from hstu_xd.evaluation.metrics import grouped_metrics
+from hstu_xd.evaluation.metrics import Metrics, grouped_metrics
 from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.objectives.objective import DotProduct, Scorer
 
 # Scores that are in memory at once (float32: 64 MB), for a catalogue of any size.
 BLOCK_SCORES = 16_000_000
-
-# Given the (C,) item ids of a domain, a function from (Q, K) user vectors to (Q, C) scores.
-Scorer = Callable[[Tensor], Callable[[Tensor], Tensor]]
-
-
-def dot_product_scorer(item_vectors: Callable[[Tensor], Tensor]) -> Scorer:
-    """Scores by the dot product with ``item_vectors(item_ids)``: (C,) int64 -> (C, K) float."""
-
-    def score(items: Tensor) -> Callable[[Tensor], Tensor]:
-        vectors = item_vectors(items).T
-        return lambda queries: queries @ vectors
-
-    return score
 
 
 def target_ranks(
@@ -114,6 +102,7 @@ def rank_targets(
     data: SequenceData,
     users: np.ndarray,
     *,
+    scorer: Scorer | None = None,
     batch_size: int = 256,
     progress: Callable[[int], object] = lambda users: None,
 ) -> RankedTargets:
@@ -123,12 +112,14 @@ def rank_targets(
         model: put into evaluation mode for the time of the call.
         data: the split.
         users: (Q,) user indices out of ``data.users``.
+        scorer: of the objective that the model was trained for; None: dot products.
         batch_size: users encoded at once.
         progress: called with the number of users done after every batch.
     """
     was_training = model.training
     model.eval()
     device = model.catalog.item_domains.device
+    scorer = scorer or DotProduct(model.item_vectors)
     ranks, domains, switched = [], [], []
     for start in range(0, users.size, batch_size):
         some = users[start : start + batch_size]
@@ -144,7 +135,7 @@ def rank_targets(
                 seen_ids.to(device),
                 seen_offsets.to(device),
                 model.catalog,
-                dot_product_scorer(model.item_vectors),
+                scorer,
             )
         )
         domains.append(batch.target_domains[last])
@@ -158,13 +149,26 @@ def evaluate(
     model: CrossDomainHSTU,
     data: SequenceData,
     *,
+    scorer: Scorer | None = None,
+    metrics: Metrics | None = None,
     batch_size: int = 256,
     progress: Callable[[int], object] = lambda users: None,
 ) -> dict[str, float]:
-    """Metrics of a whole split, see :func:`hstu_xd.evaluation.metrics.grouped_metrics`."""
-    ranked = rank_targets(model, data, data.users, batch_size=batch_size, progress=progress)
+    """Measure a whole split, see :func:`hstu_xd.evaluation.metrics.grouped_metrics`.
+
+    Args:
+        model: put into evaluation mode for the time of the call.
+        data: the split.
+        scorer: of the objective that the model was trained for; None: dot products.
+        metrics: further functions of ranks by name.
+        batch_size: users encoded at once.
+        progress: called with the number of users done after every batch.
+    """
+    ranked = rank_targets(
+        model, data, data.users, scorer=scorer, batch_size=batch_size, progress=progress
+    )
     return grouped_metrics(
-        ranked.ranks, ranked.domains, ranked.switched, model.catalog.domain_names
+        ranked.ranks, ranked.domains, ranked.switched, model.catalog.domain_names, metrics
     )
 
 
@@ -177,8 +181,9 @@ def recommend_items(
     k: int,
     *,
     window: int,
+    scorer: Scorer | None = None,
 ) -> list[tuple[int, float]]:
-    """Best unseen items of a domain, by the dot product of unit vectors.
+    """Find the best unseen items of a domain.
 
     Args:
         model: a trained model.
@@ -188,6 +193,7 @@ def recommend_items(
         k: number of items; fewer come back where the domain has no more unseen ones.
         window: events that are read, a run's ``max_sequence_length``: later positions, for which
             the model has room, were never trained.
+        scorer: of the objective that the model was trained for; None: dot products.
 
     Returns:
         ``(item id, score)`` pairs, best first.
@@ -197,6 +203,6 @@ def recommend_items(
     vector = model.encode(items[None, -window:], times[None, -window:], torch.tensor([domain]))
     pool = model.catalog.items_of(domain)
     pool = pool[~torch.isin(pool, items)]
-    scores = model.item_vectors(pool) @ vector[0]
+    scores = (scorer or DotProduct(model.item_vectors))(pool)(vector)[0]
     best = scores.topk(min(k, pool.numel()))
     return list(zip(pool[best.indices].tolist(), best.values.tolist()))

@@ -19,7 +19,7 @@ from hstu_xd.experiments.run_folders import (
     aggregate,
     read_run,
 )
-from hstu_xd.experiments.variants import variant_bindings
+from hstu_xd.experiments.variants import variant_bindings, variant_file
 from hstu_xd.model.settings import SWITCHES, EncoderSettings
 from hstu_xd.training.settings import RunSettings, load_settings
 
@@ -28,11 +28,28 @@ TABLE_FILE = "ablation.md"
 
 @dataclass(frozen=True)
 class AblationRun:
-    """One cell of an ablation: a variant under a seed, in a run folder of its own."""
+    """One cell of an ablation: a variant under a seed, in a run folder of its own.
 
-    variant: str
+    Attributes:
+        source: the variant as it was asked for: a name, or a user's gin file.
+        seed: random seed.
+        out: folder of all runs.
+    """
+
+    source: str
     seed: int
-    folder: Path
+    out: Path
+
+    @property
+    def variant(self) -> str:
+        """What tables call the variant: its name, or that of its file."""
+        file = variant_file(self.source)
+        return self.source if file is None else file.stem
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.out / f"{self.variant}-seed{self.seed}"
 
     @property
     def begun(self) -> bool:
@@ -71,14 +88,25 @@ class AblationRun:
 
     def command(self, data: Path, files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
         """The command that trains it, or continues it where it stopped."""
-        every = [*bindings, *variant_bindings(self.variant), f"xd_train.random_seed = {self.seed}"]
+        files, bindings = recipe_of(self.source, files, bindings)
         line = [sys.executable, "-m", "hstu_xd", "train", "--data", str(data)]
         line += ["--out", str(self.folder), "--name", self.variant]
         for file in files:
             line += ["--gin_config_file", str(file)]
-        for binding in every:
+        for binding in [*bindings, f"xd_train.random_seed = {self.seed}"]:
             line += ["--gin_bindings", binding]
         return line + ["--resume"] * self.begun
+
+
+def recipe_of(
+    variant: str, files: Sequence[Path], bindings: Sequence[str]
+) -> tuple[list[Path], list[str]]:
+    """Lay a variant on top of the recipe that all share: its gin files and bindings, in order.
+
+    Bindings are those of the command line, so they win over a variant's file, too.
+    """
+    file = variant_file(variant)
+    return [*files, *([file] if file else [])], [*bindings, *variant_bindings(variant)]
 
 
 def ablate(
@@ -96,7 +124,8 @@ def ablate(
 
     Args:
         data: a prepared store.
-        variants: names out of :data:`hstu_xd.experiments.variants.VARIANTS`.
+        variants: names out of :data:`hstu_xd.experiments.variants.VARIANTS`, and gin files of your
+            own, which are named after the file and may import parts of your own.
         seeds: random seeds.
         out: folder of the run folders, ``ablation.json`` and ``ablation.md``.
         files: gin files of the recipe that all variants share.
@@ -113,12 +142,13 @@ def ablate(
         HstuXdError: a run failed; the others' rows are kept.
     """
     store = InteractionStore.open(data)
-    settings = {v: load_settings(files, [*bindings, *variant_bindings(v)]) for v in variants}
+    settings = {v: load_settings(*recipe_of(v, files, bindings)) for v in variants}
     for variant in variants:
         _check_name(variant, settings[variant])
-    runs = [AblationRun(v, s, out / f"{v}-seed{s}") for s in seeds for v in variants]
+    runs = [AblationRun(v, s, out) for s in seeds for v in variants]
+    _refuse_namesakes(runs)
     for run in runs:
-        run.check(store, settings[run.variant])
+        run.check(store, settings[run.source])
     out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -142,7 +172,12 @@ def ablate(
 
 
 def _check_name(variant: str, settings: RunSettings) -> None:
-    """Refuse a recipe that switches on what the variant's name leaves out."""
+    """Refuse a recipe that switches on what the variant's name leaves out.
+
+    A gin file is named after nothing that is in it, so it may set what it likes.
+    """
+    if variant_file(variant) is not None:
+        return
     named = {binding.partition(" = ")[0] for binding in variant_bindings(variant)}
     for switch in SWITCHES:
         default = getattr(EncoderSettings, switch)
@@ -151,6 +186,17 @@ def _check_name(variant: str, settings: RunSettings) -> None:
             raise InputError(
                 f"variant {variant!r} would have xd_encoder.{switch} = {value!r} from the recipe "
                 "and its row another model's numbers; leave switches out of the recipe"
+            )
+
+
+def _refuse_namesakes(runs: Sequence[AblationRun]) -> None:
+    """Refuse two variants that would share a run folder."""
+    sources: dict[Path, str] = {}
+    for run in runs:
+        other = sources.setdefault(run.folder, run.source)
+        if other != run.source:
+            raise InputError(
+                f"variants {other} and {run.source} are both named {run.variant!r}; rename one"
             )
 
 

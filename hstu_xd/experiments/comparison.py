@@ -21,7 +21,8 @@ from hstu_xd.experiments.report.tables import (
     points,
 )
 from hstu_xd.experiments.run_folders import Run, read_runs
-from hstu_xd.training.run import load, open_data
+from hstu_xd.objectives.objective import Metric
+from hstu_xd.training.run import allowed_imports, load_trained, open_data
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def pair_runs(
     *,
     split: str = "test",
     data: Path | None = None,
+    allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
 ) -> list[PairedResult]:
     """Rank a split's targets with the best model of every run, and take differences user by user.
@@ -57,6 +59,7 @@ def pair_runs(
             The first variant is what the others are compared with.
         split: "valid" or "test".
         data: the prepared store, if it has moved since training.
+        allow_imports: import the modules that runs name beside this package.
         announce: called with a line before every run.
 
     Raises:
@@ -67,13 +70,19 @@ def pair_runs(
         raise InputError(f"split is {split!r}; one of {', '.join(known)}")
     runs = read_runs(paths)
     variants = _comparable_variants(runs)
+    for run in runs:  # before the first one takes its time
+        allowed_imports(run.path, allow_imports=allow_imports)
     store = open_data(runs[0].path, data)
     ranks: dict[str, list[Tensor]] = {variant: [] for variant in variants}
     ranked: RankedTargets | None = None
+    metrics: dict[str, Metric] = {}
     for run in runs:
         announce(f"{run.variant} seed {run.seed}")
         held_out = SequenceData(store, Split(split), run.info["max_sequence_length"])
-        ranked = rank_targets(load(run.path), held_out, held_out.users)
+        trained = load_trained(run.path, allow_imports=allow_imports)
+        # Every model is measured by what any of them is measured by.
+        metrics |= trained.metrics
+        ranked = rank_targets(trained.model, held_out, held_out.users, scorer=trained.scorer)
         ranks[run.variant].append(ranked.ranks)
     assert ranked is not None
     base, *rest = variants
@@ -83,7 +92,12 @@ def pair_runs(
             base,
             tuple(run.seed for run in variants[variant]),
             paired_differences(
-                ranks[base], ranks[variant], ranked.domains, ranked.switched, store.domain_names
+                ranks[base],
+                ranks[variant],
+                ranked.domains,
+                ranked.switched,
+                store.domain_names,
+                metrics,
             ),
         )
         for variant in rest

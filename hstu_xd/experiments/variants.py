@@ -1,6 +1,7 @@
 """The variants an ablation compares, each a list of gin bindings on top of one recipe."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hstu_xd.errors import InputError, did_you_mean
 
@@ -46,21 +47,39 @@ LONG_HISTORIES: dict[str, tuple[str, ...]] = {
 VARIANTS = SWITCHES | LONG_HISTORIES
 
 
+def variant_file(name: str) -> Path | None:
+    """Tell a user's gin file, which is a variant named after it, from the name of one of ours.
+
+    Raises:
+        InputError: no such file, or it would be named as another variant is.
+    """
+    file = Path(name)
+    if file.suffix != ".gin":
+        return None
+    if not file.is_file():
+        raise InputError(f"variant {name}: no such file in {Path.cwd()}")
+    if file.stem in VARIANTS:
+        raise InputError(f"variant {name}: {file.stem!r} is the name of another; rename the file")
+    return file
+
+
 def variant_bindings(name: str) -> tuple[str, ...]:
-    """Bindings of a variant.
+    """Bindings of a variant; none of a user's gin file, which holds its own.
 
     Raises:
         InputError: unknown name; the message gives the nearest.
     """
     if name in VARIANTS:
         return VARIANTS[name]
+    if variant_file(name) is not None:
+        return ()
     raise InputError(
         f"unknown variant {name!r}; known: {', '.join(VARIANTS)}{did_you_mean(name, VARIANTS)}"
     )
 
 
 def parse_variants(text: str | None) -> Sequence[str]:
-    """Names out of "a,b,c"; the switches for None."""
+    """Split "a,b,mine.gin" into names and gin files; the switches for None."""
     names = list(SWITCHES) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         variant_bindings(name)

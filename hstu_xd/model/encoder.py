@@ -6,10 +6,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hstu_xd.errors import InputError
 from hstu_xd.model.history_tokens import TokenPlan
 from hstu_xd.model.layer import HSTULayer, Written
 from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.parts import Part
 
 
 class CrossDomainEncoder(nn.Module):
@@ -22,8 +24,7 @@ class CrossDomainEncoder(nn.Module):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         self._attention_layers = nn.ModuleList(
-            HSTULayer(settings, full_attention=i in settings.full_attention_layers)
-            for i in range(settings.num_blocks)
+            _build_layer(settings, i) for i in range(settings.num_blocks)
         )
         self._settings = settings
         self._history_tokens: nn.Parameter | None = None
@@ -59,3 +60,19 @@ class CrossDomainEncoder(nn.Module):
         for layer in self._attention_layers:
             x = layer(x, rows, written=written)
         return rows.take_events(x)
+
+
+def _build_layer(settings: EncoderSettings, index: int) -> nn.Module:
+    """Build a layer, of the class that the settings name.
+
+    Raises:
+        InputError: the user's class makes something else.
+    """
+    make = settings.layer.value if isinstance(settings.layer, Part) else HSTULayer
+    layer = make(settings, full_attention=index in settings.full_attention_layers)
+    if not isinstance(layer, nn.Module):
+        raise InputError(
+            f"xd_encoder.layer = {settings.layer!r} makes a {type(layer).__name__}; a "
+            "torch.nn.Module is needed"
+        )
+    return layer

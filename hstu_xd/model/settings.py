@@ -5,6 +5,7 @@ from functools import cached_property
 
 from hstu_xd.declaration import check, requirements, setting, settings_of
 from hstu_xd.errors import InputError
+from hstu_xd.parts import Part
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class EncoderSettings:
             does.
         normalization: how attention scores become weights, by "silu" as in HSTU or by "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
+        layer: "hstu", or a class of your own in its place, ``@MyLayer``: built and called as
+            :class:`hstu_xd.model.layer.HSTULayer` is.
 
     Raises:
         InputError: a value outside its range; the message names it.
@@ -118,9 +121,15 @@ class EncoderSettings:
     history_tokens: int = setting(0, at_least=0, also=("tokens",))
     normalization: str = setting("silu", allowed=("silu", "softmax"), tag="{normalization}")
     impl: str = setting("auto", same_model=True, also=("backend", "implementation"))
+    layer: str = setting("hstu", part=True, tag="layer {layer}")
 
     def __post_init__(self) -> None:
         check(self, "{name} is {value!r}; {needed} is needed")
+        if self.layer != "hstu" and not isinstance(self.layer, Part):
+            raise InputError(
+                f"layer is {self.layer!r}; 'hstu', or a reference to a class of your own is "
+                "needed: xd_encoder.layer = @MyLayer"
+            )
         if not 0 <= self.target_view_heads <= self.num_heads:
             raise InputError(
                 f"target_view_heads is {self.target_view_heads}; 0..num_heads={self.num_heads} "

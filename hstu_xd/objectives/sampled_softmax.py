@@ -38,7 +38,7 @@ def sample_negatives(
 
 
 def _draw(pool: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A uniform sample of distinct items; a few fewer than asked where draws repeat."""
+    """Return a uniform sample of distinct items, a few fewer than asked where draws repeat."""
     drawn = torch.randint(pool.numel(), (size,), generator=generator).unique()
     return pool[drawn.to(pool.device, non_blocking=True)]
 
@@ -52,7 +52,7 @@ def sampled_softmax_loss(
     temperature: float,
     targets_per_domain: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sum over tokens of ``-log softmax`` of the positive against its sampled negatives.
+    """Sum ``-log softmax`` of the positives against their sampled negatives over tokens.
 
     A negative that equals the positive is left out of its softmax.
 
@@ -62,8 +62,8 @@ def sampled_softmax_loss(
         target_ids: (L,) int64.
         negatives: of :func:`sample_negatives`.
         temperature: dot products of unit vectors are divided by it.
-        targets_per_domain: (D,) numbers of targets, where they are known; else they are counted,
-            for which a GPU's work is waited for.
+        targets_per_domain: (D,) numbers of targets, where the host knows them; otherwise they are
+            counted, which waits for a GPU.
 
     Returns:
         Scalar float32; divide by the number of tokens for the mean.
@@ -88,14 +88,14 @@ def sampled_softmax_loss(
 
 
 def count_per_domain(domains: Tensor, num_domains: int) -> list[int]:
-    """How many of (L,) domain ids each domain has: D numbers."""
+    """Count how many of (L,) domain ids each domain has: D numbers."""
     return torch.bincount(domains, minlength=num_domains).tolist()
 
 
 def _softmax_loss(
     queries: Tensor, positives: Tensor, negatives: Tensor, target_ids: Tensor, ids: Tensor
 ) -> Tensor:
-    """Sum over (T, K) queries against their (T, K) positives and (R, K) shared negatives."""
+    """Sum the loss of (T, K) queries with (T, K) positives and (R, K) shared negatives."""
     positive = (queries * positives).sum(1)
     logits = queries @ negatives.T
     # Negatives are distinct and ascending, so a positive stands among them once or not at all.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.parts import Part
 from hstu_xd.serving.state import UserState
 
 _MAGIC, _FORMAT = b"HXUS", 2
@@ -37,6 +38,8 @@ def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> byte
     digest = blake2b(digest_size=_DIGEST)
     settings = replace(model.settings, impl="auto")
     digest.update(repr((_FORMAT, settings, window, str(dtype))).encode())
+    if isinstance(settings.layer, Part):
+        digest.update(settings.layer.encode())
     digest.update(_bytes(model.catalog.item_domains))
     for name, value in sorted(model.state_dict().items()):
         digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.layer import HSTULayer
 from hstu_xd.serving.state import UserState
 
 
@@ -125,3 +126,24 @@ def check_model(model: CrossDomainHSTU) -> None:
             f"the model's normalization is {settings.normalization!r}; a session computes 'silu' "
             "only: encode whole histories with model.encode"
         )
+    for layer in model.get_submodule("_hstu._attention_layers").children():
+        _check_layer(layer, settings.layer)
+
+
+# What a subclass of HSTU's layer may override, as a session asks the layer itself for it.
+_ASKED = ("__init__", "combine")
+
+
+def _check_layer(layer: nn.Module, name: str) -> None:
+    """Refuse a layer that computes otherwise in the encoder than a session would."""
+    needed = (
+        "a session computes layers derived from hstu_xd.model.layer.HSTULayer that override "
+        "combine alone; encode whole histories with model.encode or hstu-xd recommend"
+    )
+    if not isinstance(layer, HSTULayer):
+        raise InputError(f"the model's layer is {name}; {needed}")
+    for cls in type(layer).mro()[: type(layer).mro().index(HSTULayer)]:
+        changed = [x for x in vars(HSTULayer) if x in vars(cls) and x not in _ASKED]
+        changed = [x for x in changed if callable(getattr(HSTULayer, x))]
+        if changed:
+            raise InputError(f"the model's layer {name} overrides {changed[0]}; {needed}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.objectives.objective import DotProduct, Scorer
 
 # Share of the lists that a search reads.
 _READ = 0.1
@@ -84,25 +85,42 @@ _LARGEST_SHARE = 0.01
 
 
 class ItemIndex:
-    """Unit vectors of all items, those of a domain side by side.
+    """What ranks items, with the vectors of all of them, those of a domain side by side.
 
     Args:
         model: the trained model; later changes of its item vectors are not seen.
         retrieval: "exact", or "approximate" for catalogues of millions: domains from 100,000 items
             on get an index each, see :class:`InvertedLists`, which takes the memory of their
             vectors once more and misses some of the best items.
+        scorer: of the objective that the model was trained for; None: dot products. Whatever else
+            it computes is computed for a whole domain at every request.
 
     Raises:
-        InputError: an unknown kind of retrieval, or one whose library is not installed.
+        InputError: an unknown kind of retrieval, one whose library is not installed, or
+            "approximate" for other scores than dot products.
+
+    Attributes:
+        scorer: what ranks.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: CrossDomainHSTU, retrieval: str = "exact") -> None:
+    def __init__(
+        self, model: CrossDomainHSTU, retrieval: str = "exact", scorer: Scorer | None = None
+    ) -> None:
         if retrieval not in RETRIEVALS:
             raise InputError(f"retrieval is {retrieval!r}; one of {', '.join(RETRIEVALS)}")
         catalog = model.catalog
         self._items = catalog.domain_items
-        self._vectors = torch.cat([model.item_vectors(x) for x in self._items.split(_BLOCK)])
+        self.scorer: Scorer = scorer or DotProduct(model.item_vectors)
+        self._by_dot_product = isinstance(self.scorer, DotProduct)
+        if retrieval == "approximate" and not self._by_dot_product:
+            raise InputError(
+                "retrieval='approximate' searches by dot products, and the run's objective scores "
+                "otherwise; use retrieval='exact'"
+            )
+        if isinstance(self.scorer, DotProduct):
+            vectors = self.scorer.item_vectors
+            self._vectors = torch.cat([vectors(x) for x in self._items.split(_BLOCK)])
         self._offsets: list[int] = catalog.domain_offsets.tolist()
         # Where an item stands in the arrays above; ids that no item bears stand nowhere.
         self._places = torch.full((catalog.num_items + 1,), -1)
@@ -117,7 +135,7 @@ class ItemIndex:
     def best(
         self, vector: Tensor, domain: int, k: int, excluded: Tensor | None
     ) -> list[tuple[int, float]]:
-        """Items of a domain with the largest dot products.
+        """Find the items of a domain with the largest scores.
 
         Args:
             vector: (K,) float.
@@ -133,6 +151,19 @@ class ItemIndex:
         found = self._near(vector, domain, k, left_out)
         scores, places = self._exactly(vector, start, end, k, left_out) if found is None else found
         return list(zip(self._items[places].tolist(), scores.tolist()))
+
+    def scores(self, vectors: Tensor, items: Tensor) -> Tensor:
+        """Score items for users: (B, K) float vectors, (B, C) int64 ids -> (B, C) float."""
+        if isinstance(self.scorer, DotProduct):
+            return torch.einsum("bk,bck->bc", vectors, self.scorer.item_vectors(items))
+        rows = [self.scores_of_one(user, row) for user, row in zip(vectors, items)]
+        return torch.stack(rows) if rows else vectors.new_empty(items.shape)
+
+    def scores_of_one(self, vector: Tensor, items: Tensor) -> Tensor:
+        """Score items for one user: (K,) float vector, (C,) int64 ids -> (C,) float."""
+        if isinstance(self.scorer, DotProduct):
+            return self.scorer.item_vectors(items) @ vector
+        return self.scorer(items)(vector[None])[0]
 
     def _near(
         self, vector: Tensor, domain: int, k: int, left_out: Tensor
@@ -154,14 +185,17 @@ class ItemIndex:
     def _exactly(
         self, vector: Tensor, start: int, end: int, k: int, left_out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same of the places ``start..end - 1`` by all dot products, block by block."""
+        """Score all of the places ``start..end - 1``, block by block; the same result."""
         bests, places = [vector[:0]], [left_out[:0]]
         for first in range(start, end, _BLOCK):
-            block = self._vectors[first : min(first + _BLOCK, end)]
-            scores = block @ vector
-            inside = left_out[(left_out >= first) & (left_out < first + len(block))]
+            last = min(first + _BLOCK, end)
+            if self._by_dot_product:
+                scores = self._vectors[first:last] @ vector
+            else:
+                scores = self.scores_of_one(vector, self._items[first:last]).clone()
+            inside = left_out[(left_out >= first) & (left_out < last)]
             scores.index_fill_(0, inside - first, float("-inf"))
-            top = scores.topk(min(k, len(block)))
+            top = scores.topk(min(k, len(scores)))
             bests.append(top.values)
             places.append(top.indices + first)
         found = torch.cat(bests)

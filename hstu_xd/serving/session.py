@@ -10,6 +10,7 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.layer import Written
+from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.fused_weights import PreparedModel
 from hstu_xd.serving.new_rows import EVENT, CutWindow, Rows
 from hstu_xd.serving.requests import (
@@ -73,6 +74,8 @@ class EncoderSession:
         retrieval: how ``recommend`` searches, "exact" or "approximate", see
             :class:`hstu_xd.serving.retrieval.ItemIndex`; or such an index of the same model, which
             several sessions may share.
+        scorer: what ranks items, of the objective that the model was trained for; None: dot
+            products. An index that is given knows its own.
 
     Attributes:
         index: the items, to find or score those that are nearest to a vector.
@@ -100,6 +103,7 @@ class EncoderSession:
         store: StateStore | None = None,
         versions: Versions | None = None,
         retrieval: str | ItemIndex = "exact",
+        scorer: Scorer | None = None,
     ) -> None:
         check_model(model)
         longest = model.settings.norm_length
@@ -111,7 +115,9 @@ class EncoderSession:
         self._residents = ResidentStates(max_bytes)
         with torch.inference_mode():
             self._prepared = PreparedModel.of(model)
-        self.index = ItemIndex(model, retrieval) if isinstance(retrieval, str) else retrieval
+        if isinstance(retrieval, str):
+            retrieval = ItemIndex(model, retrieval, scorer)
+        self.index = retrieval
         self._shared = None
         if store is not None:
             self._shared = SharedStates(store, model, self.window, dtype, versions)
@@ -234,7 +240,7 @@ class EncoderSession:
         check_items(self.model.catalog, candidates.flatten().tolist())
         with self._bounded():
             vectors, _ = self._vectors(users, target_domains, request_timestamps)
-            scores = torch.einsum("bk,bck->bc", vectors, self.model.item_vectors(candidates))
+            scores = self.index.scores(vectors, candidates)
         return scores.clone()
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:

@@ -4,7 +4,8 @@ import json
 import logging
 import shlex
 import sys
-from dataclasses import asdict
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,29 @@ from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.metrics import Metrics
+from hstu_xd.files import sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
+from hstu_xd.objectives.objective import Objective, Scorer
 from hstu_xd.ops.domain_attention.api import check_impl
+from hstu_xd.parts import (
+    ALLOW_IMPORTS,
+    folder_of,
+    import_foreign,
+    importable_from,
+    imports_allowed,
+    module_file,
+)
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
-from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
+from hstu_xd.training.extension import foreign_names, metrics_of, objective_of
+from hstu_xd.training.settings import (
+    RunSettings,
+    TrainSettings,
+    gin_library,
+    load_settings,
+)
 from hstu_xd.training.trainer import Trainer
 from hstu_xd.version import __version__
 
@@ -38,6 +56,7 @@ def train(
     *,
     name: str | None = None,
     resume: bool = False,
+    allow_imports: bool = False,
 ) -> dict[str, Any]:
     """Train one model into a run folder.
 
@@ -48,6 +67,8 @@ def train(
         name: what tables call the run; default: its switches.
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
             given and differ, a warning says so.
+        allow_imports: to resume, import what the run names beside this package; what ``settings``
+            have imported needs no permission.
 
     Returns:
         The summary, as written to ``summary.json``.
@@ -59,7 +80,10 @@ def train(
     store = InteractionStore.open(data)
     with world() as here:
         if resume:
-            settings = _settings_to_resume(out, store, settings if here.is_main else None)
+            own = _settings_to_resume(out, store, settings, allow_imports=allow_imports)
+            if here.is_main and settings is not None:
+                _warn_unlike(out, settings)
+            settings = own
         else:
             settings = settings or load_settings([])
             _check_new(out)
@@ -88,20 +112,46 @@ def _check_new(out: Path) -> None:
         raise InputError(f"{out} exists and is not a run folder; give another --out")
 
 
-def load(run: Path | str) -> CrossDomainHSTU:
-    """The best model of a trained run, in evaluation mode on CPU.
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """A run, ready to be asked.
+
+    Attributes:
+        model: the best one, in evaluation mode on CPU.
+        objective: what it was trained for.
+        metrics: functions of ranks that it is measured by beside the usual ones.
+    """
+
+    model: CrossDomainHSTU
+    objective: Objective
+    metrics: Metrics
+
+    @property
+    def scorer(self) -> Scorer:
+        """What ranks items for the model's user vectors."""
+        return self.objective.scorer(self.model)
+
+
+def load(run: Path | str, *, allow_imports: bool = False) -> CrossDomainHSTU:
+    """Load the best model of a trained run, in evaluation mode on CPU.
 
     Args:
         run: a folder written by ``hstu-xd train``.
+        allow_imports: import the modules that the run names beside this package, which executes
+            their code; the environment variable HSTU_XD_ALLOW_IMPORTS=1 says the same.
 
     Raises:
-        InputError: not a run folder, or its files do not belong together.
+        InputError: not a run folder, its files do not belong together, or it names modules and
+            nothing allows their import.
     """
+    return load_trained(run, allow_imports=allow_imports).model
+
+
+def load_trained(run: Path | str, *, allow_imports: bool = False) -> TrainedRun:
+    """Load a run with its objective, see :func:`load`."""
     run = Path(run)
-    if not (run / RUN_FILE).is_file():
-        raise InputError(f"{run}: not a run folder ({RUN_FILE} is missing); train one first")
+    settings = stored_settings(run, allow_imports=allow_imports)
     catalog = DomainCatalog.load(run)
-    settings = load_settings([run / CONFIG_FILE])
     model = CrossDomainHSTU(
         catalog,
         settings.encoder_settings(catalog.num_domains),
@@ -109,7 +159,65 @@ def load(run: Path | str) -> CrossDomainHSTU:
     )
     weights, _ = load_checkpoint(run / MODEL_FILE)
     load_weights(model, weights, run / MODEL_FILE)
-    return model.eval()
+    return TrainedRun(model.eval(), objective_of(settings.train), metrics_of(settings.train))
+
+
+def allowed_imports(run: Path, *, allow_imports: bool, trusted: Collection[str] = ()) -> list[str]:
+    """Name what a run would import from outside this package, if that is allowed.
+
+    Args:
+        run: the run folder.
+        allow_imports: whether the user has allowed it to name modules.
+        trusted: modules that the user has named otherwise.
+
+    Raises:
+        InputError: not a run folder, or it names modules that may not be imported.
+    """
+    config = run / CONFIG_FILE
+    read_run(run)
+    try:
+        foreign = foreign_names(gin_library(), config.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise InputError(f"{config}: {' '.join(str(error).split())}; restore the file") from error
+    asking = [name for name in foreign if name not in trusted]
+    if asking and not imports_allowed(allow_imports):
+        raise InputError(
+            f"{run} needs code from outside hstu-xd, which loading it would execute: "
+            f"{', '.join(asking)}; if you trust it, add --allow-imports or set {ALLOW_IMPORTS}=1"
+        )
+    return foreign
+
+
+def stored_settings(
+    run: Path, *, allow_imports: bool, trusted: Collection[str] = ()
+) -> RunSettings:
+    """Read a run's own settings, importing nothing that is not allowed.
+
+    Modules are looked for as Python does, then in the working folder and where the run had them.
+
+    Args:
+        run: the run folder.
+        allow_imports: whether the user has allowed it to name modules.
+        trusted: modules that the user has named otherwise.
+
+    Raises:
+        InputError: not a run folder, or it names modules that may not or cannot be imported.
+    """
+    facts, config = read_run(run), run / CONFIG_FILE
+    foreign = allowed_imports(run, allow_imports=allow_imports, trusted=trusted)
+    recorded = facts.get("modules") or {}
+    with importable_from([Path.cwd(), *(Path(x["folder"]) for x in recorded.values())]):
+        for name in foreign:
+            if not name.startswith(("file ", "__gin__.")):
+                import_foreign(name, str(run))
+        settings = load_settings([config])
+    for name, known in recorded.items():
+        file = module_file(name)
+        if file is not None and sha256_of(file) != known["sha256"]:
+            _logger.warning(
+                "%s was trained with another version of module %s than %s", run, name, file
+            )
+    return settings
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -145,9 +253,13 @@ def variant_name(settings: RunSettings) -> str:
     Of the training, only where negatives are drawn is told; :meth:`RunSettings.unlike` tells all.
     """
     parts = ["HSTU"]
-    if settings.train.negatives != TrainSettings.negatives:
+    foreign = settings.parts
+    if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
         parts.append(f"{settings.train.negatives} negatives")
-    return " + ".join(parts + labels(settings.encoder_settings(num_domains=1)))
+    parts += labels(settings.encoder_settings(num_domains=1))
+    # The layer has its label; a metric of one's own makes no other model.
+    parts += [f"{what} {foreign[what]}" for what in ("objective", "negatives") if what in foreign]
+    return " + ".join(parts)
 
 
 def lay_out(
@@ -192,6 +304,8 @@ def lay_out(
         "train": asdict(settings.train),
         "max_sequence_length": settings.train.max_sequence_length,
     }
+    if settings.parts or settings.foreign.modules:
+        facts |= {"parts": settings.parts, "modules": _described_modules(settings)}
     partial = out / _PARTIAL_FILE
     partial.write_text(json.dumps(facts, indent=1) + "\n")
     partial.replace(out / RUN_FILE)
@@ -208,8 +322,18 @@ _MANIFEST_FACTS = (
 )
 
 
+def _described_modules(settings: RunSettings) -> dict[str, dict[str, str]]:
+    """Say where the foreign modules are now and what is in them."""
+    files = {name: module_file(name) for name in settings.foreign.modules}
+    return {
+        name: {"folder": str(folder_of(name)), "sha256": sha256_of(file)}
+        for name, file in files.items()
+        if file is not None
+    }
+
+
 def _settings_to_resume(
-    out: Path, store: InteractionStore, given: RunSettings | None
+    out: Path, store: InteractionStore, given: RunSettings | None, *, allow_imports: bool
 ) -> RunSettings:
     facts = read_run(out)
     if facts["data_hashes"] != store.manifest["hashes"]:
@@ -217,7 +341,11 @@ def _settings_to_resume(
             f"{out} was trained on other data than {store.path} (hashes differ); resume it with "
             f"--data {facts['data']}"
         )
-    unlike = given.unlike(facts) if given is not None else []
-    if unlike:
+    trusted = given.foreign.modules if given is not None else ()
+    return stored_settings(out, allow_imports=allow_imports, trusted=trusted)
+
+
+def _warn_unlike(out: Path, given: RunSettings) -> None:
+    """Say which of the given settings are not those that a run goes on with."""
+    if unlike := given.unlike(read_run(out)):
         _logger.warning("%s goes on with its own settings: %s", out, "; ".join(unlike))
-    return load_settings([out / CONFIG_FILE])

@@ -10,9 +10,17 @@ from typing import Any
 
 from hstu_xd.declaration import check, inert, nearest_setting, setting, settings_of
 from hstu_xd.errors import InputError, nearest
-from hstu_xd.evaluation.metrics import METRICS
 from hstu_xd.files import gin_folder
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.parts import importable_from
+from hstu_xd.training.extension import (
+    ForeignCode,
+    check_layer,
+    check_parts,
+    parts_of,
+    read_bindings,
+    warn_inert,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -29,15 +37,18 @@ class TrainSettings:
         local_batch_size: users per step and process.
         eval_batch_size: users encoded at once in evaluation.
         dropout_rate: dropout on the input features.
+        objective: what is minimised and what ranks: "retrieval" (sampled softmax, dot products), or
+            one of your own, ``@my_objective()``.
         num_negatives: sampled negatives per positive.
         negatives: where negatives are drawn, "domain" (the positive's own) or "catalogue" (all
-            items, as upstream).
+            items, as upstream); or a sampler of your own, ``@my_sampler``.
         temperature: what the loss divides the dot products of unit vectors by.
         learning_rate: peak rate of AdamW.
         weight_decay: weight decay of AdamW.
         num_warmup_steps: steps of linear warm-up.
         num_epochs: passes over the training users at most.
         early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
+        metrics: further functions of ranks of your own, ``(@my_metric,)``.
         select_metric: the validation metric that picks the best epoch.
         checkpoint_every: steps between two saves of the resumable state; epochs end with one.
         main_module_bf16: compute in bfloat16 by autocast (CUDA only).
@@ -50,9 +61,13 @@ class TrainSettings:
     local_batch_size: int = setting(64, at_least=1)
     eval_batch_size: int = setting(256, at_least=1)
     dropout_rate: float = setting(0.4, at_least=0, below=1, also=("dropout",))
+    objective: str = setting("retrieval", part=True, also=("loss",))
     num_negatives: int = setting(2048, at_least=1)
     negatives: str = setting(
-        "domain", allowed=("domain", "catalogue"), also=("negative_sampling", "sampling_strategy")
+        "domain",
+        allowed=("domain", "catalogue"),
+        part=True,
+        also=("negative_sampling", "sampling_strategy"),
     )
     temperature: float = setting(0.05, above=0)
     learning_rate: float = setting(3e-3, above=0, also=("lr",))
@@ -60,13 +75,15 @@ class TrainSettings:
     num_warmup_steps: int = setting(100, at_least=0)
     num_epochs: int = setting(30, at_least=1, also=("max_epochs",))
     early_stop_patience: int = setting(2, at_least=1)
-    select_metric: str = setting("ndcg@100", allowed=METRICS)
+    metrics: tuple[str, ...] = setting((), part=True)
+    select_metric: str = setting("ndcg@100")
     checkpoint_every: int = setting(1000, at_least=1)
     main_module_bf16: bool = setting(False, also=("amp", "mixed_precision", "dtype"))
     random_seed: int = setting(42, at_least=0, at_most=2**64 - 1)
 
     def __post_init__(self) -> None:
         check(self, "xd_train.{name} = {value!r}; it must be {needed}")
+        check_parts(self)
 
     @property
     def norm_length(self) -> int:
@@ -76,14 +93,31 @@ class TrainSettings:
 
 # What gin files bind: block -> the settings of it.
 BLOCKS: dict[str, type] = {"xd_encoder": EncoderSettings, "xd_train": TrainSettings}
+# Block -> settings that a part of the user's own may be bound to.
+_PARTS = {
+    block: [name for name, each in settings_of(cls).items() if each.part]
+    for block, cls in BLOCKS.items()
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """All bindings of a run: the encoder's, without what the data decide, and the trainer's."""
+    """All bindings of a run: the encoder's, without what the data decide, and the trainer's.
+
+    Attributes:
+        encoder: the encoder's, by name.
+        train: the trainer's.
+        foreign: what the parts among them need that are not of this package.
+    """
 
     encoder: Mapping[str, Any]
     train: TrainSettings
+    foreign: ForeignCode = dataclasses.field(default_factory=ForeignCode)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of the parts that are not of this package, by what they are."""
+        return parts_of(self.encoder, self.train)
 
     def encoder_settings(self, num_domains: int) -> EncoderSettings:
         """Build the encoder's settings for a catalogue of ``num_domains`` domains."""
@@ -97,12 +131,13 @@ class RunSettings:
     def to_gin(self) -> str:
         """Write every setting, defaults included, as a gin file that reads back the same."""
         encoder = dataclasses.asdict(self.encoder_settings(num_domains=1))
-        lines = ["import hstu_xd.training.settings", ""]
+        lines = ["import hstu_xd.training.settings", *self.foreign.imports, ""]
         for block, values in (
             ("xd_encoder", encoder),
             ("xd_train", dataclasses.asdict(self.train)),
         ):
             lines += [f"{block}.{name} = {values[name]!r}" for name in _names(block)] + [""]
+        lines += [*self.foreign.bindings, ""] if self.foreign.bindings else []
         return "\n".join(lines)
 
     def unlike(self, recorded: Mapping[str, Any]) -> list[str]:
@@ -129,7 +164,8 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
 
     Args:
         files: gin files; one that is not in the working folder, such as ``gin/standalone/xd.gin``,
-            is looked up among those of this package.
+            is looked up among those of this package. What they import may lie beside them or in the
+            working folder.
         bindings: single settings, ``xd_encoder.ddsr = True``.
 
     Raises:
@@ -137,23 +173,27 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
             gives the nearest), a value of the wrong type, or a binding that nothing reads.
     """
     files = [_found(file) for file in files]
-    gin = _gin()
+    gin = gin_library()
     gin.clear_config()
     try:
-        for file in files:
-            _parse_file(gin, (file.absolute(),))
-        gin.parse_config_files_and_bindings([], list(bindings))
-        _refuse_unread(gin.config_str())
-        blocks = {name: dict(gin.get_bindings(name)) for name in BLOCKS}
+        with importable_from([*(file.parent for file in files), Path.cwd()]):
+            for file in files:
+                _parse_file(gin, (file.absolute(),))
+            gin.parse_config_files_and_bindings([], list(bindings))
+            bound = read_bindings(gin, _PARTS)
+        _refuse_unread(bound.unread)
     except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(_explain(error, files, bindings)) from error
     finally:
         gin.clear_config()
-    for name, values in blocks.items():
+    for name, values in bound.blocks.items():
         check_types(name, values)
-    settings = RunSettings(blocks["xd_encoder"], TrainSettings(**blocks["xd_train"]))
+    encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
+    check_layer(encoder.get("layer"))
+    warn_inert(train)
+    settings = RunSettings(encoder, train, bound.foreign)
     _warn_inert(settings.encoder_settings(num_domains=1))  # range checks, before any data are read
     return settings
 
@@ -187,7 +227,8 @@ def _warn_inert(encoder: EncoderSettings) -> None:
         )
 
 
-def _gin() -> Any:
+def gin_library() -> Any:
+    """Import gin-config, or say that it is missing."""
     import gin
 
     # Run from a folder that has a subfolder gin/, an absent gin-config would import as that folder.
@@ -245,7 +286,7 @@ def _included(name: str, files: Sequence[Path]) -> Path:
 
 
 def _register() -> dict[str, Any]:
-    register = _gin().external_configurable
+    register = gin_library().external_configurable
     return {
         name: register(settings, name=name, module="hstu_xd", allowlist=_names(name))
         for name, settings in BLOCKS.items()
@@ -262,6 +303,12 @@ def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -
     if "named" not in text and "matching" not in text:
         # A syntax error gives a line number and no text.
         text = f"{', '.join([*map(str, files), *bindings])}: {text}"
+    if isinstance(error, ImportError):
+        text += (
+            "; run the command where the module lies, add its folder to PYTHONPATH, or install it"
+        )
+    elif "matching reference" in text:
+        text += " Import its module in the gin file, and register it there with @gin.configurable."
     near = None
     if wrong := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
         near = nearest_setting(wrong[2], BLOCKS, wrong[1])
@@ -271,13 +318,8 @@ def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -
     return f"gin: {text} Did you mean {near}?" if near else f"gin: {text}"
 
 
-def _refuse_unread(config: str) -> None:
+def _refuse_unread(unread: Sequence[str]) -> None:
     """Refuse macros and bindings, scoped or of somebody else's, that no setting refers to."""
-    macros = re.findall(r"^(\w+)\s*=", config, re.MULTILINE)
-    unread = [name for name in macros if not re.search(rf"%{name}\b", config)]
-    unread += re.findall(r"^([\w.]+/[\w./]+)\s*=", config, re.MULTILINE)
-    bound = re.findall(r"^((?:\w+\.)*(\w+)\.\w+)\s*=", config, re.MULTILINE)
-    unread += [name for name, block in bound if block not in BLOCKS]
     if unread:
         # A name without its block, or with that of another trainer, is most often of the training.
         name = unread[0].rpartition(".")[2]

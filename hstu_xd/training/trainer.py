@@ -6,7 +6,7 @@ order from (seed, e): nothing but the step number has to survive a kill.
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,8 @@ from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.objectives.sampled_softmax import (
-    count_per_domain,
-    sample_negatives,
-    sampled_softmax_loss,
-)
+from hstu_xd.objectives.objective import Objective
+from hstu_xd.objectives.sampled_softmax import count_per_domain
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
     STATE_FILE,
@@ -41,6 +38,7 @@ from hstu_xd.training.checkpoint import (
     save_checkpoint,
 )
 from hstu_xd.training.distributed import World
+from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.settings import TrainSettings
 
@@ -68,29 +66,14 @@ class Progress:
 class _Loss(nn.Module):
     """Model and loss as one module, so that DDP sees every parameter used in one forward."""
 
-    def __init__(self, model: CrossDomainHSTU, settings: TrainSettings) -> None:
+    def __init__(self, model: CrossDomainHSTU, objective: Objective, *, bf16: bool) -> None:
         super().__init__()
         self.model = model
-        self._settings = settings
+        self._objective, self._bf16 = objective, bf16
 
-    def forward(
-        self,
-        batch: JaggedBatch,
-        targets: Tensor,
-        negatives: list[Tensor],
-        targets_per_domain: list[int],
-    ) -> Tensor:
-        device = targets.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._settings.main_module_bf16):
-            vectors = self.model(batch)
-        return sampled_softmax_loss(
-            self.model,
-            vectors,
-            targets,
-            negatives,
-            temperature=self._settings.temperature,
-            targets_per_domain=targets_per_domain,
-        )
+    def forward(self, batch: JaggedBatch, targets: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.autocast(targets.device.type, torch.bfloat16, enabled=self._bf16):
+            return self._objective.loss(self.model, batch, targets, generator)
 
 
 class Trainer:
@@ -124,7 +107,8 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        loss: nn.Module = _Loss(model, settings)
+        self._objective, self._metrics = objective_of(settings), metrics_of(settings)
+        loss: nn.Module = _Loss(model, self._objective, bf16=settings.main_module_bf16)
         self._loss = DistributedDataParallel(loss) if world.size > 1 else loss
         self._log = MetricsLog(run, enabled=world.is_main)
         self.progress = Progress()
@@ -189,13 +173,12 @@ class Trainer:
         )
         torch.manual_seed(seed + self.world.rank)
         generator = torch.Generator().manual_seed(seed)
-        negatives = sample_negatives(
-            self.model.catalog, settings.num_negatives, generator, scope=settings.negatives
-        )
         tokens = int(data.lengths(users).sum())
         batch, targets = data.batch(users[self.world.rank :: self.world.size])
+        # Counted here, before the copy: to count on a GPU would be to wait for it.
         counts = count_per_domain(batch.target_domains, self.model.catalog.num_domains)
-        loss = self._loss(batch.to(device), targets.to(device), negatives, counts)
+        batch = replace(batch, targets_per_domain=tuple(counts))
+        loss = self._loss(batch.to(device), targets.to(device), generator)
         self._optimizer.zero_grad(set_to_none=True)
         # DDP averages gradients over processes; the mean is over the tokens of all of them.
         (loss * (self.world.size / tokens)).backward()
@@ -222,11 +205,13 @@ class Trainer:
         if pending is not None:
             self.progress.loss_sum += pending.item()
         if not np.isfinite(self.progress.loss_sum):
+            temperature = getattr(self._objective, "temperature", None)
             raise HstuXdError(
                 f"the loss is not finite at step {self.progress.step}; the checkpoints in "
                 f"{self.run} are from before it. Lower xd_train.learning_rate "
-                f"({self.settings.learning_rate}) or raise xd_train.temperature "
-                f"({self.settings.temperature}) and train again"
+                f"({self.settings.learning_rate}) "
+                + (f"or raise xd_train.temperature ({temperature}) " if temperature else "")
+                + "and train again"
             )
 
     def _finish_epoch(self) -> None:
@@ -236,8 +221,10 @@ class Trainer:
         self._log.write(Split.TRAIN, progress.epoch, progress.step, row)
         values = self.evaluate(Split.VALID)
         self._log.write(Split.VALID, progress.epoch, progress.step, values)
-        if values[settings.select_metric] > progress.best:
-            progress.best, progress.best_epoch = values[settings.select_metric], progress.epoch
+        found = values[settings.select_metric]
+        # A user's metric may be below any number: the first epoch is the best so far.
+        if progress.best_epoch < 0 or found > progress.best:
+            progress.best, progress.best_epoch = found, progress.epoch
             if self.world.is_main:
                 save_checkpoint(
                     self.run / MODEL_FILE, self.model.state_dict(), {"epoch": progress.epoch}
@@ -250,7 +237,13 @@ class Trainer:
         """Metrics of a split; the processes share the users."""
         data = self._data[split]
         users = data.users[self.world.rank :: self.world.size]
-        ranked = rank_targets(self.model, data, users, batch_size=self.settings.eval_batch_size)
+        ranked = rank_targets(
+            self.model,
+            data,
+            users,
+            scorer=self._objective.scorer(self.model),
+            batch_size=self.settings.eval_batch_size,
+        )
         if self.world.size > 1:
             parts: list[RankedTargets] = [ranked] * self.world.size
             dist.all_gather_object(parts, ranked)
@@ -261,7 +254,7 @@ class Trainer:
                 )
             )
         names = self.model.catalog.domain_names
-        return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names)
+        return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names, self._metrics)
 
     def _total_loss(self) -> float:
         """The epoch's loss so far, summed over all processes."""

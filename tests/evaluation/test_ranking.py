@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.metrics import METRICS, grouped_metrics, ranking_metrics
-from hstu_xd.evaluation.ranks import dot_product_scorer, target_ranks
+from hstu_xd.evaluation.ranks import target_ranks
+from hstu_xd.objectives.objective import DotProduct
 
 
 class Items:
@@ -62,7 +63,7 @@ def test_rank_counts_unseen_items_of_the_domain_and_ties_against_the_target(
     items, users, targets, seen = make(seed, num_items, num_domains, queries)
     offsets = torch.tensor([0] + [len(s) for s in seen]).cumsum(0)
     flat = torch.tensor([item for s in seen for item in s], dtype=torch.int64)
-    scorer = dot_product_scorer(items.item_vectors)
+    scorer = DotProduct(items.item_vectors)
     ranks = target_ranks(users, targets, flat, offsets, items.catalog, scorer, block_scores=block)
     expected = [rank_by_hand(items, users[i], int(targets[i]), seen[i]) for i in range(queries)]
     assert ranks.tolist() == expected
@@ -99,6 +100,6 @@ def test_diverged_model_is_an_error_not_a_rank() -> None:
     items, users, targets, _ = make(0, 10, 2, 3)
     users[1] = float("nan")
     none = torch.zeros(4, dtype=torch.int64)
-    scorer = dot_product_scorer(items.item_vectors)
+    scorer = DotProduct(items.item_vectors)
     with pytest.raises(HstuXdError, match=r"not finite.*lower"):
         target_ranks(users, targets, none[:0], none, items.catalog, scorer)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hstu_xd.declaration import defaults_of, labels, settings_of, tags
 from hstu_xd.errors import InputError
 from hstu_xd.model.settings import PER_DOMAIN, SWITCHES, EncoderSettings
+from hstu_xd.parts import Part
 
 SIZES = {"num_domains": 2, "norm_length": 8}
 DECLARED = settings_of(EncoderSettings)
@@ -23,6 +24,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(each.allowed)
     if name == "full_attention_layers":
         return st.sampled_from([(), (0,), (1,), (0, 1)])
+    if name == "layer":
+        return st.sampled_from(["hstu", Part("mine.Layer", object), Part("mine.Other", object)])
     if name == "impl":
         return st.sampled_from(["auto", "eager", "reference", "softmax", "mask"])
     drawn = {bool: st.booleans(), int: st.integers(0, 4), float: st.sampled_from([0.1, 0.2, 0.4])}
@@ -106,6 +109,7 @@ def test_switches_are_what_makes_another_model() -> None:
         "segment_lookback",
         "history_tokens",
         "normalization",
+        "layer",
     }
     plain = EncoderSettings(**SIZES, num_blocks=4, concat_ua=True, states_per_domain=2)
     assert plain.is_plain

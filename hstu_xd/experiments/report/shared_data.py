@@ -87,6 +87,7 @@ def compare_runs(runs: list[Run], data: Path | None) -> Comparison:
         )
     for note in notes:
         logger.warning(note)
+    notes += foreign_notes(runs)
     return Comparison(
         runs=runs,
         results=aggregate(run.row() for run in runs),
@@ -116,6 +117,14 @@ def _read_store(runs: list[Run], data: Path | None) -> tuple[DataStats, bool]:
         except InputError as error:
             failure = failure or error
     raise failure or InputError("run.json does not say where the data lies")
+
+
+def foreign_notes(runs: Sequence[Run]) -> Iterator[str]:
+    """Say of each variant which of its parts are not of this package."""
+    for variant, parts in {run.variant: run.info.get("parts") for run in runs}.items():
+        if parts:
+            named = ", ".join(f"{what} {name}" for what, name in parts.items())
+            yield f"{variant} has parts from outside hstu-xd: {named}."
 
 
 def variant_notes(runs: Sequence[Run]) -> Iterator[str]:

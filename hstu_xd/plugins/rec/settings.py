@@ -27,7 +27,11 @@ PATH_KEY = "item_domain_path"
 PREFIX = "xd_"
 # Settings of the encoder that are keys here; its sizes are REC's own (n_layers, n_heads, ...) or
 # the user LLM's.
-_ENCODER = {name: each for name, each in settings_of(EncoderSettings).items() if each.is_own}
+_ENCODER = {
+    name: each
+    for name, each in settings_of(EncoderSettings).items()
+    if each.is_own and not each.part
+}
 ENCODER_KEYS = tuple(_ENCODER)
 _DEFAULTS = defaults_of(EncoderSettings)
 # Names too common for a key of somebody else's to be taken for ours without its prefix.

@@ -95,8 +95,8 @@ class Engine:
     def _result(self, job: Job, answer: Answer) -> list:
         session = self._sessions.session
         if isinstance(job, Score):
-            vectors = session.model.item_vectors(torch.tensor(job.item_ids))
-            return (vectors @ answer.vectors[0]).tolist()
+            items = torch.tensor(job.item_ids)
+            return session.index.scores_of_one(answer.vectors[0], items).tolist()
         assert isinstance(job, Recommend)
         seen = answer.seen if job.exclude_seen else None
         return [

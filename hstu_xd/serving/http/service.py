@@ -10,6 +10,7 @@ import torch
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.codec import fingerprint
 from hstu_xd.serving.http.batch_handler import Engine
 from hstu_xd.serving.http.batching import Batcher
@@ -23,7 +24,7 @@ from hstu_xd.serving.requests import Request
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.stores import StateStore
-from hstu_xd.training.run import load, open_data, read_run
+from hstu_xd.training.run import load_trained, open_data, read_run
 
 _log = logging.getLogger(__name__)
 
@@ -37,23 +38,26 @@ class Served:
         model: trained, on the CPU.
         window: longest history that is read, in events.
         prepared: earlier histories, if any.
+        scorer: what ranks items; None: dot products.
     """
 
     name: str
     model: CrossDomainHSTU
     window: int
     prepared: InteractionStore | None
+    scorer: Scorer | None = None
 
     @classmethod
-    def of(cls, run: Path, settings: ServiceSettings) -> "Served":
-        """What a run folder holds.
+    def of(cls, run: Path, settings: ServiceSettings, *, allow_imports: bool = False) -> "Served":
+        """Load what a run folder holds.
 
         Raises:
-            InputError: not a run folder, or a store of other data.
+            InputError: not a run folder, modules that it may not import, or a store of other data.
         """
-        model, facts = load(run), read_run(run)
+        trained, facts = load_trained(run, allow_imports=allow_imports), read_run(run)
+        model = trained.model
         window = min(facts["max_sequence_length"], model.settings.norm_length)
-        return cls(run.resolve().name, model, window, _prepared(run, settings))
+        return cls(run.resolve().name, model, window, _prepared(run, settings), trained.scorer)
 
 
 class Service:
@@ -120,7 +124,7 @@ class Service:
         self._histories = histories = Histories(log, self.catalog, self.items, served.prepared)
 
         # Of all sessions: one of millions of items takes its time to build.
-        index = ItemIndex(served.model, states.retrieval)
+        index = ItemIndex(served.model, states.retrieval, served.scorer)
 
         def session(store: StateStore | None) -> EncoderSession:
             return EncoderSession(
