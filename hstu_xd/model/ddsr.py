@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hstu_xd.model.plan import StateReads
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops.domain_attention import fused
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
 from hstu_xd.ops.state_attention.eager import state_attention
 from hstu_xd.ops.state_attention.fused import fused_state_attention
+from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_tiles import StateTiles
 
 # Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).

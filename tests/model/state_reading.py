@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from hstu_xd.model.plan import StateReads
 from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_tiles import StateTiles
 
 

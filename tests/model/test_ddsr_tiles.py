@@ -12,9 +12,9 @@ from state_reading import reads_in_tiles
 from torch import Tensor
 
 from hstu_xd.model.ddsr import DynamicDomainState
-from hstu_xd.model.plan import StateReads
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
+from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_tiles import StateTiles
 
 WIDTH, HEADS, DQK, DV = 5, 2, 3, 4

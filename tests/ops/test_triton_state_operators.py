@@ -13,11 +13,11 @@ from triton_marks import needs_triton, on_a_cpu
 from hstu_xd.errors import InputError
 from hstu_xd.model import ddsr
 from hstu_xd.model.ddsr import DynamicDomainState
-from hstu_xd.model.plan import StateReads
 from hstu_xd.ops.domain_attention import fused
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.state_attention import fused as fused_states
 from hstu_xd.ops.state_attention.fused import fused_state_attention
+from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_table import StateTable
 
 pytestmark = needs_triton
