@@ -11,7 +11,7 @@ from hstu_xd.bench.cases import Draw
 from hstu_xd.bench.computation import Builder, Computation, phased
 from hstu_xd.bench.timing import Pass
 from hstu_xd.model.encoder import CrossDomainEncoder
-from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.views import Events
 
 
 def own(impl: str) -> Builder:
@@ -20,14 +20,13 @@ def own(impl: str) -> Builder:
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
         encoder = _stack(draw, dtype, computes, impl)
 
-        def plan() -> EncoderPlan:
-            return EncoderPlan(
+        def plan() -> Events:
+            return Events(
                 domains=draw.domains,
                 target_domains=draw.domains,
                 timestamps=draw.timestamps,
                 next_timestamps=draw.next_timestamps,
                 offsets=draw.offsets,
-                num_domains=draw.case.num_domains,
             )
 
         x, grad_out = _input_and_gradient(draw, dtype)

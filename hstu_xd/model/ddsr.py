@@ -9,6 +9,7 @@ from hstu_xd.ops.domain_attention import fused
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
 from hstu_xd.ops.state_attention.eager import state_attention
 from hstu_xd.ops.state_attention.fused import fused_state_attention
+from hstu_xd.ops.state_attention.question_reads import QuestionReads
 from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_tiles import StateTiles
 
@@ -89,23 +90,46 @@ class DynamicDomainState(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, states: Tensor, reads: StateReads, target_domains: Tensor
+        self,
+        hidden: Tensor,
+        states: Tensor,
+        reads: StateReads,
+        target_domains: Tensor,
+        *,
+        questions: QuestionReads | None = None,
     ) -> Tensor:
         """Query the domain states.
 
         Args:
-            hidden: (L, K) float, what the queries are made of.
-            states: (L, K) float, the state that each token writes for its domain.
+            hidden: (L + R, K) float, what the queries of L tokens and R questions are made of.
+            states: (L + R, K) float, the state that each token writes for its domain; a question's
+                is read by itself alone.
             reads: which states each token reads.
-            target_domains: (L,) int64, domain of each token's next event.
+            target_domains: (L + R,) int64, domain of each token's next event, and of the questions.
+            questions: which states each question reads; None without.
 
         Returns:
-            (L, H * dv) float.
+            (L + R, H * dv) float.
         """
         assert reads.states_per_domain == self._states_per_domain
         query = self.queries(hidden, target_domains)
         written = torch.cat([states, self._initial_state.to(states.dtype)])
         key, value = self.memory(written)
+        if questions is None:
+            return self._attend_tokens(query, key, value, reads)
+        # Tokens read the states of tokens and the initial ones.
+        num_tokens, last = reads.grouping.num_tokens, len(hidden)
+        own_key, own_value = (torch.cat([x[:num_tokens], x[last:]]) for x in (key, value))
+        return torch.cat(
+            [
+                self._attend_tokens(query[:num_tokens], own_key, own_value, reads),
+                self._attend_in_tiles(query, key, value, questions.tiles),
+            ]
+        )
+
+    def _attend_tokens(
+        self, query: Tensor, key: Tensor, value: Tensor, reads: StateReads
+    ) -> Tensor:
         q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query.to(key.dtype), key, value))
         if self._impl == "triton" or (self._impl == "auto" and fused.suits(q, v)):
             return fused_state_attention(q, k, v, reads.table, bias=self._age_w).flatten(1)

@@ -4,19 +4,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from hstu_xd.batch import JaggedBatch
+from hstu_xd.batch import JaggedBatch, Questions
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model.encoder import CrossDomainEncoder
+from hstu_xd.model.encoder import CrossDomainEncoder, LayerCache
 from hstu_xd.model.inputs import (
     ItemEmbedding,
     PositionalInput,
     next_domain_modules,
     next_domain_signal,
 )
-from hstu_xd.model.layer import Written
-from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import EncoderRows, Events
 from hstu_xd.model.warm_start import load_hstu
 
 _L2_EPS = 1e-6
@@ -60,46 +59,55 @@ class CrossDomainHSTU(nn.Module):
         self._hstu = CrossDomainEncoder(settings)
         self._tape, self._target_domain_emb = next_domain_modules(settings)
 
-    def forward(self, batch: JaggedBatch, written: list[Written] | None = None) -> Tensor:
-        """Encode every token of a jagged batch.
+    def forward(
+        self,
+        batch: JaggedBatch,
+        *,
+        questions: Questions | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Encode every token of a jagged batch, and questions that are put to some of them.
 
         Args:
             batch: histories; no longer than ``settings.norm_length`` tokens each.
-            written: takes what each layer's tokens leave behind for later ones, if given.
+            questions: tokens to be encoded once more, for another domain or time.
+            caches: takes what each layer's rows leave behind for later ones, if given.
 
         Returns:
-            (L, K) float, unit vectors: what each token says of its next event.
+            (L + R, K) float, unit vectors: what each token says of its next event, then what each
+            question is answered; R is 0 without questions.
 
         Raises:
             InputError: a history longer than that (checked on CPU, where it costs no wait, and not
-                in compiled code).
+                in compiled code), or questions that do not fit.
         """
         if batch.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_lengths(batch)
-        plan = self.plan(batch)
+        rows = self.rows(batch, questions)
+        item_ids, positions = batch.item_ids, rows.events.positions
+        if questions is not None:
+            item_ids, positions = (torch.cat([x, x[questions.rows]]) for x in (item_ids, positions))
         extra = next_domain_signal(
-            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+            self._tape, self._target_domain_emb, rows.entry_domains, rows.entry_targets
         )
-        x = self._input_features_preproc(
-            self._embedding_module(batch.item_ids), plan.positions, extra
-        )
-        return normalize(self._hstu(x, plan, written=written).float(), dim=1, eps=_L2_EPS)
+        x = self._input_features_preproc(self._embedding_module(item_ids), positions, extra)
+        encoded = self._hstu(x, rows.events, questions=questions, caches=caches)
+        return normalize(encoded.float(), dim=1, eps=_L2_EPS)
 
-    def plan(self, batch: JaggedBatch) -> EncoderPlan:
-        """The plan that all layers share for this batch."""
+    def rows(self, batch: JaggedBatch, questions: Questions | None = None) -> EncoderRows:
+        """Return the rows that a batch and questions make, and what each of them reads."""
         domains = self.catalog.domain_of(batch.item_ids)
         if batch.padded_length is not None:
             domains = domains.clamp(min=0)  # padding is later than all that is read
-        return EncoderPlan(
+        events = Events(
             domains=domains,
             target_domains=batch.target_domains,
             timestamps=batch.timestamps,
             next_timestamps=batch.next_timestamps,
             offsets=batch.offsets,
-            num_domains=self.catalog.num_domains,
-            states_per_domain=self.settings.states_per_domain,
             padded_length=batch.padded_length,
         )
+        return EncoderRows(self.settings, events, questions)
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:
         """Unit vectors of items: (...) int64 -> (..., K) float."""

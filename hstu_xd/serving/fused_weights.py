@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from hstu_xd.model.encoder import HSTULayer, LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.layer import HSTULayer, Written
+from hstu_xd.model.views import heads_by_run
 
 # Added to a score that must not count: silu of it is 0.
 HIDDEN = torch.finfo(torch.float32).min / 2
@@ -130,8 +131,10 @@ class PreparedModel:
             for x, layer in zip(ddsr, prepared)
             if layer.state_projection is not None
         ]
-        own = s.num_heads - s.target_view_heads
-        views = [[int(x._masked)] * own + [2] * s.target_view_heads for x in layers]
+        views = [
+            [int(run) for heads, run in heads_by_run(s, layer) for _ in range(s.num_heads)[heads]]
+            for layer in range(s.num_blocks)
+        ]
         scores = torch.full((s.num_domains + 1, s.num_domains), HIDDEN)
         scores[-1] = 0
         added = torch.zeros(s.num_blocks, s.num_domains, sum(prepared[0].widths))
@@ -156,12 +159,12 @@ class PreparedModel:
         )
 
     def memories(
-        self, written: list[Written], kept: Tensor, events: Tensor
+        self, caches: list[LayerCache], kept: Tensor, events: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What the full encoder's rows left behind, as a user's state keeps it.
 
         Args:
-            written: of every layer.
+            caches: of every layer.
             kept: (R,) int64, rows to remember.
             events: (n,) int64, rows that write states.
 
@@ -172,11 +175,11 @@ class PreparedModel:
         heads = self.model.settings.num_heads
         memory = [
             columns_by_head(side_by_side(w.keys[kept], w.values[kept], heads), heads)
-            for w in written
+            for w in caches
         ]
         states = [
             by_head(w.states[events] @ layer.state_projection, heads)
-            for w, layer in zip(written, self.layers)
+            for w, layer in zip(caches, self.layers)
             if layer.state_projection is not None
         ]
         return torch.stack(memory), torch.stack(states) if states else None

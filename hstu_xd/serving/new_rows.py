@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hstu_xd.model.history_tokens import Segments
-from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.rows import EVENT, Segments
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import EncoderRows, Events
 from hstu_xd.serving.state import UserState
 
-# In place of its number among the history tokens, for a row that is none.
-EVENT = -1
 # Segment of history tokens: no row ever comes after what it may read.
 _ALWAYS_READ = torch.iinfo(torch.int64).max
 
@@ -46,15 +44,10 @@ class CutWindow:
             settings: of the model.
         """
         _, times, domains = events
-        plan = EncoderPlan(
-            domains=domains,
-            target_domains=domains,
-            timestamps=times,
-            next_timestamps=times,
-            offsets=torch.tensor([0, len(domains)]),
-            num_domains=settings.num_domains,
-        )
-        return cls(settings, domains, Segments.cut(plan, settings))
+        offsets = torch.tensor([0, len(domains)])
+        cut = EncoderRows(settings, Events(domains, domains, times, times, offsets)).segments
+        assert cut is not None
+        return cls(settings, domains, cut)
 
     def lay_out(self, first: int) -> Tensor:
         """Rows from one event on, history tokens before those that close a segment: (2, R).

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
+from hstu_xd.model.encoder import LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.layer import Written
 from hstu_xd.serving.fused_weights import PreparedModel
 from hstu_xd.serving.new_rows import EVENT, CutWindow, Rows
 from hstu_xd.serving.requests import (
@@ -362,7 +362,7 @@ class EncoderSession:
 
     def _encode(self, state: UserState) -> None:
         """Commit all events but the last, whatever was committed before, by the full encoder."""
-        written: list[Written] = []
+        caches: list[LayerCache] = []
         window = state.events[:, : state.length]
         items, times, domains = window
         # The pending event goes along, so that history tokens are laid before it; whatever it is
@@ -374,7 +374,7 @@ class EncoderSession:
             target_domains=torch.cat([domains[1:], domains[-1:]]),
             offsets=torch.tensor([0, len(items)]),
         )
-        self.model(batch, written=written)
+        self.model(batch, caches=caches)
         events = kept = torch.arange(len(items) - 1)
         rows = state.rows[:, :0]
         if self.model.settings.has_segments:
@@ -383,7 +383,7 @@ class EncoderSession:
             (events,) = (laid[1] == EVENT).nonzero(as_tuple=True)
             (kept,) = cut.is_readable(laid).nonzero(as_tuple=True)
             rows = laid[:, kept]
-        memory, states = self._prepared.memories(written, kept, events)
+        memory, states = self._prepared.memories(caches, kept, events)
         state.restart(memory.to(self._dtype), rows)
         state.commit(len(events), len(kept), states)
 

@@ -192,8 +192,8 @@ def expected_bytes(
         settings: of the model.
         events: number ``n``.
         dtype: of keys and values.
-        rows: number ``R``, where it is not ``n - 1``: one less than ``TokenPlan.num_kept`` of the
-            window, in which the pending event counts.
+        rows: number ``R``, where it is not ``n - 1``: one less than
+            ``EncoderRows.num_readable`` of the window, in which the pending event counts.
     """
     s = settings
     row = s.num_blocks * s.num_heads * (s.dqk + s.dv) * dtype.itemsize

@@ -12,7 +12,6 @@ from tiny_models import EVERYTHING, NUM_DOMAINS, tiny_model
 from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
-from hstu_xd.model.history_tokens import TokenPlan
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession, codec
 from hstu_xd.serving.state import UserState, expected_bytes
@@ -48,7 +47,7 @@ def num_kept(net: CrossDomainHSTU, events: list[tuple[int, int]]) -> int:
     items, times = (torch.tensor(column) for column in zip(*events))
     nothing = torch.zeros_like(items)
     batch = JaggedBatch(items, times, nothing, nothing, torch.tensor([0, len(items)]))
-    return TokenPlan.build(net.plan(batch), net.settings).num_kept
+    return net.rows(batch).num_readable
 
 
 def drawn(seed: int, events: int) -> list[tuple[int, int]]:

@@ -75,19 +75,13 @@ class CrossDomainParts:
 
     def _xd_jagged(self, valid: Tensor, domains: Tensor, times: Tensor) -> JaggedBatch:
         """See :meth:`JaggedBatch.of`."""
-        return JaggedBatch.of(
-            valid,
-            domains,
-            times,
-            num_domains=self._xd_encoder_settings.num_domains,
-            states_per_domain=self._xd_encoder_settings.states_per_domain,
-        )
+        return JaggedBatch.of(valid, domains, times)
 
     def _xd_signal(self, batch: JaggedBatch) -> Tensor | None:
         """What the input is told of the next domain: (L, K) float; None with those switches off."""
-        plan = batch.plan
+        events = batch.events
         return next_domain_signal(
-            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+            self._tape, self._target_domain_emb, events.domains, events.target_domains
         )
 
     def _xd_request(self, item_seq: Tensor, time_seq: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from hstu_xd.model.ddsr import DynamicDomainState
-from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import EncoderRows, Events
 
 
 class DomainStateSublayer(nn.Module):
@@ -22,13 +22,14 @@ class DomainStateSublayer(nn.Module):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        s = settings
+        s = self._settings = settings
         self._states = DynamicDomainState.of(s)
         self._output = nn.Linear(s.num_heads * s.dv, s.embedding_dim, bias=False)
         nn.init.xavier_uniform_(self._output.weight)
 
-    def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
+    def forward(self, x: Tensor, events: Events) -> Tensor:
         """(L, K) float -> (L, K) float."""
         normed = layer_norm(x, x.shape[-1:])
-        answer = self._states(normed, normed, plan.state_reads, plan.target_domains)
+        reads = EncoderRows(self._settings, events).state_reads
+        answer = self._states(normed, normed, reads, events.target_domains)
         return self._output(answer)

@@ -143,7 +143,7 @@ class HLLM_XD(HLLM, CrossDomainParts):
         logits, labels = super().nce_loss(cur_embs, target_pos, target_neg, user_attention_mask)
         if self._xd_settings.scopes_negatives:
             shared = self._xd_domains_of(all_gather(self._xd_negative_ids).flatten())
-            other = self._xd_batch.plan.target_domains.unsqueeze(1) != shared
+            other = self._xd_batch.events.target_domains.unsqueeze(1) != shared
             logits = logits.masked_fill(pad(other, (1, 0)), torch.finfo(logits.dtype).min)
         return logits, labels
 
@@ -168,6 +168,6 @@ class HLLM_XD(HLLM, CrossDomainParts):
     def _xd_add_states(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert self._ddsr is not None
         *below, last = output.hidden_states
-        said = self._ddsr(self._xd_batch.gather(last), self._xd_batch.plan)
+        said = self._ddsr(self._xd_batch.gather(last), self._xd_batch.events)
         output.hidden_states = (*below, last + self._xd_batch.spread(said).to(last.dtype))
         return output

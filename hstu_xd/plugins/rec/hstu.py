@@ -129,7 +129,7 @@ class HSTU_XD(HSTU, CrossDomainParts):
         batch = self._xd_jagged(valid, domains, times)
         x = self._xd_inputs(batch.gather(items), batch.present % items.shape[1])
         signal = self._xd_signal(batch)
-        return self._hstu(x if signal is None else x + signal, batch.plan)
+        return self._hstu(x if signal is None else x + signal, batch.events)
 
     def _xd_inputs(self, items: Tensor, columns: Tensor | int) -> Tensor:
         """Item and position: REC counts positions in the padded history, from its left end."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.views import Events
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,43 +15,31 @@ class JaggedBatch:
     Attributes:
         valid: (B, N) bool, a run of columns up to the last one.
         present: (L,) int64, places of the valid tokens in the flat batch.
-        plan: of the valid tokens.
+        events: the valid tokens.
     """
 
     valid: Tensor
     present: Tensor
-    plan: EncoderPlan
+    events: Events
 
     @classmethod
-    def of(
-        cls,
-        valid: Tensor,
-        domains: Tensor,
-        times: Tensor,
-        *,
-        num_domains: int,
-        states_per_domain: int,
-    ) -> "JaggedBatch":
+    def of(cls, valid: Tensor, domains: Tensor, times: Tensor) -> "JaggedBatch":
         """Cut the padding off.
 
         Args:
             valid: (B, N) bool.
             domains: (B, N + 1) int64, that of the event after the last included.
             times: (B, N + 1) int64, likewise.
-            num_domains: number of domains ``D``.
-            states_per_domain: states that DDSR reads per domain.
         """
         present = valid.flatten().nonzero().squeeze(1)
-        plan = EncoderPlan(
+        events = Events(
             domains=domains[:, :-1].flatten()[present],
             target_domains=domains[:, 1:].flatten()[present],
             timestamps=times[:, :-1].flatten()[present],
             next_timestamps=times[:, 1:].flatten()[present],
             offsets=pad(valid.sum(1).cumsum(0), (1, 0)),
-            num_domains=num_domains,
-            states_per_domain=states_per_domain,
         )
-        return cls(valid, present, plan)
+        return cls(valid, present, events)
 
     def gather(self, padded: Tensor) -> Tensor:
         """The valid tokens: (B, N, ...) -> (L, ...)."""

@@ -11,8 +11,8 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.model.inputs import next_domain_modules, next_domain_signal
-from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import Events
 from hstu_xd.plugins.gr.research.features import NEXT_DOMAINS, required_payload
 
 _TIMESTAMPS = "timestamps"
@@ -149,24 +149,24 @@ class HSTU_XD(HSTU):
         users, columns = past_ids.shape
         inside = torch.arange(columns, device=past_ids.device) < past_lengths.unsqueeze(1)
         tokens = torch.nonzero(inside.flatten()).squeeze(1)
-        plan = self._plan(past_lengths, past_ids, past_payloads, tokens)
+        events = self._events(past_lengths, past_ids, past_payloads, tokens)
         _, padded, _ = self._input_features_preproc(
             past_lengths=past_lengths,
             past_ids=past_ids,
-            past_embeddings=self._with_signals(past_embeddings, plan, tokens),
+            past_embeddings=self._with_signals(past_embeddings, events, tokens),
             past_payloads=past_payloads,
         )
-        hidden = self._hstu(padded.flatten(0, 1)[tokens], plan)
+        hidden = self._hstu(padded.flatten(0, 1)[tokens], events)
         encoded = hidden.new_zeros(users * columns, hidden.shape[1]).index_copy(0, tokens, hidden)
         return self._output_postproc(encoded.view(users, columns, -1)), []
 
-    def _plan(
+    def _events(
         self,
         past_lengths: Tensor,
         past_ids: Tensor,
         past_payloads: dict[str, Tensor],
         tokens: Tensor,
-    ) -> EncoderPlan:
+    ) -> Events:
         domains = self.catalog.domain_of(past_ids).flatten()[tokens]
         target_domains = domains
         if self.settings.reads_target_domain:
@@ -176,20 +176,18 @@ class HSTU_XD(HSTU):
             times = required_payload(past_payloads, _TIMESTAMPS, "the relative bias or DDSR")
         else:
             times = torch.zeros_like(past_ids)
-        return EncoderPlan(
+        return Events(
             domains=domains,
             target_domains=target_domains,
             timestamps=times.flatten()[tokens],
             next_timestamps=pad(times[:, 1:], (0, 1)).flatten()[tokens],
             offsets=pad(past_lengths.cumsum(0), (1, 0)),
-            num_domains=self.catalog.num_domains,
-            states_per_domain=self.settings.states_per_domain,
         )
 
-    def _with_signals(self, embeddings: Tensor, plan: EncoderPlan, tokens: Tensor) -> Tensor:
+    def _with_signals(self, embeddings: Tensor, events: Events, tokens: Tensor) -> Tensor:
         """Add TAPE and the target domain so that upstream's preprocessor sees sqrt(K) e + them."""
         signal = next_domain_signal(
-            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+            self._tape, self._target_domain_emb, events.domains, events.target_domains
         )
         if signal is None:
             return embeddings
