@@ -1,5 +1,7 @@
 """DDSR: the last hidden state of every domain, queried by a small cross-domain attention."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -160,6 +162,19 @@ class DynamicDomainState(nn.Module):
         floats = self._heads * num_keys * (2 * (self._dqk + self._dv) + 3 * height)
         return max(1, _CHUNK_FLOATS // floats)
 
+    def fused(self) -> "FusedStates":
+        """Lay the weights out for rows that arrive one at a time; later changes are not seen."""
+        scale = self._dqk**-0.5
+        memory = side_by_side(self._key.weight.T, self._value.weight.T, self._heads)
+        return FusedStates(
+            num_heads=self._heads,
+            query=self._query.weight.T * scale,
+            memory=memory,
+            initial=by_head(self._initial_state @ memory, self._heads),
+            targets=None if self._target_emb is None else self._target_emb.weight * scale,
+            ages=None if self._age_w is None else self._age_w.T,
+        )
+
     def queries(self, hidden: Tensor, target_domains: Tensor) -> Tensor:
         """Scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
         query = self._query(hidden)
@@ -177,3 +192,49 @@ class DynamicDomainState(nn.Module):
         return state_attention(
             queries, key, value, rows, pairs, num_heads=self._heads, bias=self._age_w
         )
+
+
+@dataclass(frozen=True, eq=False)
+class FusedStates:
+    """DDSR's weights as a step for a few new rows multiplies with them.
+
+    Attributes:
+        num_heads: heads ``H``.
+        query: (K, H * dqk), of scaled queries.
+        memory: (K, H * (dqk + dv)), of each head's key and value of a state, side by side.
+        initial: (H, D, dqk + dv), keys and values of the initial states.
+        targets: (D, H * dqk), what a target domain adds to scaled queries; None without.
+        ages: (H, buckets + 1), the age bias; None without.
+    """
+
+    num_heads: int
+    query: Tensor
+    memory: Tensor
+    initial: Tensor
+    targets: Tensor | None
+    ages: Tensor | None
+
+    def memory_of(self, states: Tensor) -> Tensor:
+        """Make keys and values of states: (R, K) -> (H, R, dqk + dv)."""
+        return by_head(states @ self.memory, self.num_heads)
+
+    @staticmethod
+    def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Ask states: (H, r, dqk), (H, dqk, n), (H, n, dv), (H, r, n) -> (H, r, dv)."""
+        return torch.bmm(torch.baddbmm(bias, query, keys).softmax(2), values)
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """View (R, H * d) as (H, R, d)."""
+    return x.view(x.shape[0], heads, -1).transpose(0, 1)
+
+
+def columns_by_head(x: Tensor, heads: int) -> Tensor:
+    """View (R, H * d) as (H, d, R)."""
+    return x.view(x.shape[0], heads, -1).permute(1, 2, 0)
+
+
+def side_by_side(keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """Lay each head's key before its value: (R, H * dqk), (R, H * dv) -> (R, H * (dqk + dv))."""
+    parts = [x.unflatten(1, (heads, -1)) for x in (keys, values)]
+    return torch.cat(parts, dim=2).flatten(1)

@@ -1,14 +1,21 @@
 """The encoder: a stack of HSTU layers, input embeddings in, one hidden state a row out."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm, silu
 
 from hstu_xd.batch import Questions
-from hstu_xd.model.ddsr import DynamicDomainState
+from hstu_xd.model.ddsr import (
+    DynamicDomainState,
+    FusedStates,
+    by_head,
+    columns_by_head,
+    side_by_side,
+)
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.model.views import EncoderRows, Events, View
 from hstu_xd.ops import domain_attention
@@ -30,6 +37,11 @@ class RelativeBucketedTimeAndPositionBias(nn.Module):
         super().__init__()
         self._ts_w = nn.Parameter(torch.empty(NUM_TIME_BUCKETS + 1).normal_(std=0.02))
         self._pos_w = nn.Parameter(torch.empty(2 * max_length - 1).normal_(std=0.02))
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Return the tables of positions, (2 N - 1,), and of times, (buckets + 1,)."""
+        return self._pos_w, self._ts_w
 
     def forward(
         self, positions: Tensor, timestamps: Tensor, next_timestamps: Tensor
@@ -116,6 +128,26 @@ class HSTULayer(nn.Module):
             caches.append(LayerCache(k, v, states))
         return self.combine(x, u, attended, answer)
 
+    def fused(self) -> "FusedLayer":
+        """Lay the weights out for rows that arrive one at a time; later changes are not seen."""
+        heads = self._settings.num_heads
+        states = None if self._ddsr is None else self._ddsr.fused()
+        u, v, q, k = self._uvqk.split(self._widths, dim=1)
+        columns = [u, q, side_by_side(k, v, heads), q[:, :0], q[:, :0]]
+        if states is not None:
+            columns[3] = states.query
+            if self._settings.state_from == "input":
+                columns[4] = states.memory
+        bias = self._rel_attn_bias
+        return FusedLayer(
+            settings=self._settings,
+            projection=torch.cat(columns, dim=1),
+            widths=[x.shape[1] for x in columns],
+            states=states,
+            bias_tables=None if bias is None else bias.tables,
+            combine=self.combine,
+        )
+
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return normed (..., K) and gates u, values v, queries q, keys k (..., H d)."""
         normed = layer_norm(x, x.shape[-1:], eps=_EPS)
@@ -182,6 +214,106 @@ class HSTULayer(nn.Module):
         return torch.cat(outputs, dim=1).flatten(1)
 
 
+class Attend(Protocol):
+    """How rows attend to what stands in memory, head by head."""
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """(H, r, dqk), (H, dqk, n), (H, n, dv), (H, r, n) -> (H, r, dv); may overwrite the bias."""
+        ...
+
+
+class StepMemory(Protocol):
+    """What the new rows of a layer read: their users' memories, and one another."""
+
+    def read_rows(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
+        """Let R rows attend to earlier rows and to one another.
+
+        Args:
+            queries: (H, R, dqk) float.
+            own: (H, dqk + dv, R) float, keys and values of the rows.
+            attend: how.
+
+        Returns:
+            (R, H * dv) float.
+        """
+        ...
+
+    def read_states(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
+        """Let R rows ask the domain states; the arguments are those of :meth:`read_rows`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class FusedLayer:
+    """A layer for a few new rows: all that they are multiplied with is merged into one matrix.
+
+    Attributes:
+        settings: of the encoder.
+        projection: (K, W), columns of gates, of queries, and of each head's key and value side by
+            side; with DDSR further those of its scaled queries and, where a state is the layer's
+            input, of its keys and values side by side.
+        widths: how many columns each of the five has.
+        states: DDSR's weights; None without it.
+        bias_tables: of positions, (2 N - 1,), and of times, (buckets + 1,); None without bias.
+        combine: see :meth:`HSTULayer.combine`.
+    """
+
+    settings: EncoderSettings
+    projection: Tensor
+    widths: list[int]
+    states: FusedStates | None
+    bias_tables: tuple[Tensor, Tensor] | None
+    combine: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+    def added_by_target(self) -> Tensor:
+        """Return what a target domain adds to the products: (D, W), to DDSR's queries."""
+        added = torch.zeros(self.settings.num_domains, sum(self.widths))
+        if self.states is not None and self.states.targets is not None:
+            added.split(self.widths, dim=1)[3].copy_(self.states.targets)
+        return added
+
+    def row_memory(self, cache: LayerCache, rows: Tensor) -> Tensor:
+        """Return keys and values of some of the full layer's rows: (H, dqk + dv, n)."""
+        heads = self.settings.num_heads
+        return columns_by_head(side_by_side(cache.keys[rows], cache.values[rows], heads), heads)
+
+    def step(self, x: Tensor, added: Tensor, memory: StepMemory) -> Tensor:
+        """Run the layer over a few new rows, as :meth:`HSTULayer.forward` over all.
+
+        Args:
+            x: (R, K) float.
+            added: (R, W) float, of :meth:`added_by_target`.
+            memory: what the rows read.
+
+        Returns:
+            (R, K) float.
+        """
+        s = self.settings
+        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
+        projected = torch.addmm(added, normed, self.projection)
+        if s.linear_activation == "silu":
+            silu(projected[:, : sum(self.widths[:3])], inplace=True)
+        u, q, kv, query, of_input = projected.split_with_sizes(self.widths, 1)
+        queries, own = by_head(q, s.num_heads), columns_by_head(kv, s.num_heads)
+        # The norm undoes a division by N, but for its eps: so the eps is multiplied instead.
+        read = memory.read_rows(queries, own, self.attend)
+        attended = layer_norm(read, read.shape[1:], eps=_EPS * s.norm_length**2)
+        answer = None
+        if self.states is not None:
+            written = of_input if s.state_from == "input" else attended @ self.states.memory
+            answer = memory.read_states(
+                by_head(query, s.num_heads),
+                columns_by_head(written, s.num_heads),
+                self.states.attend,
+            )
+        return self.combine(x, u, attended, answer)
+
+    @staticmethod
+    def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Attend to rows, ``N`` times over: see :class:`Attend`; overwrites ``bias``."""
+        return torch.bmm(silu(bias.baddbmm_(query, keys), inplace=True), values)
+
+
 class CrossDomainEncoder(nn.Module):
     """A stack of HSTU layers, which share what the rows of a batch read.
 
@@ -202,8 +334,13 @@ class CrossDomainEncoder(nn.Module):
 
     @property
     def layers(self) -> list[HSTULayer]:
-        """The layers, first to last."""
+        """Return the layers, first to last."""
         return cast(list[HSTULayer], list(self._attention_layers))
+
+    @property
+    def history_tokens(self) -> Tensor | None:
+        """Return the input of history tokens, (K', K); None without them."""
+        return self._history_tokens
 
     def take_parameters(self, layers: Iterable[nn.Module]) -> None:
         """Hold the parameters of HSTU layers, the very objects, in place of one's own.

@@ -90,9 +90,42 @@ class CrossDomainHSTU(nn.Module):
         extra = next_domain_signal(
             self._tape, self._target_domain_emb, rows.entry_domains, rows.entry_targets
         )
-        x = self._input_features_preproc(self._embedding_module(item_ids), positions, extra)
-        encoded = self._hstu(x, rows.events, questions=questions, caches=caches)
-        return normalize(encoded.float(), dim=1, eps=_L2_EPS)
+        x = self.embed(item_ids, positions, extra)
+        return self.unit_vectors(self._hstu(x, rows.events, questions=questions, caches=caches))
+
+    @property
+    def encoder(self) -> CrossDomainEncoder:
+        """Return the layers."""
+        return self._hstu
+
+    def embed(self, item_ids: Tensor, positions: Tensor, signal: Tensor | None) -> Tensor:
+        """Make the encoder's input.
+
+        Args:
+            item_ids: (L,) int64.
+            positions: (L,) int64, in the user's history.
+            signal: (L, K) float, what the input is told of the next domain, if anything.
+
+        Returns:
+            (L, K) float.
+        """
+        return self._input_features_preproc(self._embedding_module(item_ids), positions, signal)
+
+    def unit_vectors(self, encoded: Tensor) -> Tensor:
+        """Normalise what the encoder returns: (..., K) float -> (..., K) float32."""
+        return normalize(encoded.float(), dim=-1, eps=_L2_EPS)
+
+    def next_domain_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the signal of the next domain is made of, zeros where a switch is off.
+
+        Returns:
+            Three (D, K) float: the first by domain left times the second by domain entered is said
+            of a switch, the third of every target domain.
+        """
+        nothing = torch.zeros(self.settings.num_domains, self.settings.embedding_dim)
+        left, entered = (nothing, nothing) if self._tape is None else self._tape.factors()
+        embedding = self._target_domain_emb
+        return left, entered, nothing if embedding is None else embedding.weight
 
     def rows(self, batch: JaggedBatch, questions: Questions | None = None) -> EncoderRows:
         """Return the rows that a batch and questions make, and what each of them reads."""

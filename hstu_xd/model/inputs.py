@@ -37,6 +37,14 @@ class TransitionAwarePositionalEmbedding(nn.Module):
         nn.init.xavier_uniform_(self._transition.weight)
         nn.init.zeros_(self._transition.bias)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return what a switch's embedding is the product of: by domain left and by domain entered.
+
+        Both are (D, K), and the scale is in the first.
+        """
+        entered = self._domain_emb.weight
+        return self._transition(entered) * self._scale, entered
+
     def forward(self, domains: Tensor, target_domains: Tensor) -> Tensor:
         """Embed the transitions.
 

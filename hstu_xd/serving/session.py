@@ -10,8 +10,9 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
 from hstu_xd.model.encoder import LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.serving.fused_weights import PreparedModel
-from hstu_xd.serving.new_rows import EVENT, CutWindow, Rows
+from hstu_xd.model.incremental import IncrementalModel
+from hstu_xd.model.rows import EVENT
+from hstu_xd.serving.new_rows import SegmentedWindow, new_rows
 from hstu_xd.serving.requests import (
     Answer,
     Request,
@@ -25,7 +26,6 @@ from hstu_xd.serving.requests import (
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.state import UserState
 from hstu_xd.serving.state_cache import ResidentStates
-from hstu_xd.serving.step import run_step
 from hstu_xd.serving.stored_states import SharedStates, Versions
 from hstu_xd.serving.stores import StateStore, StoreError
 
@@ -110,7 +110,7 @@ class EncoderSession:
         self._dtype, self._history = dtype, history
         self._residents = ResidentStates(max_bytes)
         with torch.inference_mode():
-            self._prepared = PreparedModel.of(model)
+            self._incremental = IncrementalModel.from_model(model)
         self.index = ItemIndex(model, retrieval) if isinstance(retrieval, str) else retrieval
         self._shared = None
         if store is not None:
@@ -292,10 +292,10 @@ class EncoderSession:
             self._commit(list(states.values()))
         read, settings = [states[request.user] for request in requests], self.model.settings
         rows = [
-            Rows.of(state, settings, list(request.target_domains), request.timestamp)
+            new_rows(state, settings, list(request.target_domains), request.timestamp)
             for state, request in zip(read, requests)
         ]
-        vectors = run_step(self._prepared, rows)
+        vectors = self._incremental.step(rows)
         self._keep({user: state for user, state in states.items() if user in self._residents})
         return vectors, read
 
@@ -355,7 +355,7 @@ class EncoderSession:
         few = [state for state in states if 0 < state.uncommitted <= _BLOCK]
         if few:
             settings = self.model.settings
-            run_step(self._prepared, [Rows.of(state, settings, [0], None) for state in few])
+            self._incremental.step([new_rows(state, settings, [0], None) for state in few])
         for state in states:
             if state.uncommitted:
                 self._encode(state)
@@ -378,12 +378,12 @@ class EncoderSession:
         events = kept = torch.arange(len(items) - 1)
         rows = state.rows[:, :0]
         if self.model.settings.has_segments:
-            cut = CutWindow.of(window, self.model.settings)
-            laid = cut.lay_out(0)[:, :-1]
+            cut = SegmentedWindow.build(window, self.model.settings)
+            laid = cut.rows_from(0)[:, :-1]
             (events,) = (laid[1] == EVENT).nonzero(as_tuple=True)
             (kept,) = cut.is_readable(laid).nonzero(as_tuple=True)
             rows = laid[:, kept]
-        memory, states = self._prepared.memories(caches, kept, events)
+        memory, states = self._incremental.memories(caches, kept, events)
         state.restart(memory.to(self._dtype), rows)
         state.commit(len(events), len(kept), states)
 

@@ -32,7 +32,7 @@ class UserState:
         forgotten: (f,) int64, items of events that left the window.
         memory: (layers, H, dqk + dv, capacity), keys and values of rows, rows last: so they are
             read fastest.
-        rows: (2, capacity) int64, what the rows in memory are, see :class:`CutWindow`; (0,
+        rows: (2, capacity) int64, what the rows in memory are, see :class:`SegmentedWindow`; (0,
             capacity) where the model does not cut histories: they are the committed events.
         kept: number of rows in memory ``R``.
         committed: number of committed events, ``n - 1`` at most.
