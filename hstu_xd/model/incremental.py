@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,8 +153,7 @@ class IncrementalModel:
         return x.index_copy(0, places, vectors.index_select(0, numbers)), places
 
 
-@dataclass(frozen=True, eq=False)
-class _KeysAndValues:
+class _KeysAndValues(NamedTuple):
     """Keys and values that one user's rows read, and the places for their own; a layer each.
 
     Attributes:
@@ -213,8 +213,7 @@ class _UserPart:
         self.rows.commit(states)
 
 
-@dataclass(frozen=True, eq=False)
-class _StepMemory:
+class _StepMemory(NamedTuple):
     """What a layer's rows read, as :class:`hstu_xd.model.encoder.StepMemory` says.
 
     Attributes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hstu_xd.model.settings import EncoderSettings
-from hstu_xd.model.views import Run, heads_by_run
+from hstu_xd.model.views import heads_by_run
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, time_bucket
 
 # Added to a score that must not count: silu of it is 0.
@@ -228,13 +228,10 @@ def _hidden(tables: BiasTables, rows: NewRows) -> Tensor:
     """(layers or 1, H, r, c + r)."""
     first, count = rows.user.kept, len(rows.item_ids)
     end = first + count
-    read = {
-        Run.EVERYTHING: [len(tables.domain_scores) - 1] * count,
-        Run.OWN: rows.domains,
-        Run.TARGET: rows.target_domains,
-    }
-    read_domains = torch.tensor([read[run] for run in Run]).index_select(0, tables.runs).view(-1)
-    hidden = tables.domain_scores.index_select(0, read_domains)
+    everything = [len(tables.domain_scores) - 1] * count
+    by_run = torch.tensor([everything, rows.domains, rows.target_domains])  # in the order of Run
+    read = by_run.index_select(0, tables.runs).view(-1)
+    hidden = tables.domain_scores.index_select(0, read)
     hidden = hidden.index_select(1, rows.read[2, :end])
     if rows.reach is not None:
         first_read = rows.reach.first_read.index_select(0, tables.runs).view(-1, 1)
