@@ -84,7 +84,7 @@ def serve(
         limits=Limits(max_body=max_body, max_k=max_k),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
-    served = Served.of(run, settings)
+    served = Served.from_run(run, settings)
     _make_folder(settings.events.parent)
     with server.listen(host, port) as sock:
         service = Service(served, settings)

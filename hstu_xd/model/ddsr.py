@@ -77,8 +77,8 @@ class DynamicDomainState(nn.Module):
             nn.init.normal_(self._target_emb.weight, std=0.02)
 
     @classmethod
-    def of(cls, settings: EncoderSettings) -> "DynamicDomainState":
-        """As the settings have it, whether they switch it on or not."""
+    def from_settings(cls, settings: EncoderSettings) -> "DynamicDomainState":
+        """Build it as the settings have it, whether they switch it on or not."""
         return cls(
             settings.embedding_dim,
             settings.num_domains,
@@ -140,7 +140,7 @@ class DynamicDomainState(nn.Module):
     def _attend_in_tiles(
         self, query: Tensor, key: Tensor, value: Tensor, tiles: StateTiles
     ) -> Tensor:
-        """(L, H * dqk) queries over (L + D, H d) keys and values -> (L, H * dv)."""
+        """Let (., H * dqk) queries read (. + D, H d) keys and values in tiles -> (., H * dv)."""
         queries = query.index_select(0, tiles.tokens.flatten())
         queries = queries.view(-1, tiles.tokens.shape[1], queries.shape[1])
         pairs = tiles.unseen if self._age_w is None else tiles.ages
@@ -176,14 +176,14 @@ class DynamicDomainState(nn.Module):
         )
 
     def queries(self, hidden: Tensor, target_domains: Tensor) -> Tensor:
-        """Scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
+        """Make scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
         query = self._query(hidden)
         if self._target_emb is not None:
             query = query + self._target_emb(target_domains)
         return query * self._dqk**-0.5
 
     def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""
+        """Make keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""
         return self._key(states), self._value(states)
 
     def _attend(

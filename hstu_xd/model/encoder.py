@@ -82,7 +82,7 @@ class HSTULayer(nn.Module):
             if s.enable_relative_attention_bias
             else None
         )
-        self._ddsr = DynamicDomainState.of(s) if s.ddsr else None
+        self._ddsr = DynamicDomainState.from_settings(s) if s.ddsr else None
 
     def forward(
         self,
@@ -157,11 +157,11 @@ class HSTULayer(nn.Module):
         return normed, *projected.split(self._widths, dim=-1)
 
     def normalise(self, attended: Tensor) -> Tensor:
-        """Layer norm over what all heads read: (..., H dv) -> (..., H dv)."""
+        """Normalise what all heads read: (..., H dv) -> (..., H dv)."""
         return layer_norm(attended, attended.shape[-1:], eps=_EPS)
 
     def state(self, normed: Tensor, attended: Tensor) -> Tensor:
-        """What a token writes as its domain's state: (..., K)."""
+        """Return what a token writes as its domain's state: (..., K)."""
         return normed if self._settings.state_from == "input" else attended
 
     def combine(self, x: Tensor, u: Tensor, attended: Tensor, answer: Tensor | None) -> Tensor:
@@ -215,10 +215,13 @@ class HSTULayer(nn.Module):
 
 
 class Attend(Protocol):
-    """How rows attend to what stands in memory, head by head."""
+    """How rows attend to what is in memory, head by head: queries, keys, values, biases."""
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """(H, r, dqk), (H, dqk, n), (H, n, dv), (H, r, n) -> (H, r, dv); may overwrite the bias."""
+        """Read (H, r, dv) by (H, r, dqk), (H, dqk, n), (H, n, dv) and (H, r, n).
+
+        The biases may be overwritten.
+        """
         ...
 
 

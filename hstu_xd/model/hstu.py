@@ -143,7 +143,7 @@ class CrossDomainHSTU(nn.Module):
         return EncoderRows(self.settings, events, questions)
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:
-        """Unit vectors of items: (...) int64 -> (..., K) float."""
+        """Return unit vectors of items: (...) int64 -> (..., K) float."""
         return normalize(self._embedding_module(item_ids).float(), dim=-1, eps=_L2_EPS)
 
     def encode(
@@ -153,7 +153,7 @@ class CrossDomainHSTU(nn.Module):
         target_domains: Tensor,
         request_timestamps: Tensor | None = None,
     ) -> Tensor:
-        """User vectors for one requested domain each.
+        """Return user vectors for one requested domain each.
 
         Args:
             item_ids: (B, N) int64, oldest first, padded with 0 at the end.
@@ -174,7 +174,7 @@ class CrossDomainHSTU(nn.Module):
         return self(batch)[batch.offsets[1:] - 1]
 
     def encode_padded(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> Tensor:
-        """As :meth:`encode`, by steps whose sizes follow from shapes alone: what is exported.
+        """Compute :meth:`encode` by steps whose sizes follow from shapes alone: what is exported.
 
         Nothing is checked, and the padding is encoded with the rest.
 
@@ -199,7 +199,7 @@ class CrossDomainHSTU(nn.Module):
         target_domains: Tensor,
         request_timestamps: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(B,) times of the requests and (B, N) domains of the events after each one."""
+        """Return (B,) times of the requests and (B, N) domains of the events after each one."""
         last = ((item_ids != 0).sum(1) - 1).clamp(min=0).unsqueeze(1)
         if request_timestamps is None:
             request_timestamps = timestamps.gather(1, last).squeeze(1)

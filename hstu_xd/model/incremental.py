@@ -67,13 +67,13 @@ class IncrementalModel:
         )
 
     def memories(
-        self, caches: Sequence[LayerCache], kept: Tensor, events: Tensor
+        self, caches: Sequence[LayerCache], rows: Tensor, events: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the full encoder's rows left behind, as a user's memory keeps it.
 
         Args:
             caches: of every layer.
-            kept: (R,) int64, rows to remember.
+            rows: (R,) int64, which of them to remember.
             events: (n,) int64, rows that write states.
 
         Returns:
@@ -81,7 +81,7 @@ class IncrementalModel:
             those of the states they write; None without DDSR.
         """
         pairs = list(zip(self.layers, caches, strict=True))
-        memory = [layer.row_memory(cache, kept) for layer, cache in pairs]
+        memory = [layer.row_memory(cache, rows) for layer, cache in pairs]
         states = [
             layer.states.memory_of(cache.states[events])
             for layer, cache in pairs
@@ -117,7 +117,7 @@ class IncrementalModel:
             ]
 
     def _input(self, users: Sequence[NewRows]) -> tuple[Tensor, Tensor]:
-        """(R, K) items' vectors and positions with the domains' signals, and (R) target domains."""
+        """Return the layers' input (R, K), and the target domains (R,)."""
         stays = len(self.sources) - 1
         columns = [
             (item, position, stays if domain == target else domain, target)
@@ -137,7 +137,7 @@ class IncrementalModel:
     def _insert_tokens(
         self, x: Tensor, users: Sequence[NewRows], sizes: list[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """(R, K) rows with the vectors of history tokens in their places, and these places."""
+        """Put the vectors of history tokens into their rows of (R, K), and return these rows."""
         vectors = self.model.encoder.history_tokens
         if vectors is None:
             return x, None
@@ -190,7 +190,7 @@ class _UserPart:
         self.rows = rows
         self.biases = RowBiases.build(model.tables, rows)
         # Memory in half precision is read, and written, through a copy in float32.
-        self._memory = user.memory[..., : user.kept + count].float()
+        self._memory = user.memory[..., : user.num_rows + count].float()
         self.row_memory = _KeysAndValues.from_whole(self._memory, count, s)
         self.state_memory: _KeysAndValues | None = None
         self._states: Tensor | None = None
@@ -204,7 +204,7 @@ class _UserPart:
         """Leave the writers' keys, values and states in the user's memory."""
         user, writers = self.rows.user, self.rows.num_writers
         if user.memory.dtype != self._memory.dtype:
-            places = slice(user.kept, user.kept + writers)
+            places = slice(user.num_rows, user.num_rows + writers)
             user.memory[..., places] = self._memory[..., places]
         states = None
         if self._states is not None:
@@ -251,13 +251,13 @@ class _StepMemory(NamedTuple):
         return answer if self.tokens is None else answer.index_fill_(0, self.tokens, 0)
 
     def _of_each(self, queries: Tensor, own: Tensor) -> Iterable[tuple[_UserPart, Tensor, Tensor]]:
-        """Every user's part of (H, R, dqk) queries and of (H, dqk + dv, R) keys and values."""
+        """Split (H, R, dqk) queries and (H, dqk + dv, R) keys and values by user."""
         sizes = self.sizes
         return zip(self.users, queries.split_with_sizes(sizes, 1), own.split_with_sizes(sizes, 2))
 
 
 def _heads_together(parts: list[Tensor]) -> Tensor:
-    """(H, r, dv) of each user -> (R, H * dv)."""
+    """Join (H, r, dv) of each user to (R, H * dv)."""
     return torch.cat(parts, dim=1).transpose(0, 1).flatten(1)
 
 

@@ -26,7 +26,7 @@ class UserMemory(Protocol):
 
     Attributes:
         memory: (layers, H, dqk + dv, capacity), keys and values of rows, with room for new ones.
-        kept: number of rows in memory.
+        num_rows: number of rows in memory.
         state_memory: (layers, H, D * M, dqk + dv), DDSR's keys and values of each domain's latest
             states, the ``i``-th of a domain in place ``i mod M``.
         state_times: (D * M,) int64, time of the event that wrote each state.
@@ -34,7 +34,7 @@ class UserMemory(Protocol):
     """
 
     memory: Tensor
-    kept: int
+    num_rows: int
     state_memory: Tensor
     state_times: Tensor
     state_counts: Tensor
@@ -44,7 +44,7 @@ class UserMemory(Protocol):
         ...
 
     def keep_only(self, readable: Tensor) -> None:
-        """Free the rows in memory that are not readable: (kept,) bool."""
+        """Free the rows in memory that are not readable: (num_rows,) bool."""
         ...
 
 
@@ -113,7 +113,7 @@ class NewRows:
     @property
     def known(self) -> int:
         """Return the number of rows in memory and new ones, the readers counted once."""
-        return self.user.kept + self.num_writers + 1
+        return self.user.num_rows + self.num_writers + 1
 
     def commit(self, states: Tensor | None) -> None:
         """Keep what the writers have left in memory, and free what nobody reads any more.
@@ -225,8 +225,8 @@ class RowBiases:
 
 
 def _hidden(tables: BiasTables, rows: NewRows) -> Tensor:
-    """(layers or 1, H, r, c + r)."""
-    first, count = rows.user.kept, len(rows.item_ids)
+    """Return the bias that hides rows: (layers or 1, H, r, c + r)."""
+    first, count = rows.user.num_rows, len(rows.item_ids)
     end = first + count
     everything = [len(tables.domain_scores) - 1] * count
     by_run = torch.tensor([everything, rows.domains, rows.target_domains])  # in the order of Run
@@ -244,7 +244,7 @@ def _hidden(tables: BiasTables, rows: NewRows) -> Tensor:
 
 
 def _pairs(positions: Tensor, times: Tensor, rows: NewRows, ages: Tensor) -> Tensor:
-    """(layers, r, c + r)."""
+    """Return the relative bias of all pairs: (layers, r, c + r)."""
     known, origin = rows.known, positions.shape[1] // 2
     places = [origin - position for position in rows.positions[: rows.num_writers + 1]]
     if rows.reach is None:
@@ -257,13 +257,13 @@ def _pairs(positions: Tensor, times: Tensor, rows: NewRows, ages: Tensor) -> Ten
 
 
 def _states(tables: BiasTables, rows: NewRows, ages: Tensor | None) -> Tensor:
-    """(layers, H, r, D * M + D + r)."""
+    """Return the bias of domain states: (layers, H, r, D * M + D + r)."""
     s = tables.settings
     hidden = _hidden_states(rows, s.num_domains, s.states_per_domain)
     shape = s.num_blocks, s.num_heads, *hidden.shape
     if tables.state_ages is None or ages is None:
         return torch.zeros(shape).masked_fill_(hidden, float("-inf"))
-    in_memory, own = ages[:, rows.known :], ages[:, rows.user.kept : rows.known]
+    in_memory, own = ages[:, rows.known :], ages[:, rows.user.num_rows : rows.known]
     never = ages.new_full((len(ages), s.num_domains), NUM_TIME_BUCKETS)
     buckets = _per_reader(torch.cat([in_memory, never, own], dim=1), rows.num_readers)
     bias = tables.state_ages.index_select(2, buckets.view(-1)).view(shape)
@@ -271,10 +271,10 @@ def _states(tables: BiasTables, rows: NewRows, ages: Tensor | None) -> Tensor:
 
 
 def _hidden_states(rows: NewRows, num_domains: int, states_per_domain: int) -> Tensor:
-    """(r, D * M + D + r) bool: a row sees the ``M`` latest states of each domain.
+    """Return which states rows do not see, (r, D * M + D + r) bool, but for each domain's latest.
 
-    Where a domain has none, it sees the initial one; every event is its domain's newest state. What
-    a history token sees does not matter.
+    A row sees the ``M`` latest states of each domain; where there is none, the initial one. Every
+    event is its domain's newest state. What a history token sees does not matter.
     """
     initial, own = num_domains * states_per_domain, num_domains * (states_per_domain + 1)
     # Columns of each domain's states in sight, oldest first.
@@ -309,7 +309,7 @@ def _hidden_states(rows: NewRows, num_domains: int, states_per_domain: int) -> T
 
 @lru_cache(maxsize=256)
 def _unseen(num_writers: int, num_readers: int, *, virtual: bool) -> Tensor:
-    """(m + V, m + V) bool, which of the new rows (column) each of them does not see.
+    """Return which new rows (column) each of them does not see: (m + V, m + V) bool.
 
     A row sees the writers up to itself, and a reader itself, unless it is virtual.
     """

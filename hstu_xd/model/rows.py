@@ -236,7 +236,7 @@ def _first_rows(runs: DomainGrouping, group: Tensor, position: Tensor) -> Tensor
 
 
 def _sessions(timestamps: Tensor, positions: Tensor, gap: int) -> Tensor:
-    """Number the sessions: a longer pause than ``gap`` begins another one; (L,) int64."""
+    """Return the session of every event: a longer pause than ``gap`` begins another one; (L,)."""
     begins = torch.ones_like(timestamps, dtype=torch.bool)
     begins[1:] = (timestamps[1:] - timestamps[:-1] > gap) | (positions[1:] == 0)
     return begins.long().cumsum(0)

@@ -269,14 +269,14 @@ class EncoderRows:
         return of_events if self.order is None else of_events[self.order.sources]
 
     def _of_entries(self, of_entries: Tensor, of_tokens: Tensor) -> Tensor:
-        """What entries have, (L + R,), in the order of the rows; tokens have another's, (L',)."""
+        """Bring what entries have, (L + R,), into the order of rows; for tokens take (L',)."""
         assert self.order is not None
         return of_tokens.index_copy(0, self.order.entries, of_entries)
 
     def _groupings_of_rows(
         self, own: Tensor, read: Tensor, *, num_runs: int | None = None
     ) -> list[DomainGrouping]:
-        """Groupings by which rows read runs.
+        """Build the groupings by which rows read runs.
 
         Args:
             own: (L',) int64, which of its user's runs every row belongs to.
@@ -303,7 +303,7 @@ class EncoderRows:
 def _groupings_of_segments(
     order: RowOrder, segments: Segments, own: Tensor, read: Tensor, num_runs: int
 ) -> list[DomainGrouping]:
-    """Groupings over the events of each segment that is read and over the tokens of a run."""
+    """Group the events of each segment that is read, and the tokens of a run."""
     is_event, is_token = order.numbers == EVENT, order.numbers >= 0
     segment = segments.segments[order.sources]
     latest = order.sources if read is own else segments.latest(order.sources, read)

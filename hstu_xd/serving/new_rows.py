@@ -78,11 +78,11 @@ def _rows_of_segments(
     writers = laid.shape[1] - 1
     laid = torch.cat([laid, laid[:, -1:].expand(-1, readers - 1)], dim=1)
     state.reserve(writers + readers, readers)
-    end = state.kept + writers + readers
-    state.rows[:, state.kept : end] = laid
+    end = state.num_rows + writers + readers
+    state.rows[:, state.num_rows : end] = laid
     rows = state.rows[:, :end]
     read = events.index_select(1, rows[0])
-    items, times, domains = read[:, state.kept :].tolist()
+    items, times, domains = read[:, state.num_rows :].tolist()
     sources, numbers = laid[:, :writers]
     after = events.index_select(1, torch.where(numbers == EVENT, sources + 1, sources))
     _, next_times, target_domains = after.tolist()
@@ -101,7 +101,7 @@ def _rows_of_segments(
             positions=rows[0],
             segments=window.segments_of(rows),
             first_read=window.first_read(laid, torch.tensor(target_domains)),
-            is_readable=window.is_readable(rows[:, : state.kept + writers]),
+            is_readable=window.is_readable(rows[:, : state.num_rows + writers]),
         ),
     )
 

@@ -1,7 +1,4 @@
-"""What a session refuses before anything changes.
-
-What a session is asked for one user, and what it answers.
-"""
+"""What a session is asked and what it answers, and what it refuses before anything changes."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -52,7 +49,7 @@ def arriving_events(
     item_ids: Sequence[int],
     timestamps: Sequence[int],
 ) -> dict[Hashable, Tensor]:
-    """(3, m) int64 events of each user, see :func:`checked_events`.
+    """Gather (3, m) int64 events of each user, see :func:`checked_events`.
 
     Raises:
         InputError: lengths that differ, or an unknown item.
@@ -73,7 +70,7 @@ def arriving_events(
 def checked_events(
     catalog: DomainCatalog, item_ids: Sequence[int], timestamps: Sequence[int]
 ) -> Tensor:
-    """(3, m) int64: items, timestamps and domains.
+    """Return (3, m) int64 items, timestamps and domains of events.
 
     Raises:
         InputError: an unknown item.

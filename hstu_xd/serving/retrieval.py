@@ -50,7 +50,7 @@ class InvertedLists:
         self._index.nprobe = max(1, round(_READ * num_lists))
 
     def nearest(self, vector: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Scores (m,) float32 and places (m,) int64 of at most ``k`` vectors, best first."""
+        """Return scores (m,) float32 and places (m,) int64 of at most ``k`` vectors, best first."""
         scores, places = self._index.search(vector.unsqueeze(0).numpy(force=True), k)
         found = int((places[0] >= 0).sum())  # the rest is filled up with -1
         return torch.from_numpy(scores[0][:found]), torch.from_numpy(places[0][:found])
@@ -58,7 +58,7 @@ class InvertedLists:
 
 @cache
 def load_faiss() -> ModuleType:
-    """The FAISS library.
+    """Import the FAISS library.
 
     Raises:
         InputError: it is not installed.
@@ -104,7 +104,7 @@ class ItemIndex:
         self._items = catalog.domain_items
         self._vectors = torch.cat([model.item_vectors(x) for x in self._items.split(_BLOCK)])
         self._offsets: list[int] = catalog.domain_offsets.tolist()
-        # Where an item stands in the arrays above; ids that no item bears stand nowhere.
+        # Where an item stands in the arrays above; unused ids stand nowhere.
         self._places = torch.full((catalog.num_items + 1,), -1)
         self._places[self._items] = torch.arange(len(self._items))
         self._lists: dict[int, InvertedLists] = {}
@@ -117,7 +117,7 @@ class ItemIndex:
     def best(
         self, vector: Tensor, domain: int, k: int, excluded: Tensor | None
     ) -> list[tuple[int, float]]:
-        """Items of a domain with the largest dot products.
+        """Find the items of a domain with the largest dot products.
 
         Args:
             vector: (K,) float.
@@ -137,7 +137,7 @@ class ItemIndex:
     def _near(
         self, vector: Tensor, domain: int, k: int, left_out: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Scores and places by a domain's index; None where it has none or finds too few."""
+        """Return scores and places by a domain's index; None where it has none or finds too few."""
         if domain not in self._lists:
             return None
         start, end = self._offsets[domain], self._offsets[domain + 1]
@@ -154,7 +154,7 @@ class ItemIndex:
     def _exactly(
         self, vector: Tensor, start: int, end: int, k: int, left_out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same of the places ``start..end - 1`` by all dot products, block by block."""
+        """Find the same among the places ``start..end - 1`` by all dot products, block by block."""
         bests, places = [vector[:0]], [left_out[:0]]
         for first in range(start, end, _BLOCK):
             block = self._vectors[first : min(first + _BLOCK, end)]

@@ -23,7 +23,7 @@ class DomainStateSublayer(nn.Module):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         s = self._settings = settings
-        self._states = DynamicDomainState.of(s)
+        self._states = DynamicDomainState.from_settings(s)
         self._output = nn.Linear(s.num_heads * s.dv, s.embedding_dim, bias=False)
         nn.init.xavier_uniform_(self._output.weight)
 
