@@ -103,6 +103,49 @@ class JaggedBatch:
         )
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Events of a batch to be encoded once more, each for another domain or another time.
+
+    A question is a copy of its event that reads what the event reads, the event's own place
+    included, and that no other row reads: its vector is what the history up to the event says of
+    that domain at that time.
+
+    Attributes:
+        rows: (R,) int64, token of the batch that each question is a copy of, in any order; a token
+            may be asked several times.
+        target_domains: (R,) int64, domain that is asked for.
+        timestamps: (R,) int64, time of the request.
+    """
+
+    rows: Tensor
+    target_domains: Tensor
+    timestamps: Tensor
+
+    def check(self, num_tokens: int, num_domains: int) -> None:
+        """Refuse questions that do not fit a batch.
+
+        Raises:
+            InputError: shapes that differ, a dtype other than int64, or ids out of range (the last
+                is checked on CPU only, where it costs no wait).
+        """
+        for name, tensor in vars(self).items():
+            if tensor.shape != (self.rows.numel(),) or tensor.dtype != torch.int64:
+                raise InputError(
+                    f"questions.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                    f"torch.int64 of shape ({self.rows.numel()},) is needed, one entry a question"
+                )
+        if self.rows.device.type != "cpu" or not self.rows.numel():
+            return
+        for name, bound in (("rows", num_tokens), ("target_domains", num_domains)):
+            ids: Tensor = getattr(self, name)
+            if int(ids.min()) < 0 or int(ids.max()) >= bound:
+                raise InputError(
+                    f"questions.{name} holds {int(ids.min())}..{int(ids.max())}; 0..{bound - 1} "
+                    "are known"
+                )
+
+
 def _next_times(timestamps: Tensor, lengths: Tensor, request_timestamps: Tensor) -> Tensor:
     """(B, N) time of the event after each one; after a user's last one that of the request."""
     column = torch.arange(timestamps.shape[1], device=timestamps.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hstu_xd.bench.cases import Draw
 from hstu_xd.bench.timing import Builder, Computation, Pass, phased
 from hstu_xd.model.encoder import CrossDomainEncoder
-from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.views import Events
 
 
 def own(impl: str) -> Builder:
@@ -25,14 +25,13 @@ def own(impl: str) -> Builder:
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
         encoder = _stack(draw, dtype, computes, impl)
 
-        def plan() -> EncoderPlan:
-            return EncoderPlan(
+        def plan() -> Events:
+            return Events(
                 domains=draw.domains,
                 target_domains=draw.domains,
                 timestamps=draw.timestamps,
                 next_timestamps=draw.next_timestamps,
                 offsets=draw.offsets,
-                num_domains=draw.case.num_domains,
             )
 
         x, grad_out = _input_and_gradient(draw, dtype)

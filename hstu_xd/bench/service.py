@@ -127,7 +127,7 @@ class _Served:
             if outcome.status == 200
             for event in (outcome.call.body or {}).get("events", ())
         )
-        log, served = EventLog(self.log), Served.of(self.run, ServiceSettings(self.log))
+        log, served = EventLog(self.log), Served.from_run(self.run, ServiceSettings(self.log))
         names = {user for user, _ in accepted} | set(log.users_from("", sys.maxsize))
         logged = Counter((user, event.item) for user in names for event in log.events(user))
         items = Items(self.catalog)

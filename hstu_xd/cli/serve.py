@@ -112,7 +112,7 @@ def serve(
         limits=Limits(max_body=max_body, max_k=max_k),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
-    _listen(Served.of(run, settings, allow_imports=allow_imports), settings, host, port)
+    _listen(Served.from_run(run, settings, allow_imports=allow_imports), settings, host, port)
 
 
 def _listen(served: "Served", settings: "ServiceSettings", host: str, port: int) -> None:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hstu_xd.data.batches import SequenceData
-from hstu_xd.model.history_tokens import TokenPlan
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.views import EncoderRows
 from hstu_xd.ops.visibility import num_pairs
 
 _FLOAT_BYTES = 4
@@ -44,21 +43,18 @@ def attention_cost(
     for start in range(0, data.users.size, batch_size):
         batch, _ = data.batch(data.users[start : start + batch_size])
         batch = batch.to(model.catalog.item_domains.device)
-        events = model.plan(batch)
-        plan = TokenPlan.build(events, s) if s.has_segments else events
-        rows += plan.num_kept
-        pairs += float(np.mean([_pairs(model, plan, layer) for layer in range(s.num_blocks)]))
+        laid = model.rows(batch)
+        rows += laid.num_readable
+        pairs += float(np.mean([_pairs(laid, layer) for layer in range(s.num_blocks)]))
     per_row = s.num_blocks * s.num_heads * (s.dqk + s.dv) * _FLOAT_BYTES
     states = s.num_domains * s.states_per_domain * per_row if s.ddsr else 0
     return AttentionCost(pairs / data.users.size, rows / data.users.size * per_row + states)
 
 
-def _pairs(model: CrossDomainHSTU, plan: EncoderPlan | TokenPlan, layer: int) -> float:
-    """Pairs of a layer, averaged over its heads."""
-    s = model.settings
-    masked = s.domain_mask and layer not in s.full_attention_layers
-    own = s.num_heads - s.target_view_heads
-    total = own * sum(map(num_pairs, plan.own_views(masked=masked))) if own else 0
-    if s.target_view_heads:
-        total += s.target_view_heads * sum(map(num_pairs, plan.target_views()))
-    return total / s.num_heads
+def _pairs(rows: EncoderRows, layer: int) -> float:
+    """Count the pairs of a layer, averaged over its heads."""
+    total = sum(
+        (view.heads.stop - view.heads.start) * sum(map(num_pairs, view.groupings))
+        for view in rows.views(layer)
+    )
+    return total / rows.settings.num_heads

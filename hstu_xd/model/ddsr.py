@@ -1,11 +1,15 @@
 """DDSR: the last hidden state of every domain, queried by a small cross-domain attention."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops import state_attention
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
+from hstu_xd.ops.state_attention.eager import eager_state_attention
+from hstu_xd.ops.state_attention.question_reads import QuestionReads
 from hstu_xd.ops.state_attention.state_reads import StateReads
 
 
@@ -66,7 +70,7 @@ class DynamicDomainState(nn.Module):
             nn.init.normal_(self._target_emb.weight, std=0.02)
 
     @classmethod
-    def of(cls, settings: EncoderSettings) -> "DynamicDomainState":
+    def from_settings(cls, settings: EncoderSettings) -> "DynamicDomainState":
         """Build it as the settings have it, whether they switch it on or not."""
         # "flex" is an implementation of domain attention alone.
         impl = "eager" if settings.impl == "flex" else settings.impl
@@ -83,25 +87,55 @@ class DynamicDomainState(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, states: Tensor, reads: StateReads, target_domains: Tensor
+        self,
+        hidden: Tensor,
+        states: Tensor,
+        reads: StateReads,
+        target_domains: Tensor,
+        *,
+        questions: QuestionReads | None = None,
     ) -> Tensor:
         """Query the domain states.
 
         Args:
-            hidden: (L, K) float, what the queries are made of.
-            states: (L, K) float, the state that each token writes for its domain.
+            hidden: (L + R, K) float, what the queries of L tokens and R questions are made of.
+            states: (L + R, K) float, the state that each token writes for its domain; a question's
+                is read by itself alone.
             reads: which states each token reads.
-            target_domains: (L,) int64, domain of each token's next event.
+            target_domains: (L + R,) int64, domain of each token's next event, and of the questions.
+            questions: which states each question reads; None without.
 
         Returns:
-            (L, H * dv) float.
+            (L + R, H * dv) float.
         """
         assert reads.states_per_domain == self._states_per_domain
         query = self.queries(hidden, target_domains)
         written = torch.cat([states, self._initial_state.to(states.dtype)])
         key, value = self.memory(written)
         q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query.to(key.dtype), key, value))
-        return state_attention(q, k, v, reads, bias=self._age_w, impl=self.impl).flatten(1)
+        if questions is None:
+            return state_attention(q, k, v, reads, bias=self._age_w, impl=self.impl).flatten(1)
+        # Tokens read the states of tokens and the initial ones.
+        num_tokens, last = reads.grouping.num_tokens, len(hidden)
+        own_k, own_v = (torch.cat([x[:num_tokens], x[last:]]) for x in (k, v))
+        tokens = state_attention(
+            q[:num_tokens], own_k, own_v, reads, bias=self._age_w, impl=self.impl
+        )
+        asked = eager_state_attention(q, k, v, questions, bias=self._age_w)
+        return torch.cat([tokens, asked]).flatten(1)
+
+    def fused(self) -> "FusedStates":
+        """Lay the weights out for rows that arrive one at a time; later changes are not seen."""
+        scale = self._dqk**-0.5
+        memory = side_by_side(self._key.weight.T, self._value.weight.T, self._heads)
+        return FusedStates(
+            num_heads=self._heads,
+            query=self._query.weight.T * scale,
+            memory=memory,
+            initial=by_head(self._initial_state @ memory, self._heads),
+            targets=None if self._target_emb is None else self._target_emb.weight * scale,
+            ages=None if self._age_w is None else self._age_w.T,
+        )
 
     def queries(self, hidden: Tensor, target_domains: Tensor) -> Tensor:
         """Make scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
@@ -113,3 +147,49 @@ class DynamicDomainState(nn.Module):
     def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Make keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""
         return self._key(states), self._value(states)
+
+
+@dataclass(frozen=True, eq=False)
+class FusedStates:
+    """DDSR's weights as a step for a few new rows multiplies with them.
+
+    Attributes:
+        num_heads: heads ``H``.
+        query: (K, H * dqk), of scaled queries.
+        memory: (K, H * (dqk + dv)), of each head's key and value of a state, side by side.
+        initial: (H, D, dqk + dv), keys and values of the initial states.
+        targets: (D, H * dqk), what a target domain adds to scaled queries; None without.
+        ages: (H, buckets + 1), the age bias; None without.
+    """
+
+    num_heads: int
+    query: Tensor
+    memory: Tensor
+    initial: Tensor
+    targets: Tensor | None
+    ages: Tensor | None
+
+    def memory_of(self, states: Tensor) -> Tensor:
+        """Make keys and values of states: (R, K) -> (H, R, dqk + dv)."""
+        return by_head(states @ self.memory, self.num_heads)
+
+    @staticmethod
+    def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Ask states: (H, r, dqk), (H, dqk, n), (H, n, dv), (H, r, n) -> (H, r, dv)."""
+        return torch.bmm(torch.baddbmm(bias, query, keys).softmax(2), values)
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """View (R, H * d) as (H, R, d)."""
+    return x.view(x.shape[0], heads, -1).transpose(0, 1)
+
+
+def columns_by_head(x: Tensor, heads: int) -> Tensor:
+    """View (R, H * d) as (H, d, R)."""
+    return x.view(x.shape[0], heads, -1).permute(1, 2, 0)
+
+
+def side_by_side(keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """Lay each head's key before its value: (R, H * dqk), (R, H * dv) -> (R, H * (dqk + dv))."""
+    parts = [x.unflatten(1, (heads, -1)) for x in (keys, values)]
+    return torch.cat(parts, dim=2).flatten(1)

@@ -1,21 +1,326 @@
-"""The encoder: input embeddings in, one hidden state a token out."""
+"""The encoder: a stack of HSTU layers, input embeddings in, one hidden state a row out."""
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout, layer_norm, silu
 
+from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
-from hstu_xd.model.history_tokens import TokenPlan
-from hstu_xd.model.layer import HSTULayer, Written
-from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.ddsr import (
+    DynamicDomainState,
+    FusedStates,
+    by_head,
+    columns_by_head,
+    side_by_side,
+)
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import EncoderRows, Events, View
+from hstu_xd.ops import domain_attention
+from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu_xd.parts import Part
+
+_EPS = 1e-6
+
+
+class RelativeBucketedTimeAndPositionBias(nn.Module):
+    """Tables over the position difference and the log-bucketed time difference.
+
+    Args:
+        max_length: the padded length ``N``; positions run from 0 to ``N - 1``.
+
+    Source: arXiv 2402.17152; parameter names as in generative-recommenders.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self._ts_w = nn.Parameter(torch.empty(NUM_TIME_BUCKETS + 1).normal_(std=0.02))
+        self._pos_w = nn.Parameter(torch.empty(2 * max_length - 1).normal_(std=0.02))
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Return the tables of positions, (2 N - 1,), and of times, (buckets + 1,)."""
+        return self._pos_w, self._ts_w
+
+    def forward(
+        self, positions: Tensor, timestamps: Tensor, next_timestamps: Tensor
+    ) -> RelativeBias:
+        """Tie the tables to a batch's tokens: three (L,) int64 tensors."""
+        return RelativeBias(self._pos_w, self._ts_w, positions, timestamps, next_timestamps)
+
+
+class LayerCache(NamedTuple):
+    """What L' rows leave for later ones: (L', H dqk) keys, (L', H dv) values, (L', K) states."""
+
+    keys: Tensor
+    values: Tensor
+    states: Tensor
+
+
+class HSTULayer(nn.Module):
+    """``H = X + Wo(U * (LN(Y) + C))`` with ``Y`` the attention and ``C`` the domain states' answer.
+
+    Without ``C`` (DDSR off) and with one group a user (mask off) this is upstream's layer, with
+    upstream's parameter names.
+
+    Args:
+        settings: sizes and switches of the encoder.
+
+    Source: arXiv 2402.17152 (layer), arXiv 2508.20945 (intra-domain attention and DDSR).
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        s = self._settings = settings
+        self._widths = [s.num_heads * w for w in (s.dv, s.dv, s.dqk, s.dqk)]
+        self._uvqk = nn.Parameter(torch.empty(s.embedding_dim, sum(self._widths)).normal_(std=0.02))
+        self._o = nn.Linear(s.num_heads * s.dv * (3 if s.concat_ua else 1), s.embedding_dim)
+        nn.init.xavier_uniform_(self._o.weight)
+        self._rel_attn_bias = (
+            RelativeBucketedTimeAndPositionBias(s.norm_length)
+            if s.enable_relative_attention_bias
+            else None
+        )
+        self._ddsr = DynamicDomainState.from_settings(s) if s.ddsr else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: EncoderRows,
+        views: Sequence[View],
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Run the layer over the rows of a jagged batch.
+
+        Args:
+            x: (L', K) float.
+            rows: their coordinates, and which domain states they read.
+            views: what the heads read.
+            caches: takes what the rows leave behind for later ones, if given.
+
+        Returns:
+            (L', K) float.
+        """
+        s = self._settings
+        normed, u, v, q, k = self.project(x)
+        attended = self.normalise(
+            self._attend(
+                q.view(-1, s.num_heads, s.dqk),
+                k.view(-1, s.num_heads, s.dqk),
+                v.view(-1, s.num_heads, s.dv),
+                rows,
+                views,
+            )
+        )
+        states = self.state(normed, attended)
+        answer: Tensor | None = None
+        if self._ddsr is not None:
+            read = self._ddsr(
+                rows.take_entries(normed),
+                rows.take_entries(states),
+                rows.state_reads,
+                rows.entry_targets,
+                questions=rows.question_reads,
+            )
+            answer = rows.spread_entries(read)
+        if caches is not None:
+            caches.append(LayerCache(k, v, states))
+        return self.combine(x, u, attended, answer)
+
+    def fused(self) -> "FusedLayer":
+        """Lay the weights out for rows that arrive one at a time; later changes are not seen."""
+        heads = self._settings.num_heads
+        states = None if self._ddsr is None else self._ddsr.fused()
+        u, v, q, k = self._uvqk.split(self._widths, dim=1)
+        columns = [u, q, side_by_side(k, v, heads), q[:, :0], q[:, :0]]
+        if states is not None:
+            columns[3] = states.query
+            if self._settings.state_from == "input":
+                columns[4] = states.memory
+        bias = self._rel_attn_bias
+        return FusedLayer(
+            settings=self._settings,
+            projection=torch.cat(columns, dim=1),
+            widths=[x.shape[1] for x in columns],
+            states=states,
+            bias_tables=None if bias is None else bias.tables,
+            combine=self.combine,
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return normed (..., K) and gates u, values v, queries q, keys k (..., H d)."""
+        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
+        projected = normed @ self._uvqk
+        if self._settings.linear_activation == "silu":
+            projected = silu(projected)
+        return normed, *projected.split(self._widths, dim=-1)
+
+    def normalise(self, attended: Tensor) -> Tensor:
+        """Normalise what all heads read: (..., H dv) -> (..., H dv)."""
+        return layer_norm(attended, attended.shape[-1:], eps=_EPS)
+
+    def state(self, normed: Tensor, attended: Tensor) -> Tensor:
+        """Return what a token writes as its domain's state: (..., K)."""
+        return normed if self._settings.state_from == "input" else attended
+
+    def combine(self, x: Tensor, u: Tensor, attended: Tensor, answer: Tensor | None) -> Tensor:
+        """Gate, project and add to the input.
+
+        Args:
+            x: (..., K) float, the layer's input.
+            u: (..., H dv) float, gates.
+            attended: (..., H dv) float, normalised.
+            answer: (..., H dv) float, the domain states' answer, if there is one.
+
+        Returns:
+            (..., K) float.
+        """
+        s = self._settings
+        after_gate: Tensor | None = None
+        if answer is not None:
+            if s.combine == "before_gate":
+                attended = attended + answer
+            else:
+                after_gate = answer
+        gated = torch.cat([u, attended, u * attended], dim=-1) if s.concat_ua else u * attended
+        if after_gate is not None:
+            gated = gated + after_gate
+        return self._o(dropout(gated, p=s.linear_dropout_rate, training=self.training)) + x
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: EncoderRows, views: Sequence[View]
+    ) -> Tensor:
+        s = self._settings
+        bias = None
+        if self._rel_attn_bias is not None:
+            bias = self._rel_attn_bias(rows.positions, rows.timestamps, rows.next_timestamps)
+        outputs = []
+        for view in views:
+            parts = [
+                domain_attention(
+                    q[:, view.heads],
+                    k[:, view.heads],
+                    v[:, view.heads],
+                    grouping,
+                    norm_length=s.norm_length,
+                    bias=bias,
+                    normalization=s.normalization,
+                    impl=s.impl,
+                )
+                for grouping in view.groupings
+            ]
+            outputs.append(sum(parts[1:], start=parts[0]))
+        return torch.cat(outputs, dim=1).flatten(1)
+
+
+class Attend(Protocol):
+    """How rows attend to what is in memory, head by head: queries, keys, values, biases."""
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Read (H, r, dv) by (H, r, dqk), (H, dqk, n), (H, n, dv) and (H, r, n).
+
+        The biases may be overwritten.
+        """
+        ...
+
+
+class StepMemory(Protocol):
+    """What the new rows of a layer read: their users' memories, and one another."""
+
+    def read_rows(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
+        """Let R rows attend to earlier rows and to one another.
+
+        Args:
+            queries: (H, R, dqk) float.
+            own: (H, dqk + dv, R) float, keys and values of the rows.
+            attend: how.
+
+        Returns:
+            (R, H * dv) float.
+        """
+        ...
+
+    def read_states(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
+        """Let R rows ask the domain states; the arguments are those of :meth:`read_rows`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class FusedLayer:
+    """A layer for a few new rows: all that they are multiplied with is merged into one matrix.
+
+    Attributes:
+        settings: of the encoder.
+        projection: (K, W), columns of gates, of queries, and of each head's key and value side by
+            side; with DDSR further those of its scaled queries and, where a state is the layer's
+            input, of its keys and values side by side.
+        widths: how many columns each of the five has.
+        states: DDSR's weights; None without it.
+        bias_tables: of positions, (2 N - 1,), and of times, (buckets + 1,); None without bias.
+        combine: see :meth:`HSTULayer.combine`.
+    """
+
+    settings: EncoderSettings
+    projection: Tensor
+    widths: list[int]
+    states: FusedStates | None
+    bias_tables: tuple[Tensor, Tensor] | None
+    combine: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+    def added_by_target(self) -> Tensor:
+        """Return what a target domain adds to the products: (D, W), to DDSR's queries."""
+        added = torch.zeros(self.settings.num_domains, sum(self.widths))
+        if self.states is not None and self.states.targets is not None:
+            added.split(self.widths, dim=1)[3].copy_(self.states.targets)
+        return added
+
+    def row_memory(self, cache: LayerCache, rows: Tensor) -> Tensor:
+        """Return keys and values of some of the full layer's rows: (H, dqk + dv, n)."""
+        heads = self.settings.num_heads
+        return columns_by_head(side_by_side(cache.keys[rows], cache.values[rows], heads), heads)
+
+    def step(self, x: Tensor, added: Tensor, memory: StepMemory) -> Tensor:
+        """Run the layer over a few new rows, as :meth:`HSTULayer.forward` over all.
+
+        Args:
+            x: (R, K) float.
+            added: (R, W) float, of :meth:`added_by_target`.
+            memory: what the rows read.
+
+        Returns:
+            (R, K) float.
+        """
+        s = self.settings
+        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
+        projected = torch.addmm(added, normed, self.projection)
+        if s.linear_activation == "silu":
+            silu(projected[:, : sum(self.widths[:3])], inplace=True)
+        u, q, kv, query, of_input = projected.split_with_sizes(self.widths, 1)
+        queries, own = by_head(q, s.num_heads), columns_by_head(kv, s.num_heads)
+        # The norm undoes a division by N, but for its eps: so the eps is multiplied instead.
+        read = memory.read_rows(queries, own, self.attend)
+        attended = layer_norm(read, read.shape[1:], eps=_EPS * s.norm_length**2)
+        answer = None
+        if self.states is not None:
+            written = of_input if s.state_from == "input" else attended @ self.states.memory
+            answer = memory.read_states(
+                by_head(query, s.num_heads),
+                columns_by_head(written, s.num_heads),
+                self.states.attend,
+            )
+        return self.combine(x, u, attended, answer)
+
+    @staticmethod
+    def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Attend to rows, ``N`` times over: see :class:`Attend`; overwrites ``bias``."""
+        return torch.bmm(silu(bias.baddbmm_(query, keys), inplace=True), values)
 
 
 class CrossDomainEncoder(nn.Module):
-    """A stack of HSTU layers that share one plan of the batch.
+    """A stack of HSTU layers, which share what the rows of a batch read.
 
     Args:
         settings: sizes and switches.
@@ -24,7 +329,7 @@ class CrossDomainEncoder(nn.Module):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         self._attention_layers = nn.ModuleList(
-            _build_layer(settings, i) for i in range(settings.num_blocks)
+            _build_layer(settings) for _ in range(settings.num_blocks)
         )
         self._settings = settings
         self._history_tokens: nn.Parameter | None = None
@@ -34,8 +339,13 @@ class CrossDomainEncoder(nn.Module):
 
     @property
     def layers(self) -> list[HSTULayer]:
-        """The layers, first to last."""
+        """Return the layers, first to last."""
         return cast(list[HSTULayer], list(self._attention_layers))
+
+    @property
+    def history_tokens(self) -> Tensor | None:
+        """Return the input of history tokens, (K', K); None without them."""
+        return self._history_tokens
 
     def take_parameters(self, layers: Iterable[nn.Module]) -> None:
         """Hold the parameters of HSTU layers, the very objects, in place of one's own.
@@ -48,28 +358,43 @@ class CrossDomainEncoder(nn.Module):
                 path, _, leaf = name.rpartition(".")
                 setattr(own.get_submodule(path), leaf, parameter)
 
-    def forward(self, x: Tensor, plan: EncoderPlan, written: list[Written] | None = None) -> Tensor:
-        """(L, K) float -> (L, K) float; ``written`` takes what each layer's tokens leave behind."""
-        if not self._settings.has_segments:
-            for layer in self._attention_layers:
-                x = layer(x, plan, written=written)
-            return x
-        rows = TokenPlan.build(plan, self._settings)
-        tokens = self._history_tokens
-        x = rows.insert(x, x[:0] if tokens is None else tokens)
-        for layer in self._attention_layers:
-            x = layer(x, rows, written=written)
-        return rows.take_events(x)
+    def forward(
+        self,
+        x: Tensor,
+        events: Events,
+        *,
+        questions: Questions | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Encode the events of a batch, and questions that are put to some of them.
+
+        Args:
+            x: (L + R, K) float, input of the L events, then of the R questions.
+            events: of the batch.
+            questions: events to be encoded once more, for another domain or time.
+            caches: takes what each layer's rows leave behind for later ones, if given.
+
+        Returns:
+            (L + R, K) float.
+
+        Raises:
+            InputError: questions that do not fit the batch, or the settings.
+        """
+        rows = EncoderRows(self._settings, events, questions)
+        x = rows.lay_out(x, self._history_tokens)
+        for number, layer in enumerate(self._attention_layers):
+            x = layer(x, rows, rows.views(number), caches=caches)
+        return rows.take_entries(x)
 
 
-def _build_layer(settings: EncoderSettings, index: int) -> nn.Module:
+def _build_layer(settings: EncoderSettings) -> nn.Module:
     """Build a layer, of the class that the settings name.
 
     Raises:
         InputError: the user's class makes something else.
     """
     make = settings.layer.value if isinstance(settings.layer, Part) else HSTULayer
-    layer = make(settings, full_attention=index in settings.full_attention_layers)
+    layer = make(settings)
     if not isinstance(layer, nn.Module):
         raise InputError(
             f"xd_encoder.layer = {settings.layer!r} makes a {type(layer).__name__}; a "

@@ -4,19 +4,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from hstu_xd.batch import JaggedBatch
+from hstu_xd.batch import JaggedBatch, Questions
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model.encoder import CrossDomainEncoder
+from hstu_xd.model.encoder import CrossDomainEncoder, LayerCache
 from hstu_xd.model.inputs import (
     ItemEmbedding,
     PositionalInput,
     next_domain_modules,
     next_domain_signal,
 )
-from hstu_xd.model.layer import Written
-from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import EncoderRows, Events
 from hstu_xd.model.warm_start import load_hstu
 
 _L2_EPS = 1e-6
@@ -60,49 +59,91 @@ class CrossDomainHSTU(nn.Module):
         self._hstu = CrossDomainEncoder(settings)
         self._tape, self._target_domain_emb = next_domain_modules(settings)
 
-    def forward(self, batch: JaggedBatch, written: list[Written] | None = None) -> Tensor:
-        """Encode every token of a jagged batch.
+    def forward(
+        self,
+        batch: JaggedBatch,
+        *,
+        questions: Questions | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Encode every token of a jagged batch, and questions that are put to some of them.
 
         Args:
             batch: histories; no longer than ``settings.norm_length`` tokens each.
-            written: takes what each layer's tokens leave behind for later ones, if given.
+            questions: tokens to be encoded once more, for another domain or time.
+            caches: takes what each layer's rows leave behind for later ones, if given.
 
         Returns:
-            (L, K) float, unit vectors: what each token says of its next event.
+            (L + R, K) float, unit vectors: what each token says of its next event, then what each
+            question is answered; R is 0 without questions.
 
         Raises:
             InputError: a history longer than that (checked on CPU, where it costs no wait, and not
-                in compiled code).
+                in compiled code), or questions that do not fit.
         """
         if batch.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_lengths(batch)
-        plan = self.plan(batch)
+        rows = self.rows(batch, questions)
+        item_ids, positions = batch.item_ids, rows.events.positions
+        if questions is not None:
+            item_ids, positions = (torch.cat([x, x[questions.rows]]) for x in (item_ids, positions))
         extra = next_domain_signal(
-            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+            self._tape, self._target_domain_emb, rows.entry_domains, rows.entry_targets
         )
-        x = self._input_features_preproc(
-            self._embedding_module(batch.item_ids), plan.positions, extra
-        )
-        return normalize(self._hstu(x, plan, written=written).float(), dim=1, eps=_L2_EPS)
+        x = self.embed(item_ids, positions, extra)
+        return self.unit_vectors(self._hstu(x, rows.events, questions=questions, caches=caches))
 
-    def plan(self, batch: JaggedBatch) -> EncoderPlan:
-        """The plan that all layers share for this batch."""
+    @property
+    def encoder(self) -> CrossDomainEncoder:
+        """Return the layers."""
+        return self._hstu
+
+    def embed(self, item_ids: Tensor, positions: Tensor, signal: Tensor | None) -> Tensor:
+        """Make the encoder's input.
+
+        Args:
+            item_ids: (L,) int64.
+            positions: (L,) int64, in the user's history.
+            signal: (L, K) float, what the input is told of the next domain, if anything.
+
+        Returns:
+            (L, K) float.
+        """
+        return self._input_features_preproc(self._embedding_module(item_ids), positions, signal)
+
+    def unit_vectors(self, encoded: Tensor) -> Tensor:
+        """Normalise what the encoder returns: (..., K) float -> (..., K) float32."""
+        return normalize(encoded.float(), dim=-1, eps=_L2_EPS)
+
+    def next_domain_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the signal of the next domain is made of, zeros where a switch is off.
+
+        Returns:
+            Three (D, K) float: the first by domain left times the second by domain entered is said
+            of a switch, the third of every target domain.
+        """
+        nothing = torch.zeros(self.settings.num_domains, self.settings.embedding_dim)
+        left, entered = (nothing, nothing) if self._tape is None else self._tape.factors()
+        embedding = self._target_domain_emb
+        return left, entered, nothing if embedding is None else embedding.weight
+
+    def rows(self, batch: JaggedBatch, questions: Questions | None = None) -> EncoderRows:
+        """Return the rows that a batch and questions make, and what each of them reads."""
         domains = self.catalog.domain_of(batch.item_ids)
         if batch.padded_length is not None:
             domains = domains.clamp(min=0)  # padding is later than all that is read
-        return EncoderPlan(
+        events = Events(
             domains=domains,
             target_domains=batch.target_domains,
             timestamps=batch.timestamps,
             next_timestamps=batch.next_timestamps,
             offsets=batch.offsets,
-            num_domains=self.catalog.num_domains,
-            states_per_domain=self.settings.states_per_domain,
             padded_length=batch.padded_length,
         )
+        return EncoderRows(self.settings, events, questions)
 
     def item_vectors(self, item_ids: Tensor) -> Tensor:
-        """Unit vectors of items: (...) int64 -> (..., K) float."""
+        """Return unit vectors of items: (...) int64 -> (..., K) float."""
         return normalize(self._embedding_module(item_ids).float(), dim=-1, eps=_L2_EPS)
 
     def encode(
@@ -112,7 +153,7 @@ class CrossDomainHSTU(nn.Module):
         target_domains: Tensor,
         request_timestamps: Tensor | None = None,
     ) -> Tensor:
-        """User vectors for one requested domain each.
+        """Return user vectors for one requested domain each.
 
         Args:
             item_ids: (B, N) int64, oldest first, padded with 0 at the end.
@@ -133,7 +174,7 @@ class CrossDomainHSTU(nn.Module):
         return self(batch)[batch.offsets[1:] - 1]
 
     def encode_padded(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> Tensor:
-        """As :meth:`encode`, by steps whose sizes follow from shapes alone: what is exported.
+        """Compute :meth:`encode` by steps whose sizes follow from shapes alone: what is exported.
 
         Nothing is checked, and the padding is encoded with the rest.
 
@@ -158,7 +199,7 @@ class CrossDomainHSTU(nn.Module):
         target_domains: Tensor,
         request_timestamps: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(B,) times of the requests and (B, N) domains of the events after each one."""
+        """Return (B,) times of the requests and (B, N) domains of the events after each one."""
         last = ((item_ids != 0).sum(1) - 1).clamp(min=0).unsqueeze(1)
         if request_timestamps is None:
             request_timestamps = timestamps.gather(1, last).squeeze(1)

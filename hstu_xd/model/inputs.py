@@ -1,8 +1,7 @@
-"""What the encoder's input is told of the next event's domain: TAPE and a plain embedding.
+"""The encoder's input: items, positions, and what is said of the next event's domain.
 
-TAPE: positional embeddings that tell the model which domain comes next.
-
-Item table and input features, named as upstream names them so that its checkpoints load.
+The next domain is told by TAPE, which embeds a switch of domains, and by a plain embedding of the
+target domain. Parameters of HSTU have upstream's names, so that its checkpoints load.
 """
 
 import math
@@ -37,6 +36,14 @@ class TransitionAwarePositionalEmbedding(nn.Module):
         nn.init.xavier_uniform_(self._transition.weight)
         nn.init.zeros_(self._transition.bias)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return what a switch's embedding is the product of: by domain left and by domain entered.
+
+        Both are (D, K), and the scale is in the first.
+        """
+        entered = self._domain_emb.weight
+        return self._transition(entered) * self._scale, entered
+
     def forward(self, domains: Tensor, target_domains: Tensor) -> Tensor:
         """Embed the transitions.
 
@@ -66,7 +73,7 @@ class ItemEmbedding(nn.Module):
         nn.init.trunc_normal_(self._item_emb.weight, std=0.02)
 
     def forward(self, item_ids: Tensor) -> Tensor:
-        """(...) int64 -> (..., K) float."""
+        """Look items up: (...) int64 -> (..., K) float."""
         return self._item_emb(item_ids)
 
 
@@ -86,7 +93,7 @@ class PositionalInput(nn.Module):
         nn.init.trunc_normal_(self._pos_emb.weight, std=math.sqrt(1 / embedding_dim))
 
     def forward(self, items: Tensor, positions: Tensor, extra: Tensor | None) -> Tensor:
-        """(..., K) item vectors, (...) int64 positions, (..., K) signals or None -> (..., K)."""
+        """Add up (..., K) item vectors, (...) int64 positions, (..., K) signals or None."""
         x = items * math.sqrt(items.shape[-1]) + self._pos_emb(positions)
         if extra is not None:
             x = x + extra
@@ -96,7 +103,7 @@ class PositionalInput(nn.Module):
 def next_domain_modules(
     settings: EncoderSettings,
 ) -> tuple[TransitionAwarePositionalEmbedding | None, nn.Embedding | None]:
-    """TAPE and the target-domain embedding as the settings have them; both say nothing at first."""
+    """Build TAPE and the target-domain embedding as the settings say; both start at zero."""
     sizes = settings.num_domains, settings.embedding_dim
     tape = TransitionAwarePositionalEmbedding(*sizes) if settings.tape else None
     embedding = None
@@ -109,7 +116,7 @@ def next_domain_modules(
 def next_domain_signal(
     tape: nn.Module | None, embedding: nn.Module | None, domains: Tensor, target_domains: Tensor
 ) -> Tensor | None:
-    """What both say, added up.
+    """Add up what both say.
 
     Args:
         tape: of :func:`next_domain_modules`.

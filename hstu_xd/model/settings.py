@@ -49,7 +49,7 @@ class EncoderSettings:
         normalization: how attention scores become weights, by "silu" as in HSTU or by "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
         layer: "hstu", or a class of your own in its place, ``@MyLayer``: built and called as
-            :class:`hstu_xd.model.layer.HSTULayer` is.
+            :class:`hstu_xd.model.encoder.HSTULayer` is.
 
     Raises:
         InputError: a value outside its range; the message names it.

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.views import Events
 from hstu_xd.model.warm_start import load_hstu
 
 _logger = logging.getLogger(__name__)
@@ -66,12 +66,12 @@ class UnpaddedBatch:
     Attributes:
         valid: (B, N) bool, where the tokens are: a run of columns in each row.
         present: (L,) int64, places of the tokens in the flat batch.
-        plan: of the tokens.
+        events: the tokens.
     """
 
     valid: Tensor
     present: Tensor
-    plan: EncoderPlan
+    events: Events
 
     @classmethod
     def build(
@@ -82,8 +82,6 @@ class UnpaddedBatch:
         next_domains: Tensor,
         times: Tensor,
         next_times: Tensor,
-        num_domains: int,
-        states_per_domain: int,
     ) -> "UnpaddedBatch":
         """Cut the padding off.
 
@@ -93,20 +91,16 @@ class UnpaddedBatch:
             next_domains: (B, N) int64, of the events that follow them.
             times: (B, N) int64, of the tokens.
             next_times: (B, N) int64, of the events that follow them.
-            num_domains: number of domains ``D``.
-            states_per_domain: states that DDSR reads per domain.
         """
         present = valid.flatten().nonzero().squeeze(1)
-        plan = EncoderPlan(
+        events = Events(
             domains=domains.flatten()[present],
             target_domains=next_domains.flatten()[present],
             timestamps=times.flatten()[present],
             next_timestamps=next_times.flatten()[present],
             offsets=pad(valid.sum(1).cumsum(0), (1, 0)),
-            num_domains=num_domains,
-            states_per_domain=states_per_domain,
         )
-        return cls(valid, present, plan)
+        return cls(valid, present, events)
 
     def gather(self, padded: Tensor) -> Tensor:
         """Take the tokens out of the padding: (B, N, ...) -> (L, ...)."""

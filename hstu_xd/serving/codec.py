@@ -34,7 +34,7 @@ class RefusedState(Exception):
 
 
 def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> bytes:
-    """What states of one checkpoint, window and number type have in common: 16 bytes."""
+    """Compute what identifies states of one checkpoint, window and number type: 16 bytes."""
     digest = blake2b(digest_size=_DIGEST)
     settings = replace(model.settings, impl="auto")
     digest.update(repr((_FORMAT, settings, window, str(dtype))).encode())
@@ -48,26 +48,26 @@ def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> byte
 
 
 def revision(value: bytes | None) -> bytes:
-    """Which value of its user this is; empty for none, and for what is too short to be one."""
+    """Return which value of its user this is; empty for none, and for what is too short."""
     return b"" if value is None or len(value) < REVISION.stop else value[REVISION]
 
 
 def encode_state(state: UserState, checkpoint: bytes) -> bytes:
-    """The value that follows the one the state was read from: its counter is one more.
+    """Encode the value that follows the one the state was read from: its counter is one more.
 
     Args:
         state: of a user.
         checkpoint: of :func:`fingerprint`.
     """
     number = _COUNTER.unpack_from(state.revision)[0] if state.revision else 0
-    sizes = state.length, state.committed, state.kept, len(state.forgotten)
+    sizes = state.length, state.committed, state.num_rows, len(state.forgotten)
     arrays = (
         state.events[:, : state.length],
         state.forgotten,
         state.state_times,
         state.state_counts,
-        state.memory[..., : state.kept],
-        state.rows[:, : state.kept],
+        state.memory[..., : state.num_rows],
+        state.rows[:, : state.num_rows],
         state.state_memory,
     )
     head = _KIND.pack(_MAGIC, _FORMAT, state.memory.element_size())
@@ -79,7 +79,7 @@ def encode_state(state: UserState, checkpoint: bytes) -> bytes:
 def decode_state(
     value: bytes, checkpoint: bytes, settings: EncoderSettings, dtype: torch.dtype
 ) -> UserState:
-    """The state that a value holds.
+    """Decode the state that a value holds.
 
     Args:
         value: of :func:`encode_state`.
@@ -95,7 +95,7 @@ def decode_state(
         raise RefusedState("is damaged")
     if _KIND.unpack_from(value)[:2] != (_MAGIC, _FORMAT) or value[_FINGERPRINT] != checkpoint:
         raise RefusedState("belongs to another checkpoint, window, number type or history")
-    length, committed, kept, forgotten = _SIZES.unpack_from(value, _FINGERPRINT.stop)
+    length, committed, num_rows, forgotten = _SIZES.unpack_from(value, _FINGERPRINT.stop)
     state = UserState.empty(settings, dtype)
     rest = np.frombuffer(bytearray(value), np.uint8, offset=_ARRAYS)
 
@@ -112,9 +112,9 @@ def decode_state(
         forgotten=take(state.forgotten, forgotten),
         state_times=take(state.state_times, *state.state_times.shape),
         state_counts=take(state.state_counts, *state.state_counts.shape),
-        memory=take(state.memory, *state.memory.shape[:-1], kept),
-        rows=take(state.rows, len(state.rows), kept),
-        kept=kept,
+        memory=take(state.memory, *state.memory.shape[:-1], num_rows),
+        rows=take(state.rows, len(state.rows), num_rows),
+        num_rows=num_rows,
         committed=committed,
         state_memory=take(state.state_memory, *state.state_memory.shape),
         revision=revision(value),

@@ -1,7 +1,4 @@
-"""What a session refuses before anything changes.
-
-What a session is asked for one user, and what it answers.
-"""
+"""What a session is asked and what it answers, and what it refuses before anything changes."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -12,8 +9,8 @@ from torch import Tensor, nn
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
+from hstu_xd.model.encoder import HSTULayer
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.layer import HSTULayer
 from hstu_xd.serving.state import UserState
 
 
@@ -53,7 +50,7 @@ def arriving_events(
     item_ids: Sequence[int],
     timestamps: Sequence[int],
 ) -> dict[Hashable, Tensor]:
-    """(3, m) int64 events of each user, see :func:`checked_events`.
+    """Gather (3, m) int64 events of each user, see :func:`checked_events`.
 
     Raises:
         InputError: lengths that differ, or an unknown item.
@@ -74,7 +71,7 @@ def arriving_events(
 def checked_events(
     catalog: DomainCatalog, item_ids: Sequence[int], timestamps: Sequence[int]
 ) -> Tensor:
-    """(3, m) int64: items, timestamps and domains.
+    """Return (3, m) int64 items, timestamps and domains of events.
 
     Raises:
         InputError: an unknown item.
@@ -137,7 +134,7 @@ _ASKED = ("__init__", "combine")
 def _check_layer(layer: nn.Module, name: str) -> None:
     """Refuse a layer that computes otherwise in the encoder than a session would."""
     needed = (
-        "a session computes layers derived from hstu_xd.model.layer.HSTULayer that override "
+        "a session computes layers derived from hstu_xd.model.encoder.HSTULayer that override "
         "combine alone; encode whole histories with model.encode or hstu-xd recommend"
     )
     if not isinstance(layer, HSTULayer):

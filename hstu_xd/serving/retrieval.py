@@ -51,7 +51,7 @@ class InvertedLists:
         self._index.nprobe = max(1, round(_READ * num_lists))
 
     def nearest(self, vector: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Scores (m,) float32 and places (m,) int64 of at most ``k`` vectors, best first."""
+        """Return scores (m,) float32 and places (m,) int64 of at most ``k`` vectors, best first."""
         scores, places = self._index.search(vector.unsqueeze(0).numpy(force=True), k)
         found = int((places[0] >= 0).sum())  # the rest is filled up with -1
         return torch.from_numpy(scores[0][:found]), torch.from_numpy(places[0][:found])
@@ -59,7 +59,7 @@ class InvertedLists:
 
 @cache
 def load_faiss() -> ModuleType:
-    """The FAISS library.
+    """Import the FAISS library.
 
     Raises:
         InputError: it is not installed.
@@ -122,7 +122,7 @@ class ItemIndex:
             vectors = self.scorer.item_vectors
             self._vectors = torch.cat([vectors(x) for x in self._items.split(_BLOCK)])
         self._offsets: list[int] = catalog.domain_offsets.tolist()
-        # Where an item stands in the arrays above; ids that no item bears stand nowhere.
+        # Where an item stands in the arrays above; unused ids stand nowhere.
         self._places = torch.full((catalog.num_items + 1,), -1)
         self._places[self._items] = torch.arange(len(self._items))
         self._lists: dict[int, InvertedLists] = {}
@@ -168,7 +168,7 @@ class ItemIndex:
     def _near(
         self, vector: Tensor, domain: int, k: int, left_out: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Scores and places by a domain's index; None where it has none or finds too few."""
+        """Return scores and places by a domain's index; None where it has none or finds too few."""
         if domain not in self._lists:
             return None
         start, end = self._offsets[domain], self._offsets[domain + 1]

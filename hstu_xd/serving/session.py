@@ -8,11 +8,12 @@ from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
+from hstu_xd.model.encoder import LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.layer import Written
+from hstu_xd.model.incremental import IncrementalModel
+from hstu_xd.model.rows import EVENT
 from hstu_xd.objectives.objective import Scorer
-from hstu_xd.serving.fused_weights import PreparedModel
-from hstu_xd.serving.new_rows import EVENT, CutWindow, Rows
+from hstu_xd.serving.new_rows import SegmentedWindow, new_rows
 from hstu_xd.serving.requests import (
     Answer,
     Request,
@@ -24,10 +25,8 @@ from hstu_xd.serving.requests import (
     checked_events,
 )
 from hstu_xd.serving.retrieval import ItemIndex
-from hstu_xd.serving.state import UserState
-from hstu_xd.serving.state_cache import ResidentStates
-from hstu_xd.serving.step import run_step
-from hstu_xd.serving.stored_states import SharedStates, Versions
+from hstu_xd.serving.state import StateCache, UserState
+from hstu_xd.serving.stored_states import StoredStates, Versions
 from hstu_xd.serving.stores import StateStore, StoreError
 
 # Events that are committed by one step; more are encoded together with the whole window.
@@ -112,26 +111,26 @@ class EncoderSession:
         self.model = model.eval()
         self.window = window or longest
         self._dtype, self._history = dtype, history
-        self._residents = ResidentStates(max_bytes)
+        self._cache = StateCache(max_bytes)
         with torch.inference_mode():
-            self._prepared = PreparedModel.of(model)
+            self._incremental = IncrementalModel.from_model(model)
         if isinstance(retrieval, str):
             retrieval = ItemIndex(model, retrieval, scorer)
         self.index = retrieval
-        self._shared = None
+        self._stored = None
         if store is not None:
-            self._shared = SharedStates(store, model, self.window, dtype, versions)
+            self._stored = StoredStates(store, model, self.window, dtype, versions)
 
     def __len__(self) -> int:
-        return len(self._residents)
+        return len(self._cache)
 
     def __contains__(self, user: Hashable) -> bool:
-        return user in self._residents
+        return user in self._cache
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all states."""
-        return self._residents.num_bytes
+        """Count the bytes of all states."""
+        return self._cache.num_bytes
 
     def append(
         self, users: Sequence[Hashable], item_ids: Sequence[int], timestamps: Sequence[int]
@@ -171,7 +170,7 @@ class EncoderSession:
         target_domains: Sequence[int] | Sequence[Sequence[int]] | Tensor,
         request_timestamps: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """User vectors for the requested domains.
+        """Return user vectors for the requested domains.
 
         Args:
             users: (B,); an unknown one is answered from the learned initial states alone.
@@ -197,7 +196,7 @@ class EncoderSession:
         exclude_seen: bool = True,
         request_timestamps: Sequence[int] | None = None,
     ) -> list[list[tuple[int, float]]]:
-        """Best items of a domain for every user.
+        """Recommend the best items of a domain to every user.
 
         Args:
             users: (B,).
@@ -226,7 +225,7 @@ class EncoderSession:
         target_domains: Sequence[int],
         request_timestamps: Sequence[int] | None = None,
     ) -> Tensor:
-        """Scores of given items; candidates see the history and not each other.
+        """Score given items; candidates see the history and not each other.
 
         Args:
             users: (B,).
@@ -260,13 +259,13 @@ class EncoderSession:
 
     def forget(self, user: Hashable) -> bool:
         """Drop all that is kept of a user, in the store too; returns whether anything was."""
-        dropped = self._residents.drop(user)
-        return self._shared.delete(user) or dropped if self._shared is not None else dropped
+        dropped = self._cache.drop(user)
+        return self._stored.delete(user) or dropped if self._stored is not None else dropped
 
     def release(self, users: Iterable[Hashable]) -> None:
         """Let go of states in memory: the next call reads or rebuilds them; no store is asked."""
         for user in users:
-            self._residents.drop(user)
+            self._cache.drop(user)
 
     def _vectors(
         self,
@@ -274,7 +273,7 @@ class EncoderSession:
         target_domains: Sequence[int] | Sequence[Sequence[int]] | Tensor,
         request_timestamps: Sequence[int] | Tensor | None,
     ) -> tuple[Tensor, list[UserState]]:
-        """What :meth:`query` returns, and the states it read."""
+        """Return what :meth:`query` returns, and the states it read."""
         targets = torch.as_tensor(target_domains, dtype=torch.int64)
         if targets.ndim not in (1, 2) or len(targets) != len(users):
             raise InputError(
@@ -291,29 +290,29 @@ class EncoderSession:
         return vectors if targets.ndim == 2 else vectors.squeeze(1), states
 
     def _answer(self, requests: Sequence[Request]) -> tuple[list[Tensor], list[UserState]]:
-        """(V, K) vectors for each request, and the states they were computed from."""
+        """Return (V, K) vectors for each request, and the states they were computed from."""
         states = self._load(request.user for request in requests)
         if len(states) < len(requests):
-            # Who is asked for in several places has nothing left to commit in any of them.
+            # A user of several requests must have nothing left to commit in any of them.
             self._commit(list(states.values()))
         read, settings = [states[request.user] for request in requests], self.model.settings
         rows = [
-            Rows.of(state, settings, list(request.target_domains), request.timestamp)
+            new_rows(state, settings, list(request.target_domains), request.timestamp)
             for state, request in zip(read, requests)
         ]
-        vectors = run_step(self._prepared, rows)
-        self._keep({user: state for user, state in states.items() if user in self._residents})
+        vectors = self._incremental.step(rows)
+        self._keep({user: state for user, state in states.items() if user in self._cache})
         return vectors, read
 
     def _load(self, users: Iterable[Hashable]) -> dict[Hashable, UserState]:
-        """The states of users, rebuilt or empty where there is none; now the most recent."""
+        """Return states of users, rebuilt or empty where there is none, as the most recent ones."""
         states: dict[Hashable, UserState] = {}
         users = list(dict.fromkeys(users))
         refused: dict[Hashable, bytes] = {}
-        if self._shared is not None:
-            refused = self._shared.refresh(users, self._residents)
+        if self._stored is not None:
+            refused = self._stored.refresh(users, self._cache)
         for user in users:
-            state = self._residents.get(user)
+            state = self._cache.get(user)
             if state is None:
                 state = UserState.empty(self.model.settings, self._dtype)
                 # What replaces a value that cannot be used.
@@ -321,7 +320,7 @@ class EncoderSession:
                 if self._history is not None:
                     self._extend(state, checked_events(self.model.catalog, *self._history(user)))
                     self._commit([state])
-                    # Of strangers nothing is kept: there may be any number of them.
+                    # States of unknown users are not kept: there may be any number of them.
                     if state.length:
                         self._keep({user: state})
                 elif user in refused:
@@ -334,19 +333,19 @@ class EncoderSession:
 
     def _save(self, states: dict[Hashable, UserState]) -> list[Hashable]:
         """Store changed states; returns the users whose change was lost to another writer's."""
-        if self._shared is None:
+        if self._stored is None:
             return []
         lost = list(states)
         try:
-            lost = self._shared.save(states)
+            lost = self._stored.save(states)
         finally:
             for user in lost:
-                self._residents.drop(user)
+                self._cache.drop(user)
         return lost
 
     def _keep(self, states: dict[Hashable, UserState]) -> None:
         for user, state in states.items():
-            self._residents.keep(user, state)
+            self._cache.keep(user, state)
 
     def _extend(self, state: UserState, events: Tensor) -> None:
         """Take (3, m) more events; the oldest leave where the window has no room for them."""
@@ -361,18 +360,18 @@ class EncoderSession:
         few = [state for state in states if 0 < state.uncommitted <= _BLOCK]
         if few:
             settings = self.model.settings
-            run_step(self._prepared, [Rows.of(state, settings, [0], None) for state in few])
+            self._incremental.step([new_rows(state, settings, [0], None) for state in few])
         for state in states:
             if state.uncommitted:
                 self._encode(state)
 
     def _encode(self, state: UserState) -> None:
         """Commit all events but the last, whatever was committed before, by the full encoder."""
-        written: list[Written] = []
+        caches: list[LayerCache] = []
         window = state.events[:, : state.length]
         items, times, domains = window
-        # The pending event goes along, so that history tokens are laid before it; whatever it is
-        # asked for, nothing of it is kept.
+        # The pending event is encoded only so that history tokens are placed before it; its output
+        # is discarded.
         batch = JaggedBatch(
             item_ids=items,
             timestamps=times,
@@ -380,18 +379,18 @@ class EncoderSession:
             target_domains=torch.cat([domains[1:], domains[-1:]]),
             offsets=torch.tensor([0, len(items)]),
         )
-        self.model(batch, written=written)
-        events = kept = torch.arange(len(items) - 1)
+        self.model(batch, caches=caches)
+        events = readable = torch.arange(len(items) - 1)
         rows = state.rows[:, :0]
         if self.model.settings.has_segments:
-            cut = CutWindow.of(window, self.model.settings)
-            laid = cut.lay_out(0)[:, :-1]
+            window_rows = SegmentedWindow.build(window, self.model.settings)
+            laid = window_rows.rows_from(0)[:, :-1]
             (events,) = (laid[1] == EVENT).nonzero(as_tuple=True)
-            (kept,) = cut.is_readable(laid).nonzero(as_tuple=True)
-            rows = laid[:, kept]
-        memory, states = self._prepared.memories(written, kept, events)
+            (readable,) = window_rows.is_readable(laid).nonzero(as_tuple=True)
+            rows = laid[:, readable]
+        memory, states = self._incremental.memories(caches, readable, events)
         state.restart(memory.to(self._dtype), rows)
-        state.commit(len(events), len(kept), states)
+        state.commit(len(events), len(readable), states)
 
     @contextmanager
     def _bounded(self) -> Iterator[None]:
@@ -400,4 +399,4 @@ class EncoderSession:
             with torch.inference_mode():
                 yield
         finally:
-            self._residents.shrink()
+            self._cache.shrink()

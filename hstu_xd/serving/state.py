@@ -1,5 +1,7 @@
-"""What is kept of one user between two events."""
+"""What is kept of users between two events, and a bounded place in memory for it."""
 
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +34,9 @@ class UserState:
         forgotten: (f,) int64, items of events that left the window.
         memory: (layers, H, dqk + dv, capacity), keys and values of rows, rows last: so they are
             read fastest.
-        rows: (2, capacity) int64, what the rows in memory are, see :class:`CutWindow`; (0,
+        rows: (2, capacity) int64, what the rows in memory are, see :class:`SegmentedWindow`; (0,
             capacity) where the model does not cut histories: they are the committed events.
-        kept: number of rows in memory ``R``.
+        num_rows: number of rows in memory ``R``.
         committed: number of committed events, ``n - 1`` at most.
         state_memory: (layers, H, D * M, dqk + dv), DDSR's keys and values of each domain's latest
             states, the ``i``-th of a domain in place ``i mod M``; empty without DDSR.
@@ -48,7 +50,7 @@ class UserState:
     forgotten: Tensor
     memory: Tensor
     rows: Tensor
-    kept: int
+    num_rows: int
     committed: int
     state_memory: Tensor
     state_times: Tensor
@@ -57,57 +59,57 @@ class UserState:
 
     @classmethod
     def empty(cls, settings: EncoderSettings, dtype: torch.dtype) -> "UserState":
-        """The state of a user of whom nothing is known."""
+        """Return the state of a user of whom nothing is known."""
         s = settings
         width = s.dqk + s.dv
         domains = s.num_domains if s.ddsr else 0
-        kept = domains * s.states_per_domain
+        num_states = domains * s.states_per_domain
         return cls(
             events=torch.zeros(3, 0, dtype=torch.int64),
             length=0,
             forgotten=torch.zeros(0, dtype=torch.int64),
             memory=torch.zeros(s.num_blocks, s.num_heads, width, 0, dtype=dtype),
             rows=torch.zeros(2 if s.has_segments else 0, 0, dtype=torch.int64),
-            kept=0,
+            num_rows=0,
             committed=0,
-            state_memory=torch.zeros(s.num_blocks, s.num_heads, kept, width, dtype=dtype),
-            state_times=torch.zeros(kept, dtype=torch.int64),
+            state_memory=torch.zeros(s.num_blocks, s.num_heads, num_states, width, dtype=dtype),
+            state_times=torch.zeros(num_states, dtype=torch.int64),
             state_counts=torch.zeros(domains, dtype=torch.int64),
         )
 
     @property
     def item_ids(self) -> Tensor:
-        """(n,) int64."""
+        """Return what the window holds: (n,) int64."""
         return self.events[0, : self.length]
 
     @property
     def timestamps(self) -> Tensor:
-        """(n,) int64."""
+        """Return what the window holds: (n,) int64."""
         return self.events[1, : self.length]
 
     @property
     def domains(self) -> Tensor:
-        """(n,) int64."""
+        """Return what the window holds: (n,) int64."""
         return self.events[2, : self.length]
 
     @property
     def seen(self) -> Tensor:
-        """(n + f,) int64, items of all events, those that left the window too."""
+        """Return the items of all events, those that left the window too: (n + f,) int64."""
         return torch.cat([self.item_ids, self.forgotten])
 
     @property
     def last_time(self) -> int | None:
-        """Time of the last event; None without events."""
+        """Return the time of the last event; None without events."""
         return int(self.timestamps[-1]) if self.length else None
 
     @property
     def uncommitted(self) -> int:
-        """Events before the pending one that are not committed yet."""
+        """Count the events before the pending one that are not committed yet."""
         return max(0, self.length - 1 - self.committed)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all arrays: :func:`expected_bytes`, and spare places.
+        """Count the bytes of all arrays: :func:`expected_bytes`, and spare places.
 
         Those are at most ``max(8, n / 32)`` rows' and events', and as many as there were rows in a
         step.
@@ -116,21 +118,21 @@ class UserState:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def add(self, events: Tensor) -> None:
-        """Take (3, m) events as the newest; the one that was pending is so no longer."""
+        """Take (3, m) events as the newest; the one that was pending no longer is."""
         end = self.length + events.shape[1]
         self.events = _with_room(self.events, end)
         self.events[:, self.length : end] = events
         self.length = end
 
-    def reserve(self, rows: int, variants: int) -> None:
-        """Have room for so many rows behind those in memory, and variants of the pending event."""
-        end = self.kept + rows
+    def reserve(self, rows: int, readers: int) -> None:
+        """Make room for rows behind those in memory, and for readers of the pending event."""
+        end = self.num_rows + rows
         self.memory = _with_room(self.memory, end)
         self.rows = _with_room(self.rows, end)
-        self.events = _with_room(self.events, max(1, self.length) + variants - 1)
+        self.events = _with_room(self.events, max(1, self.length) + readers - 1)
 
     def commit(self, events: int, rows: int, states: Tensor | None) -> None:
-        """The first uncommitted events, whose keys and values are in memory, are now committed.
+        """Count the first uncommitted events, whose keys and values are in memory, as committed.
 
         Args:
             events: number of events ``m``.
@@ -138,16 +140,17 @@ class UserState:
             states: (layers, H, m, dqk + dv), DDSR's keys and values of the states that they write;
                 None without DDSR.
         """
-        self.kept += rows
+        self.num_rows += rows
         first, self.committed = self.committed, self.committed + events
         if states is None or not events:
             return
         counts = self.state_counts.tolist()
-        kept = len(self.state_times) // len(counts)
+        states_per_domain = len(self.state_times) // len(counts)
         latest: dict[int, int] = {}  # place -> the event whose state it holds now
         domains = self.events[2, first : self.committed].tolist()
         for event, domain in enumerate(domains, start=first):
-            latest[domain * kept + counts[domain] % kept] = event
+            place = domain * states_per_domain + counts[domain] % states_per_domain
+            latest[place] = event
             counts[domain] += 1
         for place, event in latest.items():
             self.state_memory[:, :, place] = states[:, :, event - first]
@@ -160,10 +163,10 @@ class UserState:
             return
         (rows,) = readable.nonzero(as_tuple=True)
         self.memory, self.rows = self.memory.index_select(3, rows), self.rows.index_select(1, rows)
-        self.kept = len(rows)
+        self.num_rows = len(rows)
 
     def drop_oldest(self, leaving: int) -> None:
-        """Forget all of the oldest events but their items; none is committed any more."""
+        """Forget the oldest events but for their items; no event is committed any more."""
         gone = self.item_ids[:leaving]
         self.forgotten = torch.cat([self.forgotten, gone]).unique()
         self.events = self.events[:, leaving : self.length].clone()
@@ -173,7 +176,7 @@ class UserState:
     def restart(self, memory: Tensor, rows: Tensor) -> None:
         """Start over with room for other memory; no event is committed yet."""
         self.memory, self.rows = memory, rows
-        self.kept = self.committed = 0
+        self.num_rows = self.committed = 0
         self.state_times.zero_()
         self.state_counts.zero_()
 
@@ -181,7 +184,7 @@ class UserState:
 def expected_bytes(
     settings: EncoderSettings, events: int, dtype: torch.dtype, *, rows: int | None = None
 ) -> int:
-    """Bytes of a state whose ``n`` events are committed but for the last.
+    """Compute the bytes of a state whose ``n`` events are committed but for the last.
 
     ``24 n + R E + D * M * E + 8 D (M + 1) + 8 f`` with ``E = layers * H * (dqk + dv) * itemsize``:
     three integers an event, keys and values of the ``R = n - 1`` committed ones, DDSR's states
@@ -192,20 +195,20 @@ def expected_bytes(
         settings: of the model.
         events: number ``n``.
         dtype: of keys and values.
-        rows: number ``R``, where it is not ``n - 1``: one less than ``TokenPlan.num_kept`` of the
-            window, in which the pending event counts.
+        rows: number ``R``, where it is not ``n - 1``: one less than
+            ``EncoderRows.num_readable`` of the window, in which the pending event counts.
     """
     s = settings
     row = s.num_blocks * s.num_heads * (s.dqk + s.dv) * dtype.itemsize
     states = s.num_domains * s.states_per_domain if s.ddsr else 0
     counts = s.num_domains if s.ddsr else 0
     rows = max(1, events) - 1 if rows is None else rows
-    kept = rows * (row + (16 if s.has_segments else 0))
-    return 24 * events + kept + states * row + 8 * (states + counts)
+    memory = rows * (row + (16 if s.has_segments else 0))
+    return 24 * events + memory + states * row + 8 * (states + counts)
 
 
 def _with_room(values: Tensor, length: int) -> Tensor:
-    """The same values in an array whose last dimension has at least ``length`` places."""
+    """Return the values in an array whose last dimension has at least ``length`` places."""
     known = values.shape[-1]
     if length <= known:
         return values
@@ -214,3 +217,48 @@ def _with_room(values: Tensor, length: int) -> Tensor:
     roomy = values.new_zeros(*values.shape[:-1], length + spare)
     roomy[..., :known] = values
     return roomy
+
+
+class StateCache:
+    """States of users in memory; the least recently used ones are dropped beyond a bound.
+
+    Args:
+        max_bytes: bound on all states; None: no bound.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self._max_bytes = max_bytes
+        self._states: OrderedDict[Hashable, tuple[UserState, int]] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __contains__(self, user: Hashable) -> bool:
+        return user in self._states
+
+    def get(self, user: Hashable) -> UserState | None:
+        """Return a user's state, which now is the most recently used."""
+        if user not in self._states:
+            return None
+        self._states.move_to_end(user)
+        return self._states[user][0]
+
+    def keep(self, user: Hashable, state: UserState) -> None:
+        """Keep a state, or count anew the bytes of one that was kept and has changed."""
+        self.drop(user)
+        size = state.num_bytes
+        self._states[user] = state, size
+        self.num_bytes += size
+
+    def drop(self, user: Hashable) -> bool:
+        """Drop a user; returns whether there was a state."""
+        if user not in self._states:
+            return False
+        self.num_bytes -= self._states.pop(user)[1]
+        return True
+
+    def shrink(self) -> None:
+        """Drop the least recently used users until the rest keeps to the bound."""
+        while self._max_bytes is not None and self.num_bytes > self._max_bytes:
+            self.drop(next(iter(self._states)))

@@ -1,4 +1,4 @@
-"""States that live in a store: read anew where another writer was there, written if none was."""
+"""States in a store: read again when another process has written, written only when none has."""
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
@@ -10,8 +10,7 @@ import torch
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving.codec import RefusedState, decode_state, encode_state, fingerprint, revision
-from hstu_xd.serving.state import UserState
-from hstu_xd.serving.state_cache import ResidentStates
+from hstu_xd.serving.state import StateCache, UserState
 from hstu_xd.serving.stores import StateStore, Write
 
 _log = logging.getLogger(__name__)
@@ -25,15 +24,15 @@ class Versions(Protocol):
     """
 
     def present(self, user: str) -> bytes:
-        """Of a user's history as it is."""
+        """Return the name of a user's history as it is."""
         ...
 
     def following(self, user: str) -> bytes:
-        """Of a user's history once it has the events that are being appended."""
+        """Return its name once it has the events that are being appended."""
         ...
 
 
-class SharedStates:
+class StoredStates:
     """A store, as a session of one checkpoint reads and writes it.
 
     Args:
@@ -56,9 +55,7 @@ class SharedStates:
         self._versions = versions
         self._checkpoint = fingerprint(model, window, dtype)
 
-    def refresh(
-        self, users: Sequence[Hashable], residents: ResidentStates
-    ) -> dict[Hashable, bytes]:
+    def refresh(self, users: Sequence[Hashable], residents: StateCache) -> dict[Hashable, bytes]:
         """Make what is in memory of some users what the store has of them.
 
         Returns:
@@ -115,13 +112,13 @@ class SharedStates:
         return self._store.delete(_checked(user))
 
     def _present(self, user: str) -> bytes:
-        return self._of(self._versions.present(user)) if self._versions else self._checkpoint
+        return self._joined(self._versions.present(user)) if self._versions else self._checkpoint
 
     def _following(self, user: str) -> bytes:
-        return self._of(self._versions.following(user)) if self._versions else self._checkpoint
+        return self._joined(self._versions.following(user)) if self._versions else self._checkpoint
 
-    def _of(self, version: bytes) -> bytes:
-        """The checkpoint's fingerprint and a history's version in one."""
+    def _joined(self, version: bytes) -> bytes:
+        """Join the checkpoint's fingerprint and a history's version in one name."""
         return blake2b(version, key=self._checkpoint, digest_size=len(self._checkpoint)).digest()
 
 

@@ -1,10 +1,7 @@
-"""States in Redis: one value a user, shared by processes on several machines.
+"""Stores of user states beyond a session: in memory, in a SQLite file, in Redis.
 
-What a session asks of a store: values by user, replaced only by whom knows the present one.
-
-States in the memory of this process, shared by its sessions.
-
-States in a SQLite file: the embedded store on disk.
+A store holds one value a user. It replaces a value only for a writer that names the present one, so
+that no process overwrites what it has not read.
 """
 
 import sqlite3
@@ -44,14 +41,14 @@ class StateStore(Protocol):
     """One value a user. Every method raises :class:`StoreError` where the store fails."""
 
     def revisions(self, users: Sequence[str]) -> list[bytes]:
-        """Revision of each user's value, see :func:`hstu_xd.serving.codec.revision`.
+        """Return the revision of each user's value, see :func:`hstu_xd.serving.codec.revision`.
 
         Empty where there is no value.
         """
         ...
 
     def get(self, users: Sequence[str]) -> list[bytes | None]:
-        """Each user's value, None where there is none."""
+        """Return each user's value, None where there is none."""
         ...
 
     def put(self, writes: Sequence[Write]) -> list[bool]:
@@ -75,11 +72,11 @@ class MemoryStore:
         self._lock = Lock()
 
     def revisions(self, users: Sequence[str]) -> list[bytes]:
-        """Revision of each user's value, empty where there is none."""
+        """Return the revision of each user's value, empty where there is none."""
         return [revision(value) for value in self.get(users)]
 
     def get(self, users: Sequence[str]) -> list[bytes | None]:
-        """Each user's value, None where there is none."""
+        """Return each user's value, None where there is none."""
         return [self._values.get(user) for user in users]
 
     def put(self, writes: Sequence[Write]) -> list[bool]:
@@ -125,11 +122,11 @@ class SQLiteStore:
             self._prepare()
 
     def revisions(self, users: Sequence[str]) -> list[bytes]:
-        """Revision of each user's value, empty where there is none."""
+        """Return the revision of each user's value, empty where there is none."""
         return [found or b"" for found in self._column("revision", users)]
 
     def get(self, users: Sequence[str]) -> list[bytes | None]:
-        """Each user's value, None where there is none."""
+        """Return each user's value, None where there is none."""
         return self._column("value", users)
 
     def put(self, writes: Sequence[Write]) -> list[bool]:
@@ -232,7 +229,7 @@ class RedisStore:
         self._compare_and_set = client.register_script(_COMPARE_AND_SET)
 
     def revisions(self, users: Sequence[str]) -> list[bytes]:
-        """Revision of each user's value, empty where there is none."""
+        """Return the revision of each user's value, empty where there is none."""
         with self._explained():
             pipeline = self._client.pipeline(transaction=False)
             for user in users:
@@ -242,7 +239,7 @@ class RedisStore:
         return [present if len(present) == whole else b"" for present in found]
 
     def get(self, users: Sequence[str]) -> list[bytes | None]:
-        """Each user's value, None where there is none."""
+        """Return each user's value, None where there is none."""
         with self._explained():
             pipeline = self._client.pipeline(transaction=False)
             for user in users:

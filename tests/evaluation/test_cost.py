@@ -75,9 +75,9 @@ def test_a_session_keeps_these_bytes(data: SequenceData, switches: dict[str, Any
         items, times = batch.item_ids[first:end].tolist(), batch.timestamps[first:end].tolist()
         session.append([user] * len(items), items, times)
         session.query([user], [0])
-        state = session._residents.get(user)
+        state = session._cache.get(user)
         assert state is not None
-        found += (state.memory[..., : state.kept].numel() + state.state_memory.numel()) * 4
+        found += (state.memory[..., : state.num_rows].numel() + state.state_memory.numel()) * 4
     users = len(data.users)
     per_row = 2 * 4 * 32 * 4
     assert found / users + per_row == pytest.approx(attention_cost(net, data).state_bytes)

@@ -10,8 +10,8 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import Events
 from hstu_xd.serving import EncoderSession
 from hstu_xd.training.settings import load_settings
 
@@ -34,17 +34,16 @@ def encode(**changes: Any) -> Tensor:
     length = sum(LENGTHS)
     domains, targets = torch.randint(DOMAINS, (2, length))
     times = torch.randint(10_000, (length,)).sort().values
-    plan = EncoderPlan(
+    events = Events(
         domains=domains,
         target_domains=targets,
         timestamps=times,
         next_timestamps=times + 5,
         offsets=torch.tensor((0, *LENGTHS)).cumsum(0),
-        num_domains=DOMAINS,
     )
     x = torch.randn(length, 8, dtype=torch.float64)
     with torch.no_grad():
-        return encoder(x, plan)
+        return encoder(x, events)
 
 
 @pytest.mark.parametrize("mask", [False, True])

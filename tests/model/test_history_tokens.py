@@ -19,7 +19,6 @@ from tiny_models import (
 from torch import Tensor
 
 from hstu_xd.errors import InputError
-from hstu_xd.model.history_tokens import TokenPlan
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops.relative_bias import time_bucket
@@ -137,7 +136,7 @@ def by_hand(model: CrossDomainHSTU, history: History) -> Tensor:
     own, target = visible_pairs(history, s)
     heads_of_own = torch.arange(s.num_heads) < s.num_heads - s.target_view_heads
     visible = torch.where(heads_of_own[:, None, None], own, target)
-    plan = model.plan(batch)
+    laid = model.rows(batch)
     for layer in model._hstu.layers:
         normed, u, v, q, k = layer.project(x)
         q, k, v = (part.unflatten(1, (s.num_heads, -1)).transpose(0, 1) for part in (q, k, v))
@@ -152,7 +151,7 @@ def by_hand(model: CrossDomainHSTU, history: History) -> Tensor:
             answer = torch.zeros_like(attended)
             states = layer.state(normed, attended)
             answer[events] = layer._ddsr(
-                normed[events], states[events], plan.state_reads, plan.target_domains
+                normed[events], states[events], laid.state_reads, laid.entry_targets
             )
         x = layer.combine(x, u, attended, answer)
     return x[events]
@@ -171,26 +170,27 @@ def test_equals_the_definition(name: str, impl: str) -> None:
 @every_case
 def test_hidden_pairs_are_not_computed(name: str) -> None:
     model = tiny_model(**CASES[name])
-    rows = TokenPlan.build(model.plan(to_batch(HISTORIES)), model.settings)
+    rows = model.rows(to_batch(HISTORIES))
     pairs = [visible_pairs(history, model.settings) for history in HISTORIES]
-    found = sum(num_pairs(grouping) for grouping in rows.own_views(masked=True))
+    own_run = rows.own if model.settings.domain_mask else rows.everything
+    found = sum(num_pairs(grouping) for grouping in own_run)
     assert found == sum(int(own.sum()) for own, _ in pairs)
     if model.settings.target_view_heads:
-        found = sum(num_pairs(grouping) for grouping in rows.target_views())
+        found = sum(num_pairs(grouping) for grouping in rows.target)
         assert found == sum(int(target.sum()) for _, target in pairs)
 
 
 @every_case
 def test_kept_rows_are_those_that_later_ones_read(name: str) -> None:
     model = tiny_model(**CASES[name])
-    rows = TokenPlan.build(model.plan(to_batch(HISTORIES)), model.settings)
+    rows = model.rows(to_batch(HISTORIES))
     expected = 0
     for history in HISTORIES:
         laid = lay_out(history, model.settings)
         last = {row.run: row.segment for row in laid if row.token < 0}
         back = model.settings.segment_lookback
         expected += sum(row.token >= 0 or row.segment >= last[row.run] - back for row in laid)
-    assert rows.num_kept == expected
+    assert rows.num_readable == expected
 
 
 def test_without_a_closed_segment_nothing_changes() -> None:

@@ -67,7 +67,7 @@ def seen(switches: dict[str, Any], layer: int) -> Tensor:
 def test_what_each_head_reads(switches: dict[str, Any], layer: int) -> None:
     model = tiny_model(**switches).double()
     name = f"_hstu._attention_layers.{layer}"
-    (x, _plan), out = calls_of(model, name)
+    (x, *_), out = calls_of(model, name)
     u, read = plain_gate_and_read(model, name, x, seen(switches, layer))
     expected = model.get_submodule(f"{name}._o")(u * read) + x
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
@@ -90,7 +90,7 @@ def test_what_ddsr_is_given_and_where_its_answer_goes(
         combine="before_gate" if concat else combine,
     ).double()
     name = "_hstu._attention_layers.1"
-    (x, _plan), out = calls_of(model, name)
+    (x, *_), out = calls_of(model, name)
     (hidden, states, reads, targets), answer = calls_of(model, f"{name}._ddsr")
 
     normed = layer_norm(x, [16], eps=1e-6)

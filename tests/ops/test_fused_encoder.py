@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from triton_marks import needs_triton, on_a_cpu, on_a_gpu
 
 from hstu_xd.batch import JaggedBatch
+from hstu_xd.model.encoder import HSTULayer
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.layer import HSTULayer
-from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import EncoderRows
 
 pytestmark = needs_triton
 
@@ -112,18 +112,18 @@ def test_a_compiled_model_is_one_graph_and_serves_other_lengths() -> None:
 def test_a_graph_may_be_given_a_plan() -> None:
     """What it computes of a plan it does not leave there."""
 
-    def parts(plan: EncoderPlan) -> Sequence[Tensor]:
-        return plan.positions, plan.target_view.permutation, plan.state_reads.table.replaced
+    def parts(rows: EncoderRows) -> Sequence[Tensor]:
+        return rows.positions, rows.target[0].permutation, rows.state_reads.table.replaced
 
     torch._dynamo.reset()
     model = small_model("triton", **EVERYTHING)
     compiled = torch.compile(parts, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for lengths in ((5, 0, 6), (4, 2)):
-            plan = model.plan(batch_of(*lengths))
+            rows = model.rows(batch_of(*lengths))
             for _ in range(2):
-                found = compiled(plan)
-                expected = parts(model.plan(batch_of(*lengths)))
+                found = compiled(rows)
+                expected = parts(model.rows(batch_of(*lengths)))
                 assert all(map(torch.equal, found, expected))
 
 

@@ -23,7 +23,7 @@ pytest.importorskip("httpx", reason="no httpx here: the HTTP service is NOT cove
 import httpx
 
 from hstu_xd.serving.http.app import build_app
-from hstu_xd.serving.http.batch_handler import Engine
+from hstu_xd.serving.http.batch_handler import BatchHandler
 from hstu_xd.serving.http.service import Served, Service
 from hstu_xd.serving.http.settings import QueueSettings, ServiceSettings, StateSettings
 
@@ -172,15 +172,15 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
         self.reached, self._open = Event(), Event()
-        handle = Engine.handle
+        handle = BatchHandler.handle
 
-        def gated(engine: Engine, tickets: Any) -> None:
+        def gated(handler: BatchHandler, tickets: Any) -> None:
             self.sizes.append(len(tickets))
             self.reached.set()
             assert self._open.wait(60)
-            handle(engine, tickets)
+            handle(handler, tickets)
 
-        monkeypatch.setattr(Engine, "handle", gated)
+        monkeypatch.setattr(BatchHandler, "handle", gated)
 
     def open(self) -> None:
         self._open.set()

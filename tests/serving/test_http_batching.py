@@ -23,7 +23,7 @@ from service_client import (
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http import batching
-from hstu_xd.serving.http.batch_handler import Engine
+from hstu_xd.serving.http.batch_handler import BatchHandler
 from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
 from hstu_xd.serving.http.settings import QueueSettings
 
@@ -92,14 +92,14 @@ def test_events_of_one_batch_keep_their_order_and_a_bad_one_fails_alone(
 def test_a_read_that_fails_by_itself_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = Engine._result
+    answer = BatchHandler._result
 
-    def broken(engine: Engine, job: Any, found: Any) -> Any:
+    def broken(handler: BatchHandler, job: Any, found: Any) -> Any:
         if job.user == "u3":
             raise RuntimeError("out of luck")
-        return answer(engine, job, found)
+        return answer(handler, job, found)
 
-    monkeypatch.setattr(Engine, "_result", broken)
+    monkeypatch.setattr(BatchHandler, "_result", broken)
     with serving(tmp_path) as client:
         fill(client)
         answers = client.ask_all(requests())

@@ -188,7 +188,7 @@ def test_a_store_that_hangs_holds_up_little(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(failover, "open_store", lambda name, ttl: store)
     monkeypatch.setattr(failover, "time", SimpleNamespace(monotonic=lambda: now))
     settings = StateSettings(store="redis://", when_store_fails="rebuild")
-    served = failover.Sessions(lambda store: EncoderSession(MODEL, store=store), settings)
+    served = failover.FailoverSession(lambda store: EncoderSession(MODEL, store=store), settings)
     store.hangs = True
     while now < 1000:
         served.run(lambda session: session.query(["ann"], [0]))

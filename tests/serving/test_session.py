@@ -105,7 +105,7 @@ def test_many_events_at_once_slide_too() -> None:
     session = EncoderSession(net, window=8)
     _, items, times = zip(*log(5, 50, users=1))
     session.append(["ann"] * 50, items, times)
-    state = session._residents.get("ann")
+    state = session._cache.get("ann")
     assert state is not None
     assert 6 <= len(state.item_ids) <= 8
     window = list(zip(state.item_ids.tolist(), state.timestamps.tolist()))

@@ -12,7 +12,6 @@ from tiny_models import EVERYTHING, NUM_DOMAINS, tiny_model
 from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
-from hstu_xd.model.history_tokens import TokenPlan
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession, codec
 from hstu_xd.serving.state import UserState, expected_bytes
@@ -38,7 +37,7 @@ def model(**switches: Any) -> CrossDomainHSTU:
 
 
 def known(session: EncoderSession, user: str = "ann") -> UserState:
-    state = session._residents.get(user)
+    state = session._cache.get(user)
     assert state is not None
     return state
 
@@ -48,7 +47,7 @@ def num_kept(net: CrossDomainHSTU, events: list[tuple[int, int]]) -> int:
     items, times = (torch.tensor(column) for column in zip(*events))
     nothing = torch.zeros_like(items)
     batch = JaggedBatch(items, times, nothing, nothing, torch.tensor([0, len(items)]))
-    return TokenPlan.build(net.plan(batch), net.settings).num_kept
+    return net.rows(batch).num_readable
 
 
 def drawn(seed: int, events: int) -> list[tuple[int, int]]:
@@ -143,7 +142,7 @@ def test_a_state_holds_what_can_be_read_and_no_more(
     session = EncoderSession(net, dtype=dtype)
     append(session, events, one_by_one=one_by_one)
     state, rows = known(session), num_kept(net, events) - 1
-    assert state.kept == rows < len(events) - 1
+    assert state.num_rows == rows < len(events) - 1
     wanted = expected_bytes(net.settings, len(events), dtype, rows=rows)
     assert len(codec.encode_state(state, b"c" * 16)) == 80 + wanted
     # Nothing is a view of a larger array; places to spare are few.
@@ -161,7 +160,7 @@ def test_memory_is_freed_when_a_segment_closes() -> None:
     kept = []
     for number in range(8):
         append(session, [(1 + NUM_DOMAINS * number, number)], one_by_one=True)
-        kept.append(known(session).kept)
+        kept.append(known(session).num_rows)
     # The pending event's keys and values are never kept.
     assert kept == [0, 1, 2, 1, 2, 3, 2, 3]
 
@@ -195,8 +194,8 @@ def test_a_state_comes_back_bit_for_bit(name: str) -> None:
     value = codec.encode_state(state, b"c" * 16)
     again = codec.decode_state(value, b"c" * 16, net.settings, torch.float32)
     assert codec.encode_state(again, b"c" * 16)[32:] == value[32:]
-    assert torch.equal(again.rows, state.rows[:, : state.kept])
-    assert torch.equal(again.memory, state.memory[..., : state.kept])
+    assert torch.equal(again.rows, state.rows[:, : state.num_rows])
+    assert torch.equal(again.memory, state.memory[..., : state.num_rows])
 
 
 def test_a_state_of_an_earlier_layout_is_refused_and_rebuilt(

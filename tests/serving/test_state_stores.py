@@ -167,7 +167,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
         thread.join()
     session = EncoderSession(MODEL, store=SQLiteStore(tmp_path / "states.sqlite"))
     found = session.query(["ann"], [1])[0]
-    items = session._residents.get("ann").item_ids.tolist()
+    items = session._cache.get("ann").item_ids.tolist()
     assert sorted(items) == list(range(1, 21))
     close(found, expected((items, [7] * 20), 1))
 
@@ -246,7 +246,7 @@ def test_a_state_comes_back_bit_for_bit(dtype: torch.dtype, events: int) -> None
     session = EncoderSession(MODEL, dtype=dtype, window=16)
     session.append(["ann"] * events, *history(events))
     session.query(["ann"], [0])
-    state = session._residents.get("ann")
+    state = session._cache.get("ann")
     assert state is not None
     value = encode_state(state, b"c" * 16)
     again = decode_state(value, b"c" * 16, MODEL.settings, dtype)

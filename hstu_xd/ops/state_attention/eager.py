@@ -13,6 +13,7 @@ from torch import _softmax_backward_data as softmax_backward  # it has no public
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from hstu_xd.ops.state_attention.question_reads import QuestionReads
 from hstu_xd.ops.state_attention.state_reads import StateReads, StateTiles
 
 # Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).
@@ -20,7 +21,12 @@ _CHUNK_FLOATS = 16_000_000
 
 
 def eager_state_attention(
-    q: Tensor, k: Tensor, v: Tensor, reads: StateReads, *, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reads: StateReads | QuestionReads,
+    *,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`hstu_xd.ops.state_attention` tile by tile; see there for the arguments."""
     tiles, heads = reads.tiles, q.shape[1]

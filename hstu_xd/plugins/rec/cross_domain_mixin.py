@@ -100,15 +100,13 @@ class CrossDomainMixin:
             next_domains=domains[:, 1:],
             times=times[:, :-1],
             next_times=times[:, 1:],
-            num_domains=self._xd_encoder_settings.num_domains,
-            states_per_domain=self._xd_encoder_settings.states_per_domain,
         )
 
     def _xd_signal(self, batch: UnpaddedBatch) -> Tensor | None:
         """Build what the input is told of the next domain: (L, K), None with those switches off."""
-        plan = batch.plan
+        events = batch.events
         return next_domain_signal(
-            self._tape, self._target_domain_emb, plan.domains, plan.target_domains
+            self._tape, self._target_domain_emb, events.domains, events.target_domains
         )
 
     def _xd_request(self, item_seq: Tensor, time_seq: Tensor) -> tuple[Tensor, Tensor]:

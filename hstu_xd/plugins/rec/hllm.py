@@ -11,8 +11,8 @@ from torch.nn.functional import layer_norm, pad
 
 from hstu_xd.errors import InputError
 from hstu_xd.model.ddsr import DynamicDomainState
-from hstu_xd.model.plan import EncoderPlan
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.views import EncoderRows, Events
 from hstu_xd.plugins.bridge import UnpaddedBatch
 from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainMixin, llm_sizes
 from hstu_xd.plugins.rec.settings import HLLM_MODEL
@@ -37,15 +37,16 @@ class DomainStateSublayer(nn.Module):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        s = settings
-        self._states = DynamicDomainState.of(s)
+        s = self._settings = settings
+        self._states = DynamicDomainState.from_settings(s)
         self._output = nn.Linear(s.num_heads * s.dv, s.embedding_dim, bias=False)
         nn.init.xavier_uniform_(self._output.weight)
 
-    def forward(self, x: Tensor, plan: EncoderPlan) -> Tensor:
+    def forward(self, x: Tensor, events: Events) -> Tensor:
         """Read the domains' latest hidden states for every token: (L, K) float -> (L, K) float."""
         normed = layer_norm(x, x.shape[-1:])
-        answer = self._states(normed, normed, plan.state_reads, plan.target_domains)
+        reads = EncoderRows(self._settings, events).state_reads
+        answer = self._states(normed, normed, reads, events.target_domains)
         return self._output(answer)
 
 
@@ -170,7 +171,7 @@ class HLLM_XD(HLLM, CrossDomainMixin):
         logits, labels = super().nce_loss(cur_embs, target_pos, target_neg, user_attention_mask)
         if self._xd_settings.scopes_negatives:
             shared = self._xd_domains_of(all_gather(self._xd_negative_ids).flatten())
-            other = self._xd_batch.plan.target_domains.unsqueeze(1) != shared
+            other = self._xd_batch.events.target_domains.unsqueeze(1) != shared
             logits = logits.masked_fill(pad(other, (1, 0)), torch.finfo(logits.dtype).min)
         return logits, labels
 
@@ -195,6 +196,6 @@ class HLLM_XD(HLLM, CrossDomainMixin):
     def _xd_add_states(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert self._ddsr is not None
         *below, last = output.hidden_states
-        said = self._ddsr(self._xd_batch.gather(last), self._xd_batch.plan)
+        said = self._ddsr(self._xd_batch.gather(last), self._xd_batch.events)
         output.hidden_states = (*below, last + self._xd_batch.spread(said).to(last.dtype))
         return output

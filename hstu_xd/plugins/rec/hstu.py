@@ -132,7 +132,7 @@ class HSTU_XD(HSTU, CrossDomainMixin):
         batch = self._xd_unpadded(valid, domains, times)
         x = self._xd_inputs(batch.gather(items), batch.present % items.shape[1])
         signal = self._xd_signal(batch)
-        return self._hstu(x if signal is None else x + signal, batch.plan)
+        return self._hstu(x if signal is None else x + signal, batch.events)
 
     def _xd_inputs(self, items: Tensor, columns: Tensor | int) -> Tensor:
         """Add up item and position; REC counts positions from the left end of the padding."""

@@ -1,4 +1,4 @@
-"""The routes, and a description of them that is true."""
+"""The routes of the service, and their OpenAPI description, corrected where FastAPI is wrong."""
 
 import math
 from typing import Annotated, Any
@@ -11,12 +11,19 @@ from starlette.exceptions import HTTPException
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http import schemas
+from hstu_xd.serving.http.batch_handler import (
+    Append,
+    Forget,
+    ListUsers,
+    ReadHistory,
+    Recommend,
+    Score,
+)
 from hstu_xd.serving.http.batching import Busy
 from hstu_xd.serving.http.event_log import Event, LogError
-from hstu_xd.serving.http.middleware import RETRY_AFTER, Guard, page_files
+from hstu_xd.serving.http.middleware import RETRY_AFTER, RequestGuard, page_files
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
-from hstu_xd.serving.http.work_items import Append, Forget, ListUsers, ReadHistory, Recommend, Score
 from hstu_xd.serving.stores import StoreError
 from hstu_xd.version import __version__
 
@@ -30,8 +37,8 @@ _ERRORS: dict[int, dict[str, Any]] = {
 }
 
 
-def build_app(service: Service) -> Guard:
-    """The ASGI application of a service."""
+def build_app(service: Service) -> RequestGuard:
+    """Build the ASGI application of a service."""
     app = FastAPI(
         title="hstu-xd",
         version=__version__,
@@ -44,7 +51,7 @@ def build_app(service: Service) -> Guard:
     _add_operation(app, service)
     _add_page(app)
     _describe(app, service)
-    return Guard(app, service)
+    return RequestGuard(app, service)
 
 
 def _add_writes(app: FastAPI, service: Service) -> None:
@@ -61,7 +68,7 @@ def _add_writes(app: FastAPI, service: Service) -> None:
         "/v1/recommend", response_model=schemas.Recommendations, responses=_errors(400, 413, 503)
     )
     async def recommend(body: bodies.recommend) -> Response:
-        """Best items of domains; of an unknown user from what the model starts with."""
+        """Recommend the best items of domains; to an unknown user what the model starts with."""
         domains = [service.catalog.domain_index(name) for name in body.domains]
         found = await service.run(
             Recommend(body.user, domains, body.timestamp, body.k, body.exclude_seen)
@@ -79,7 +86,7 @@ def _add_writes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/score", response_model=schemas.Scores, responses=_errors(400, 413, 503))
     async def score(body: bodies.score) -> Response:
-        """Scores of given items of a domain; they do not see each other."""
+        """Score given items of a domain; they do not see each other."""
         domain = service.catalog.domain_index(body.domain)
         item_ids = [service.items.id_in(token, domain) for token in body.items]
         found = await service.run(Score(body.user, domain, body.timestamp, item_ids))
@@ -100,7 +107,7 @@ def _add_reads(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/domains", response_model=schemas.Domains, responses=_errors(400, 413, 503))
     async def domains() -> Response:
-        """All domains, and how many items they have."""
+        """Return all domains, and how many items they have."""
         return JSONResponse({"domains": facts})
 
     @app.get("/v1/users", response_model=schemas.Users, responses=_errors(400, 413, 503))
@@ -108,7 +115,7 @@ def _add_reads(app: FastAPI, service: Service) -> None:
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         prefix: Annotated[str, Query(max_length=256)] = "",
     ) -> Response:
-        """Users whose names begin with a text, in order."""
+        """Return the users whose names begin with a text, in order."""
         return JSONResponse({"users": await service.run(ListUsers(prefix, limit))})
 
     @app.get(
@@ -117,7 +124,7 @@ def _add_reads(app: FastAPI, service: Service) -> None:
         responses=_errors(400, 413, 503),
     )
     async def history(user: User, limit: Annotated[int, Query(ge=1, le=10_000)] = 200) -> Response:
-        """A user's last events, oldest first; none of an unknown user."""
+        """Return a user's last events, oldest first; none of an unknown user."""
         rows = [
             {
                 "item": event.item,
@@ -134,7 +141,7 @@ def _add_reads(app: FastAPI, service: Service) -> None:
 def _add_operation(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
     async def healthz() -> Response:
-        """Whether requests are taken: 200, or 503 while the service stops or where it failed."""
+        """Say whether requests are taken: 200, or 503 while the service stops or if it failed."""
         status = service.status
         health = {"status": status, "model": service.model_name, "store": service.store_state}
         return JSONResponse(health, 200 if status == "ready" else 503)
@@ -145,7 +152,7 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
-    """The files of the page, each at its name; they hold no data, so that they need no token."""
+    """Serve the files of the page, each at its name; they hold no data and need no token."""
     files = page_files()
 
     async def page(request: Request) -> Response:
@@ -183,7 +190,7 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _sentence(problem: dict[str, Any]) -> str:
-    """Which field is wrong, and how."""
+    """Say which field is wrong, and how."""
     kind, *place = problem["loc"]
     field = ".".join(map(str, place)) or str(kind)
     given = problem.get("input")
@@ -198,7 +205,7 @@ def _sentence(problem: dict[str, Any]) -> str:
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Descriptions of what may go wrong."""
+    """Return descriptions of what may go wrong."""
     return {status: {"model": schemas.ErrorBody} | _ERRORS[status] for status in statuses}
 
 

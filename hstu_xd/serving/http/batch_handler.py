@@ -1,34 +1,89 @@
-"""The owner of session and log: batches of jobs in, results out, the log before every reply."""
+"""What requests ask for, and the owner of session and log, who does it in batches.
+
+Every event is in the log before anybody is told that it was taken.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http.batching import Ticket
-from hstu_xd.serving.http.event_log import EventLog, LogError
-from hstu_xd.serving.http.failover import Sessions
+from hstu_xd.serving.http.event_log import Event, EventLog, LogError
+from hstu_xd.serving.http.failover import FailoverSession
 from hstu_xd.serving.http.histories import Histories
-from hstu_xd.serving.http.work_items import (
-    Append,
-    Forget,
-    Job,
-    ListUsers,
-    ReadHistory,
-    Recommend,
-    Score,
-)
 from hstu_xd.serving.requests import Answer, Request
 from hstu_xd.serving.stores import StoreError
 
 _log = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True)
+class Append:
+    """Take events, all or none. Result: None.
+
+    Attributes:
+        events: in order.
+        item_ids: the items' ids, one an event.
+    """
+
+    events: Sequence[Event]
+    item_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Recommend:
+    """Best items of domains. Result: for each domain (item id, score) pairs, best first."""
+
+    user: str
+    domains: Sequence[int]
+    timestamp: int | None
+    k: int
+    exclude_seen: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of items of a domain. Result: a list of them."""
+
+    user: str
+    domain: int
+    timestamp: int | None
+    item_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class ReadHistory:
+    """A user's last events. Result: list of :class:`Event`, oldest first."""
+
+    user: str
+    limit: int
+
+
+@dataclass(frozen=True)
+class ListUsers:
+    """Users whose names begin with a text. Result: a list of names, in order."""
+
+    prefix: str
+    limit: int
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Remove a user. Result: whether anything was known."""
+
+    user: str
+
+
+Job = Append | Recommend | Score | ReadHistory | ListUsers | Forget
+
 Tickets = Sequence[Ticket[Job]]
 
 
-class Engine:
+class BatchHandler:
     """Handles batches; of one batch first what forgets users, then all events, then all reads.
 
     Jobs of a batch are under way at the same time, so that any order between them is right; events
@@ -42,7 +97,7 @@ class Engine:
         log: where events are kept.
     """
 
-    def __init__(self, sessions: Sessions, histories: Histories, log: EventLog) -> None:
+    def __init__(self, sessions: FailoverSession, histories: Histories, log: EventLog) -> None:
         self._sessions, self._histories, self._log = sessions, histories, log
 
     def handle(self, tickets: Tickets) -> None:

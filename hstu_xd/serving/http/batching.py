@@ -101,17 +101,17 @@ class Batcher(Generic[J]):
             raise error
 
     def __len__(self) -> int:
-        """Jobs that wait."""
+        """Return the number of jobs that wait."""
         return len(self._waiting)
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are handled."""
+        """Return whether jobs are handled."""
         return self._thread.is_alive()
 
     @property
     def full(self) -> bool:
-        """Whether a job would be refused now."""
+        """Return whether a job would be refused now."""
         waiting = len(self._waiting)
         delay = waiting * self._seconds_per_job
         return waiting >= self._settings.max_queue or delay > self._settings.max_delay
@@ -168,7 +168,7 @@ class Batcher(Generic[J]):
             handler.close()
 
     def _next(self) -> list[Ticket[J]]:
-        """The next batch; empty once all is done and the queue stopped."""
+        """Take the next batch; empty once all is done and the queue stopped."""
         settings = self._settings
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._stopping)
@@ -182,7 +182,7 @@ class Batcher(Generic[J]):
 
 
 def _handle(handler: Handler[J], tickets: Sequence[Ticket[J]]) -> None:
-    """Whatever happens, every ticket has an outcome and the thread goes on."""
+    """Handle tickets so that, whatever happens, each has an outcome and the thread goes on."""
     try:
         handler.handle(tickets)
     except Exception as error:

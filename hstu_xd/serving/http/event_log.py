@@ -87,12 +87,13 @@ class EventLog:
             self._connection.execute("DELETE FROM events WHERE user = ?", (user,))
             row = user, secrets.token_bytes(_VERSION)
             self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?, 1)", row)
-        # What is not merged yet holds them as well. Where there is no room to merge, the next time.
+        # The write-ahead log holds the events as well. If there is no room to merge it now, the
+        # next merge removes them.
         with suppress(sqlite3.Error):
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def events(self, user: str, last: int = -1) -> list[Event]:
-        """A user's events, oldest first; all of them, or the last ones."""
+        """Return a user's events, oldest first; all of them, or the last ones."""
         rows = self._rows(
             "SELECT user, item, timestamp FROM events WHERE user = ? ORDER BY number DESC LIMIT ?",
             user,
@@ -101,16 +102,16 @@ class EventLog:
         return [Event(*row) for row in reversed(rows)]
 
     def version(self, user: str) -> bytes:
-        """Of the user's events; empty where there never were any."""
+        """Return the version of the user's events; empty where there never were any."""
         rows = self._rows("SELECT version FROM users WHERE user = ?", user)
         return rows[0][0] if rows else b""
 
     def restarted(self, user: str) -> bool:
-        """Whether the user was ever forgotten."""
+        """Return whether the user was ever forgotten."""
         return bool(self._rows("SELECT 1 FROM users WHERE user = ? AND restarted", user))
 
     def users_from(self, user: str, limit: int) -> list[str]:
-        """Names of at most so many users with events, in order, none below a text."""
+        """Return the names of at most ``limit`` users with events, in order, from a text on."""
         found: list[str] = []
         query = "SELECT min(user) FROM events WHERE user {} ?"
         ((name,),) = self._rows(query.format(">="), user)
@@ -120,7 +121,7 @@ class EventLog:
         return found
 
     def num_bytes(self) -> int:
-        """Bytes on disk, of what is not merged into the file yet too."""
+        """Count the bytes on disk, including what is not merged into the file yet."""
         files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 

@@ -1,4 +1,4 @@
-"""The session with its store, and what takes its place while the store is gone."""
+"""The session with its state store, and the session without one while the store is gone."""
 
 import logging
 import time
@@ -19,11 +19,11 @@ _log = logging.getLogger(__name__)
 _RETRY = 1.0
 # Seconds that Redis may take to answer: requests wait for it meanwhile.
 _PATIENCE = 2.0
-# So between attempts at least so many times what an attempt took passes.
+# Wait at least this many times the duration of the last attempt before retrying.
 _RESPITE = 20
 
 
-class Sessions:
+class FailoverSession:
     """A session over the store of the settings.
 
     With ``when_store_fails = "rebuild"`` a session without store takes over when the store fails;
@@ -109,7 +109,7 @@ class Sessions:
 
 
 def open_store(name: str, ttl: int | None = None) -> StateStore | None:
-    """The store of a name; None for "memory".
+    """Open the store of a name; None for "memory".
 
     Args:
         name: see :class:`hstu_xd.serving.http.settings.StateSettings`.

@@ -20,16 +20,16 @@ class Items:
 
     def __init__(self, catalog: DomainCatalog) -> None:
         self._catalog = catalog
-        borne = sorted(catalog.domain_items.tolist())
-        self._ids = {catalog.token(item_id): item_id for item_id in borne}
+        used = sorted(catalog.domain_items.tolist())
+        self._ids = {catalog.token(item_id): item_id for item_id in used}
         self._domains: list[int] = catalog.item_domains.tolist()
 
     def find(self, token: str) -> int | None:
-        """The item's id; None where the catalogue has no such item."""
+        """Return the item's id; None where the catalogue has no such item."""
         return self._ids.get(token)
 
     def id_of(self, token: str) -> int:
-        """The item's id.
+        """Return the item's id.
 
         Raises:
             InputError: an unknown item.
@@ -43,11 +43,11 @@ class Items:
         return found
 
     def domain_of(self, item_id: int) -> int:
-        """The item's domain id."""
+        """Return the item's domain id."""
         return self._domains[item_id]
 
     def id_in(self, token: str, domain: int) -> int:
-        """The item's id.
+        """Return the item's id.
 
         Raises:
             InputError: an unknown item, or one of another domain.
@@ -87,18 +87,18 @@ class Histories:
         self.rebuilt = 0
 
     def all_of(self, user: Hashable) -> tuple[list[int], list[int]]:
-        """Item ids and timestamps of a user's events, oldest first: a session's ``history``."""
+        """Return item ids and times of a user's events, oldest first: a session's ``history``."""
         events = self._events(str(user))
         self.rebuilt += bool(events)
         return [item for item, _ in events], [time for _, time in events]
 
     def last_of(self, user: str, limit: int) -> list[Event]:
-        """A user's last events, oldest first."""
+        """Return a user's last events, oldest first."""
         events = self._events(user)[-limit:]
         return [Event(user, self._catalog.token(item), time) for item, time in events]
 
     def users(self, prefix: str, limit: int) -> list[str]:
-        """Names of at most so many users, in order, whose names begin with a text."""
+        """Return the names of at most ``limit`` users, in order, that begin with a text."""
         earlier: list[str] = []
         start = prefix
         while self._prepared is not None:
@@ -111,22 +111,22 @@ class Histories:
         return sorted(name for name in names if name.startswith(prefix))[:limit]
 
     def forget(self, user: str) -> bool:
-        """Remove a user from the log, and hide the prepared history; whether there was either."""
+        """Remove a user from the log, hide the prepared history, and say whether one was there."""
         known = bool(self._earlier(user) or self._log.events(user, 1))
         if known:
             self._log.forget(user)
         return known
 
     def present(self, user: str) -> bytes:
-        """Version of a user's history, see :class:`hstu_xd.serving.stored_states.Versions`."""
+        """Return a user's version, see :class:`hstu_xd.serving.stored_states.Versions`."""
         return self._log.version(user) + self._origin
 
     def following(self, user: str) -> bytes:
-        """Version of a user's history after the next batch of events."""
+        """Return the version of a user's history after the next batch of events."""
         return self._log.upcoming + self._origin
 
     def _events(self, user: str) -> list[tuple[int, int]]:
-        """(item id, timestamp) pairs, oldest first."""
+        """Return (item id, timestamp) pairs of a user's events, oldest first."""
         earlier, logged = self._earlier(user), self._logged(user)
         events = earlier + logged
         if earlier and logged and logged[0][1] < earlier[-1][1]:

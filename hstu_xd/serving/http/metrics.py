@@ -51,7 +51,7 @@ class Metrics:
         self._batches.observe(size)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus's text format."""
+        """Write all counts in Prometheus's text format."""
         return generate_latest(self._registry)
 
 

@@ -1,4 +1,4 @@
-"""What a request passes before anything of it is read: token, drain, queue, size of its body."""
+"""Checks that a request passes before its body is parsed: token, draining, queue, size."""
 
 import asyncio
 import hmac
@@ -48,7 +48,7 @@ _ROUTES = (
 _LINGER, _LINGER_SECONDS = 16, 5.0
 
 
-class Guard:
+class RequestGuard:
     """An ASGI application around another; counts what is under way, and how it ended.
 
     Args:
@@ -117,7 +117,7 @@ class Guard:
     async def _body(
         self, headers: dict[bytes, bytes], receive: Receive, send: Send
     ) -> bytes | None:
-        """The body; None where it is too large, which has been said, or the client is gone."""
+        """Read the body; None if it is too large and the client was told, or the client is gone."""
         limit = self._service.settings.limits.max_body
         announced = headers.get(b"content-length", b"0")
         body, too_large = bytearray(), announced.isdigit() and int(announced) > limit
@@ -148,14 +148,14 @@ async def _throw_away(receive: Receive, most: int) -> None:
 
 
 def route_of(path: str) -> str:
-    """The route of a path, as metrics name it: what users are called is no part of it."""
+    """Return the route of a path as metrics name it, in which names of users do not appear."""
     if path.startswith("/v1/users/"):
         return "/v1/users/{user}" + ("/history" if path.endswith("/history") else "")
     return path if path in _ROUTES else "other"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that tells the body first."""
+    """Make a receive that returns the body first."""
     told = False
 
     async def replayed() -> Message:

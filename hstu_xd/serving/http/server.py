@@ -1,6 +1,6 @@
-"""The process: listens, tells where, and on SIGTERM finishes what it has taken.
+"""The process of the service: it listens, and on SIGTERM finishes the requests it has taken.
 
-A connection that a client can neither fill without end nor hold without sending.
+Its connections bound what a client may send in a head, and how long a request may take to arrive.
 """
 
 import asyncio
@@ -57,22 +57,22 @@ class BoundedConnection(HttpToolsProtocol):
             )
 
     def on_message_begin(self) -> None:
-        """Called by the parser, as are the following."""
+        """Expect a request; the parser calls this method and the following ones."""
         super().on_message_begin()
         self._expect()
 
     def on_headers_complete(self) -> None:
-        """The head is whole."""
+        """Stop counting: the head is whole."""
         self._head = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Some of the body, which the application bounds."""
+        """Take some of the body, which the application bounds."""
         self._head = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
+        """Stop waiting: the request is whole."""
         self._head = 0
         self._rest()
         super().on_message_complete()
@@ -144,7 +144,7 @@ class Server(uvicorn.Server):
         self._announce()
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; returns whether to stop."""
+        """Return whether to stop; uvicorn calls this ten times a second."""
         service = self._service
         if service.draining and not service.active:
             self.should_exit = True
@@ -154,7 +154,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second one stops at once."""
+        """Drain at the first signal, stop at once at the second one."""
         if self._service.draining:
             self.should_exit = self.force_exit = True
         self._drain_until = time.monotonic() + self._service.settings.drain_seconds
@@ -162,7 +162,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to.
+    """Open a socket that clients can connect to.
 
     Raises:
         InputError: the address cannot be had.

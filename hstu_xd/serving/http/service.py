@@ -12,14 +12,13 @@ from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.codec import fingerprint
-from hstu_xd.serving.http.batch_handler import Engine
+from hstu_xd.serving.http.batch_handler import BatchHandler, Job
 from hstu_xd.serving.http.batching import Batcher
 from hstu_xd.serving.http.event_log import EventLog
-from hstu_xd.serving.http.failover import Sessions
+from hstu_xd.serving.http.failover import FailoverSession
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
-from hstu_xd.serving.http.work_items import Job
 from hstu_xd.serving.requests import Request
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
@@ -48,7 +47,9 @@ class Served:
     scorer: Scorer | None = None
 
     @classmethod
-    def of(cls, run: Path, settings: ServiceSettings, *, allow_imports: bool = False) -> "Served":
+    def from_run(
+        cls, run: Path, settings: ServiceSettings, *, allow_imports: bool = False
+    ) -> "Served":
         """Load what a run folder holds.
 
         Raises:
@@ -88,23 +89,23 @@ class Service:
 
     @property
     def full(self) -> bool:
-        """Whether a job would be refused now."""
+        """Return whether a job would be refused now."""
         return self._batcher.full
 
     @property
     def status(self) -> str:
-        """ "ready", "draining", or "failed" where the thread that answers has ended."""
+        """Return "ready", "draining", or "failed" where the thread that answers has ended."""
         if self.draining:
             return "draining"
         return "ready" if self._batcher.alive else "failed"
 
     @property
     def store_state(self) -> str:
-        """Of the state store: "memory", "ok" or "gone"."""
+        """Return how the state store is: "memory", "ok" or "gone"."""
         return self._sessions.store_state
 
     async def run(self, job: Job) -> Any:
-        """The result of a job.
+        """Return the result of a job.
 
         Raises:
             Busy: too much is waiting.
@@ -117,13 +118,13 @@ class Service:
         """Finish what waits; close store and log."""
         self._batcher.stop()
 
-    def _open(self) -> Engine:
+    def _open(self) -> BatchHandler:
         states, served = self.settings.states, self._served
         torch.set_num_threads(states.threads or default_threads())
         self._log = log = EventLog(self.settings.events)
         self._histories = histories = Histories(log, self.catalog, self.items, served.prepared)
 
-        # Of all sessions: one of millions of items takes its time to build.
+        # All sessions share one index: of millions of items it takes long to build.
         index = ItemIndex(served.model, states.retrieval, served.scorer)
 
         def session(store: StateStore | None) -> EncoderSession:
@@ -138,15 +139,15 @@ class Service:
             )
 
         try:
-            self._sessions = Sessions(session, states)
+            self._sessions = FailoverSession(session, states)
             self._warm_up()
         except Exception:
             log.close()
             raise
-        return Engine(self._sessions, histories, log)
+        return BatchHandler(self._sessions, histories, log)
 
     def _warm_up(self) -> None:
-        """Answer nobody once: the first call takes longer than those that follow."""
+        """Answer an unknown user once, because the first call takes longer than later ones."""
         nobody, domains = "", range(self.catalog.num_domains)
         self._sessions.run(lambda session: session.answer([Request(nobody, domains)]))
         self._sessions.forget(nobody)

@@ -9,7 +9,7 @@ from hstu_xd.errors import InputError
 
 
 def default_threads() -> int:
-    """All cores but one: threads of PyTorch that wait for each other must not wait for HTTP."""
+    """Return all cores but one: threads of PyTorch must not wait for the thread of HTTP."""
     return max(1, (os.cpu_count() or 1) - 1)
 
 

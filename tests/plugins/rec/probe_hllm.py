@@ -19,7 +19,7 @@ from REC.config import Config
 from REC.utils import get_model
 
 from hstu_xd.errors import InputError
-from hstu_xd.model.plan import EncoderPlan
+from hstu_xd.model.views import Events
 from hstu_xd.model.warm_start import is_cross_domain
 from hstu_xd.plugins.rec.rec_metrics import with_request
 from hstu_xd.plugins.rec.rec_rebindings import with_hstu_xd
@@ -228,16 +228,14 @@ def parts():
             last_states(plain, x.unsqueeze(0), valid[user : user + 1])[0, following]
             for x in (embeds[user], told)
         )
-        plan = EncoderPlan(
+        events = Events(
             domains=own,
             target_domains=target,
             timestamps=times[user, here],
             next_timestamps=times[user, following],
             offsets=torch.tensor([0, length]),
-            num_domains=3,
-            states_per_domain=4,
         )
-        answer = model._ddsr(after, plan)
+        answer = model._ddsr(after, events)
         difference.append((found[user, following] - after - answer).abs().max())
         effect += [(before - after).abs().max(), answer.abs().max()]
     return {"difference": float(max(difference)), "effect": float(min(effect))}

@@ -141,7 +141,7 @@ class HSTU_XD(HSTU):
             past_embeddings=self._with_signals(past_embeddings, batch),
             past_payloads=past_payloads,
         )
-        hidden = self._hstu(batch.gather(padded), batch.plan)
+        hidden = self._hstu(batch.gather(padded), batch.events)
         return self._output_postproc(batch.spread(hidden)), []
 
     def _unpadded(
@@ -162,14 +162,13 @@ class HSTU_XD(HSTU):
             next_domains=next_domains,
             times=times,
             next_times=pad(times[:, 1:], (0, 1)),
-            num_domains=self.catalog.num_domains,
-            states_per_domain=self.settings.states_per_domain,
         )
 
     def _with_signals(self, embeddings: Tensor, batch: UnpaddedBatch) -> Tensor:
         """Add TAPE and the target domain so that upstream's preprocessor sees sqrt(K) e + them."""
+        events = batch.events
         signal = next_domain_signal(
-            self._tape, self._target_domain_emb, batch.plan.domains, batch.plan.target_domains
+            self._tape, self._target_domain_emb, events.domains, events.target_domains
         )
         if signal is None:
             return embeddings
