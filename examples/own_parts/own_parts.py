@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gin
-from hstu_xd.model.layer import HSTULayer
+from hstu_xd.model.encoder import HSTULayer
 from hstu_xd.objectives.objective import DotProduct
 
 
@@ -37,8 +37,8 @@ class ScaledLayer(HSTULayer):
     A layer that overrides ``combine`` alone can be exported and served like HSTU's own.
     """
 
-    def __init__(self, settings, *, full_attention, initial_share=1.0):
-        super().__init__(settings, full_attention=full_attention)
+    def __init__(self, settings, *, initial_share=1.0, **others):
+        super().__init__(settings, **others)
         self.share = nn.Parameter(torch.full((settings.embedding_dim,), initial_share))
 
     def combine(self, x, u, attended, answer):

@@ -1,6 +1,6 @@
 """Every setting of the encoder in one frozen place, checked once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hstu_xd.errors import InputError
 from hstu_xd.parts import Part
@@ -47,7 +47,7 @@ class EncoderSettings:
         normalization: of the attention's scores, "silu" as in HSTU or "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
         layer: "hstu", or a class of your own in its place, ``@MyLayer``: built and called as
-            :class:`hstu_xd.model.layer.HSTULayer` is.
+            :class:`hstu_xd.model.encoder.HSTULayer` is.
 
     Raises:
         InputError: a value outside its range; the message names it.
@@ -82,8 +82,7 @@ class EncoderSettings:
     history_tokens: int = 0
     normalization: str = "silu"
     impl: str = "auto"
-    # Not in the text of the settings, by which stored states of older versions are known.
-    layer: str = field(default="hstu", repr=False)
+    layer: str = "hstu"
 
     def __post_init__(self) -> None:
         if self.layer != "hstu" and not isinstance(self.layer, Part):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
+from hstu_xd.model.encoder import HSTULayer
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.layer import HSTULayer
 from hstu_xd.serving.state import UserState
 
 
@@ -137,7 +137,7 @@ _ASKED = ("__init__", "combine")
 def _check_layer(layer: nn.Module, name: str) -> None:
     """Refuse a layer that computes otherwise in the encoder than a session would."""
     needed = (
-        "a session computes layers derived from hstu_xd.model.layer.HSTULayer that override "
+        "a session computes layers derived from hstu_xd.model.encoder.HSTULayer that override "
         "combine alone; encode whole histories with model.encode or hstu-xd recommend"
     )
     if not isinstance(layer, HSTULayer):

@@ -283,7 +283,7 @@ def check_layer(layer: Any) -> None:
     if isinstance(made, type) and not issubclass(made, nn.Module):
         raise InputError(
             f"xd_encoder.layer = {layer!r} is no torch.nn.Module; derive it from "
-            "hstu_xd.model.layer.HSTULayer, or from torch.nn.Module"
+            "hstu_xd.model.encoder.HSTULayer, or from torch.nn.Module"
         )
 
 

@@ -25,7 +25,7 @@ import gin
 import torch
 from torch import nn
 
-from hstu_xd.model.layer import HSTULayer
+from hstu_xd.model.encoder import HSTULayer
 from hstu_xd.objectives.objective import DotProduct
 from hstu_xd.objectives.retrieval import Retrieval
 
@@ -81,29 +81,29 @@ def first(catalog, num_negatives, generator, skip=0):
 class Plain(nn.Module):
     """A layer that reads nothing but the token itself."""
 
-    def __init__(self, settings, *, full_attention, width=2):
+    def __init__(self, settings, *, width=2, **others):
         super().__init__()
         self.inner = nn.Linear(settings.embedding_dim, width)
         self.outer = nn.Linear(width, settings.embedding_dim)
 
-    def forward(self, x, plan, written=None):
+    def forward(self, x, *read, **others):
         return x + self.outer(self.inner(x).relu())
 
 
 @gin.configurable
 class Halved(HSTULayer):
-    def forward(self, x, plan, written=None):
+    def forward(self, x, *read, **others):
         return x / 2
 
 
 @gin.configurable
 class NoLayer:
-    def __init__(self, settings, *, full_attention):
+    def __init__(self, settings, **others):
         pass
 
 
 @gin.configurable
-def no_layer(settings, *, full_attention):
+def no_layer(settings, **others):
     return 3
 
 
