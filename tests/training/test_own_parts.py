@@ -86,7 +86,8 @@ def test_its_parts_stand_in_the_run_and_in_its_name(run: Path) -> None:
     assert known["parts"] == {"layer": LAYER, "objective": OBJECTIVE, "metric hr5": "own_parts.hr5"}
     assert known["encoder"]["layer"] == LAYER
     assert known["train"]["objective"] == OBJECTIVE
-    assert f"layer {LAYER} + objective {OBJECTIVE}" in known["variant_name"]
+    assert f"layer {LAYER}" in known["variant_name"]
+    assert f"objective {OBJECTIVE}" in known["variant_name"]
     summary = json.loads((run / "summary.json").read_text())
     assert 0 < summary["test"]["hr5"] <= summary["test"]["hr@10"]
     assert {"hr5[switch]", "hr5[books]"} <= summary["valid"].keys()
