@@ -45,8 +45,10 @@ class Part(str):
 
     @property
     def short_name(self) -> str:
-        """The name without its module and what it was called with: ``MyLayer``."""
-        return self.reference.removeprefix("@").removesuffix("()").rpartition(".")[2]
+        """The name without its module and what is bound to it: ``MyLayer``, ``scope/my_metric``."""
+        scoped = self.reference.removeprefix("@").removesuffix("()")
+        scope, slash, selector = scoped.rpartition("/")
+        return scope + slash + selector.rpartition(".")[2]
 
     def __repr__(self) -> str:
         return self.reference

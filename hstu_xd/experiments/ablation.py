@@ -87,7 +87,7 @@ class AblationRun:
         )
 
     def command(self, data: Path, files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
-        """The command that trains it, or continues it where it stopped."""
+        """Write the command that trains it, or continues it where it stopped."""
         files, bindings = recipe_of(self.source, files, bindings)
         line = [sys.executable, "-m", "hstu_xd", "train", "--data", str(data)]
         line += ["--out", str(self.folder), "--name", self.variant]
@@ -142,13 +142,8 @@ def ablate(
         HstuXdError: a run failed; the others' rows are kept.
     """
     store = InteractionStore.open(data)
-    settings = {v: load_settings(*recipe_of(v, files, bindings)) for v in variants}
-    for variant in variants:
-        _check_name(variant, settings[variant])
     runs = [AblationRun(v, s, out) for s in seeds for v in variants]
-    _refuse_namesakes(runs)
-    for run in runs:
-        run.check(store, settings[run.source])
+    _check_runs(runs, store, files, bindings)
     out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -169,6 +164,22 @@ def ablate(
     if failed:
         raise HstuXdError(f"{len(failed)} of {len(runs)} runs failed, first {failed[0]}")
     return table
+
+
+def _check_runs(
+    runs: Sequence[AblationRun],
+    store: InteractionStore,
+    files: Sequence[Path],
+    bindings: Sequence[str],
+) -> None:
+    """Refuse what does not belong into one table, before anything is trained."""
+    variants = dict.fromkeys(run.source for run in runs)
+    settings = {v: load_settings(*recipe_of(v, files, bindings)) for v in variants}
+    for variant in variants:
+        _check_name(variant, settings[variant])
+    _refuse_namesakes(runs)
+    for run in runs:
+        run.check(store, settings[run.source])
 
 
 def _check_name(variant: str, settings: RunSettings) -> None:

@@ -70,8 +70,7 @@ def pair_runs(
         raise InputError(f"split is {split!r}; one of {', '.join(known)}")
     runs = read_runs(paths)
     variants = _comparable_variants(runs)
-    for run in runs:  # before the first one takes its time
-        allowed_imports(run.path, allow_imports=allow_imports)
+    _check_parts(runs, allow_imports=allow_imports)
     store = open_data(runs[0].path, data)
     ranks: dict[str, list[Tensor]] = {variant: [] for variant in variants}
     ranked: RankedTargets | None = None
@@ -124,6 +123,19 @@ def _comparable_variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
             f"only {runs[0].variant!r} is there; give runs of another variant to compare it with"
         )
     return variants
+
+
+def _check_parts(runs: Sequence[Run], *, allow_imports: bool) -> None:
+    """Refuse runs that may not be loaded, or that call two metrics by one name, before any is."""
+    known: dict[str, str] = {}
+    for run in runs:
+        allowed_imports(run.path, allow_imports=allow_imports)
+        for what, name in (run.info.get("parts") or {}).items():
+            if what.startswith("metric ") and known.setdefault(what, name) != name:
+                raise InputError(
+                    f"{run.path}: its {what} is {name}, that of another run {known[what]}; compare "
+                    "runs that are measured alike"
+                )
 
 
 def paired_table(results: Sequence[PairedResult]) -> str:

@@ -7,7 +7,7 @@ then the arrays, without their spare places. So a value takes 80 bytes more than
 """
 
 import struct
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -37,7 +37,7 @@ def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> byte
     """Compute what identifies states of one checkpoint, window and number type: 16 bytes."""
     digest = blake2b(digest_size=_DIGEST)
     settings = replace(model.settings, impl="auto")
-    digest.update(repr((_FORMAT, settings, window, str(dtype))).encode())
+    digest.update(f"({_FORMAT}, {_text(settings)}, {window}, {str(dtype)!r})".encode())
     if isinstance(settings.layer, Part):
         digest.update(settings.layer.encode())
     digest.update(_bytes(model.catalog.item_domains))
@@ -45,6 +45,18 @@ def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> byte
         digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
         digest.update(_bytes(value))
     return digest.digest()
+
+
+def _text(settings: EncoderSettings) -> str:
+    """Write settings as version 0.1.0 did, by which the states that it stored are known.
+
+    A setting that came later is not among them: it is digested where it is not at its default.
+    """
+    names = [each.name for each in fields(settings) if each.name != "layer"]
+    names.remove("target_view_heads")
+    names.insert(names.index("full_attention_layers"), "target_view_heads")
+    values = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
+    return f"{type(settings).__name__}({values})"
 
 
 def revision(value: bytes | None) -> bytes:

@@ -56,7 +56,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name: ``optimizer.<slot>.<parameter>``."""
+    """Name the optimiser's state by parameter: ``optimizer.<slot>.<parameter>``."""
     return {
         f"optimizer.{slot}.{name}": value
         for name, parameter in model.named_parameters()
@@ -79,7 +79,7 @@ def restore_optimizer(
 
 
 def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's part of a resumable state."""
+    """Take the model's part of a resumable state."""
     return {
         name.removeprefix("model."): value
         for name, value in tensors.items()

@@ -102,7 +102,7 @@ class _Reader:
         }
 
     def foreign(self) -> ForeignCode:
-        """What was met on the way that is not of this package."""
+        """Collect what was met on the way that is not of this package."""
         called = {
             (s.scope, self._full(s.selector))
             for s in self._parsed(self._gin.operative_config_str())
@@ -119,7 +119,7 @@ class _Reader:
         return ForeignCode(tuple(modules), tuple(self._imports[m] for m in modules), tuple(lines))
 
     def unread(self) -> list[str]:
-        """Names of macros and bindings that nothing has referred to."""
+        """Name the macros and bindings that nothing has referred to."""
         names = [name for name in self._macros if name not in self._read_macros]
         return names + [
             f"{self._written[key]}.{name}"
@@ -144,7 +144,7 @@ class _Reader:
         return self._gin.config.ConfigurableReference(selector, False).configurable.selector
 
     def _behind_macros(self, raw: Any) -> Any:
-        """What a macro stands for, through any number of them."""
+        """Return what a macro stands for, through any number of them."""
         while self._is_reference(raw) and raw.configurable.selector == "gin.macro":
             name = "/".join(raw.scopes)
             self._read_macros.add(name)
@@ -180,7 +180,7 @@ class _Reader:
             return make() if raw.evaluate else make
 
     def _arguments(self, raw: Any) -> dict[str, Any]:
-        """What is bound to a reference's parameters, in its scope and the ones around it."""
+        """Find what is bound to a reference's parameters, in its scope and those around it."""
         scopes = raw.scopes or self._gin.current_scope()
         found: dict[str, Any] = {}
         for depth in range(len(scopes) + 1):
@@ -201,7 +201,7 @@ class _Reader:
             self._imports.setdefault(module, f"import {module}")
 
     def _name(self, raw: Any) -> str:
-        """A reference as tables show it: without @, with what it is called with."""
+        """Write a reference as tables show it: without @, with what is bound to it."""
         raw = self._behind_macros(raw)
         if not self._is_reference(raw) or raw.configurable.selector == "gin.constant":
             return self._text(raw)
@@ -210,7 +210,7 @@ class _Reader:
         return _scoped("/".join(raw.scopes), raw.configurable.selector) + called
 
     def _text(self, raw: Any) -> str:
-        """A value as gin files write it, wherever it is read: without macros or short names."""
+        """Write a value so that gin reads it anywhere: without macros or short names."""
         raw = self._behind_macros(raw)
         if isinstance(raw, list):
             return f"[{', '.join(map(self._text, raw))}]"

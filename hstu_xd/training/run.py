@@ -221,7 +221,7 @@ def stored_settings(
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """What run.json says.
+    """Read what run.json says.
 
     Raises:
         InputError: not a run folder.
@@ -232,7 +232,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def open_data(run: Path, data: Path | None = None) -> InteractionStore:
-    """The store of a run, or another one with the same catalogue.
+    """Open the store of a run, or another one with the same catalogue.
 
     Raises:
         InputError: no store there, or its catalogue is not the run's.

@@ -257,7 +257,7 @@ class Trainer:
         return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names, self._metrics)
 
     def _total_loss(self) -> float:
-        """The epoch's loss so far, summed over all processes."""
+        """Sum the epoch's loss so far over all processes."""
         own = torch.tensor(self.progress.loss_sum, dtype=torch.float64, device=self.world.device)
         return float(self.world.sum(own))
 

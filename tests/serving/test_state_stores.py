@@ -22,7 +22,7 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
-from hstu_xd.serving.codec import decode_state, encode_state, revision
+from hstu_xd.serving.codec import decode_state, encode_state, fingerprint, revision
 from hstu_xd.serving.stores import MemoryStore, RedisStore, SQLiteStore, StoreError, Write
 
 MODEL = tiny_model(**EVERYTHING).float().eval()
@@ -354,3 +354,27 @@ def test_redis_forgets_after_its_time_and_says_when_it_is_gone(tmp_path: Path) -
         append(session, "ann", 4, 5)
     with pytest.raises(StoreError, match="Redis: "):
         session.query(["ann"], [0])
+
+
+@pytest.mark.parametrize(
+    ("switches", "known"),
+    [
+        (EVERYTHING, "65cf6a30be5842c481662d1cf4e14afd"),
+        (
+            {"segment_by": "count", "segment_length": 4, "history_tokens": 2},
+            "25dfcfe67fb677cc2c3052016f51f5bb",
+        ),
+        (
+            {"domain_mask": True, "full_attention_layers": (1,)},
+            "4e07c69db422e2564aad3e63d7dd73e5",
+        ),
+    ],
+)
+def test_states_that_version_0_1_0_stored_are_known_again(
+    switches: dict[str, Any], known: str
+) -> None:
+    model = tiny_model(**switches)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    assert fingerprint(model, 8, torch.float32).hex() == known
