@@ -291,7 +291,8 @@ def _hashes() -> "tuple[pl.Expr, pl.Expr]":
 
 def _has_nulls(batch: "pl.DataFrame") -> bool:
     return any(
-        batch[role].null_count() for role in ("user", "item", "domain", "time", "order")
+        batch[role].null_count()
+        for role in ("user", "item", "domain", "time", "order")
         if role in batch.columns
     )
 
@@ -335,5 +336,4 @@ def _missing_ids(
 def renumber(parts: list[NDArray[np.int32]], ranks: NDArray[np.int32]) -> NDArray[np.int32]:
     """Replace each code by its rank; empties ``parts`` to release memory."""
     # mode="clip" skips a check of bounds that costs as much as the look-up itself.
-    joined = np.concatenate([ranks.take(parts.pop(0), mode="clip") for _ in range(len(parts))])
-    return joined
+    return np.concatenate([ranks.take(parts.pop(0), mode="clip") for _ in range(len(parts))])

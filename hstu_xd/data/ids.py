@@ -35,7 +35,9 @@ def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
     stripped = tokens.str.strip_chars()
     spaced = tokens.filter(stripped != tokens)
     if len(spaced):
-        notes.append(f"spaces at the ends of {len(spaced):,} {role} ids taken away ({_few(spaced)})")
+        notes.append(
+            f"spaces at the ends of {len(spaced):,} {role} ids taken away ({_few(spaced)})"
+        )
     whole = stripped.str.extract(_WHOLE_DECIMAL)
     decimals = stripped.str.contains(_DECIMAL)
     if whole.null_count() < len(whole) and whole.filter(decimals).null_count() == 0:

@@ -73,9 +73,7 @@ def order_events(
     return second, Moments(first, per_second)
 
 
-def _fractions(
-    parts: list[NDArray[np.int32] | None], sizes: list[int]
-) -> NDArray[np.int32] | None:
+def _fractions(parts: list[NDArray[np.int32] | None], sizes: list[int]) -> NDArray[np.int32] | None:
     if all(part is None for part in parts):
         return None
     return np.concatenate(

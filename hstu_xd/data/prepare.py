@@ -26,6 +26,7 @@ from hstu_xd.files import check_output, replaced_folder
 
 logger = logging.getLogger(__name__)
 
+SOME_USERS = 1000
 # Metrics carry the domain's name in brackets, beside these groups of targets.
 _METRIC_GROUPS = ("switch", "stay")
 
@@ -131,7 +132,7 @@ def build_log(
     """
     read = len(events.user)
     histories, tied = in_time_order(events)
-    found = count_repeats(histories)
+    repeats = found = count_repeats(histories)
     if window is not None:
         histories = drop_repeats_within(histories, window)
     kept = len(histories.user)
@@ -140,9 +141,11 @@ def build_log(
     num_users = len(events.users)
     histories, rounds = apply_filters(histories, filters, item_domain, num_users, len(names))
     log = _compact(events, histories)
-    facts = {
+    if len(histories.user) != read:
+        repeats = count_repeats(histories)
+    facts: dict[str, Any] = {
         "synthetic": False,
-        "duplicates": count_repeats(histories),
+        "duplicates": repeats,
         "repeats": {
             "found": found,
             "window_seconds": window,
@@ -199,11 +202,15 @@ def _strangers(log: Log) -> list[str]:
     names, item_domain = domains_of(log.items)
     if len(log.users) < 2:
         return []
-    domain = item_domain[log.item]
-    first = np.repeat(domain[log.offsets[:-1]], np.diff(log.offsets))
-    if (domain != first).any():
-        return []
-    firsts = domain[log.offsets[:-1]]
+    firsts = item_domain[log.item[log.offsets[:-1]]]
+    # In most logs some of the first users are enough to tell.
+    for start, stop in ((0, SOME_USERS), (SOME_USERS, len(log.users))):
+        offsets = log.offsets[start : stop + 1]
+        if len(offsets) < 2:
+            break
+        domain = item_domain[log.item[offsets[0] : offsets[-1]]]
+        if (domain != np.repeat(firsts[start:stop], np.diff(offsets))).any():
+            return []
     examples = {
         names[d]: log.users[int(np.argmax(firsts == d))] for d in np.unique(firsts)[:2].tolist()
     }

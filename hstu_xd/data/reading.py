@@ -94,9 +94,7 @@ def describe_readings(files: Sequence[FileFacts]) -> list[str]:
     return lines
 
 
-def check_agreement(
-    files: Sequence[FileFacts], warn: Callable[[str], object]
-) -> None:
+def check_agreement(files: Sequence[FileFacts], warn: Callable[[str], object]) -> None:
     """Compare the files of a log with one another.
 
     Raises:
@@ -107,8 +105,8 @@ def check_agreement(
     other = next((facts for facts in files if not facts.source.time.is_dated), None)
     if dated is not None and other is not None:
         raise InputError(
-            f"{other.source.path}: its times ({other.first} to {other.last}) are no dates, those of "
-            f"{dated.source.path} are ({date_of(dated.first or 0)} to {date_of(dated.last)}); "
+            f"{other.source.path}: its times ({other.first} to {other.last}) are no dates, those "
+            f"of {dated.source.path} are ({date_of(dated.first or 0)} to {date_of(dated.last)}); "
             "events of the two cannot be ordered. Mend one of them, or say with --time-unit what "
             "all times are"
         )

@@ -12,7 +12,7 @@ from hstu_xd.errors import InputError
 EXACT = "exact"
 # From these shares on a user is warned; below they are printed in the summary.
 MANY_REPEATS = 0.01
-MANY_MET = 0.2
+MANY_MET = 0.5
 
 
 def parse_rule(text: str | None) -> int | None:
@@ -56,7 +56,8 @@ def drop_repeats(histories: Histories, window: int) -> Histories:
         The events left, in the same order.
     """
     order = np.lexsort((histories.time, histories.item, histories.user))
-    user, item, time = (x[order] for x in (histories.user, histories.item, histories.time))
+    user, item = histories.user[order], histories.item[order]
+    time = histories.time[order]
     fresh = np.ones(len(order), np.bool_)
     fresh[1:] = (user[1:] != user[:-1]) | (item[1:] != item[:-1])
     # An event that is far from the one before is far from every kept one before. Between such
@@ -107,10 +108,12 @@ def targets_met(log: Log) -> dict[str, Any]:
         place = log.offsets[1:][users] - back
         wanted = np.full(len(sizes), -1, np.int32)
         wanted[users] = log.item[place]
-        equal = log.item == np.repeat(wanted, sizes)
-        earlier = np.concatenate([[0], np.cumsum(equal, dtype=np.int64)])
-        met = earlier[place] - earlier[log.offsets[users]] > 0
-        counts[name] = {"targets": int(users.size), "met_before": int(met.sum())}
+        rows = np.flatnonzero(log.item == np.repeat(wanted, sizes))
+        owner = np.searchsorted(log.offsets, rows, "right") - 1
+        # Every target finds itself, and what comes after it is no history.
+        earlier = rows < log.offsets[1:][owner] - back
+        met = np.unique(owner[earlier])
+        counts[name] = {"targets": int(users.size), "met_before": int(met.size)}
     return counts
 
 

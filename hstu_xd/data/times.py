@@ -95,11 +95,11 @@ class TimeKind:
             return f"negative timestamp {text!r}; write {self.meaning}, or remove the line"
         if self.low <= second < self.high:
             return None
-        others = "the file's first times are" if self.is_dated else "the file's first times are not"
+        first = "are" if self.is_dated else "are not"
         return (
-            f"timestamp {text!r} is {date_of(second)} when read as {self.meaning}; {others} between "
-            "1990 and 2100. Mend the line, leave it out with --skip-faulty, or say with --time-unit "
-            "what the times are"
+            f"timestamp {text!r} is {date_of(second)} when read as {self.meaning}; the file's "
+            f"first times {first} between 1990 and 2100. Mend the line, leave it out with "
+            "--skip-faulty, or say with --time-unit what the times are"
         )
 
 
@@ -110,6 +110,11 @@ def _numbers(times: "pl.Series") -> tuple["pl.Series", "pl.Series | None"]:
     whole = times.cast(pl.Int64, strict=False) if not times.dtype.is_float() else None
     if whole is not None and whole.null_count() == times.null_count():
         return whole, None
+    if times.dtype == pl.String:  # a separator and a space between fields
+        times = times.str.strip_chars()
+        whole = times.cast(pl.Int64, strict=False)
+        if whole.null_count() == times.null_count():
+            return whole, None
     decimal = times.cast(pl.Float64, strict=False)
     decimal = decimal.set(~decimal.is_finite().fill_null(True), None)
     if whole is None:
@@ -195,18 +200,19 @@ def _read_iso(times: "pl.Series", zoned: bool | None) -> Times:
     return Times(seconds.set(~sound.fill_null(False), None), nanoseconds)
 
 
+_PER_SECOND = {"s": 1, "ms": 1000, "us": MICRO, "ns": NANO}
+_CALENDARS = {
+    "YYYYMMDD": "%Y%m%d",
+    "YYYYMMDDhh": "%Y%m%d%H%M",
+    "YYYYMMDDhhmm": "%Y%m%d%H%M",
+    "YYYYMMDDhhmmss": "%Y%m%d%H%M%S",
+}
 _READERS: dict[str, Callable[["pl.Series"], Times]] = {
-    "s": _unit(),
-    "ms": _unit(per_second=1000),
-    "us": _unit(per_second=MICRO),
-    "ns": _unit(per_second=NANO),
+    **{name: _unit(per_second=n) for name, n in _PER_SECOND.items()},
     "min": _unit(seconds_each=60),
     "h": _unit(seconds_each=3600),
     "d": _unit(seconds_each=86_400),
-    "YYYYMMDD": _calendar("%Y%m%d", 8),
-    "YYYYMMDDhh": _calendar("%Y%m%d%H%M", 10),
-    "YYYYMMDDhhmm": _calendar("%Y%m%d%H%M", 12),
-    "YYYYMMDDhhmmss": _calendar("%Y%m%d%H%M%S", 14),
+    **{name: _calendar(form, len(name)) for name, form in _CALENDARS.items()},
     "iso": _iso(),
     "iso with zone": _iso(zoned=True),
     "iso without zone": _iso(zoned=False),
@@ -227,7 +233,11 @@ _ISO_KINDS = {
 }
 TIME_UNITS = ("auto", *KINDS)
 # Those that are tried on numbers; minutes, hours and days are never guessed.
-_GUESSED = ("s", "ms", "us", "ns", "YYYYMMDD", "YYYYMMDDhh", "YYYYMMDDhhmm", "YYYYMMDDhhmmss")
+# They stand with the numbers that can be dates between 1990 and 2100.
+_GUESSED = {
+    **{name: (EARLIEST * n, LATEST * n) for name, n in _PER_SECOND.items()},
+    **{name: (1990 * 10 ** (len(name) - 4), 2100 * 10 ** (len(name) - 4)) for name in _CALENDARS},
+}
 COUNTERS = KINDS["s"].within(0, EARLIEST)
 # Numbers or dates that only say which of two events comes first.
 ORDER_KINDS = (KINDS["s"].within(-LARGEST, LARGEST), KINDS["iso"].within(-LARGEST, LARGEST))
@@ -254,7 +264,7 @@ def decide_kind(values: Sequence[str], unit: str = "auto") -> TimeKind:
 
     if unit != "auto":
         return KINDS[unit]
-    given = pl.Series("time", values, dtype=pl.String)
+    given = pl.Series("time", values, dtype=pl.String).str.strip_chars()
     numbers = given.filter(given.cast(pl.Float64, strict=False).is_finite().fill_null(False))
     dates = [text for text in values if not is_number(text) and is_date(text)]
     if dates:
@@ -269,8 +279,11 @@ def decide_kind(values: Sequence[str], unit: str = "auto") -> TimeKind:
         return _ISO_KINDS[zoned]
     if not len(numbers):
         return KINDS["s"]
-    fits = {}
-    for name in _GUESSED:
+    fits = dict.fromkeys(_GUESSED, 0)
+    amounts = numbers.cast(pl.Float64).to_numpy()
+    for name, (low, high) in _GUESSED.items():
+        if not ((amounts >= low) & (amounts < high)).any():
+            continue  # quicker than to read them
         seconds = KINDS[name].within(EARLIEST, LATEST).read(numbers).seconds
         fits[name] = len(seconds) - seconds.null_count()
     best = max(fits, key=lambda name: fits[name])
@@ -297,7 +310,7 @@ def _counters(numbers: "pl.Series") -> TimeKind:
     import polars as pl
 
     amounts = numbers.cast(pl.Float64)
-    largest = numbers[amounts.arg_max()]
+    largest = numbers[int(amounts.arg_max() or 0)]
     if 2 * (amounts >= EARLIEST).sum() > len(amounts):
         raise InputError(
             f"times such as {largest!r} are no dates between 1990 and 2100 in any unit; say with "
@@ -309,7 +322,7 @@ def _counters(numbers: "pl.Series") -> TimeKind:
 def is_number(text: str) -> bool:
     """Tell whether a text is a finite number."""
     try:
-        return abs(float(text)) < float("inf")
+        return abs(float(text)) < float("inf") and "_" not in text
     except ValueError:
         return False
 

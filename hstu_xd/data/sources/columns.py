@@ -140,12 +140,13 @@ def place_columns(
 
 
 def _headerless(path: Path, fields: Sequence[str]) -> InputError:
-    example = [str(at) for at in range(1, 4)]
+    others = ["rating", *"-" * (len(fields) - 4)] if len(fields) > 3 else []
+    example = ",".join(["user", "item", *others, "time"])
     return InputError(
         f"{path}:1: the first line looks like an event, not like names: "
         f"{', '.join(fields)[:80]}; name all {len(fields)} columns in their order, e.g. --columns "
-        f"user,item,{'rating,' * (len(fields) - 3)}time, or say by number which is which: "
-        f"--user-col {example[0]} --item-col {example[1]} --time-col {example[2]}"
+        f"{example}, or say by number which is which: --user-col 1 --item-col 2 --time-col "
+        f"{len(fields)}"
     )
 
 

@@ -35,9 +35,9 @@ def _open_zstd(path: Path) -> BinaryIO:
 
 # First bytes -> name of the compression, and how to open it.
 _COMPRESSIONS: dict[bytes, tuple[str, Callable[[Path], BinaryIO]]] = {
-    b"\x1f\x8b": ("gzip", lambda path: cast(BinaryIO, gzip.open(path, "rb"))),
-    b"BZh": ("bzip2", lambda path: cast(BinaryIO, bz2.open(path, "rb"))),
-    b"\xfd7zXZ\x00": ("xz", lambda path: cast(BinaryIO, lzma.open(path, "rb"))),
+    b"\x1f\x8b": ("gzip", lambda path: cast(BinaryIO, gzip.GzipFile(path))),
+    b"BZh": ("bzip2", lambda path: cast(BinaryIO, bz2.BZ2File(path))),
+    b"\xfd7zXZ\x00": ("xz", lambda path: cast(BinaryIO, lzma.LZMAFile(path))),
     b"\x28\xb5\x2f\xfd": ("zstd", _open_zstd),
 }
 _AS_TEXT = "export its table as CSV or Parquet"
@@ -155,7 +155,9 @@ def compression_of(path: Path) -> str | None:
     """Return the name of a file's compression by its first bytes; None for plain files."""
     with path.open("rb") as file:
         head = file.read(8)
-    return next((name for magic, (name, _) in _COMPRESSIONS.items() if head.startswith(magic)), None)
+    return next(
+        (name for magic, (name, _) in _COMPRESSIONS.items() if head.startswith(magic)), None
+    )
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -268,9 +270,7 @@ def first_lines(path: Path, count: int) -> list[str]:
         try:
             lines.append(raw.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}:{number}: not UTF-8 text; save the file as UTF-8"
-            ) from error
+            raise InputError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from error
         size += len(raw)
         if len(lines) == count or size > PROBE_BYTES:
             break

@@ -17,7 +17,10 @@ from hstu_xd.errors import InputError
 COMPRESSED = {".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz"}
 # Endings that tell how a file is written, not what it is about.
 _CODECS = {*COMPRESSED, ".snappy", ".lz4", ".parquet", ".c000"}
-_TABLES = {"", *".csv .tsv .txt .dat .data .json .jsonl .ndjson .inter .pq".split()}
+_TABLES = {
+    "",
+    *[".csv", ".tsv", ".txt", ".dat", ".data", ".json", ".jsonl", ".ndjson", ".inter", ".pq"],
+}
 _MARKERS = re.compile(r"(_(SUCCESS|committed|started|metadata|common_metadata).*|.*\.crc)")
 _PART = re.compile(
     r"(.*[-_.])?(part|chunk|shard|split|batch|block|file)[-_.]?([rm][-_.])?\d+.*"  # Spark, dask
@@ -27,7 +30,7 @@ _PART = re.compile(
     r"|.*[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}.*",
     re.IGNORECASE,
 )
-_SPLITS = "train training test testing valid validation val dev eval".split()
+_SPLITS = ["train", "training", "test", "testing", "valid", "validation", "val", "dev", "eval"]
 _NO_DOMAINS = re.compile(
     rf"(.*[-_.])?({'|'.join(_SPLITS)})|data|logs?|out|output|export|dump|all|full|sample|results?",
     re.IGNORECASE,
