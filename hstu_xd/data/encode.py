@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Seeds of polars' hash, which only tells tokens apart while a log is read: nothing of it is stored.
 USER_SEED, ITEM_SEED, DOMAIN_SEED = 1, 2, 3
+_NESTED = r"^(\[|\{|true$|false$)"
 
 
 @dataclass
@@ -169,6 +170,10 @@ class EventReader:
                     f"{source.path}: cannot be read as a log: {one_line(str(error))}"
                 ) from error
             self.tell(f"{source.path}: read line by line, since {one_line(str(error))}")
+        if self.facts[-1].has_empty_last_field and source.may_have_short_lines():
+            fault = first_fault(source)
+            if fault is not None:
+                raise fault
 
     def _read_slowly(self, source: Source) -> None:
         """Encode a source line by line; faulty lines are left out or refused.
@@ -196,6 +201,8 @@ class EventReader:
             batch = batch.filter(~pl.all_horizontal(pl.col("user", "item", "time").is_null()))
             if _has_nulls(batch):
                 raise_first_fault(source, reason="an id or a timestamp is empty")
+        if "last" in batch.columns and batch["last"].null_count():
+            self.facts[-1].has_empty_last_field = True
         seconds, nanoseconds = source.time.read(batch["time"])
         if seconds.null_count():
             raise_first_fault(source, reason="a timestamp is unreadable")
@@ -245,13 +252,18 @@ class EventReader:
         )
 
     def _check(self, tokens: "pl.Series") -> None:
-        """Refuse ids that are blank or endless.
+        """Refuse ids that are blank, endless or no ids at all.
 
         Raises:
             InputError: names the line.
         """
         longest = tokens.str.len_bytes().max()
         too_long = isinstance(longest, int) and longest > LONGEST_ID
+        if tokens.str.contains(_NESTED).any():
+            # In JSON a list or an object may stand where an id is asked for, and polars takes it.
+            nested = (first_fault(source) for source in self.sources if source.may_nest)
+            for fault in filter(None, nested):
+                raise fault
         if too_long or (tokens.str.strip_chars() == "").any():
             faults = (first_fault(source) for source in self.sources)
             state = f"is longer than {LONGEST_ID} bytes" if too_long else "is empty"

@@ -30,6 +30,7 @@ class FileFacts:
         whole_days: whether every time is the start of a day.
         digest: equal for equal events in any order; 0 unless kept.
         skipped: faulty lines left out.
+        has_empty_last_field: whether the last field of some line is empty, or missing.
     """
 
     def __init__(self, source: Source, *, keep_digest: bool) -> None:
@@ -40,6 +41,7 @@ class FileFacts:
         self.whole_days = True
         self.digest = 0
         self.skipped = 0
+        self.has_empty_last_field = False
         self._keep_digest = keep_digest
 
     def add(

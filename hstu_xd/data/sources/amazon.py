@@ -50,6 +50,11 @@ class JsonLinesSource(Source):
 
     keys: dict[str, tuple[str, ...]]
 
+    @property
+    def may_nest(self) -> bool:
+        """Whether lists and objects may stand where an id is asked for: in JSON they may."""
+        return True
+
     def frames(self) -> "Iterator[pl.LazyFrame]":
         """Yield the events as text columns; all other keys are skipped."""
         if compression_of(self.path) is None:

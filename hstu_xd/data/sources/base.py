@@ -62,8 +62,17 @@ class Source(ABC):
         """
 
     @property
+    def may_nest(self) -> bool:
+        """Whether lists and objects may stand where an id is asked for."""
+        return False
+
+    @property
     def only_records(self) -> bool:
         """Whether the fast scan would read this file otherwise than :meth:`records`."""
+        return False
+
+    def may_have_short_lines(self) -> bool:
+        """Tell whether an empty last field may be one that is missing."""
         return False
 
     def batches(self, *derived: "pl.Expr") -> "Iterator[pl.DataFrame]":

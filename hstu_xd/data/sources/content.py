@@ -7,11 +7,11 @@ unpacked as it is read, a block at a time, so that a small file cannot fill the 
 import bz2
 import gzip
 import io
-import lzma
 import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from lzma import LZMAError, LZMAFile
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -37,7 +37,7 @@ def _open_zstd(path: Path) -> BinaryIO:
 _COMPRESSIONS: dict[bytes, tuple[str, Callable[[Path], BinaryIO]]] = {
     b"\x1f\x8b": ("gzip", lambda path: cast(BinaryIO, gzip.GzipFile(path))),
     b"BZh": ("bzip2", lambda path: cast(BinaryIO, bz2.BZ2File(path))),
-    b"\xfd7zXZ\x00": ("xz", lambda path: cast(BinaryIO, lzma.LZMAFile(path))),
+    b"\xfd7zXZ\x00": ("xz", lambda path: cast(BinaryIO, LZMAFile(path))),
     b"\x28\xb5\x2f\xfd": ("zstd", _open_zstd),
 }
 _AS_TEXT = "export its table as CSV or Parquet"
@@ -169,7 +169,7 @@ def open_bytes(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError)
+_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, LZMAError, OSError)
 
 
 def _damaged(path: Path, lines: int, error: BaseException) -> InputError:

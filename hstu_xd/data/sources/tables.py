@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from hstu_xd.data.sources.base import Record, Source
 from hstu_xd.data.sources.content import compression_of, text_blocks
 from hstu_xd.data.sources.quotes import Quoting, csv_rows
 
 if TYPE_CHECKING:
     import polars as pl
+
+QUOTE, NEWLINE = b'"\n'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,22 @@ class DelimitedSource(Source):
         for block in text_blocks(self.path):
             yield self._frame(io.BytesIO(block), header=header)
             header = False
+
+    def may_have_short_lines(self) -> bool:
+        """Tell whether some line may have too few fields, which polars fills with nulls.
+
+        No line has too many, so that one with too few shows in the number of separators. Empty
+        lines show, too.
+        """
+        marks = lines = 0
+        for block in text_blocks(self.path):
+            text = np.frombuffer(block, np.uint8)
+            is_mark = text == ord(self.separator[0])
+            if self.quoting.style == "double" and QUOTE in block:
+                is_mark &= np.cumsum(text == QUOTE, dtype=np.uint32) % 2 == 0
+            marks += int(np.count_nonzero(is_mark))
+            lines += int(np.count_nonzero(text == NEWLINE)) + (not block.endswith(b"\n"))
+        return marks != lines * (self.width - 1) * len(self.separator)
 
     def _frame(self, source: object, *, header: bool) -> "pl.LazyFrame":
         """Scan a file or a block of it.
