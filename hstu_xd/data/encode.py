@@ -259,10 +259,12 @@ class EventReader:
         """
         longest = tokens.str.len_bytes().max()
         too_long = isinstance(longest, int) and longest > LONGEST_ID
-        if tokens.str.contains(_NESTED).any():
-            # In JSON a list or an object may stand where an id is asked for, and polars takes it.
-            nested = (first_fault(source) for source in self.sources if source.may_nest)
-            for fault in filter(None, nested):
+        # In JSON a list or an object may stand where an id is asked for, and in text a return
+        # that ends no line; polars takes both.
+        nested, returns = (tokens.str.contains(text).any() for text in (_NESTED, "\r"))
+        if nested or returns:
+            doubtful = (s for s in self.sources if returns or s.may_nest)
+            for fault in filter(None, map(first_fault, doubtful)):
                 raise fault
         if too_long or (tokens.str.strip_chars() == "").any():
             faults = (first_fault(source) for source in self.sources)

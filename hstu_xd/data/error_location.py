@@ -28,7 +28,10 @@ def raise_first_fault(source: Source, *, reason: str) -> NoReturn:
 
     try:
         fault = first_fault(source)
-    except pl.exceptions.PolarsError:  # a column that cannot be read either way
+    except (
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+    ):  # a column that cannot be read either way
         fault = None
     raise fault or InputError(f"{source.path}: cannot be read as a log: {one_line(reason)}")
 

@@ -127,11 +127,12 @@ class InteractionStore:
     @cached_property
     def _users(self) -> "pl.Series":
         import polars as pl
+        from pyarrow import parquet
 
         file = self.path / store_files.USERS
-        with _damage_named(file):
-            users = pl.read_parquet(file)["user"]
-        if users.dtype != pl.String or users.null_count() or not users.is_sorted():
+        with _damage_named(file):  # polars panics on some damaged files, pyarrow raises
+            users = pl.Series("user", parquet.read_table(file)["user"])
+        if users.dtype != pl.String or users.null_count() or not (users[1:] > users[:-1]).all():
             raise _damaged(file, "does not hold sorted ids")
         return users
 
@@ -344,7 +345,7 @@ def _damage_named(file: Path) -> Iterator[None]:
 def _map(file: Path, length: int, dtype: np.dtype) -> NDArray:
     try:
         array = np.load(file, mmap_mode="r")
-    except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, OSError) as error:
+    except Exception as error:  # a damaged header makes numpy raise nearly anything
         raise InputError(f"{file}: damaged ({error}); prepare the log again") from error
     if not isinstance(array, np.ndarray) or array.shape != (length,) or array.dtype != dtype:
         raise InputError(

@@ -37,7 +37,7 @@ def _open_zstd(path: Path) -> BinaryIO:
 _COMPRESSIONS: dict[bytes, tuple[str, Callable[[Path], BinaryIO]]] = {
     b"\x1f\x8b": ("gzip", lambda path: cast(BinaryIO, gzip.GzipFile(path))),
     b"BZh": ("bzip2", lambda path: cast(BinaryIO, bz2.BZ2File(path))),
-    b"\xfd7zXZ\x00": ("xz", lambda path: cast(BinaryIO, LZMAFile(path))),
+    b"\xfd7zXZ\x00": ("xz", lambda path: cast(BinaryIO, LZMAFile(path))),  # noqa: SIM115
     b"\x28\xb5\x2f\xfd": ("zstd", _open_zstd),
 }
 _AS_TEXT = "export its table as CSV or Parquet"

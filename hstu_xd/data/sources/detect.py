@@ -24,7 +24,12 @@ from hstu_xd.data.sources.columns import (
 from hstu_xd.data.sources.content import first_lines, is_parquet
 from hstu_xd.data.sources.inputs import Input, check_domain_of_name, list_inputs
 from hstu_xd.data.sources.quotes import NO_QUOTES, check_quote, decide_quoting
-from hstu_xd.data.sources.tables import DelimitedSource, ParquetSource
+from hstu_xd.data.sources.tables import (
+    DelimitedSource,
+    ParquetSource,
+    parquet_batches,
+    parquet_schema,
+)
 from hstu_xd.data.times import (
     KINDS,
     ORDER_KINDS,
@@ -234,10 +239,9 @@ def _separator(header_line: str, kind: str) -> str:
 def _parquet(one: Input, options: ColumnOptions, *, alone: bool) -> Source:
     import polars as pl
 
-    frame = pl.scan_parquet(one.path.absolute(), glob=False)
     try:
-        schema = frame.collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as error:
+        schema = parquet_schema(one.path)
+    except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{one.path}: not a readable Parquet file ({reason})") from error
     names = schema.names()
@@ -257,12 +261,7 @@ def _parquet(one: Input, options: ColumnOptions, *, alone: bool) -> Source:
                 f"--{role}-col with another one, or write it as text or numbers"
             )
         if role in ("user", "item") and kind.is_float():
-            largest = frame.select(pl.col(name).fill_nan(None).abs().max()).collect().item()
-            if largest is not None and largest >= INEXACT:
-                raise InputError(
-                    f"{one.path}: column {name!r} holds ids as floats up to {largest:.17g}, which "
-                    "have lost digits; write them as integers or text"
-                )
+            _check_floats(one.path, name)
     time, order = (schema[columns[role]] if role in columns else None for role in ("time", "order"))
     return ParquetSource(
         path=one.path,
@@ -274,6 +273,26 @@ def _parquet(one: Input, options: ColumnOptions, *, alone: bool) -> Source:
         columns=columns,
         temporal=_kind_of_dates(time) is not None,
     )
+
+
+def _check_floats(path: Path, name: str) -> None:
+    """Refuse ids that are floats too large to hold every digit.
+
+    Raises:
+        InputError: names the column.
+    """
+    import polars as pl
+
+    try:
+        parts = [batch[name].fill_nan(None).abs().max() for batch in parquet_batches(path, [name])]
+    except pl.exceptions.PolarsError:  # named when the file is read
+        return
+    largest = max((part for part in parts if isinstance(part, float)), default=0.0)
+    if largest >= INEXACT:
+        raise InputError(
+            f"{path}: column {name!r} holds ids as floats up to {largest:.17g}, which have lost "
+            "digits; write them as integers or text"
+        )
 
 
 def _kind_of_dates(dtype: object) -> TimeKind | None:

@@ -7,11 +7,12 @@ import csv
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hstu_xd.data.sources.base import Record, Source
+from hstu_xd.data.sources.base import BATCH_ROWS, Record, Source
 from hstu_xd.data.sources.content import compression_of, text_blocks
 from hstu_xd.data.sources.quotes import Quoting, csv_rows
 
@@ -130,30 +131,71 @@ class ParquetSource(Source):
         """Yield the events with ids as text and times as numbers or text."""
         import polars as pl
 
-        frame = pl.scan_parquet(self.path.absolute(), glob=False)
-        schema = frame.collect_schema()
-        events = {
-            role: _as_number(pl.col(name), schema[name])
-            if role in ("time", "order")
-            else _as_id(pl.col(name), schema[name])
-            for role, name in self.columns.items()
-        }
-        yield frame.select(**events)
+        for batch in parquet_batches(self.path, list(self.columns.values())):
+            events = {
+                role: _as_number(pl.col(name), batch.schema[name])
+                if role in ("time", "order")
+                else _as_id(pl.col(name), batch.schema[name])
+                for role, name in self.columns.items()
+            }
+            yield batch.lazy().select(**events)
 
     def records(self) -> Iterator[Record]:
         """Every row as a record; rows count from 1."""
         import polars as pl
 
-        (frame,) = self.frames()
-        frame = frame.with_columns(pl.all().cast(pl.String))
-        batches = frame.collect_batches(maintain_order=True, engine="streaming")
-        rows = (values for batch in batches for values in batch.iter_rows(named=True))
-        for row, values in enumerate(rows, start=1):
-            yield Record(row, **{"domain": self.domain, **values})
+        row = 0
+        for frame in self.frames():
+            for values in (
+                frame.with_columns(pl.all().cast(pl.String)).collect().iter_rows(named=True)
+            ):
+                row += 1
+                yield Record(row, **{"domain": self.domain, **values})
 
     def at(self, line: int) -> str:
         """Where a row is, for messages."""
         return f"{self.path}: row {line}"
+
+
+def parquet_schema(path: Path) -> "pl.Schema":
+    """Return the names and types of a Parquet file's columns.
+
+    Raises:
+        ComputeError: the file is damaged.
+    """
+    import polars as pl
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        empty = pl.from_arrow(parquet.read_schema(path).empty_table())
+    except (pa.ArrowException, OSError, ValueError, pl.exceptions.PanicException) as error:
+        raise pl.exceptions.ComputeError(str(error)) from error
+    assert isinstance(empty, pl.DataFrame)
+    return empty.schema
+
+
+def parquet_batches(path: Path, names: list[str]) -> "Iterator[pl.DataFrame]":
+    """Yield some columns of a Parquet file in batches.
+
+    They are read by pyarrow and validated: polars panics on some damaged files.
+
+    Raises:
+        ComputeError: the file is damaged.
+    """
+    import polars as pl
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(names))):
+                batch.validate(full=True)
+                frame = pl.from_arrow(batch)
+                assert isinstance(frame, pl.DataFrame)
+                yield frame
+    except (pa.ArrowException, OSError, ValueError, pl.exceptions.PanicException) as error:
+        raise pl.exceptions.ComputeError(str(error)) from error
 
 
 def _as_number(column: "pl.Expr", dtype: "pl.DataType") -> "pl.Expr":
