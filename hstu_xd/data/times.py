@@ -290,7 +290,7 @@ def decide_kind(values: Sequence[str], unit: str = "auto") -> TimeKind:
     rivals = [name for name, count in fits.items() if count == fits[best]]
     if not fits[best]:
         return _counters(numbers)
-    if len(rivals) > 1:
+    if len(rivals) > 1 and fits[best] == len(numbers):
         raise InputError(
             f"times such as {numbers[0]!r} may be " + " or ".join(rivals) + "; say which with "
             f"--time-unit {rivals[0]} or --time-unit {rivals[1]}"

@@ -261,8 +261,10 @@ def holds_byte(path: Path, letter: int) -> bool:
 def first_lines(path: Path, count: int) -> list[str]:
     """Return up to ``count`` lines from the start of a file, line ends removed.
 
+    Later lines that are not UTF-8 are named, or left out, when the events are read.
+
     Raises:
-        InputError: a line that is not UTF-8 text, or a damaged compressed file.
+        InputError: the first line is not UTF-8 text, or the compressed file is damaged.
     """
     lines: list[str] = []
     size = 0
@@ -270,7 +272,9 @@ def first_lines(path: Path, count: int) -> list[str]:
         try:
             lines.append(raw.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from error
+            if number == 1:
+                raise InputError(f"{path}:1: not UTF-8 text; save the file as UTF-8") from error
+            lines.append(raw.decode("utf-8", "surrogateescape").rstrip("\r\n"))
         size += len(raw)
         if len(lines) == count or size > PROBE_BYTES:
             break

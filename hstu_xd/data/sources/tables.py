@@ -106,11 +106,13 @@ class DelimitedSource(Source):
         if not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
             return Record(line, problem="not UTF-8 text; save the file as UTF-8")
         if len(fields) != self.width:
-            return Record(
-                line,
-                problem=f"{len(fields)} fields where {self.width} are expected "
-                f"({text[:80]!r}); mend the line or quote the field",
+            mend = "mend the line or quote the field"
+            if self.quoting.style == "double" and any(f.endswith("\\") for f in fields):
+                mend += ", or use --quote backslash if that is how quotes inside are written"
+            problem = (
+                f"{len(fields)} fields where {self.width} are expected ({text[:80]!r}); {mend}"
             )
+            return Record(line, problem=problem)
         values = {role: fields[at] for role, at in self.positions.items()}
         return Record(line, **{"domain": self.domain, **values})
 
