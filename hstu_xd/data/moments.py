@@ -42,7 +42,7 @@ def order_events(
     nanoseconds: list[NDArray[np.int32] | None],
     order: list[Order],
 ) -> tuple[NDArray[np.int64], Moments]:
-    """Number events by time, then by the column that orders ties.
+    """Rank events by time, then by the column that orders ties.
 
     Args:
         seconds: of each batch; emptied to release memory.
@@ -84,7 +84,7 @@ def _fractions(parts: list[NDArray[np.int32] | None], sizes: list[int]) -> NDArr
 def _ranks(
     last_keys: list[NDArray], fraction: NDArray[np.int32] | None, second: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], Moments]:
-    """Number events densely by second, fraction and the keys, the last of which counts most."""
+    """Rank events densely by second, fraction and the keys, the last of which counts most."""
     keys = [*last_keys, *([] if fraction is None else [fraction]), second]
     rows = np.lexsort(keys)
     fresh = np.zeros(len(rows), np.bool_)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hstu_xd.data import store_files
-from hstu_xd.data.encode import Events, IdOptions, read_log
+from hstu_xd.data.encode import EventReader, Events, IdOptions, read_log
 from hstu_xd.data.filters import Filters, apply_filters, offsets_of
 from hstu_xd.data.ids import alike_without_case, strangers
 from hstu_xd.data.order import Histories, in_time_order
@@ -86,25 +86,46 @@ def prepare_logs(
     options = ReadOptions(columns or ColumnOptions(), time_unit, quote)
     sources = open_sources(inputs, file_format=file_format, options=options, tell=tell)
     events, reader = read_log(sources, ids or IdOptions(), tell=tell)
-    for line in describe_readings(reader.facts):
-        tell(line)
-    check_agreement(reader.facts, warn)
+    _tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
     log, facts = build_log(events, filters, window=window)
     if options.columns.order is not None:
         facts["ties"]["order"] = "column, then hash"
     if reader.skipped:
         facts["skipped_lines"] = reader.skipped
-        for file in reader.facts:
-            if file.skipped:
-                warn(
-                    f"{file.source.path}: {file.skipped:,} faulty lines left out, "
-                    f"{file.events:,} events read; they are listed in "
-                    f"{out / store_files.FAULTY_LINES}"
-                )
+    return _write(out, log, facts, reader, write_upstream=write_upstream)
+
+
+def _tell_of_files(
+    reader: EventReader,
+    listing: Path,
+    tell: Callable[[str], object],
+    warn: Callable[[str], object],
+) -> None:
+    """Say what each file was taken to be, and what is odd about it or left out of it.
+
+    Raises:
+        InputError: files whose times cannot be compared.
+    """
+    for line in describe_readings(reader.facts):
+        tell(line)
+    check_agreement(reader.facts, warn)
+    for file in reader.facts:
+        if file.skipped:
+            warn(
+                f"{file.source.path}: {file.skipped:,} faulty lines left out, {file.events:,} "
+                f"events read; they are listed in {listing}"
+            )
+
+
+def _write(
+    out: Path, log: Log, facts: dict[str, Any], reader: EventReader, *, write_upstream: bool
+) -> dict[str, Any]:
+    """Write the store and what was asked for beside it; return the manifest."""
     with replaced_folder(out) as partial:
         if reader.skipped:
+            listing = partial / store_files.FAULTY_LINES
             text = "file,line,problem\n" + reader.faulty_lines.getvalue()
-            (partial / store_files.FAULTY_LINES).write_text(text, encoding="utf-8")
+            listing.write_text(text, encoding="utf-8", errors="backslashreplace")
         if write_upstream:
             written = write_upstream_csv(partial, log)
             # Beside the hashes of the store proper, which runs compare: the data are the same.

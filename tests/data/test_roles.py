@@ -111,7 +111,7 @@ def test_no_majority_of_few(tmp_path: Path) -> None:
     log = write_log(tmp_path / "Books.csv", rows, None)
     with pytest.raises(InputError, match="--columns user,item,rating,time"):
         prepare_logs([str(log)], tmp_path / "out")
-    with pytest.raises(InputError, match="--columns\n*.*item,user,rating,time"):
+    with pytest.raises(InputError, match=r"--columns\n*.*item,user,rating,time"):
         prepare_logs([str(log)], tmp_path / "out", file_format="amazon-ratings")
 
 

@@ -252,5 +252,5 @@ def test_a_column_that_cannot_order(cli: Callable, tmp_path: Path) -> None:
     outcome = cli("prepare", log, "--out", tmp_path / "out", "--order-col", "seq")
     assert outcome.code == 2
     assert ":3: the column that orders ties is 'second'" in outcome.err
-    with pytest.raises(InputError, match="no order column 'seqn'.*did you mean 'seq'"):
+    with pytest.raises(InputError, match=r"no order column 'seqn'.*did you mean 'seq'"):
         prepare_logs([str(log)], tmp_path / "out", columns=ColumnOptions(order="seqn"))
