@@ -21,8 +21,8 @@ def counts(out: Path) -> tuple[int, int]:
 
 
 HEADERLESS = {
-    "tab": ("u.data", "11\t21\t3\t880000001\n12\t22\t3\t880000002\n13\t21\t1\t880000003\n", 3, 2),
-    "double colon": ("ratings.dat", "1::31::5::970000001\n1::32::3::970000002\n", 1, 2),
+    "tab": ("u.data", "11\t21\t4\t880000001\n12\t22\t3\t880000002\n13\t21\t1\t880000003\n", 3, 2),
+    "double colon": ("ratings.dat", "1::31::2::970000001\n1::32::3::970000002\n", 1, 2),
     "category": ("clicks.csv", "1,700001,90001,1510000001\n1,700002,90002,1510000002\n", 1, 2),
     "space": ("log.txt", "1 a 5 970000001\n2 a 3 970000002\n", 2, 1),
     "dates": ("log.csv", "ann,heat,5,2020-01-30\nbob,heat,3,2020-01-31\n", 2, 1),
@@ -45,6 +45,7 @@ def test_headerless(name: str, cli: Callable, tmp_path: Path) -> None:
     outcome = cli("prepare", f"films={log}", "--out", tmp_path / "out", *mend.split())
     assert outcome.code == 0
     assert counts(tmp_path / "out") == (users, items)
+    assert cli("prepare", log, "--out", tmp_path / "alone", *mend.split()).code == 0
     numbers = ("--user-col", "1", "--item-col", "2", "--time-col", "4")
     assert cli("prepare", f"films={log}", "--out", tmp_path / "numbers", *numbers).code == 0
     assert contents(tmp_path / "numbers") == contents(tmp_path / "out")
@@ -142,3 +143,10 @@ def test_an_option_that_changes_nothing(tmp_path: Path) -> None:
     log.write_text("".join(lines))
     with pytest.raises(InputError, match=":1: empty domain id"):
         prepare_logs([str(log)], tmp_path / "out")
+
+
+def test_a_name_that_is_a_number(tmp_path: Path) -> None:
+    rows = [("a", "x", "d", START, 7)]
+    log = write_log(tmp_path / "log.csv", rows, ("who", "what", "shop", "when", "2020"))
+    columns = ColumnOptions(user="who", item="what", domain="shop", time="when")
+    assert prepare_logs([str(log)], tmp_path / "out", columns=columns)["interactions"] == 1

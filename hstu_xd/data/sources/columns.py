@@ -122,6 +122,10 @@ def place_columns(
         header = options.names
     places = {}
     for role in roles:
+        wanted = options.named(role) or ""
+        if is_data and options.names is None and _is_place(wanted, fields):
+            places[role] = int(wanted) - 1  # though a field of the first event may be that number
+            continue
         try:
             at = find_column(path, header, role, options, line=1)
         except InputError:
@@ -132,7 +136,10 @@ def place_columns(
             places[role] = at
     numbered = all(_is_place(options.named(role) or "", fields) for role in places)
     if is_data and options.names is None and (not numbered or not {*NEEDED} <= {*places}):
-        named = {role for role in places if fields[places[role]].strip().lower() in ALIASES[role]}
+        known = {
+            role: (*ALIASES.get(role, ()), (options.named(role) or "").lower()) for role in roles
+        }
+        named = {role for role in places if fields[places[role]].strip().lower() in known[role]}
         if not {*NEEDED} <= named:
             raise _headerless(path, fields)
         return True, places

@@ -7,6 +7,7 @@ unpacked as it is read, a block at a time, so that a small file cannot fill the 
 import bz2
 import gzip
 import io
+import mmap
 import stat
 import zipfile
 import zlib
@@ -248,6 +249,9 @@ def holds_byte(path: Path, letter: int) -> bool:
     """
     try:
         with open_bytes(path) as file:
+            if compression_of(path) is None:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                    return text.find(bytes([letter])) >= 0
             while block := file.read(1 << 20):
                 if letter in block:
                     return True

@@ -199,18 +199,19 @@ def _delimited(
     header, positions = place_columns(
         one.path, names, options.columns, _roles(one, options.columns)
     )
+    called = names if header else options.columns.names or [str(n + 1) for n in range(len(first))]
     for role in ("user", "item", "time"):
         if role not in positions:
-            raise missing_column(one.path, names, role, options.columns, line=1)
+            raise missing_column(one.path, called, role, options.columns, line=1)
     domain = _constant_domain(one, positions)
-    if domain is not None and alone and not recbole and not one.domain and not one.partition:
+    told = one.domain or one.partition or recbole or not header
+    if domain is not None and alone and not told:
         raise missing_column(one.path, names, "domain", options.columns, line=1)
     quoting = NO_QUOTES
     if not recbole:
         quoting = decide_quoting(
             one.path, separator, len(first), positions, style=options.quote, header=header
         )
-    called = names if header else options.columns.names or [str(n + 1) for n in range(len(first))]
     form = f"{_SEPARATOR_NAMES.get(separator, separator)}-separated text"
     return DelimitedSource(
         path=one.path,
