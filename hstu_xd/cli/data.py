@@ -23,7 +23,46 @@ def prepare(
     user_col: Annotated[str | None, typer.Option(help="Column of the user id.")] = None,
     item_col: Annotated[str | None, typer.Option(help="Column of the item id.")] = None,
     domain_col: Annotated[str | None, typer.Option(help="Column of the domain.")] = None,
-    time_col: Annotated[str | None, typer.Option(help="Column of the time in seconds.")] = None,
+    time_col: Annotated[str | None, typer.Option(help="Column of the time.")] = None,
+    order_col: Annotated[
+        str | None, typer.Option(help="Column that orders events of one time (else a hash does).")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Names of all columns of files without a header: user,item,rating,time."),
+    ] = None,
+    time_unit: Annotated[
+        str,
+        typer.Option(
+            help="What times are: auto (by plausibility), s, ms, us, ns, min, h, d, YYYYMMDD, "
+            "YYYYMMDDhh, YYYYMMDDhhmm, YYYYMMDDhhmmss or iso."
+        ),
+    ] = "auto",
+    quote: Annotated[
+        str,
+        typer.Option(help="Double quotes in delimited text: auto, double, none or backslash."),
+    ] = "auto",
+    drop_repeats: Annotated[
+        str | None,
+        typer.Option(
+            help="Drop events that repeat another of the same user and item: exact (in the same "
+            "second), or a number of seconds."
+        ),
+    ] = None,
+    prefix_items: Annotated[
+        bool,
+        typer.Option("--prefix-items", help="Put the domain before every item's id (domain:id)."),
+    ] = False,
+    exact_ids: Annotated[
+        bool,
+        typer.Option("--exact-ids", help="Keep spaces at the ends of ids, and 12.0 beside 12."),
+    ] = False,
+    skip_faulty: Annotated[
+        bool,
+        typer.Option(
+            "--skip-faulty", help="Leave out faulty lines and list them in faulty_lines.csv."
+        ),
+    ] = False,
     min_user: Annotated[
         int, typer.Option(help="Fewest events of a user in a domain (k-core).")
     ] = 0,
@@ -45,21 +84,37 @@ def prepare(
 
     The store holds histories, the catalogue of items and a manifest with counts and hashes.
     """
+    from hstu_xd.data.encode import IdOptions
     from hstu_xd.data.filters import Filters
     from hstu_xd.data.prepare import prepare_logs
     from hstu_xd.data.sources.columns import ColumnOptions
     from hstu_xd.data.statistics import print_summary
 
+    notes: list[str] = []
+    warnings: list[str] = []
     manifest = prepare_logs(
         inputs,
         out,
         file_format=format,
-        columns=ColumnOptions(user=user_col, item=item_col, domain=domain_col, time=time_col),
+        columns=ColumnOptions(
+            user=user_col,
+            item=item_col,
+            domain=domain_col,
+            time=time_col,
+            order=order_col,
+            names=None if columns is None else tuple(columns.split(",")),
+        ),
+        time_unit=time_unit,
+        quote=quote,
+        ids=IdOptions(exact_ids, prefix_items, skip_faulty),
+        drop_repeats=drop_repeats,
         filters=Filters(min_user=min_user, min_item=min_item, min_user_total=min_user_total),
         write_upstream=write_upstream,
         force=force,
+        tell=notes.append,
+        warn=warnings.append,
     )
-    print_summary(out, manifest)
+    print_summary(out, manifest, notes=notes, warnings=warnings)
 
 
 def synth(

@@ -1,25 +1,41 @@
-"""Streams sources into integer arrays: one code a user, one a catalogue item, seconds."""
+"""Streams sources into integer arrays: one code a user, one a catalogue item, moments."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hstu_xd.data.dictionary import TokenDictionary
-from hstu_xd.data.error_location import first_fault, raise_first_fault, raise_item_in_two_domains
+from hstu_xd.data.error_location import (
+    checked_events,
+    first_fault,
+    one_line,
+    raise_first_fault,
+    raise_item_in_two_domains,
+)
+from hstu_xd.data.ids import (
+    LONGEST_ID,
+    check_domain_characters,
+    missing_as_text,
+    number_tokens,
+    tidy,
+)
+from hstu_xd.data.moments import Moments, order_events
+from hstu_xd.data.reading import FileFacts
 from hstu_xd.data.sources import Source
-from hstu_xd.data.times import to_seconds
 from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
 
-BATCH_ROWS = 1 << 19
 # Seeds of polars' hash, which only tells tokens apart while a log is read: nothing of it is stored.
 USER_SEED, ITEM_SEED, DOMAIN_SEED = 1, 2, 3
+_NESTED = r"^(\[|\{|true$|false$)"
 
 
 @dataclass
@@ -31,7 +47,10 @@ class Events:
         items: columns item and domain, sorted by (domain, item); I rows.
         user: (n,) int32, row of ``users``.
         item: (n,) int32, row of ``items``.
-        time: (n,) int64, seconds.
+        time: (n,) int64, numbers that order the events of a user; seconds unless ``moments`` says
+            otherwise.
+        moments: how seconds follow from ``time``.
+        warnings: what a user should know about the ids.
     """
 
     users: "pl.Series"
@@ -39,6 +58,8 @@ class Events:
     user: NDArray[np.int32]
     item: NDArray[np.int32]
     time: NDArray[np.int64]
+    moments: Moments = field(default_factory=Moments)
+    warnings: list[str] = field(default_factory=list)
 
     def release(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
         """Hand over user, item and time and keep none of them, so that memory can be reused."""
@@ -47,53 +68,130 @@ class Events:
         return user, item, time
 
 
-def read_events(sources: Sequence[Source]) -> Events:
+@dataclass(frozen=True)
+class IdOptions:
+    """What is done with ids and with lines that cannot be read.
+
+    Attributes:
+        exact: keep ids as they are written, spaces and decimals included.
+        prefix_items: put the domain before every item's id.
+        skip_faulty: leave out faulty lines instead of refusing the log.
+    """
+
+    exact: bool = False
+    prefix_items: bool = False
+    skip_faulty: bool = False
+
+
+def read_events(
+    sources: Sequence[Source],
+    options: IdOptions | None = None,
+    *,
+    tell: Callable[[str], object] = lambda note: None,
+) -> Events:
     """Read every source once.
+
+    Args:
+        sources: the files.
+        options: what is done with ids and faulty lines.
+        tell: takes notes on what was changed or read otherwise than usual.
 
     Raises:
         InputError: a faulty line, an item in two domains, or no event at all.
     """
-    reader = _EventReader(sources)
+    events, _ = read_log(sources, options or IdOptions(), tell=tell)
+    return events
+
+
+def read_log(
+    sources: Sequence[Source], options: IdOptions, *, tell: Callable[[str], object]
+) -> "tuple[Events, EventReader]":
+    """Read every source once; also return the reader, which knows what each file held."""
+    reader = EventReader(sources, options, tell)
     for source in sources:
         reader.read(source)
-    return reader.finish()
+    return reader.finish(), reader
 
 
-class _EventReader:
-    """Codes in order of first sight; :meth:`finish` renumbers them by token."""
+class EventReader:
+    """Codes in order of first sight; :meth:`finish` renumbers them by token.
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    Attributes:
+        facts: what each file held, in the order of the sources.
+        skipped: number of faulty lines left out.
+        faulty_lines: CSV text of file, line and problem of each of them.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], options: IdOptions, tell: Callable[[str], object]
+    ) -> None:
         self.sources = sources
+        self.options = options
+        self.tell = tell
         self.users, self.items = TokenDictionary(), TokenDictionary()
         self.user: list[NDArray[np.int32]] = []
         self.item: list[NDArray[np.int32]] = []
-        self.time: list[NDArray[np.int64]] = []
+        self.seconds: list[NDArray[np.int64]] = []
+        self.nanoseconds: list[NDArray[np.int32] | None] = []
+        self.order: list[tuple[NDArray[np.int64], NDArray[np.int32] | None]] = []
+        self.facts: list[FileFacts] = []
+        self.skipped = 0
+        self.faulty_lines = io.StringIO()
+        self._has_unused_tokens = False
 
     def read(self, source: Source) -> None:
-        """Encode one source.
+        """Encode one source, slowly where the fast way cannot read it or may not refuse it.
 
         Raises:
             InputError: a faulty line.
         """
         import polars as pl
 
-        frame = source.scan()
-        if source.domain is not None:
-            frame = frame.with_columns(domain=pl.lit(source.domain, pl.String))
-        # An item is told apart by its domain too, so that one in two domains shows as two items.
-        frame = frame.with_columns(
-            user_hash=pl.col("user").hash(USER_SEED),
-            item_hash=pl.col("item").hash(ITEM_SEED) ^ pl.col("domain").hash(DOMAIN_SEED),
-        )
-        batches = frame.collect_batches(
-            chunk_size=BATCH_ROWS, maintain_order=False, engine="streaming"
-        )
+        self.facts.append(FileFacts(source, keep_digest=len(self.sources) > 1))
+        if self.options.skip_faulty or source.only_records:
+            self._read_slowly(source)
+            return
+        columns = (self.user, self.item, self.seconds, self.nanoseconds, self.order)
+        marks = [len(column) for column in columns]
         try:
             with ThreadPoolExecutor(1) as pool:
-                for batch in batches:
+                for batch in source.batches(*_hashes()):
                     self._add(source, batch, pool)
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise_first_fault(source, reason=str(error))
+            # Such as NaN in JSON, which is none, in a key that nobody reads.
+            for column, mark in zip(columns, marks, strict=True):
+                del column[mark:]
+            self.facts[-1] = FileFacts(source, keep_digest=len(self.sources) > 1)
+            self._has_unused_tokens = True
+            try:
+                self._read_slowly(source)
+            except pl.exceptions.PolarsError:
+                raise InputError(
+                    f"{source.path}: cannot be read as a log: {one_line(str(error))}"
+                ) from error
+            self.tell(f"{source.path}: read line by line, since {one_line(str(error))}")
+        if self.facts[-1].has_empty_last_field and source.may_have_short_lines():
+            fault = first_fault(source)
+            if fault is not None:
+                raise fault
+
+    def _read_slowly(self, source: Source) -> None:
+        """Encode a source line by line; faulty lines are left out or refused.
+
+        Raises:
+            InputError: a faulty line.
+        """
+        writer = csv.writer(self.faulty_lines, lineterminator="\n")
+        with ThreadPoolExecutor(1) as pool:
+            for events, faults in checked_events(source):
+                for record, problem in faults:
+                    if not self.options.skip_faulty:
+                        raise InputError(f"{source.at(record.line)}: {problem}")
+                    self.skipped += 1
+                    self.facts[-1].skipped += 1
+                    writer.writerow([source.path, record.line, problem])
+                if len(events):
+                    self._add(source, events.with_columns(*_hashes()), pool)
 
     def _add(self, source: Source, batch: "pl.DataFrame", pool: ThreadPoolExecutor) -> None:
         import polars as pl
@@ -103,13 +201,22 @@ class _EventReader:
             batch = batch.filter(~pl.all_horizontal(pl.col("user", "item", "time").is_null()))
             if _has_nulls(batch):
                 raise_first_fault(source, reason="an id or a timestamp is empty")
-        time = to_seconds(batch["time"], divisor=source.time_divisor)
-        if time.null_count():
+        if "last" in batch.columns and batch["last"].null_count():
+            self.facts[-1].has_empty_last_field = True
+        seconds, nanoseconds = source.time.read(batch["time"])
+        if seconds.null_count():
             raise_first_fault(source, reason="a timestamp is unreadable")
+        if source.order is not None:
+            order = source.order.read(batch["order"])
+            if order.seconds.null_count():
+                raise_first_fault(source, reason="a number that orders ties is unreadable")
+            self.order.append((order.seconds.to_numpy(), order.nanoseconds))
         user = pool.submit(self.users.encode, batch["user_hash"], batch.select("user"))
         self.item.append(self.items.encode(batch["item_hash"], batch.select("item", "domain")))
         self.user.append(user.result())
-        self.time.append(time.to_numpy())
+        self.seconds.append(seconds.to_numpy())
+        self.nanoseconds.append(nanoseconds)
+        self.facts[-1].add(batch["user_hash"], batch["item_hash"], self.seconds[-1])
 
     def finish(self) -> Events:
         """Renumber users by token and items by (domain, token).
@@ -117,46 +224,130 @@ class _EventReader:
         Raises:
             InputError: no event, an id of white space only, or an item in two domains.
         """
-        if not len(self.users):
+        if not sum(map(len, self.user)):
             files = ", ".join(str(source.path) for source in self.sources)
-            raise InputError(f"{files}: no events, only a header; give a log with events")
+            left = f"{self.skipped:,} faulty lines" if self.skipped else "only a header"
+            raise InputError(f"{files}: no events, {left}; give a log with events")
         users, items = self.users.tokens(), self.items.tokens()
+        if self._has_unused_tokens:
+            users, self.user = _used(users, self.user)
+            items, self.item = _used(items, self.item)
         for tokens in (users["user"], items["item"], items["domain"]):
-            if (tokens.str.strip_chars() == "").any():
-                faults = (first_fault(source) for source in self.sources)
-                reason = f"a {tokens.name} id is empty; fill it in"
-                raise next(filter(None, faults), InputError(reason))
+            self._check(tokens)
+        users, items = self._tidied(users, items)
+        check_domain_characters(items["domain"])
+        users, user_ranks = number_tokens(users.select("user"))
+        items, item_ranks = number_tokens(items.select("domain", "item"))
         shared = items.filter(items["item"].is_duplicated())
         if len(shared):
             raise_item_in_two_domains(self.sources, str(shared["item"].min()))
-        users = users.with_row_index("code").sort("user")
-        items = items.with_row_index("code").sort("domain", "item")
         with ThreadPoolExecutor(1) as pool:
-            user = pool.submit(renumber, self.user, users["code"])
-            item = renumber(self.item, items["code"])
-            time = _join(self.time)
-            return Events(
-                users=users["user"],
-                items=items.select("item", "domain"),
-                user=user.result(),
-                item=item,
-                time=time,
-            )
+            user_codes = pool.submit(renumber, self.user, user_ranks)
+            item = renumber(self.item, item_ranks)
+            time, moments = order_events(self.seconds, self.nanoseconds, self.order)
+            user = user_codes.result()
+        warnings = _missing_ids(users["user"], items, user, item)
+        return Events(
+            users["user"], items.select("item", "domain"), user, item, time, moments, warnings
+        )
+
+    def _check(self, tokens: "pl.Series") -> None:
+        """Refuse ids that are blank, endless or no ids at all.
+
+        Raises:
+            InputError: names the line.
+        """
+        longest = tokens.str.len_bytes().max()
+        too_long = isinstance(longest, int) and longest > LONGEST_ID
+        # In JSON a list or an object may stand where an id is asked for, and in text a return
+        # that ends no line; polars takes both.
+        nested, returns = (tokens.str.contains(text).any() for text in (_NESTED, "\r"))
+        if nested or returns:
+            doubtful = (s for s in self.sources if returns or s.may_nest)
+            for fault in filter(None, map(first_fault, doubtful)):
+                raise fault
+        if too_long or (tokens.str.strip_chars() == "").any():
+            faults = (first_fault(source) for source in self.sources)
+            state = f"is longer than {LONGEST_ID} bytes" if too_long else "is empty"
+            reason = f"a {tokens.name} id {state}; mend it"
+            raise next(filter(None, faults), InputError(reason))
+
+    def _tidied(
+        self, users: "pl.DataFrame", items: "pl.DataFrame"
+    ) -> "tuple[pl.DataFrame, pl.DataFrame]":
+        """Make spellings of one id equal, and put the domain before items where asked for."""
+        import polars as pl
+
+        if not self.options.exact:
+            user, notes = tidy(users["user"], "user")
+            users = users.with_columns(user=user)
+            for role in ("item", "domain"):
+                column, more = tidy(items[role], role)
+                items = items.with_columns(column.alias(role))
+                notes += more
+            for note in notes:
+                self.tell(f"{note}; --exact-ids keeps ids as they are")
+        if self.options.prefix_items:
+            items = items.with_columns(item=pl.concat_str("domain", "item", separator=":"))
+        return users, items
+
+
+def _hashes() -> "tuple[pl.Expr, pl.Expr]":
+    """Build the columns by which tokens are told apart.
+
+    An item is told apart by its domain too, so that one in two domains shows as two items.
+    """
+    import polars as pl
+
+    item = pl.col("item").hash(ITEM_SEED) ^ pl.col("domain").hash(DOMAIN_SEED)
+    return pl.col("user").hash(USER_SEED).alias("user_hash"), item.alias("item_hash")
 
 
 def _has_nulls(batch: "pl.DataFrame") -> bool:
-    return any(batch[role].null_count() for role in ("user", "item", "domain", "time"))
+    return any(
+        batch[role].null_count()
+        for role in ("user", "item", "domain", "time", "order")
+        if role in batch.columns
+    )
 
 
-def renumber(parts: list[NDArray[np.int32]], codes: "pl.Series") -> NDArray[np.int32]:
-    """Replace each code by its place in ``codes``; empties ``parts`` to release memory."""
-    ranks = np.empty(len(codes), np.int32)
-    ranks[codes.to_numpy()] = np.arange(len(codes), dtype=np.int32)
+def _used(
+    tokens: "pl.DataFrame", parts: list[NDArray[np.int32]]
+) -> "tuple[pl.DataFrame, list[NDArray[np.int32]]]":
+    """Leave out tokens of a file whose fast reading was given up."""
+    used = np.zeros(len(tokens), np.bool_)
+    for part in parts:
+        used[part] = True
+    ranks = np.cumsum(used, dtype=np.int32) - 1
+    return tokens.filter(used), [ranks[part] for part in parts]
+
+
+def _missing_ids(
+    users: "pl.Series",
+    items: "pl.DataFrame",
+    user: NDArray[np.int32],
+    item: NDArray[np.int32],
+) -> list[str]:
+    """Describe ids that look like missing values."""
+    names = items["domain"].unique(maintain_order=True)
+    domains = items["domain"].rle_id().to_numpy()
+    found = []
+    for role, tokens, codes, of_item in (
+        ("user", users, user, None),
+        ("item", items["item"], item, None),
+        ("domain", names, item, domains),
+    ):
+        events = np.zeros(len(tokens), np.int64)
+        if missing_as_text(tokens, events, role) is None:
+            continue
+        events = np.bincount(codes, minlength=len(items if of_item is not None else tokens))
+        if of_item is not None:
+            events = np.bincount(of_item, weights=events).astype(np.int64)
+        found.append(missing_as_text(tokens, events, role))
+    return [text for text in found if text is not None]
+
+
+def renumber(parts: list[NDArray[np.int32]], ranks: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Replace each code by its rank; empties ``parts`` to release memory."""
     # mode="clip" skips a check of bounds that costs as much as the look-up itself.
-    return _join([ranks.take(parts.pop(0), mode="clip") for _ in range(len(parts))])
-
-
-def _join(parts: list[NDArray]) -> NDArray:
-    joined = np.concatenate(parts)
-    parts.clear()
-    return joined
+    return np.concatenate([ranks.take(parts.pop(0), mode="clip") for _ in range(len(parts))])

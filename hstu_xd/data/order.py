@@ -158,7 +158,7 @@ class Histories:
     Attributes:
         user: (n,) int32, ascending.
         item: (n,) int32.
-        time: (n,) int64, ascending within a user.
+        time: (n,) int64 seconds, ascending within a user.
     """
 
     user: NDArray[np.int32]
@@ -166,7 +166,7 @@ class Histories:
     time: NDArray[np.int64]
 
 
-def in_time_order(events: Events) -> Histories:
+def in_time_order(events: Events) -> tuple[Histories, int]:
     """Sort the events of every user by time.
 
     Published logs have whole-day times and order ties by domain or item number, which leaks the
@@ -175,26 +175,28 @@ def in_time_order(events: Events) -> Histories:
 
     Args:
         events: all events; its per-event arrays are released.
+
+    Returns:
+        The events, and how many of them share user and time with another.
     """
     histories = Histories(*sort_events(events))
-    _break_ties(histories, events)
-    return histories
+    tied = _break_ties(histories, events)
+    histories.time = events.moments.seconds(histories.time)
+    return histories, tied
 
 
-def count_duplicates(histories: Histories) -> int:
-    """Events equal to the one before in user, item and time; equal events are neighbours."""
-    tied = _same_as_previous(histories)
-    return int((histories.item[1:] == histories.item[:-1])[tied[1:]].sum())
+def _break_ties(histories: Histories, events: Events) -> int:
+    """Reorder, in place, the items of each run of events that share user and time.
 
-
-def _break_ties(histories: Histories, events: Events) -> None:
-    """Reorder, in place, the items of each run of events that share user and time."""
+    Returns:
+        The number of events in such runs.
+    """
     same = _same_as_previous(histories)
     tied = same.copy()
     tied[:-1] |= same[1:]
     places = np.flatnonzero(tied)
     if not places.size:
-        return
+        return 0
     item = histories.item[places]
     run = np.cumsum(~same[places]).astype(np.uint64)
     user_hash, item_hash = hash_tokens(events.users), hash_tokens(events.items["item"])
@@ -212,6 +214,7 @@ def _break_ties(histories: Histories, events: Events) -> None:
     left = np.flatnonzero(close)
     item[left] = item[left][np.lexsort((item[left], tie[left], key[left]))]
     histories.item[places] = item
+    return int(places.size)
 
 
 def _sort(key: NDArray[np.uint64], value: NDArray) -> tuple[NDArray[np.uint64], NDArray]:

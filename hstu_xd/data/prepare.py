@@ -1,24 +1,32 @@
 """From interaction logs to a prepared store: read, order, filter, write."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hstu_xd.data import store_files
-from hstu_xd.data.encode import Events, read_events
+from hstu_xd.data.encode import EventReader, Events, IdOptions, read_log
 from hstu_xd.data.filters import Filters, apply_filters, offsets_of
-from hstu_xd.data.order import Histories, count_duplicates, in_time_order
-from hstu_xd.data.sources import open_sources
+from hstu_xd.data.ids import alike_without_case, strangers
+from hstu_xd.data.order import Histories, in_time_order
+from hstu_xd.data.reading import check_agreement, describe_readings
+from hstu_xd.data.repeats import count_repeats, parse_rule, repeat_warnings, targets_met
+from hstu_xd.data.repeats import drop_repeats as drop_repeats_within
+from hstu_xd.data.sources import ReadOptions, open_sources
 from hstu_xd.data.sources.columns import ColumnOptions
+from hstu_xd.data.statistics import DIGITS
 from hstu_xd.data.store import is_store
 from hstu_xd.data.store_files import Log, domains_of, write_store
-from hstu_xd.data.times import LARGEST_PLAUSIBLE_SECONDS
 from hstu_xd.data.upstream_csv import MIN_EVENTS, SEQUENCES, write_upstream_csv
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder
 
+logger = logging.getLogger(__name__)
+
+SOME_USERS = 1000
 # Metrics carry the domain's name in brackets, beside these groups of targets.
 _METRIC_GROUPS = ("switch", "stay")
 
@@ -29,9 +37,15 @@ def prepare_logs(
     *,
     file_format: str = "auto",
     columns: ColumnOptions | None = None,
+    time_unit: str = "auto",
+    quote: str = "auto",
+    ids: IdOptions | None = None,
+    drop_repeats: str | None = None,
     filters: Filters | None = None,
     write_upstream: bool = False,
     force: bool = False,
+    tell: Callable[[str], object] = logger.info,
+    warn: Callable[[str], object] = logger.warning,
 ) -> dict[str, Any]:
     """Read interaction logs and write one prepared store.
 
@@ -43,10 +57,18 @@ def prepare_logs(
         out: the folder to write; appears whole or not at all.
         file_format: ``auto`` or one of :data:`hstu_xd.data.sources.FORMATS`.
         columns: names of the columns where they are unusual.
+        time_unit: ``auto`` or what the times are, of :data:`hstu_xd.data.times.TIME_UNITS`.
+        quote: ``auto`` or how quotes are read, of :data:`hstu_xd.data.sources.quotes.QUOTES`.
+        ids: what is done with ids and with lines that cannot be read.
+        drop_repeats: ``exact`` or a number of seconds within which the same item of a user counts
+            once; by default repeats are kept and counted.
         filters: least numbers of events; nothing is dropped by default.
         write_upstream: also write the CSV files of
             :func:`hstu_xd.data.upstream_csv.write_upstream_csv`.
         force: replace an existing prepared store.
+        tell: takes lines on what each file was taken to be.
+        warn: takes warnings about single files; those about the events are in the manifest, which
+            is the same however they are spread over files.
 
     Returns:
         The manifest.
@@ -60,10 +82,50 @@ def prepare_logs(
     check_output(
         out, force=force, ours=is_store, kind="prepared store", parts=store_files.ALL_FILES
     )
-    sources = open_sources(inputs, file_format=file_format, columns=columns)
-    events = read_events(sources)
-    log, facts = build_log(events, filters)
+    window = parse_rule(drop_repeats)
+    options = ReadOptions(columns or ColumnOptions(), time_unit, quote)
+    sources = open_sources(inputs, file_format=file_format, options=options, tell=tell)
+    events, reader = read_log(sources, ids or IdOptions(), tell=tell)
+    _tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
+    log, facts = build_log(events, filters, window=window)
+    if options.columns.order is not None:
+        facts["ties"]["order"] = "column, then hash"
+    if reader.skipped:
+        facts["skipped_lines"] = reader.skipped
+    return _write(out, log, facts, reader, write_upstream=write_upstream)
+
+
+def _tell_of_files(
+    reader: EventReader,
+    listing: Path,
+    tell: Callable[[str], object],
+    warn: Callable[[str], object],
+) -> None:
+    """Say what each file was taken to be, and what is odd about it or left out of it.
+
+    Raises:
+        InputError: files whose times cannot be compared.
+    """
+    for line in describe_readings(reader.facts):
+        tell(line)
+    check_agreement(reader.facts, warn)
+    for file in reader.facts:
+        if file.skipped:
+            warn(
+                f"{file.source.path}: {file.skipped:,} faulty lines left out, {file.events:,} "
+                f"events read; they are listed in {listing}"
+            )
+
+
+def _write(
+    out: Path, log: Log, facts: dict[str, Any], reader: EventReader, *, write_upstream: bool
+) -> dict[str, Any]:
+    """Write the store and what was asked for beside it; return the manifest."""
     with replaced_folder(out) as partial:
+        if reader.skipped:
+            listing = partial / store_files.FAULTY_LINES
+            text = "file,line,problem\n" + reader.faulty_lines.getvalue()
+            listing.write_text(text, encoding="utf-8", errors="backslashreplace")
         if write_upstream:
             written = write_upstream_csv(partial, log)
             # Beside the hashes of the store proper, which runs compare: the data are the same.
@@ -76,33 +138,55 @@ def prepare_logs(
         return write_store(partial, log, facts)
 
 
-def build_log(events: Events, filters: Filters) -> tuple[Log, dict[str, Any]]:
+def build_log(
+    events: Events, filters: Filters, *, window: int | None = None
+) -> tuple[Log, dict[str, Any]]:
     """Order and filter the events; return the log and what the manifest says about it.
+
+    Args:
+        events: as read; its per-event arrays are released.
+        filters: least numbers of events.
+        window: seconds within which the same item of a user counts once; None keeps all.
 
     Raises:
         InputError: a domain called like a group of targets, or filters that leave nothing.
     """
     read = len(events.user)
-    histories = in_time_order(events)
+    histories, tied = in_time_order(events)
+    repeats = found = count_repeats(histories)
+    if window is not None:
+        histories = drop_repeats_within(histories, window)
+    kept = len(histories.user)
     names, item_domain = domains_of(events.items)
     check_domain_names(names)
     num_users = len(events.users)
     histories, rounds = apply_filters(histories, filters, item_domain, num_users, len(names))
     log = _compact(events, histories)
-    facts = {
+    if len(histories.user) != read:
+        repeats = count_repeats(histories)
+    facts: dict[str, Any] = {
         "synthetic": False,
-        "duplicates": count_duplicates(histories),
+        "duplicates": repeats,
+        "repeats": {
+            "found": found,
+            "window_seconds": window,
+            "dropped": read - kept,
+        },
+        "targets": targets_met(log),
+        "ties": {"events": tied, "share": round(tied / read, DIGITS), "order": "hash"},
         "filters": {
             **vars(filters),
             "rounds": rounds,
             "dropped": {
                 "users": num_users - len(log.users),
                 "items": len(events.items) - len(log.items),
-                "interactions": read - len(log.item),
+                "interactions": kept - len(log.item),
             },
         },
-        "warnings": _warnings(log),
     }
+    warnings = _warnings(log)
+    warnings += repeat_warnings(facts["duplicates"], len(log.item), facts["targets"])
+    facts["warnings"] = warnings + events.warnings
     return log, facts
 
 
@@ -126,12 +210,32 @@ def _warnings(log: Log) -> list[str]:
     if log.items["domain"].n_unique() == 1:
         name = log.items["domain"][0]
         found.append(f"one domain only ({name!r}): the cross-domain parts have no effect")
-    if (latest := int(log.time.max())) > LARGEST_PLAUSIBLE_SECONDS:
-        found.append(
-            f"timestamps up to {latest} look like milliseconds and are kept as they are; "
-            "divide them by 1000 if differences in time shall be seconds"
-        )
+    else:
+        found += _strangers(log)
+    names = log.items["domain"].unique(maintain_order=True)
+    if (alike := alike_without_case(names)) is not None:
+        found.append(alike)
     return found
+
+
+def _strangers(log: Log) -> list[str]:
+    """Warn where no user has events in two domains."""
+    names, item_domain = domains_of(log.items)
+    if len(log.users) < 2:
+        return []
+    firsts = item_domain[log.item[log.offsets[:-1]]]
+    # In most logs some of the first users are enough to tell.
+    for start, stop in ((0, SOME_USERS), (SOME_USERS, len(log.users))):
+        offsets = log.offsets[start : stop + 1]
+        if len(offsets) < 2:
+            break
+        domain = item_domain[log.item[offsets[0] : offsets[-1]]]
+        if (domain != np.repeat(firsts[start:stop], np.diff(offsets))).any():
+            return []
+    examples = {
+        names[d]: log.users[int(np.argmax(firsts == d))] for d in np.unique(firsts)[:2].tolist()
+    }
+    return [strangers(log.users, examples)]
 
 
 def _compact(events: Events, histories: Histories) -> Log:

@@ -4,6 +4,7 @@ They stand in a store's manifest, and ``prepare`` and ``synth`` print them at th
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,17 @@ def describe(
     }
 
 
-def print_summary(out: Path, manifest: dict[str, Any]) -> None:
-    """Print a few lines about a store that was just written; its warnings go to stderr."""
+def print_summary(
+    out: Path, manifest: dict[str, Any], *, notes: Sequence[str] = (), warnings: Sequence[str] = ()
+) -> None:
+    """Print a few lines about a store that was just written; warnings go to stderr.
+
+    Args:
+        out: the store.
+        manifest: of the store.
+        notes: what the files were taken to be.
+        warnings: about single files, beside those of the manifest.
+    """
     label = " (SYNTHETIC data)" if manifest["synthetic"] else ""
     length = manifest["history_length"]
     print(f"wrote {out}{label}")
@@ -93,11 +103,38 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
         f"max {length['max']}; {manifest['switch_share']:.1%} of neighbours switch domain; "
         f"attention cost ratio delta {manifest['delta']:.3f}"
     )
+    for line in _said_of_events(manifest):
+        print(f"  {line}")
     dropped = manifest["filters"]["dropped"]
     if dropped["interactions"]:
         print(
             f"  filters dropped {dropped['interactions']:,} interactions, "
             f"{dropped['users']:,} users, {dropped['items']:,} items"
         )
-    for warning in manifest["warnings"]:
+    for note in notes:
+        print(f"  {note}")
+    for warning in (*warnings, *manifest["warnings"]):
         print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _said_of_events(manifest: dict[str, Any]) -> list[str]:
+    """Say how many events are tied in time or repeat others, and how many targets are old items."""
+    lines = []
+    ties, repeats, test = manifest["ties"], manifest["repeats"], manifest["targets"]["test"]
+    if ties["events"]:
+        lines.append(
+            f"{ties['share']:.1%} of events share user and time with another; their order is by "
+            f"{ties['order']}"
+        )
+    if repeats["window_seconds"] is not None:
+        lines.append(f"--drop-repeats dropped {repeats['dropped']:,} events")
+    if manifest["duplicates"]:
+        lines.append(
+            f"{manifest['duplicates']:,} events repeat the one before (same user, item, second)"
+        )
+    if test["met_before"]:
+        lines.append(
+            f"{test['met_before']:,} of {test['targets']:,} test targets are items their user had "
+            "before"
+        )
+    return lines

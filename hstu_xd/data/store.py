@@ -1,6 +1,8 @@
 """The prepared store: a memory-mapped log of time-ordered histories with its item catalogue."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from hstu_xd.data import store_files
 from hstu_xd.errors import InputError
+from hstu_xd.files import sha256_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
     from hstu_xd.catalog import DomainCatalog
 
 NEIGHBOURS = 1000
+# Stores of up to so many events are checked whole when they are opened, larger ones in blocks.
+CHECKED_ALL = 1 << 23
+CHECKED_BLOCK = 1 << 16
+CHECKED_BLOCKS = 64
 REQUIRED = ("users", "items", "interactions", "domains", "sizes", "hashes")
 
 
@@ -51,8 +58,15 @@ class InteractionStore:
         self.timestamps = timestamps
 
     @classmethod
-    def open(cls, path: Path | str) -> "InteractionStore":
-        """Map a store. Sizes are checked, contents are not read.
+    def open(cls, path: Path | str, *, verify: bool = False) -> "InteractionStore":
+        """Map a store, and check what can be checked without reading all of it.
+
+        Sizes, offsets and tables are checked whole; item ids and times in the store's first and
+        last events and in blocks in between, which is all of a store of a few million events.
+
+        Args:
+            path: the folder.
+            verify: compare the hash of every file, too, which reads the store once.
 
         Raises:
             InputError: no store there, one of another format version, or a damaged one.
@@ -61,12 +75,16 @@ class InteractionStore:
         manifest = _read_manifest(folder)
         for name in store_files.DATA_FILES:
             _check_size(folder / name, manifest)
+        if verify:
+            _check_hashes(folder, manifest)
         users, events = manifest["users"], manifest["interactions"]
         arrays = (
             _map(folder / store_files.OFFSETS, users + 1, np.dtype("<i8")),
             _map(folder / store_files.ITEM_IDS, events, np.dtype("<i4")),
             _map(folder / store_files.TIMESTAMPS, events, np.dtype("<i8")),
         )
+        _check_tables(folder, manifest)
+        _check_arrays(folder, manifest, *arrays)
         return cls(folder, manifest, *arrays)
 
     @property
@@ -99,13 +117,24 @@ class InteractionStore:
         """The item -> domain table, read at first use."""
         from hstu_xd.catalog import DomainCatalog
 
-        return DomainCatalog.load(self.path / store_files.CATALOG)
+        file = self.path / store_files.CATALOG
+        with _damage_named(file):
+            catalog = DomainCatalog.load(file)
+        if list(catalog.domain_names) != self.domain_names:
+            raise _damaged(file, f"has domains {list(catalog.domain_names)}")
+        return catalog
 
     @cached_property
     def _users(self) -> "pl.Series":
         import polars as pl
+        from pyarrow import parquet
 
-        return pl.read_parquet(self.path / store_files.USERS)["user"]
+        file = self.path / store_files.USERS
+        with _damage_named(file):  # polars panics on some damaged files, pyarrow raises
+            users = pl.Series("user", parquet.read_table(file)["user"])
+        if users.dtype != pl.String or users.null_count() or not (users[1:] > users[:-1]).all():
+            raise _damaged(file, "does not hold sorted ids")
+        return users
 
     def user_index(self, token: str) -> int:
         """Return the number of the user with this id in the log.
@@ -177,15 +206,19 @@ def is_store(folder: Path) -> bool:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / store_files.MANIFEST
-    if not file.is_file():
+    try:
+        text = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{folder}: no prepared store here (no {store_files.MANIFEST}); make one with "
             "hstu-xd prepare or hstu-xd synth"
-        )
+        ) from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); check the store") from error
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(text)
         found = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: damaged or not a store's manifest; prepare it again") from error
     if found != store_files.FORMAT_VERSION:
         raise InputError(
@@ -193,10 +226,32 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{store_files.FORMAT_VERSION}; prepare the log again with --force"
         )
     missing = [name for name in REQUIRED if name not in manifest]
-    missing += [name for name in store_files.DATA_FILES if name not in manifest.get("sizes", {})]
+    if not missing and isinstance(manifest["sizes"], dict):
+        missing = [name for name in store_files.DATA_FILES if name not in manifest["sizes"]]
     if missing:
         raise InputError(f"{file}: damaged, it lacks {missing[0]!r}; prepare the log again")
+    if not _adds_up(manifest):
+        raise InputError(
+            f"{file}: damaged, its counts contradict each other; prepare the log again"
+        )
     return manifest
+
+
+def _adds_up(manifest: dict[str, Any]) -> bool:
+    """Tell whether a manifest's counts are counts and those of the domains give the total."""
+    counts = [manifest[name] for name in ("users", "items", "interactions")]
+    domains, sizes = manifest["domains"], manifest["sizes"]
+    if not isinstance(domains, dict) or not isinstance(sizes, dict) or not domains:
+        return False
+    try:
+        counts += [one[name] for one in domains.values() for name in ("items", "interactions")]
+    except (KeyError, TypeError):
+        return False
+    return (
+        all(type(count) is int and count >= 0 for count in counts)
+        and sum(one["items"] for one in domains.values()) == manifest["items"]
+        and sum(one["interactions"] for one in domains.values()) == manifest["interactions"]
+    )
 
 
 def _check_size(file: Path, manifest: dict[str, Any]) -> None:
@@ -207,14 +262,94 @@ def _check_size(file: Path, manifest: dict[str, Any]) -> None:
         raise InputError(f"{file}: {state}, the store is damaged; prepare the log again")
 
 
+def _check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare the content of every file with the manifest.
+
+    Raises:
+        InputError: a file was changed.
+    """
+    for name in store_files.DATA_FILES:
+        with _damage_named(folder / name):
+            digest = sha256_of(folder / name)
+        if not isinstance(manifest["hashes"], dict) or manifest["hashes"].get(name) != digest:
+            raise _damaged(folder / name, "has another SHA-256 than its manifest says")
+
+
+def _check_tables(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare the numbers of rows of the tables of users and items with the manifest.
+
+    Raises:
+        InputError: a table is damaged or of another store.
+    """
+    from pyarrow import parquet
+
+    for name, count in ((store_files.USERS, "users"), (store_files.CATALOG, "items")):
+        with _damage_named(folder / name):
+            rows = parquet.read_metadata(folder / name).num_rows
+        if rows != manifest[count]:
+            raise _damaged(folder / name, f"has {rows} rows, not {manifest[count]} {count}")
+
+
+def _check_arrays(
+    folder: Path,
+    manifest: dict[str, Any],
+    offsets: NDArray[np.int64],
+    item_ids: NDArray[np.int32],
+    timestamps: NDArray[np.int64],
+) -> None:
+    """Check that histories are whole, items are of the catalogue, and times ascend.
+
+    Raises:
+        InputError: users would read the events of others, or items that there are not.
+    """
+    events, items = manifest["interactions"], manifest["items"]
+    if offsets[0] != 0 or offsets[-1] != events or (offsets[1:] < offsets[:-1]).any():
+        raise _damaged(folder / store_files.OFFSETS, "does not divide the events among the users")
+    places = np.linspace(0, max(0, events - CHECKED_BLOCK), CHECKED_BLOCKS, dtype=np.int64)
+    starts = np.asarray(offsets)
+    for start in np.unique(places).tolist() if events > CHECKED_ALL else [0]:
+        rows = slice(start, start + (CHECKED_BLOCK if events > CHECKED_ALL else events))
+        ids, times = item_ids[rows], timestamps[rows]
+        if ids.size and not (ids.min() > 0 and ids.max() <= items):
+            raise _damaged(folder / store_files.ITEM_IDS, f"holds items outside 1..{items}")
+        falls = np.flatnonzero(times[1:] < times[:-1]) + 1 + start
+        places_of_users = np.searchsorted(starts, falls)
+        begins = starts[np.minimum(places_of_users, len(starts) - 1)] == falls
+        if (times.size and times.min() < 0) or not begins.all():
+            raise _damaged(folder / store_files.TIMESTAMPS, "holds times that are out of order")
+
+
+def _damaged(file: Path, what: str) -> InputError:
+    return InputError(f"{file}: {what}, the store is damaged; prepare the log again")
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """Turn what a library raises for a damaged file into an error that names it.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    import polars as pl
+    import pyarrow as pa
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise _damaged(file, f"cannot be read ({reason})") from error
+
+
 def _map(file: Path, length: int, dtype: np.dtype) -> NDArray:
     try:
         array = np.load(file, mmap_mode="r")
-    except ValueError as error:
+    except Exception as error:  # a damaged header makes numpy raise nearly anything
         raise InputError(f"{file}: damaged ({error}); prepare the log again") from error
-    if array.shape != (length,) or array.dtype != dtype:
+    if not isinstance(array, np.ndarray) or array.shape != (length,) or array.dtype != dtype:
         raise InputError(
-            f"{file}: holds {array.dtype} {array.shape} where the manifest says {dtype} "
-            f"({length},); prepare the log again"
+            f"{file}: holds {getattr(array, 'dtype', 'no array')} {getattr(array, 'shape', '')} "
+            f"where the manifest says {dtype} ({length},); prepare the log again"
         )
     return array

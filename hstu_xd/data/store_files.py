@@ -30,7 +30,9 @@ ITEM_DOMAINS = "item_domains.csv"
 DATA_FILES = (CATALOG, USERS, OFFSETS, ITEM_IDS, TIMESTAMPS)
 # What generative-recommenders reads, where it was asked for.
 UPSTREAM_FILES = (SEQUENCES, ITEM_DOMAINS)
-ALL_FILES = (MANIFEST, *DATA_FILES, *UPSTREAM_FILES)
+# The lines that --skip-faulty left out.
+FAULTY_LINES = "faulty_lines.csv"
+ALL_FILES = (MANIFEST, *DATA_FILES, *UPSTREAM_FILES, FAULTY_LINES)
 
 
 ROW_GROUP = 1 << 18

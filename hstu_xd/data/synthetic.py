@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_xd.data import store_files
-from hstu_xd.data.encode import Events, renumber
+from hstu_xd.data.encode import Events
 from hstu_xd.data.filters import Filters
+from hstu_xd.data.ids import number_tokens
 from hstu_xd.data.prepare import build_log
 from hstu_xd.data.store import is_store
 from hstu_xd.data.store_files import write_store
@@ -174,12 +175,12 @@ def _numbered(
             "domain": [name for name in names for _ in range(count)],
         }
     )
-    catalogue = catalogue.with_row_index("code").sort("domain", "item")
+    catalogue, ranks = number_tokens(catalogue.select("domain", "item"))
     return Events(
         users=users,
         items=catalogue.select("item", "domain"),
         user=user.astype(np.int32),
-        item=renumber([item.astype(np.int32)], catalogue["code"]),
+        item=ranks[item],
         time=time,
     )
 

@@ -91,7 +91,7 @@ def test_repeated_events_are_kept_and_counted(tmp_path: Path) -> None:
 def test_time_spans_too_wide_for_one_key(tmp_path: Path) -> None:
     rows = [(f"u{n % 5}", f"i{n}", "d", t) for n, t in enumerate([0, 2**62, 7, 2**62, 3] * 3)]
     log = write_log(tmp_path / "log.csv", rows)
-    prepare_logs([str(log)], tmp_path / "out")
+    prepare_logs([str(log)], tmp_path / "out", time_unit="s")
     store = InteractionStore.open(tmp_path / "out")
     times = {store.user_token(u): store.history(u)[1].tolist() for u in range(store.num_users)}
     assert times == {f"u{u}": [rows[u][3]] * 3 for u in range(5)}

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from log_files import HEADER, contents, write_log
 
 from hstu_xd.data.prepare import prepare_logs
 from hstu_xd.data.sources.columns import ColumnOptions
+from hstu_xd.errors import InputError
 
 ROWS = [
     ("A1", "B001", "books", 1_400_000_000),
@@ -162,13 +163,16 @@ def test_amazon_ratings(
     assert prepared(files, tmp_path / "out", file_format=file_format) == expected
 
 
-def test_amazon_ratings_with_ids_that_tell_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_amazon_ratings_with_ids_that_tell_nothing(tmp_path: Path) -> None:
     log = write_log(tmp_path / "books.csv", [("u1", "i1", 5, 3), ("u2", "i1", 5, 4)], header=None)
-    first = prepare_logs([str(log)], tmp_path / "a")
+    with pytest.raises(InputError, match="--columns user,item,rating,time, or say by number"):
+        prepare_logs([f"books={log}"], tmp_path / "a")
+    first = prepare_logs(
+        [f"books={log}"],
+        tmp_path / "a",
+        columns=ColumnOptions(names=("user", "item", "rating", "time")),
+    )
     assert (first["users"], first["items"]) == (2, 1)
-    assert "cannot be told apart" in caplog.text
     columns = ColumnOptions(user="2", item="1")
     second = prepare_logs([str(log)], tmp_path / "b", columns=columns)
     assert (second["users"], second["items"]) == (1, 2)
@@ -231,9 +235,6 @@ def test_unicode_ids_sort_by_code_point(tmp_path: Path) -> None:
     assert stored == sorted(users)
 
 
-def test_milliseconds_are_pointed_out(cli: Callable, tmp_path: Path) -> None:
+def test_milliseconds_are_read_as_such(tmp_path: Path, expected: dict[str, bytes]) -> None:
     rows = [(*row[:3], row[3] * 1000) for row in ROWS]
-    outcome = cli("prepare", write_log(tmp_path / "log.csv", rows), "--out", tmp_path / "out")
-    assert outcome.code == 0
-    assert outcome.err.startswith("WARNING: ")
-    assert "look like milliseconds" in outcome.err
+    assert prepared([write_log(tmp_path / "log.csv", rows)], tmp_path / "out") == expected

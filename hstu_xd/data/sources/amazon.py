@@ -3,89 +3,129 @@
 JSON lines are read with the keys of the reviews of 2014, 2018 and 2023, or any given as options.
 """
 
+import csv
+import glob
+import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hstu_xd.data.sources.base import Record, Source, numbered_lines
+from hstu_xd.data.sources.base import Record, Source
+from hstu_xd.data.sources.columns import ColumnOptions, find_column, missing_column
+from hstu_xd.data.sources.content import (
+    BYTE_ORDER_MARK,
+    compression_of,
+    numbered_lines,
+    open_bytes,
+    text_blocks,
+)
+from hstu_xd.data.sources.inputs import Input
+from hstu_xd.data.sources.quotes import decide_quoting
+from hstu_xd.data.sources.tables import DelimitedSource
+from hstu_xd.data.times import KINDS, is_number
+from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
-import csv
-import logging
-from collections.abc import Sequence
-from pathlib import Path
 
-from hstu_xd.data.sources.base import BYTE_ORDER_MARK, open_bytes
-from hstu_xd.data.sources.columns import ColumnOptions, find_column, missing_column
-from hstu_xd.data.sources.tables import DelimitedSource
-from hstu_xd.errors import InputError
+RATINGS_WIDTH = 4
+LARGEST_RATING = 100
+_REVIEWER = re.compile(r"A[0-9A-Z]+")
+_PRODUCT = re.compile(r"(B[0-9A-Z]+|\d[0-9X]+)")
+# A guess needs nearly all of the lines on its side and nearly none on the other.
+_MARGIN = 0.99
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JsonLinesSource(Source):
     """A file with one JSON object a line.
 
     Attributes:
-        keys: the keys of user, item, time and, unless constant, domain; the first key of a role
-            that has a value in an object counts (``parent_asin``, else ``asin``).
+        keys: the keys of user, item, time and, where there are such, domain and order; the first
+            key of a role that has a value in an object counts (``parent_asin``, else ``asin``).
     """
 
     keys: dict[str, tuple[str, ...]]
 
-    def scan(self) -> "pl.LazyFrame":
-        """Events as text columns; all other keys are skipped."""
+    @property
+    def may_nest(self) -> bool:
+        """Whether lists and objects may stand where an id is asked for: in JSON they may."""
+        return True
+
+    def frames(self) -> "Iterator[pl.LazyFrame]":
+        """Yield the events as text columns; all other keys are skipped."""
+        if compression_of(self.path) is None:
+            # polars takes brackets, stars and question marks for patterns in any path.
+            yield self._frame([glob.escape(str(self.path.absolute()))])
+            return
+        for block in text_blocks(self.path):
+            yield self._frame(io.BytesIO(block))
+
+    def _frame(self, source: object) -> "pl.LazyFrame":
         import polars as pl
 
         schema = {key: pl.String for keys in self.keys.values() for key in keys}
-        frame = pl.scan_ndjson([self.path], schema=schema)
+        frame = pl.scan_ndjson(source, schema=schema)  # pyrefly: ignore
         return frame.select(pl.coalesce(keys).alias(role) for role, keys in self.keys.items())
 
     def records(self) -> Iterator[Record]:
         """Every line as a record, faulty ones with their problem."""
-        for line, text in numbered_lines(self.path):
-            if text is None:
+        for line, raw in numbered_lines(self.path):
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError:
                 yield Record(line, problem="not UTF-8 text; save the file as UTF-8")
-            elif text.strip():
+                continue
+            if text.strip():
                 yield self._record(line, text)
 
     def _record(self, line: int, text: str) -> Record:
         try:
             event = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Record(
                 line, problem=f"not valid JSON ({error}): {text.strip()[:60]!r}; mend the line"
             )
         if not isinstance(event, dict):
             return Record(line, problem=f"not a JSON object: {text.strip()[:60]!r}; mend the line")
-        values = {role: self._text(event, keys) for role, keys in self.keys.items()}
-        return Record(
-            line, values["user"], values["item"], values.get("domain", self.domain), values["time"]
-        )
+        values = {role: self._value(event, keys) for role, keys in self.keys.items()}
+        nested = next((v for v in values.values() if isinstance(v, dict | list | bool)), None)
+        if nested is not None:
+            problem = f"{json.dumps(nested)[:60]} is neither text nor a number; mend the line"
+            return Record(line, problem=problem)
+        texts = {role: None if v is None else _text(v) for role, v in values.items()}
+        if any("\ud800" <= letter <= "\udfff" for letter in "".join(filter(None, texts.values()))):
+            return Record(line, problem="half of a surrogate pair, which is no text; mend the line")
+        return Record(line, **{"domain": self.domain, **texts})
 
     @staticmethod
-    def _text(event: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-        value = next((event[key] for key in keys if event.get(key) is not None), None)
-        return None if value is None else str(value)
+    def _value(event: dict[str, Any], keys: tuple[str, ...]) -> Any:
+        return next((event[key] for key in keys if event.get(key) is not None), None)
 
 
-logger = logging.getLogger(__name__)
-
-RATINGS_WIDTH = 4
+def _text(value: Any) -> str:
+    """Write a value as polars does: a whole float without its fraction."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def amazon_ratings(
-    path: Path, domain: str, lines: Sequence[str], options: ColumnOptions
+    one: Input, domain: str, lines: Sequence[str], options: ColumnOptions, quote: str
 ) -> DelimitedSource:
     """Open a headerless ratings file: ``user,item,rating,timestamp``, in 2018 ``item,user,...``.
 
-    Which comes first is read off the ids: reviewers start with "A", products with "B" or a digit.
-    ``--user-col 1 --item-col 2`` (numbers from 1) overrules this.
+    Which comes first is read off the ids: reviewers are an "A" and products a "B" or a digit,
+    followed by capitals and digits. ``--user-col 1 --item-col 2`` (numbers from 1) overrules this.
 
     Raises:
-        InputError: lines without four fields, or an option that is no column number.
+        InputError: lines without four fields, an option that is no column number, or ids that do
+            not tell reviewers from products.
     """
+    path = one.path
     rows = [fields for fields in csv.reader(lines) if fields]
     for line, fields in enumerate(rows, start=1):
         if len(fields) != RATINGS_WIDTH:
@@ -93,22 +133,49 @@ def amazon_ratings(
                 f"{path}:{line}: {len(fields)} fields where an Amazon ratings file has "
                 f"{RATINGS_WIDTH} (user, item, rating, timestamp); choose another --format"
             )
-    given = {role: _column_number(role, options) for role in ("user", "item", "time")}
-    user, item = _user_item_order(path, rows)
+    given = {role: _column_number(role, options) for role in ("user", "item", "time", "order")}
+    time = given["time"] if given["time"] is not None else 3
+    if not is_number(rows[0][time]) and KINDS["iso"].problem_of(rows[0][time]):
+        raise InputError(f"{path}:1: {KINDS['s'].problem_of(rows[0][time])}")
     if given["user"] is not None and given["item"] is not None:
         user, item = given["user"], given["item"]
     elif given["user"] is not None or given["item"] is not None:
         raise InputError("give both --user-col and --item-col, as column numbers from 1")
-    time = given["time"] if given["time"] is not None else 3
+    else:
+        order = user_and_item(rows)
+        if order is None:
+            raise InputError(
+                f"{path}:1: which column is the user and which the item cannot be told from "
+                f"{', '.join(rows[0])[:80]!r}; say --columns user,item,rating,time or --columns "
+                "item,user,rating,time (or --user-col 1 --item-col 2)"
+            )
+        user, item = order
+    positions = {"user": user, "item": item, "time": time}
+    if given["order"] is not None:
+        positions["order"] = given["order"]
+    numbers = ", ".join(f"{role} in column {at + 1}" for role, at in positions.items())
+    quoting = decide_quoting(path, ",", RATINGS_WIDTH, positions, style=quote, header=False)
     return DelimitedSource(
         path=path,
         domain=domain,
-        time_divisor=1,
+        form="Amazon ratings without a header",
+        roles=numbers,
         separator=",",
-        quoted=True,
+        quoting=quoting,
         header=False,
         width=RATINGS_WIDTH,
-        positions={"user": user, "item": item, "time": time},
+        positions=positions,
+    )
+
+
+def is_ratings(rows: Sequence[Sequence[str]]) -> bool:
+    """Tell whether headerless lines look like ratings: two ids, a small number, a time."""
+    return all(
+        len(fields) == RATINGS_WIDTH
+        and is_number(fields[2])
+        and abs(float(fields[2])) <= LARGEST_RATING
+        and is_number(fields[3])
+        for fields in rows
     )
 
 
@@ -124,58 +191,77 @@ def _column_number(role: str, options: ColumnOptions) -> int | None:
     return int(text) - 1
 
 
-def _user_item_order(path: Path, rows: Sequence[Sequence[str]]) -> tuple[int, int]:
-    first, second = (sum(fields[at].startswith("A") for fields in rows) for at in (0, 1))
-    if first == second:
-        logger.warning(
-            "%s: reviewers and products cannot be told apart; taking user,item,rating,timestamp "
-            "(set --user-col and --item-col to column numbers to choose)",
-            path,
-        )
-    return (1, 0) if second > first else (0, 1)
+def user_and_item(rows: Sequence[Sequence[str]]) -> tuple[int, int] | None:
+    """Tell the columns of reviewers and products by their ids; None where there is no margin."""
+    first, second = (
+        sum(bool(_REVIEWER.fullmatch(row[u]) and _PRODUCT.fullmatch(row[i])) for row in rows)
+        for u, i in ((0, 1), (1, 0))
+    )
+    if max(first, second) < _MARGIN * len(rows) or min(first, second) > (1 - _MARGIN) * len(rows):
+        return None
+    return (0, 1) if first > second else (1, 0)
 
 
 def amazon_reviews(
-    path: Path, domain: str | None, stem: str, lines: Sequence[str], options: ColumnOptions
+    one: Input, lines: Sequence[str], options: ColumnOptions, roles: Sequence[str]
 ) -> JsonLinesSource:
-    """Open a JSON lines file; the keys of its first object tell which year's names it has.
+    """Open a JSON lines file; the keys of its first objects tell which year's names it has.
 
-    In 2023 times are milliseconds and the product is ``parent_asin``, else ``asin``.
+    In 2023 the product is ``parent_asin``, else ``asin``.
 
     Raises:
         InputError: a byte order mark, a first line that is no JSON object, or a role without a
             key.
     """
+    path = one.path
     with open_bytes(path) as file:
         if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
             raise InputError(
                 f"{path}:1: begins with a byte order mark, which JSON has none of; save the file "
                 "as UTF-8 without it"
             )
-    number, text = next((n, line) for n, line in enumerate(lines, start=1) if line.strip())
-    try:
-        event = json.loads(text)
-    except ValueError as error:
-        raise InputError(
-            f"{path}:{number}: not valid JSON ({error}): {text.strip()[:60]!r}; "
-            "one JSON object a line is needed"
-        ) from error
-    if not isinstance(event, dict):
-        raise InputError(f"{path}:{number}: not a JSON object: {text.strip()[:60]!r}; mend it")
-    names = list(event)
+    number, names = _names_of(path, lines)
     keys: dict[str, tuple[str, ...]] = {}
-    for role in ("user", "item", "time") if domain else ("user", "item", "domain", "time"):
+    for role in roles:
         at = find_column(path, names, role, options, line=number)
         if at is not None:
             keys[role] = (names[at],)
         elif role != "domain":
             raise missing_column(path, names, role, options, line=number)
-    amazon = options.item is None and keys["item"][0] in ("parent_asin", "asin")
-    if amazon:
+    if keys["item"][0] in ("parent_asin", "asin") and not (
+        options.item == "asin" and "parent_asin" in names
+    ):
         keys["item"] = ("parent_asin", "asin")
-    return JsonLinesSource(
-        path=path,
-        domain=None if "domain" in keys else domain or stem,
-        time_divisor=1000 if amazon and keys["time"] == ("timestamp",) else 1,
-        keys=keys,
-    )
+    told = ", ".join(f"{role}={' else '.join(names)}" for role, names in keys.items())
+    return JsonLinesSource(path=path, domain=None, form="JSON lines", roles=told, keys=keys)
+
+
+def _names_of(path: Path, lines: Sequence[str]) -> tuple[int, list[str]]:
+    """Return the line of the first object and the keys of the first objects."""
+    start, names = 0, {}
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            event = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if start:  # named with its line when the file is read
+                continue
+            raise InputError(
+                f"{path}:{number}: not valid JSON ({error}): {text.strip()[:60]!r}; "
+                "one JSON object a line is needed"
+            ) from error
+        if isinstance(event, list) and not start:
+            raise InputError(
+                f"{path}:{number}: not a JSON object: {text.strip()[:60]!r}; one JSON object a "
+                "line is needed, not one array of them"
+            )
+        if not isinstance(event, dict):
+            if not start:
+                raise InputError(
+                    f"{path}:{number}: not a JSON object: {text.strip()[:60]!r}; mend it"
+                )
+            continue
+        start = start or number
+        names |= dict.fromkeys(event)
+    return start, list(names)

@@ -1,20 +1,17 @@
 """What every kind of input file offers: a fast scan, and slow records that know their line."""
 
-import gzip
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from hstu_xd.errors import InputError
+from hstu_xd.data.times import KINDS, TimeKind
 
 if TYPE_CHECKING:
     import polars as pl
 
-GZIP_MAGIC = b"\x1f\x8b"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BATCH_ROWS = 1 << 19
 
 
 class Record(NamedTuple):
@@ -25,80 +22,70 @@ class Record(NamedTuple):
     item: str | None = None
     domain: str | None = None
     time: str | None = None
+    order: str | None = None
     problem: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source(ABC):
     """One input file whose columns are known.
 
     Attributes:
         path: the file, as the user named it.
         domain: the domain of all its events, or None when a column tells.
-        time_divisor: timestamps are divided by this to give seconds (1000 for milliseconds).
+        form: what the file was taken to be, in words.
+        roles: which column plays which role, in words.
+        time: what its times are.
+        order: what the column is that breaks ties in time; None without one.
     """
 
     path: Path
     domain: str | None
-    time_divisor: int
+    form: str = ""
+    roles: str = ""
+    time: TimeKind = KINDS["s"]
+    order: TimeKind | None = None
 
     @abstractmethod
-    def scan(self) -> "pl.LazyFrame":
-        """Events as text columns user, item, domain (if not constant) and time of any type."""
+    def frames(self) -> "Iterator[pl.LazyFrame]":
+        """Yield the events as text columns user, item, domain (if not constant), time, order.
+
+        Time and order may be of any type. Together the frames are the file, in any cut.
+        """
 
     @abstractmethod
     def records(self) -> Iterator[Record]:
         """Yield the events one by one; a line that cannot be read becomes a record with a problem.
 
-        Slow on purpose: it runs only to name the line of an error that the fast scan has met.
+        Slow on purpose: it names the line of an error that the fast scan has met, and reads the
+        files that the fast scan cannot.
         """
+
+    @property
+    def may_nest(self) -> bool:
+        """Whether lists and objects may stand where an id is asked for."""
+        return False
+
+    @property
+    def only_records(self) -> bool:
+        """Whether the fast scan would read this file otherwise than :meth:`records`."""
+        return False
+
+    def may_have_short_lines(self) -> bool:
+        """Tell whether an empty last field may be one that is missing."""
+        return False
+
+    def batches(self, *derived: "pl.Expr") -> "Iterator[pl.DataFrame]":
+        """Yield the events in batches, with their domain and the derived columns."""
+        import polars as pl
+
+        for frame in self.frames():
+            if self.domain is not None:
+                frame = frame.with_columns(domain=pl.lit(self.domain, pl.String))
+            yield from frame.with_columns(*derived).collect_batches(
+                chunk_size=BATCH_ROWS, maintain_order=False, engine="streaming"
+            )
 
     def at(self, line: int) -> str:
         """Where a line is, for messages."""
         return f"{self.path}:{line}"
-
-
-def open_bytes(path: Path) -> BinaryIO | gzip.GzipFile:
-    """Open a file for reading; gzip is known by its content, not its name (as in polars)."""
-    with path.open("rb") as file:
-        zipped = file.read(2) == GZIP_MAGIC
-    return gzip.open(path, "rb") if zipped else path.open("rb")
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str | None]]:
-    """Lines of a text file with their numbers from 1; None for a line that is not UTF-8.
-
-    Raises:
-        InputError: a gzip file that ends early or is damaged.
-    """
-    number = 0
-    try:
-        with open_bytes(path) as file:
-            for number, raw in enumerate(file, start=1):
-                if number == 1:
-                    raw = raw.removeprefix(BYTE_ORDER_MARK)
-                try:
-                    yield number, raw.decode("utf-8")
-                except UnicodeDecodeError:
-                    yield number, None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(
-            f"{path}:{number + 1}: the gzip file is truncated or damaged after line {number} "
-            f"({error}); copy or download it again"
-        ) from error
-
-
-def first_lines(path: Path, count: int) -> list[str]:
-    """Up to ``count`` lines from the start of a file, line ends removed.
-
-    Raises:
-        InputError: a line that is not UTF-8 text, or a damaged gzip file.
-    """
-    lines: list[str] = []
-    for number, line in numbered_lines(path):
-        if line is None:
-            raise InputError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8")
-        lines.append(line.rstrip("\r\n"))
-        if len(lines) == count:
-            break
-    return lines

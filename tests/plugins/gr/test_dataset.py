@@ -29,6 +29,8 @@ NUM_ITEMS = 30
 def random_log() -> Log:
     rng = np.random.default_rng(3)
     events = sum(SIZES)
+    item, time = rng.integers(0, NUM_ITEMS, events, dtype=np.int32), rng.integers(0, 2**40, events)
+    offsets = np.concatenate([[0], np.cumsum(SIZES)])
     return Log(
         users=pl.Series([f"u{n:02}" for n in range(len(SIZES))]),
         items=pl.DataFrame(
@@ -37,9 +39,9 @@ def random_log() -> Log:
                 "domain": ["books"] * 9 + ["toys"] * 21,
             }
         ),
-        offsets=np.concatenate([[0], np.cumsum(SIZES)]),
-        item=rng.integers(0, NUM_ITEMS, events, dtype=np.int32),
-        time=rng.integers(0, 2**40, events),
+        offsets=offsets,
+        item=item,
+        time=np.concatenate([np.sort(part) for part in np.split(time, offsets[1:-1])]),
     )
 
 
