@@ -30,7 +30,7 @@ from hstu_xd.version import __version__
 _logger = logging.getLogger(__name__)
 
 # The one check that an exported program keeps; torch has no public name for it.
-_assert = torch._assert_async
+_assert = torch._assert_async  # noqa: SLF001
 
 
 class EncodeProgram(nn.Module):

@@ -66,7 +66,7 @@ def prepare(
     min_user: Annotated[
         int, typer.Option(help="Fewest events of a user in a domain (k-core).")
     ] = 0,
-    min_item: Annotated[int, typer.Option(help="Fewest events of an item (k-core).")] = 0,
+    min_item: Annotated[int, typer.Option(help="Fewest events of an item.")] = 0,
     min_user_total: Annotated[
         int, typer.Option(help="Fewest events of a user over all domains (k-core).")
     ] = 0,
