@@ -32,7 +32,7 @@ print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), "counts": coun
 COUNTS = ("users", "items", "interactions", "delta")
 
 
-def run(rows: int, out: Path) -> list[dict[str, Any]]:
+def measure_prepare(rows: int, out: Path) -> list[dict[str, Any]]:
     """Time ``prepare`` on ``rows`` events, and against a ``csv`` + ``dict`` reader on a twentieth.
 
     Seconds are wall clock from the start of the process's imports to the finished store, on two

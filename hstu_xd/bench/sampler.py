@@ -15,7 +15,7 @@ _USERS = 2000
 _MEAN_LENGTH = 400.0
 
 
-def run(data: Path | None, *, history: int, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+def measure_sampler(data: Path | None, *, history: int, batch_size: int, repeats: int) -> list[dict[str, Any]]:
     """Time training batches, against a reader that takes users one by one.
 
     Args:

@@ -266,10 +266,10 @@ def prepare(
     ] = None,
 ) -> None:
     """Time hstu-xd prepare against a reader in plain Python."""
-    from hstu_xd.bench.prepare import run
+    from hstu_xd.bench.prepare import measure_prepare
 
     with TemporaryDirectory() as folder:
-        _show(lambda: run(rows, out or Path(folder)), as_json)
+        _show(lambda: measure_prepare(rows, out or Path(folder)), as_json)
 
 
 @bench.command(rich_help_panel=_DATA)
@@ -284,9 +284,9 @@ def sampler(
     out: Out = None,
 ) -> None:
     """Time the batches that training draws from a store."""
-    from hstu_xd.bench.sampler import run
+    from hstu_xd.bench.sampler import measure_sampler
 
-    _show(lambda: run(data, history=seq_len, batch_size=batch_size, repeats=repeats), as_json, out)
+    _show(lambda: measure_sampler(data, history=seq_len, batch_size=batch_size, repeats=repeats), as_json, out)
 
 
 @bench.command(rich_help_panel=_ROWS)

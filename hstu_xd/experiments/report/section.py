@@ -213,16 +213,16 @@ class Section:
 
 def domain_groups(one: Comparison) -> list[Group]:
     """Test targets by domain, the domain with most interactions first."""
-    return [Group(name, f"[{name}]", _count(one, name)) for name in one.domains]
+    return [Group(name, f"[{name}]", _num_targets(one, name)) for name in one.domains]
 
 
 def switch_groups(one: Comparison) -> list[Group]:
     """Test targets after a domain switch, and the others."""
     labels = {"switch": "after a switch", "stay": "no switch"}
-    return [Group(label, f"[{name}]", _count(one, name)) for name, label in labels.items()]
+    return [Group(label, f"[{name}]", _num_targets(one, name)) for name, label in labels.items()]
 
 
-def _count(one: Comparison, group: str) -> int | None:
+def _num_targets(one: Comparison, group: str) -> int | None:
     counts = (result.metrics.get(f"count[{group}]") for result in one.results)
     return next((round(count.mean) for count in counts if count is not None), None)
 
