@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 
 PROGRAM = Path(__file__).with_name("new_switch.py")
 

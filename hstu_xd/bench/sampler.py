@@ -15,7 +15,9 @@ _USERS = 2000
 _MEAN_LENGTH = 400.0
 
 
-def measure_sampler(data: Path | None, *, history: int, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+def measure_sampler(
+    data: Path | None, *, history: int, batch_size: int, repeats: int
+) -> list[dict[str, Any]]:
     """Time training batches, against a reader that takes users one by one.
 
     Args:
@@ -29,8 +31,7 @@ def measure_sampler(data: Path | None, *, history: int, batch_size: int, repeats
     """
     if data is not None:
         return _rows(InteractionStore.open(data), history, batch_size, repeats)
-    from hstu_xd.data.synthetic import synthesize
-    from hstu_xd.data.synthetic_catalog import SynthOptions
+    from hstu_xd.data.synthetic import SynthOptions, synthesize
 
     with TemporaryDirectory() as folder:
         store = Path(folder) / "store"

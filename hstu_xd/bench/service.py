@@ -282,8 +282,7 @@ def _peak_bytes(process: "subprocess.Popen[str]") -> int | None:
 def _synthetic_run(folder: Path, case: Case) -> Path:
     """Write a run with every switch on and random weights, over a synthetic store."""
     from hstu_xd.data.store import InteractionStore
-    from hstu_xd.data.synthetic import synthesize
-    from hstu_xd.data.synthetic_catalog import SynthOptions
+    from hstu_xd.data.synthetic import SynthOptions, synthesize
     from hstu_xd.model.hstu import CrossDomainHSTU
     from hstu_xd.training.checkpoint import MODEL_FILE, save_checkpoint
     from hstu_xd.training.distributed import World

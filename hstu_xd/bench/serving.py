@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_xd.bench import correctness, encoder_passes, providers
+from hstu_xd.bench import encoder_passes, passes, providers
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.rows import Row, empty_row, environment, time_columns, times_faster
 from hstu_xd.bench.timing import Mark, Pass, take_turns, torch_threads
@@ -148,7 +148,7 @@ class _Bench:
         """Return the error of a provider, as a fraction of what is allowed."""
         if name == "upstream":
             with torch.enable_grad():
-                return correctness.largest_error(name, replace(self.case, what="encoder"))
+                return passes.largest_error(name, replace(self.case, what="encoder"))
         if name == "state float16":
             found, expected = self.bytes_of_state()
             allowed = max(_BYTES_BUDGET * expected, self._formula(_SPARE_EVENTS))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.bench.correctness import FORWARD_BUDGET, row_error
+from hstu_xd.bench.passes import FORWARD_BUDGET, row_error
 from hstu_xd.bench.rows import Row, empty_row, time_columns, times_faster
 from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns, torch_threads
 from hstu_xd.catalog import DomainCatalog

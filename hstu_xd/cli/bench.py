@@ -286,7 +286,11 @@ def sampler(
     """Time the batches that training draws from a store."""
     from hstu_xd.bench.sampler import measure_sampler
 
-    _show(lambda: measure_sampler(data, history=seq_len, batch_size=batch_size, repeats=repeats), as_json, out)
+    _show(
+        lambda: measure_sampler(data, history=seq_len, batch_size=batch_size, repeats=repeats),
+        as_json,
+        out,
+    )
 
 
 @bench.command(rich_help_panel=_ROWS)

@@ -135,8 +135,7 @@ def synth(
     What a user does in one domain tells about the others, so that models can be compared on it.
     """
     from hstu_xd.data.statistics import print_summary
-    from hstu_xd.data.synthetic import synthesize
-    from hstu_xd.data.synthetic_catalog import SynthOptions
+    from hstu_xd.data.synthetic import SynthOptions, synthesize
 
     options = SynthOptions(
         users=users,

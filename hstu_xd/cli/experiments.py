@@ -70,7 +70,7 @@ def ablate(
     Prints the mean and the spread of their test metrics as a Markdown table.
     """
     from hstu_xd.experiments.ablation import ablate as run_ablation
-    from hstu_xd.experiments.variants import parse_variants
+    from hstu_xd.experiments.ablation import parse_variants
 
     table = run_ablation(
         data,
@@ -134,8 +134,7 @@ def demo(
 
     Takes about three minutes on two cores and ends with a report that compares them.
     """
-    from hstu_xd.data.synthetic import synthesize
-    from hstu_xd.data.synthetic_catalog import SynthOptions
+    from hstu_xd.data.synthetic import SynthOptions, synthesize
     from hstu_xd.errors import InputError
     from hstu_xd.experiments.ablation import ablate
     from hstu_xd.experiments.report.page import write_report

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hstu_xd.data.dictionary import TokenDictionary
 from hstu_xd.data.error_location import (
     checked_events,
     first_fault,
@@ -20,14 +19,15 @@ from hstu_xd.data.error_location import (
 )
 from hstu_xd.data.ids import (
     LONGEST_ID,
+    TokenDictionary,
     check_domain_characters,
     missing_as_text,
     number_tokens,
     tidy,
 )
-from hstu_xd.data.moments import Moments, order_events
 from hstu_xd.data.reading import FileFacts
 from hstu_xd.data.sources import Source
+from hstu_xd.data.times import Moments, order_events
 from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops import state_attention
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
 from hstu_xd.ops.state_attention.eager import eager_state_attention
-from hstu_xd.ops.state_attention.question_reads import QuestionReads
-from hstu_xd.ops.state_attention.state_reads import StateReads
+from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads
 
 
 class DynamicDomainState(nn.Module):

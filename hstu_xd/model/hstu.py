@@ -1,4 +1,10 @@
-"""The stand-alone model: item table, input features, encoder, normalised user vectors."""
+"""The stand-alone model: item table, input features, encoder, normalised user vectors.
+
+It continues from a trained HSTU by :func:`load_hstu`: the checkpoint's parameters are found under
+upstream's names, and this package's own start as they start.
+"""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +22,53 @@ from hstu_xd.model.inputs import (
 )
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.model.views import EncoderRows, Events
-from hstu_xd.model.warm_start import load_hstu
+
+# A buffer of upstream's HSTU that every model of its size computes anew.
+_ATTENTION_MASK = "_attn_mask"
+# Modules and parameters that HSTU does not have.
+_OURS = {"_tape", "_target_domain_emb", "_ddsr", "_history_tokens"}
+
+
+def load_hstu(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Load a checkpoint of upstream's HSTU into a cross-domain model.
+
+    Args:
+        model: :class:`hstu_xd.model.hstu.CrossDomainHSTU` or the plug-in's ``HSTU_XD``; its
+            additions start at zero, so it computes what the checkpoint's model computed.
+        state: the checkpoint's state dict; DDP's ``module.`` prefix is allowed.
+
+    Returns:
+        Names of the parameters that the checkpoint does not have: this package's alone.
+
+    Raises:
+        InputError: sizes differ, a parameter of HSTU is missing, or unknown ones remain.
+    """
+    own = model.state_dict()
+    given = {name.removeprefix("module."): value for name, value in state.items()}
+    given.pop(_ATTENTION_MASK, None)
+    unknown = sorted(set(given) - set(own))
+    absent = sorted(set(own) - set(given) - {_ATTENTION_MASK})
+    ours = [name for name in absent if is_cross_domain(name)]
+    missing = [name for name in absent if not is_cross_domain(name)]
+    if unknown or missing:
+        raise InputError(
+            f"not a checkpoint of this HSTU: unknown {unknown[:3]}, missing {missing[:3]}; "
+            "give the model the checkpoint's num_blocks and bias settings"
+        )
+    for name, value in given.items():
+        if value.shape != own[name].shape:
+            raise InputError(
+                f"{name} has shape {tuple(value.shape)} in the checkpoint and "
+                f"{tuple(own[name].shape)} here; give the model the checkpoint's sizes"
+            )
+    model.load_state_dict(given, strict=False)
+    return ours
+
+
+def is_cross_domain(name: str) -> bool:
+    """Whether a parameter is one that this package adds to HSTU."""
+    return not _OURS.isdisjoint(name.split("."))
+
 
 _L2_EPS = 1e-6
 

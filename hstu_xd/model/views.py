@@ -18,8 +18,7 @@ from hstu_xd.errors import InputError
 from hstu_xd.model.rows import EVENT, QUESTION, RowOrder, Segments
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops.grouping import DomainGrouping, lazy_property
-from hstu_xd.ops.state_attention.question_reads import QuestionReads
-from hstu_xd.ops.state_attention.state_reads import StateReads
+from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads
 
 
 class Run(IntEnum):

@@ -33,12 +33,7 @@ from hstu_xd.parts import (
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import foreign_names, metrics_of, objective_of
-from hstu_xd.training.settings import (
-    RunSettings,
-    TrainSettings,
-    gin_library,
-    load_settings,
-)
+from hstu_xd.training.settings import RunSettings, TrainSettings, gin_library, load_settings
 from hstu_xd.training.trainer import Trainer
 from hstu_xd.version import __version__
 

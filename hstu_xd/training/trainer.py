@@ -1,11 +1,14 @@
 """The training loop. Every step seeds itself, so a run resumes to the same numbers anywhere.
 
 Step ``s`` draws its dropout and negatives from generators seeded by (seed, s) and epoch ``e`` its
-order from (seed, e): nothing but the step number has to survive a kill.
+order from (seed, e): nothing but the step number has to survive a kill. Metrics are appended to
+metrics.jsonl, one JSON object a line, and to TensorBoard's log as they come.
 """
 
 import json
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective
-from hstu_xd.objectives.sampled_softmax import count_per_domain
+from hstu_xd.objectives.retrieval import count_per_domain
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
     STATE_FILE,
@@ -39,8 +42,58 @@ from hstu_xd.training.checkpoint import (
 )
 from hstu_xd.training.distributed import World
 from hstu_xd.training.extension import metrics_of, objective_of
-from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.settings import TrainSettings
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends rows to a run's metrics file and mirrors them to TensorBoard.
+
+    Args:
+        run: the run folder.
+        enabled: False on all processes but the first, which then write nothing.
+    """
+
+    def __init__(self, run: Path, *, enabled: bool) -> None:
+        self._path, self._folder, self._enabled = run / METRICS_FILE, run / "tensorboard", enabled
+        self._board = None
+
+    def rewind(self, size: int, step: int) -> None:
+        """Forget what was written after a checkpoint: rows past ``size`` bytes come again."""
+        if self._enabled:
+            if self._path.exists():  # a run may stop before it has a row
+                os.truncate(self._path, size)
+            self._open(purge_step=step)
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def write(self, split: Split, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Append one evaluation (or training) row."""
+        if not self._enabled:
+            return
+        row = {"split": split.value, "epoch": epoch, "step": step, **values}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        board = self._board or self._open(purge_step=None)
+        for name, value in values.items():
+            board.add_scalar(f"{split.value}/{name}", value, step)
+        board.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+    def _open(self, purge_step: int | None):  # type: ignore[no-untyped-def]
+        # Imported here: TensorBoard takes a second to load and evaluation alone never needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self._folder), purge_step=purge_step)
+        return self._board
+
 
 # A loss that is not finite is noticed within this many steps and before anything is saved.
 _CHECK_EVERY = 50

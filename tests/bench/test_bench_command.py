@@ -10,7 +10,7 @@ import torch
 from bench_runs import KEYS, call, run_bench
 from torch import Tensor
 
-from hstu_xd.bench import correctness, passes, providers, train_step
+from hstu_xd.bench import passes, providers, train_step
 from hstu_xd.bench.cases import DTYPES, PLANS, Case, Draw, sweep
 from hstu_xd.bench.rows import markdown, render
 from hstu_xd.bench.timing import Builder, Computation, Mark, Pass, phased, unmarked
@@ -140,7 +140,7 @@ def test_a_provider_that_raises_says_why_and_the_others_are_measured(
 def test_the_gate_runs_the_code_that_is_timed() -> None:
     case = Case("encoder", 80, 3, **SMALL)
     assert case.small.seq_len == 70
-    assert 0 < correctness.largest_error("eager", case) <= 1
+    assert 0 < passes.largest_error("eager", case) <= 1
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_gate_runs_the_code_that_is_timed() -> None:
     ],
 )
 def test_row_error(found: list, truth: list, error: float) -> None:
-    assert correctness.row_error(torch.tensor(found), torch.tensor(truth)) == pytest.approx(error)
+    assert passes.row_error(torch.tensor(found), torch.tensor(truth)) == pytest.approx(error)
 
 
 def test_providers_take_turns_and_only_their_own_phases_are_clocked(
@@ -173,7 +173,7 @@ def test_providers_take_turns_and_only_their_own_phases_are_clocked(
 
     for name in ("eager", "reference"):
         replace_builder(monkeypatch, "attention", name, noting(name))
-    monkeypatch.setattr(correctness, "largest_error", lambda name, case: 0.0)
+    monkeypatch.setattr(passes, "largest_error", lambda name, case: 0.0)
     cases = [Case("attention", 4, 1)]
     rows = list(passes.measure(cases, ["eager", "reference"], threads=1, repeats=2))
     assert turns == ["eager", "reference"] * 3
@@ -336,8 +336,7 @@ def test_prepare_rows_are_passed_on(
 def test_sampler_reads_what_a_loop_over_users_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hstu_xd.data.synthetic import synthesize
-    from hstu_xd.data.synthetic_catalog import SynthOptions
+    from hstu_xd.data.synthetic import SynthOptions, synthesize
 
     store = tmp_path / "store"
     synthesize(store, SynthOptions(users=40, domains=2, items_per_domain=30, mean_length=12.0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_runs import run_bench
 
-from hstu_xd.bench import attention_passes, correctness, providers
+from hstu_xd.bench import attention_passes, passes, providers
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.roofline import Ceilings, Work, delta, visible_pairs
 from hstu_xd.bench.timing import Computation
@@ -31,7 +31,7 @@ def test_a_provider_computes_what_it_says(what: str, name: str, bias: bool) -> N
     case = replace(CASE, what=what, biased=bias)
     if why := providers.PROVIDERS[what][name].missing(case):
         pytest.skip(f"{name} cannot run here ({why}): NOT covered is what it computes")
-    assert correctness.largest_error(name, case) <= 1
+    assert passes.largest_error(name, case) <= 1
 
 
 @pytest.mark.parametrize("what", ["attention", "encoder"])
@@ -39,7 +39,7 @@ def test_many_domains_pass_the_gate(what: str) -> None:
     """Queries with one key, whose gradients nearly vanish: no float32 gets within the budget."""
     case = Case(what, 4096, 64, batch_size=1, heads=1, dqk=8, dv=8, width=8)
     for name in ("eager", "reference"):
-        assert correctness.largest_error(name, case) <= 1
+        assert passes.largest_error(name, case) <= 1
 
 
 @needs_upstream
@@ -54,7 +54,7 @@ def test_upstreams_fused_attention_is_called_right(
     assert timed.computation(CASE) == Computation(masked, "silu", biased=False)
     by_pytorch = replace(timed, build=attention_passes.upstream("PYTORCH"))
     monkeypatch.setitem(providers.PROVIDERS["attention"], name, by_pytorch)
-    assert correctness.largest_error(name, CASE) <= 1
+    assert passes.largest_error(name, CASE) <= 1
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_the_gate_rejects_another_computation(
     monkeypatch.setitem(providers.PROVIDERS["attention"], "eager", wrong)
     if "bias" in change:
         with pytest.raises(KeyError, match="position_weights"):
-            correctness.largest_error("eager", CASE)
+            passes.largest_error("eager", CASE)
     else:
-        assert correctness.largest_error("eager", CASE) > 1
+        assert passes.largest_error("eager", CASE) > 1
 
 
 @pytest.mark.parametrize(

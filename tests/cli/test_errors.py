@@ -7,8 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from hstu_xd.cli.app import run
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 
 
 @pytest.fixture(scope="module")

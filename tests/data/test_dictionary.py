@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hstu_xd.data.dictionary import HashIndex, TokenDictionary
+from hstu_xd.data.ids import HashIndex, TokenDictionary
 
 words = st.integers(0, (1 << 64) - 1)
 

@@ -11,8 +11,7 @@ from log_files import contents
 from numpy.typing import NDArray
 
 from hstu_xd.data import InteractionStore
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions, make_world, stationary
+from hstu_xd.data.synthetic import SynthOptions, make_world, stationary, synthesize
 
 SMALL = SynthOptions(users=60, domains=3, items_per_domain=30, mean_length=12)
 

@@ -9,8 +9,7 @@ import torch
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings

@@ -18,8 +18,7 @@ import hstu_xd
 from hstu_xd import export
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.cli import app
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.export import describe_catalog
 
 WINDOW = 12

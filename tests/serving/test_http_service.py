@@ -21,8 +21,7 @@ from service_client import (
 )
 
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.http import middleware

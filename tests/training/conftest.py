@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from quick_runs import QUICK
 
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.errors import InputError
 from hstu_xd.experiments.ablation import ablate
 from hstu_xd.training.settings import load_settings

@@ -9,11 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
-from hstu_xd.objectives.sampled_softmax import (
-    count_per_domain,
-    sample_negatives,
-    sampled_softmax_loss,
-)
+from hstu_xd.objectives.retrieval import count_per_domain, sample_negatives, sampled_softmax_loss
 
 
 @pytest.fixture

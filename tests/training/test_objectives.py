@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hstu_xd.errors import InputError
 from hstu_xd.objectives.objective import DotProduct, check_objective
-from hstu_xd.objectives.retrieval import Retrieval
-from hstu_xd.objectives.sampled_softmax import (
+from hstu_xd.objectives.retrieval import (
+    Retrieval,
     count_per_domain,
     sample_negatives,
     sampled_softmax_loss,

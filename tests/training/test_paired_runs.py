@@ -8,9 +8,8 @@ import pytest
 from quick_runs import QUICK
 
 from hstu_xd.cli.app import run
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
-from hstu_xd.experiments.variants import variant_bindings
+from hstu_xd.data.synthetic import SynthOptions, synthesize
+from hstu_xd.experiments.ablation import variant_bindings
 from hstu_xd.training.run import train
 from hstu_xd.training.settings import load_settings
 

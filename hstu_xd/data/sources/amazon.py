@@ -23,8 +23,7 @@ from hstu_xd.data.sources.content import (
     text_blocks,
 )
 from hstu_xd.data.sources.inputs import Input
-from hstu_xd.data.sources.quotes import decide_quoting
-from hstu_xd.data.sources.tables import DelimitedSource
+from hstu_xd.data.sources.tables import DelimitedSource, decide_quoting
 from hstu_xd.data.times import KINDS, is_number
 from hstu_xd.errors import InputError
 

@@ -7,12 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from hstu_xd.data.sources.amazon import (
-    amazon_ratings,
-    amazon_reviews,
-    is_ratings,
-    user_and_item,
-)
+from hstu_xd.data.sources.amazon import amazon_ratings, amazon_reviews, is_ratings, user_and_item
 from hstu_xd.data.sources.base import Source
 from hstu_xd.data.sources.columns import (
     ColumnOptions,
@@ -23,21 +18,16 @@ from hstu_xd.data.sources.columns import (
 )
 from hstu_xd.data.sources.content import first_lines, is_parquet
 from hstu_xd.data.sources.inputs import Input, check_domain_of_name, list_inputs
-from hstu_xd.data.sources.quotes import NO_QUOTES, check_quote, decide_quoting
 from hstu_xd.data.sources.tables import (
+    NO_QUOTES,
     DelimitedSource,
     ParquetSource,
+    check_quote,
+    decide_quoting,
     parquet_batches,
     parquet_schema,
 )
-from hstu_xd.data.times import (
-    KINDS,
-    ORDER_KINDS,
-    TimeKind,
-    check_time_unit,
-    decide_kind,
-    is_number,
-)
+from hstu_xd.data.times import KINDS, ORDER_KINDS, TimeKind, check_time_unit, decide_kind, is_number
 from hstu_xd.errors import InputError
 
 FORMATS = ("auto", "csv", "amazon-ratings", "amazon-reviews", "recbole")
@@ -55,7 +45,7 @@ class ReadOptions:
     Attributes:
         columns: names given for the columns.
         time_unit: one of :data:`hstu_xd.data.times.TIME_UNITS`.
-        quote: one of :data:`hstu_xd.data.sources.quotes.QUOTES`.
+        quote: one of :data:`hstu_xd.data.sources.tables.QUOTES`.
     """
 
     columns: ColumnOptions = field(default_factory=ColumnOptions)

@@ -1,20 +1,271 @@
 """Write the report: read runs and their data, draw, and put the folder in place at once.
 
-Around the sections stand the page's head, style sheet and banner, and the protocol in words.
+The page is one HTML file: head, style sheet and banner, the protocol in words, and one section of
+figures, tables and words for every comparison.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from string import Template
 
-from hstu_xd.experiments.report.html_tables import swatch
-from hstu_xd.experiments.report.section import Section
+from hstu_xd.experiments.report.data_figures import data_figures
+from hstu_xd.experiments.report.html_tables import (
+    commands,
+    comparison,
+    runs_table,
+    shared_settings,
+    swatch,
+    table,
+    variants_table,
+)
+from hstu_xd.experiments.report.run_figures import Group, grouped_dots, learning_curves
 from hstu_xd.experiments.report.shared_data import Comparison, compare_runs, group_by_data
-from hstu_xd.experiments.report.style import PALETTE
-from hstu_xd.experiments.run_folders import read_runs
+from hstu_xd.experiments.report.style import PALETTE, Image, house_style
+from hstu_xd.experiments.report.tables import LABELS, compare, metric_label, percent, points
+from hstu_xd.experiments.run_folders import METRICS, read_runs
 from hstu_xd.files import check_output, replaced_folder
 from hstu_xd.version import __version__
+
+SPLIT_METRICS = ("hr@100", "ndcg@100")
+SWITCH_METRICS = ("hr@100", "ndcg@100", "mrr")
+HEADLINES = ("hr@100", "ndcg@100", "mrr")
+MAX_TABLE_DOMAINS = 100
+DOTS = "Dots are means, lines their standard deviation over seeds."
+
+
+@dataclass(frozen=True)
+class Section:
+    """A comparison with its figures drawn; ``places`` fixes the variants' colours page-wide."""
+
+    comparison: Comparison
+    places: dict[str, int]
+    curves: list[Image]
+    domains: list[Image]
+    switches: list[Image]
+    data: list[Image]
+
+    @classmethod
+    def draw(cls, one: Comparison, places: dict[str, int], prefix: str = "") -> "Section":
+        """Draw all figures; file names begin with ``prefix``."""
+
+        def named(images: Sequence[Image | None]) -> list[Image]:
+            return [replace(i, name=prefix + i.name) for i in images if i is not None]
+
+        def dots(stem: str, by: str, groups: list[Group]) -> list[Image | None]:
+            return [
+                grouped_dots(
+                    f"{stem}_{metric.replace('@', '_at_')}",
+                    metric, by, groups, one.results, places, one.synthetic,
+                )
+                for metric in SPLIT_METRICS
+            ]  # fmt: skip
+
+        with house_style():
+            return cls(
+                comparison=one,
+                places=places,
+                curves=named(learning_curves(one.runs, places, one.synthetic)),
+                domains=named(dots("domains", "by domain", domain_groups(one))),
+                switches=named(dots("switch", "after a switch or not", switch_groups(one))),
+                data=named(data_figures(one.stats, one.synthetic)) if one.stats else [],
+            )
+
+    @property
+    def images(self) -> list[Image]:
+        """All figures in the order of the page."""
+        return [*self.curves, *self.domains, *self.switches, *self.data]
+
+    def html(self) -> str:
+        """Return the section's HTML."""
+        parts = [
+            self._notes(),
+            self._facts(),
+            self._results(),
+            _figures(
+                "Learning curves",
+                self._seeds("Thin lines are seeds, thick lines their mean. ")
+                + "Dots mark the epoch picked on validation.",
+                self.curves,
+            ),
+            self._by_domain(),
+            self._by_switch(),
+            _figures("The data", "", self.data),
+            self._runs(),
+        ]
+        return "\n".join(part for part in parts if part)
+
+    def _notes(self) -> str:
+        if not self.comparison.notes:
+            return ""
+        items = "\n".join(f"<li>{escape(note)}</li>" for note in self.comparison.notes)
+        return f'<ul class="notes">\n{items}\n</ul>'
+
+    def _facts(self) -> str:
+        summary = self.comparison.summary
+        cards = [
+            _card(f"{summary[key]:,}", key)
+            for key in ("users", "items", "interactions")
+            if isinstance(summary.get(key), int)
+        ]
+        if self.comparison.domains:
+            cards.append(_card(str(len(self.comparison.domains)), "domains"))
+        if isinstance(summary.get("delta"), float):
+            cards.append(_card(f"{summary['delta']:.3f}", "cost ratio delta"))
+        return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+    def _results(self) -> str:
+        results = self.comparison.results
+        if not any(result.metrics for result in results):
+            return "<h2>Test metrics</h2>\n<p>No run has read its test yet.</p>"
+        columns = [(f"{LABELS[metric]}\u00a0%", metric) for metric in METRICS]
+        return "\n".join(
+            [
+                "<h2>Test metrics</h2>",
+                f'<div class="cards wide">{"".join(self._headlines())}</div>',
+                comparison(results, columns, self.places),
+                f'<p class="small">{self._reading()}</p>',
+            ]
+        )
+
+    def _headlines(self) -> list[str]:
+        results = self.comparison.results
+        cards = []
+        for metric in HEADLINES:
+            cells = compare(results, metric)
+            known = [(c.mean, i) for i, c in enumerate(cells) if c.mean is not None]
+            if not known:
+                continue
+            value, best = max(known, key=lambda pair: (pair[0], -pair[1]))
+            name = metric_label(metric)
+            if len(known) > 1:
+                name = f"best {name}: {results[best].variant}"
+            difference = cells[best].difference
+            if difference is not None:
+                name += f", {points(difference)} to {results[0].variant}"
+            cards.append(_card(f"{percent(value)} %", name, self.places[results[best].variant]))
+        return cards
+
+    def _reading(self) -> str:
+        results = self.comparison.results
+        words = []
+        if len(results) > 1:
+            words.append(
+                "Best mean in bold; below it the absolute difference to "
+                f"<b>{escape(results[0].variant)}</b> in percentage points."
+            )
+        if any(len(result.seeds) > 1 for result in results):
+            words.append("&plusmn; is the sample standard deviation over seeds.")
+            if len(results) > 1:
+                words.append("Differences no larger than the larger of both spreads are grey.")
+        hit, count = results[0].metrics.get("hr@100"), results[0].metrics.get("count")
+        if hit is not None and count is not None:
+            error = (hit.mean * (1 - hit.mean) / count.mean) ** 0.5
+            words.append(
+                f"{count.mean:,.0f} test targets: the sampling error of one HR@100 is about "
+                f"{percent(error)} points, whatever the seeds say."
+            )
+        return " ".join(words)
+
+    def _seeds(self, several: str) -> str:
+        """Words that only hold where a variant has several seeds."""
+        return several if any(len(result.seeds) > 1 for result in self.comparison.results) else ""
+
+    def _by_domain(self) -> str:
+        if not self.domains:
+            return ""
+        groups = domain_groups(self.comparison)[:MAX_TABLE_DOMAINS]
+        details = "\n".join(
+            f"<details><summary>{LABELS[metric]} by domain as a table</summary>\n"
+            + comparison(
+                self.comparison.results,
+                [(f"{g.label}\u00a0%", metric + g.suffix) for g in groups],
+                self.places,
+            )
+            + "</details>"
+            for metric in SPLIT_METRICS
+        )
+        return _figures("By domain of the target", self._seeds(DOTS), self.domains) + details
+
+    def _by_switch(self) -> str:
+        if not self.switches:
+            return ""
+        columns = [
+            (f"{LABELS[metric]} {name}\u00a0%", f"{metric}[{name}]")
+            for name in ("switch", "stay")
+            for metric in SWITCH_METRICS
+        ]
+        words = (
+            "A target follows a switch when its domain differs from that of the event just before "
+            "it; otherwise it stays. "
+        )
+        rows = comparison(self.comparison.results, columns, self.places)
+        return _figures("Switch and stay targets", words + self._seeds(DOTS), self.switches) + rows
+
+    def _runs(self) -> str:
+        one = self.comparison
+        return "\n".join(
+            [
+                "<h2>Variants and their cost</h2>",
+                variants_table(one.runs, self.places),
+                "<h2>Runs</h2>",
+                runs_table(one.runs, self.places),
+                "<details><summary>Settings that all runs share</summary>\n"
+                f"{shared_settings(one.runs)}</details>",
+                f"<details><summary>Commands</summary>\n{commands(one.runs)}</details>",
+                _domain_table(one.summary.get("domains") or {}),
+            ]
+        )
+
+
+def domain_groups(one: Comparison) -> list[Group]:
+    """Test targets by domain, the domain with most interactions first."""
+    return [Group(name, f"[{name}]", _num_targets(one, name)) for name in one.domains]
+
+
+def switch_groups(one: Comparison) -> list[Group]:
+    """Test targets after a domain switch, and the others."""
+    labels = {"switch": "after a switch", "stay": "no switch"}
+    return [Group(label, f"[{name}]", _num_targets(one, name)) for name, label in labels.items()]
+
+
+def _num_targets(one: Comparison, group: str) -> int | None:
+    counts = (result.metrics.get(f"count[{group}]") for result in one.results)
+    return next((round(count.mean) for count in counts if count is not None), None)
+
+
+def _card(value: str, name: str, place: int | None = None) -> str:
+    dot = "" if place is None else swatch(place)
+    return f'<div class="card"><b>{escape(value)}</b><span>{dot}{escape(name)}</span></div>'
+
+
+def _figures(heading: str, words: str, images: Sequence[Image]) -> str:
+    if not images:
+        return ""
+    figures = "\n".join(
+        f'<figure aria-label="{escape(image.title)}">{image.svg}'
+        f"<figcaption>{escape(image.caption)}</figcaption></figure>"
+        for image in images
+    )
+    text = f"<p>{escape(words)}</p>\n" if words else ""
+    # Two or four figures would leave a hole in rows of three.
+    look = "figures even" if len(images) in (2, 4) else "figures"
+    return f'<h2>{escape(heading)}</h2>\n{text}<div class="{look}">\n{figures}\n</div>'
+
+
+def _domain_table(domains: Mapping[str, Mapping[str, int]]) -> str:
+    if not domains:
+        return ""
+    keys = ("users", "items", "interactions")
+    rows = [
+        [escape(name), *(f"{counts[key]:,}" if key in counts else "&ndash;" for key in keys)]
+        for name, counts in domains.items()
+    ]
+    return (
+        f"<details><summary>Counts by domain</summary>\n{table(['domain', *keys], rows)}</details>"
+    )
+
 
 GENERATOR = '<meta name="generator" content="hstu-xd report">'
 HERE = Path(__file__).parent

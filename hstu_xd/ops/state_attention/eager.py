@@ -13,8 +13,7 @@ from torch import _softmax_backward_data as softmax_backward  # it has no public
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hstu_xd.ops.state_attention.question_reads import QuestionReads
-from hstu_xd.ops.state_attention.state_reads import StateReads, StateTiles
+from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads, StateTiles
 
 # Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).
 _CHUNK_FLOATS = 16_000_000

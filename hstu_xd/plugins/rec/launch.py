@@ -244,7 +244,7 @@ def _stand_alone() -> None:
     if "LOCAL_RANK" in os.environ:
         return
     # Here, so that a wrong command line is refused before torch is imported.
-    from hstu_xd.plugins.cpu_shims import free_port
+    from hstu_xd.plugins.bridge import free_port
 
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     os.environ.update({name: str(value) for name, value in alone.items()})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hstu_xd.errors import InputError
-from hstu_xd.plugins import cpu_shims
+from hstu_xd.plugins import bridge
 from hstu_xd.plugins.rebinding import Rebinding, apply
 from hstu_xd.plugins.rec.packed_attention import provide_packed_attention, warn_if_texts_mix
 from hstu_xd.plugins.rec.rec_metrics import domain_scoped, with_groups
@@ -179,15 +179,15 @@ def cpu_rebindings() -> tuple[Rebinding, ...]:
     """Return what is rebound on CPU on top of :data:`REBINDINGS`, which must be in force."""
     workers = ("num_workers", "pin_memory")
     return (
-        Rebinding("torch.distributed", "init_process_group", cpu_shims.gloo_for_nccl),
-        Rebinding("torch.cuda", "set_device", cpu_shims.does_nothing),
-        Rebinding("torch.cuda", "device", cpu_shims.no_context),
-        Rebinding("torch.cuda", "get_rng_state", cpu_shims.no_random_state),
-        Rebinding("torch.cuda", "set_rng_state", cpu_shims.does_nothing),
-        Rebinding("torch.nn", "Module.to", cpu_shims.module_to_cpu),
-        Rebinding("torch.nn", "Module.cuda", cpu_shims.returns_module),
-        Rebinding("REC.data.utils", "DataLoader", cpu_shims.few_workers, workers),
-        Rebinding(TRAINER, "DataLoader", cpu_shims.few_workers, workers),
+        Rebinding("torch.distributed", "init_process_group", bridge.gloo_for_nccl),
+        Rebinding("torch.cuda", "set_device", bridge.does_nothing),
+        Rebinding("torch.cuda", "device", bridge.no_context),
+        Rebinding("torch.cuda", "get_rng_state", bridge.no_random_state),
+        Rebinding("torch.cuda", "set_rng_state", bridge.does_nothing),
+        Rebinding("torch.nn", "Module.to", bridge.module_to_cpu),
+        Rebinding("torch.nn", "Module.cuda", bridge.returns_module),
+        Rebinding("REC.data.utils", "DataLoader", bridge.few_workers, workers),
+        Rebinding(TRAINER, "DataLoader", bridge.few_workers, workers),
         Rebinding("REC.data.utils", "bulid_dataloader", _device_is_cpu, ("config",)),
         Rebinding("REC.data", "bulid_dataloader", _device_is_cpu, ("config",)),
         Rebinding(*_fabric(), _fabric_on_cpu),

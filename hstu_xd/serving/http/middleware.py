@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hstu_xd.serving.http.metrics import NOBODY_LEFT
-from hstu_xd.serving.http.service import Service
+from hstu_xd.serving.http.service import NOBODY_LEFT, Service
 
 PAGE = Path(__file__).parent / "page"
 

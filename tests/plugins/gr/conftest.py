@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import upstream_choice
 
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 
 
 # Not pytest_report_header: quiet runs print none, and pytest asks only the outermost conftest.py.

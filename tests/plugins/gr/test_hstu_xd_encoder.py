@@ -17,7 +17,7 @@ from upstream_models import (
 )
 
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.model.warm_start import load_hstu
+from hstu_xd.model.hstu import load_hstu
 from hstu_xd.plugins.gr.research.domain_batches import NEXT_DOMAINS
 
 # "auto" runs upstream's own layers; ours sum the gradient of the bias tables in another order.

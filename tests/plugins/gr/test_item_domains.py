@@ -10,7 +10,7 @@ import torch
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.gr.research.item_domains import first_genre_domains, read_item_domains
+from hstu_xd.plugins.gr.research.dataset import first_genre_domains, read_item_domains
 
 ITEMS, LARGEST = [1, 2, 4, 7], 8
 ROWS = [("7", "films"), ("1", "books"), ("4", "films"), ("2", "books")]

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from tiny_llms import write_llms, write_texts
 
-from hstu_xd.data.synthetic import synthesize
-from hstu_xd.data.synthetic_catalog import SynthOptions
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.plugins.rec.export import write_interactions
 
 HERE = Path(__file__).parent

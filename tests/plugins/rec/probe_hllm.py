@@ -19,8 +19,8 @@ from REC.config import Config
 from REC.utils import get_model
 
 from hstu_xd.errors import InputError
+from hstu_xd.model.hstu import is_cross_domain
 from hstu_xd.model.views import Events
-from hstu_xd.model.warm_start import is_cross_domain
 from hstu_xd.plugins.rec.rec_metrics import with_request
 from hstu_xd.plugins.rec.rec_rebindings import with_hstu_xd
 from hstu_xd.plugins.rec.rec_session import SESSION

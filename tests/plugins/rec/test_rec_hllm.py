@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hstu_xd.model.warm_start import is_cross_domain
+from hstu_xd.model.hstu import is_cross_domain
 
 in_codebases = pytest.mark.parametrize("probed_hllm", ["standin", "hllm", "persrec"], indirect=True)
 

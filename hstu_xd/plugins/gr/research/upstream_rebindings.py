@@ -15,7 +15,7 @@ from generative_recommenders.research.modeling.sequential.encoder_utils import h
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.plugins.gr.research.dataset import hold_out, split_datasets
+from hstu_xd.plugins.gr.research.dataset import hold_out, read_item_domains, split_datasets
 from hstu_xd.plugins.gr.research.domain_batches import (
     SESSION,
     in_batch_sampler,
@@ -23,7 +23,6 @@ from hstu_xd.plugins.gr.research.domain_batches import (
     with_domains,
 )
 from hstu_xd.plugins.gr.research.encoder import HSTU_XD
-from hstu_xd.plugins.gr.research.item_domains import read_item_domains
 from hstu_xd.plugins.gr.research.settings import UpstreamSettings, bound_arguments, encoder_settings
 from hstu_xd.plugins.gr.research.upstream_metrics import domain_scoped
 from hstu_xd.plugins.gr.research.upstream_trainer import CHECKPOINTS, TRAINER

@@ -14,7 +14,7 @@ from torch import Tensor
 import gin
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import gin_folder
-from hstu_xd.plugins import cpu_shims
+from hstu_xd.plugins import bridge
 from hstu_xd.plugins.bridge import CheckpointFormat
 from hstu_xd.plugins.gr.research import HOST
 from hstu_xd.plugins.host import inspect_host
@@ -47,7 +47,7 @@ def upstream_train(
     world = gpus or processes
     arguments = (
         world,
-        port or cpu_shims.free_port(),
+        port or bridge.free_port(),
         str(gin_config_file),
         tuple(bindings),
         not gpus,
@@ -124,11 +124,11 @@ def cpu_rebindings() -> tuple[Rebinding, ...]:
     """Return what is rebound while train_fn runs on CPU, on top of the plug-in's own."""
     group = ("rank", "world_size", "master_port")
     return (
-        Rebinding(TRAINER, "setup", cpu_shims.gloo_setup, group),
-        Rebinding(TRAINER, "DDP", cpu_shims.without_device_ids, ("module", "device_ids")),
-        Rebinding(TRAINER, "movielens_seq_features_from_row", cpu_shims.device_is_cpu, ("device",)),
-        Rebinding(TRAINER, "get_eval_state", cpu_shims.device_is_cpu, ("device",)),
-        Rebinding("torch.nn", "Module.to", cpu_shims.module_to_cpu),
+        Rebinding(TRAINER, "setup", bridge.gloo_setup, group),
+        Rebinding(TRAINER, "DDP", bridge.without_device_ids, ("module", "device_ids")),
+        Rebinding(TRAINER, "movielens_seq_features_from_row", bridge.device_is_cpu, ("device",)),
+        Rebinding(TRAINER, "get_eval_state", bridge.device_is_cpu, ("device",)),
+        Rebinding("torch.nn", "Module.to", bridge.module_to_cpu),
     )
 
 
