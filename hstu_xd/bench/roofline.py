@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from hstu_xd.bench.cases import Case, Draw
-from hstu_xd.ops.visibility import num_pairs
+from hstu_xd.ops.grouping import num_pairs
 
 # Forward attention is two matrix products; backward computes the scores again and four more.
 _BACKWARD_OF_ATTENTION = 2.5

@@ -7,7 +7,7 @@ import numpy as np
 from hstu_xd.data.batches import SequenceData
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.views import EncoderRows
-from hstu_xd.ops.visibility import num_pairs
+from hstu_xd.ops.grouping import num_pairs
 
 _FLOAT_BYTES = 4
 

@@ -8,7 +8,6 @@ import pytest
 WITH_EXAMPLES = [
     "catalog",
     "ops.grouping",
-    "ops.visibility",
     "ops.domain_attention.api",
     "ops.state_attention.api",
     "ops.state_attention.state_reads",

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
 import torch
 from tiny_models import EVERYTHING, draw_histories, tiny_model, to_batch
 
@@ -36,7 +35,6 @@ def modules_of_a_forward_pass() -> list[str]:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="some modules of hstu_xd.ops are still to be merged")
 def test_a_forward_pass_leads_through_few_modules() -> None:
     modules = modules_of_a_forward_pass()
     print(*modules, sep="\n")

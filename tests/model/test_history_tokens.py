@@ -21,8 +21,8 @@ from torch import Tensor
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.ops.grouping import num_pairs
 from hstu_xd.ops.relative_bias import time_bucket
-from hstu_xd.ops.visibility import num_pairs
 
 HISTORIES = draw_histories([20, 1, 24, 7, 13], seed=6)
 MASK = {"domain_mask": True}

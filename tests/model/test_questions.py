@@ -18,7 +18,7 @@ from torch import Tensor
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.ops.visibility import num_pairs
+from hstu_xd.ops.grouping import num_pairs
 
 HISTORIES = draw_histories([20, 1, 24, 0, 7, 13], seed=3)
 BATCH = to_batch(HISTORIES)

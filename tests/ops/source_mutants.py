@@ -10,7 +10,7 @@ FOLDER = Path(hstu_xd.__file__).parent
 
 
 def load(name: str, folder: Path, text: str, instead: str) -> ModuleType:
-    """A copy of a module, ``ops.visibility``, with ``instead`` wherever ``text`` stood."""
+    """A copy of a module, ``ops.grouping``, with ``instead`` wherever ``text`` stood."""
     source = FOLDER.joinpath(*name.split(".")).with_suffix(".py").read_text()
     assert text in source
     leaf = name.rpartition(".")[2]

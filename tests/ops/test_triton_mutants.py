@@ -49,7 +49,7 @@ def tiles(name: str, text: str, instead: str, check: Check = own_view) -> None:
 
 
 def ends(name: str, text: str, instead: str, check: Check = own_view) -> None:
-    MUTANTS[name] = "ops.visibility", text, instead, check
+    MUTANTS[name] = "ops.grouping", text, instead, check
 
 
 # Which pairs are seen.
@@ -170,7 +170,7 @@ def test_the_checks_reject_the_mutant(
         monkeypatch.setattr(fused, "key_tiles", mutant.key_tiles)
     elif file == "ops.triton_support":
         monkeypatch.setattr(tile_table, "split", mutant.split)
-    elif file == "ops.visibility":
+    elif file == "ops.grouping":
         monkeypatch.setattr(tile_table, "seen_end", mutant.seen_end)
         monkeypatch.setattr(tile_table, "seeing_start", mutant.seeing_start)
     else:

@@ -84,7 +84,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "grouping.first_row(group, position + 1)",
     ),
     "replaced_a_visit_early": (
-        "ops.visibility",
+        "ops.grouping",
         "visit = rows + states_per_domain",
         "visit = rows + max(1, states_per_domain - 1)",
     ),
@@ -163,7 +163,7 @@ def test_the_check_rejects_the_mutant(
         monkeypatch.setattr(triton_launch, "kernels", mutant)
     elif file == "ops.state_attention.triton_launch":
         monkeypatch.setattr(package, "triton_launch", mutant)
-    elif file == "ops.visibility":
+    elif file == "ops.grouping":
         monkeypatch.setattr(state_table, "replacements", mutant.replacements)
     else:
         monkeypatch.setattr(state_table.StateTable, "build", mutant.StateTable.build)

@@ -12,8 +12,15 @@ from hstu_xd.errors import InputError
 from hstu_xd.ops import RelativeBias, domain_attention
 from hstu_xd.ops.domain_attention.flex import flex_domain_attention
 from hstu_xd.ops.domain_attention.fused import fused_domain_attention
-from hstu_xd.ops.grouping import DomainGrouping, PairRule
-from hstu_xd.ops.visibility import num_pairs, pair_rule, seeing_start, seen_end, seen_keys
+from hstu_xd.ops.grouping import (
+    DomainGrouping,
+    PairRule,
+    num_pairs,
+    pair_rule,
+    seeing_start,
+    seen_end,
+    seen_keys,
+)
 
 SPECS = [
     Spec((0, 1, 2, 17, 65), num_domains=3, target_view=target, biased=biased)

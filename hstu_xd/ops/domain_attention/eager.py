@@ -29,9 +29,8 @@ from hstu_xd.ops.domain_attention.tiles import (
     at_tokens,
     walk,
 )
-from hstu_xd.ops.grouping import DomainGrouping, PairRule
+from hstu_xd.ops.grouping import DomainGrouping, PairRule, is_later
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.visibility import is_later
 
 
 class Normalization(Protocol):

@@ -16,9 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hstu_xd.errors import InputError
-from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.grouping import DomainGrouping, pair_rule
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.visibility import pair_rule
 
 # Of every grouping in use, its block mask: all layers of a model share it.
 _block_masks = WeakIdKeyDictionary()

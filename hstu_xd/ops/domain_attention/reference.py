@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.grouping import DomainGrouping, pair_rule
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.visibility import pair_rule
 
 
 def reference_domain_attention(

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.grouping import DomainGrouping, seeing_start, seen_end
 from hstu_xd.ops.triton_support import split
-from hstu_xd.ops.visibility import seeing_start, seen_end
 
 
 class PairPlan(NamedTuple):

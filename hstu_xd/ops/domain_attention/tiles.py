@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.visibility import seen_keys
+from hstu_xd.ops.grouping import DomainGrouping, seen_keys
 
 # Positions that stand for padding: a query before all keys, a key after all queries.
 PADDING_QUERY, PADDING_KEY = -(2**29), 2**29

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
-from hstu_xd.ops.grouping import DomainGrouping, lazy_property
+from hstu_xd.ops.grouping import DomainGrouping, lazy_property, replacements
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, time_bucket
 from hstu_xd.ops.state_attention.state_table import StateTable
-from hstu_xd.ops.visibility import replacements
 
 _HEIGHTS = (8, 16, 32, 64, 128)
 # Costs of a key of a tile and of a tile itself, in query-key pairs (measured on CPU).

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.grouping import DomainGrouping, replacements
 from hstu_xd.ops.triton_support import split
-from hstu_xd.ops.visibility import replacements
 
 # Lifetimes of states are told apart by factors of four, the last class is open.
 _LIFETIMES = 8
