@@ -62,7 +62,7 @@ def serve(
     ] = 100.0,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")
-    ] = 30.0,
+    ] = 5.0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of PyTorch. [default: all cores but one]")
     ] = None,

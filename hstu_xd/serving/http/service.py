@@ -18,7 +18,7 @@ from hstu_xd.serving.http.failover import Sessions
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
-from hstu_xd.serving.http.work_items import Job
+from hstu_xd.serving.http.work_items import Job, cost_of
 from hstu_xd.serving.requests import Request
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
@@ -80,7 +80,9 @@ class Service:
         version = fingerprint(served.model, served.window, torch.float32).hex()
         self.model_name = f"{served.name} {version[:12]}"
         self._served = served
-        self._batcher: Batcher[Job] = Batcher(self._open, settings.queue, self.metrics.batch)
+        self._batcher: Batcher[Job] = Batcher(
+            self._open, settings.queue, self.metrics.batch, cost_of
+        )
 
     @property
     def full(self) -> bool:
@@ -109,9 +111,20 @@ class Service:
         """
         return await self._batcher.submit(job)
 
-    def stop(self) -> None:
-        """Finish what waits; close store and log."""
-        self._batcher.stop()
+    def stop(self, within: float | None = None) -> bool:
+        """Finish what waits; close store and log.
+
+        Args:
+            within: seconds that it may take; None: as long as it takes.
+
+        Returns:
+            Whether all of it was done in time.
+        """
+        return self._batcher.stop(within)
+
+    def abandon(self) -> None:
+        """Refuse what waits, and wait for nothing that is under way."""
+        self._batcher.abandon()
 
     def _open(self) -> Engine:
         states, served = self.settings.states, self._served

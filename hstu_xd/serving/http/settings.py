@@ -105,7 +105,7 @@ class ServiceSettings:
     data: Path | None = None
     use_data: bool = True
     token: str | None = None
-    drain_seconds: float = 30.0
+    drain_seconds: float = 5.0
     queue: QueueSettings = field(default_factory=QueueSettings)
     limits: Limits = field(default_factory=Limits)
     states: StateSettings = field(default_factory=StateSettings)

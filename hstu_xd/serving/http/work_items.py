@@ -64,3 +64,15 @@ class Forget:
 
 
 Job = Append | Recommend | Score | ReadHistory | ListUsers | Forget
+
+# What an event adds to the cost of a job, in users.
+_EVENT = 0.1
+
+
+def cost_of(job: Job) -> float:
+    """Return about how much work a job is; one is a user who is asked for one domain."""
+    if isinstance(job, Append):
+        return len({event.user for event in job.events}) + _EVENT * len(job.events)
+    if isinstance(job, Recommend):
+        return 1 + _EVENT * (len(job.domains) - 1)
+    return 1.0
