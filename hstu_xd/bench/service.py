@@ -217,6 +217,8 @@ def _threads(threads: int) -> Iterator[None]:
 def _process(served: _Served, threads: int) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """The service, and its port; drained in the end."""
     command = [sys.executable, "-m", "hstu_xd", "serve", str(served.run), "--port", "0"]
+    # Events come after those of any log, whatever its unit.
+    command += ["--max-clock-skew", str(_NOW)]
     process = subprocess.Popen(
         [*command, "--events", str(served.log), "--threads", str(threads)],
         stdout=subprocess.PIPE,

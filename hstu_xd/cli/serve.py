@@ -60,6 +60,17 @@ def serve(
     max_delay: Annotated[
         float, typer.Option(min=1, help="Milliseconds a request may wait; 503 beyond it.")
     ] = 100.0,
+    repeats: Annotated[
+        Literal["keep", "drop"],
+        typer.Option(help="Same user, item and time again: another event, or the one known."),
+    ] = "keep",
+    unknown_items: Annotated[
+        Literal["refuse", "skip"],
+        typer.Option(help="Refuse a request with an unknown item, or skip the event."),
+    ] = "refuse",
+    max_clock_skew: Annotated[
+        float, typer.Option(min=0, help="Seconds that an event may be ahead of the clock.")
+    ] = 3600.0,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")
     ] = 5.0,
@@ -71,7 +82,13 @@ def serve(
     check_packages()
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.service import Served, Service
-    from hstu_xd.serving.http.settings import Limits, QueueSettings, ServiceSettings, StateSettings
+    from hstu_xd.serving.http.settings import (
+        Limits,
+        QueueSettings,
+        ServiceSettings,
+        StateSettings,
+        WriteSettings,
+    )
 
     logging.basicConfig(level=logging.WARNING, format="hstu-xd: %(message)s")
     settings = ServiceSettings(
@@ -82,6 +99,7 @@ def serve(
         drain_seconds=drain,
         queue=QueueSettings(max_batch, max_wait / 1e3, max_queue, max_delay / 1e3),
         limits=Limits(max_body=max_body, max_k=max_k),
+        writes=WriteSettings(repeats, unknown_items, max_clock_skew),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
     served = Served.of(run, settings)

@@ -26,6 +26,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 OPERATIONS = (
     "POST /v1/events",
+    "POST /v1/events/remove",
     "POST /v1/recommend",
     "POST /v1/score",
     "GET /v1/domains",

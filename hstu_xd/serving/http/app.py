@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -16,7 +16,15 @@ from hstu_xd.serving.http.event_log import Event, LogError
 from hstu_xd.serving.http.middleware import RETRY_AFTER, Guard, page_files
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
-from hstu_xd.serving.http.work_items import Append, Forget, ListUsers, ReadHistory, Recommend, Score
+from hstu_xd.serving.http.work_items import (
+    Append,
+    Forget,
+    ListUsers,
+    ReadHistory,
+    Recommend,
+    Remove,
+    Score,
+)
 from hstu_xd.serving.stores import StoreError
 from hstu_xd.version import __version__
 
@@ -50,12 +58,37 @@ def build_app(service: Service) -> Guard:
 def _add_writes(app: FastAPI, service: Service) -> None:
     bodies = schemas.RequestBodies(service.settings.limits, service.catalog.num_domains)
 
-    @app.post("/v1/events", response_model=schemas.Accepted, responses=_errors(400, 413, 503))
-    async def events(body: bodies.events) -> Response:
+    @app.post(
+        "/v1/events",
+        response_model=schemas.Accepted,
+        response_model_exclude_defaults=True,
+        responses=_errors(400, 413, 503),
+    )
+    async def events(
+        body: bodies.events,
+        idempotency_key: Annotated[
+            schemas.Key | None,
+            Header(description="A request that is sent again with the same key counts once."),
+        ] = None,
+    ) -> Response:
         """Take events. Once they are answered they are safe on disk."""
         events = [Event(each.user, each.item, each.timestamp) for each in body.events]
-        await service.run(Append(events, [service.items.id_of(each.item) for each in events]))
-        return JSONResponse({"accepted": len(events)})
+        keys = [_key(each.id, idempotency_key, i) for i, each in enumerate(body.events)]
+        outcome = await service.run(Append(events, keys, body.partial))
+        answer: dict[str, Any] = {"accepted": len(outcome.accepted)}
+        if outcome.repeated:
+            answer["repeated"] = outcome.repeated
+        if outcome.refused:
+            answer["refused"] = [
+                {"index": index, "error": error} for index, error in outcome.refused
+            ]
+        return JSONResponse(answer)
+
+    @app.post("/v1/events/remove", response_model=schemas.Removed, responses=_errors(400, 413, 503))
+    async def remove(body: schemas.RemoveBody) -> Response:
+        """Remove one event of a user, from the log and from what was known before the service."""
+        event = Event(body.user, body.item, body.timestamp)
+        return JSONResponse({"removed": await service.run(Remove(event))})
 
     @app.post(
         "/v1/recommend", response_model=schemas.Recommendations, responses=_errors(400, 413, 503)
@@ -91,6 +124,13 @@ def _add_writes(app: FastAPI, service: Service) -> None:
     async def forget(user: User) -> Response:
         """Forget a user: states, events, and what was known before the service."""
         return JSONResponse({"forgotten": await service.run(Forget(user))})
+
+
+def _key(own: str | None, of_request: str | None, index: int) -> str | None:
+    """Return what an event is known by: its own id, or the request's key and its place in it."""
+    if own is not None:
+        return f"event {own}"
+    return None if of_request is None else f"request {index} {of_request}"
 
 
 def _add_reads(app: FastAPI, service: Service) -> None:
@@ -132,11 +172,18 @@ def _add_reads(app: FastAPI, service: Service) -> None:
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
     async def healthz() -> Response:
-        """Whether requests are taken: 200, or 503 while the service stops or where it failed."""
+        """Whether requests are taken: 200, or 503 while the service stops, or fails to write."""
+        await service.check_writes()
         status = service.status
-        health = {"status": status, "model": service.model_name, "store": service.store_state}
+        health = {
+            "status": status,
+            "model": service.model_name,
+            "store": service.store_state,
+            "writes": service.writes_state,
+        }
         return JSONResponse(health, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, include_in_schema=False)

@@ -39,6 +39,7 @@ _ROUTES = (
     "/openapi.json",
     "/v1/domains",
     "/v1/events",
+    "/v1/events/remove",
     "/v1/recommend",
     "/v1/score",
     "/v1/users",

@@ -1,6 +1,9 @@
 """A service without its HTTP: a trained run, its events and the thread that answers."""
 
+import asyncio
 import logging
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving.codec import fingerprint
+from hstu_xd.serving.http.arrivals import Arrivals
 from hstu_xd.serving.http.batch_handler import Engine
 from hstu_xd.serving.http.batching import Batcher
 from hstu_xd.serving.http.event_log import EventLog
@@ -18,7 +22,7 @@ from hstu_xd.serving.http.failover import Sessions
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
-from hstu_xd.serving.http.work_items import Job, cost_of
+from hstu_xd.serving.http.work_items import Job, Probe, cost_of
 from hstu_xd.serving.requests import Request
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
@@ -26,6 +30,9 @@ from hstu_xd.serving.stores import StateStore
 from hstu_xd.training.run import load, open_data, read_run
 
 _log = logging.getLogger(__name__)
+
+# Seconds after a write until whoever asks for the health lets one be tried, and how long he waits.
+_PROBE_AFTER, _PROBE_PATIENCE = 2.0, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,15 +98,30 @@ class Service:
 
     @property
     def status(self) -> str:
-        """ "ready", "draining", or "failed" where the thread that answers has ended."""
+        """ "ready", "draining", "failing" to write, or "failed" where the thread has ended."""
         if self.draining:
             return "draining"
-        return "ready" if self._batcher.alive else "failed"
+        if not self._batcher.alive:
+            return "failed"
+        return "failing" if self._log.fails or self._sessions.refuses else "ready"
 
     @property
     def store_state(self) -> str:
         """Of the state store: "memory", "ok" or "gone"."""
         return self._sessions.store_state
+
+    @property
+    def writes_state(self) -> str:
+        """Of the event log: "ok" or "failing"."""
+        return "failing" if self._log.fails else "ok"
+
+    async def check_writes(self) -> None:
+        """Try a write where the last one is some time ago; it is not waited for long."""
+        last, now = self._log.written_at, time.monotonic()
+        if self.draining or self.full or (last is not None and now - last < _PROBE_AFTER):
+            return
+        with suppress(HstuXdError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.run(Probe()), _PROBE_PATIENCE)
 
     async def run(self, job: Job) -> Any:
         """The result of a job.
@@ -152,7 +174,8 @@ class Service:
         except Exception:
             log.close()
             raise
-        return Engine(self._sessions, histories, log)
+        arrivals = Arrivals(histories, log, self.items, self.settings.writes)
+        return Engine(self._sessions, histories, log, self.items, arrivals)
 
     def _warm_up(self) -> None:
         """Answer nobody once: the first call takes longer than those that follow."""

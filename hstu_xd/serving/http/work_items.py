@@ -8,15 +8,44 @@ from hstu_xd.serving.http.event_log import Event
 
 @dataclass(frozen=True)
 class Append:
-    """Take events, all or none. Result: None.
+    """Take events. Result: an :class:`Outcome`.
 
     Attributes:
         events: in order.
-        item_ids: the items' ids, one an event.
+        keys: by which each is known when it comes again; None: it has none.
+        partial: take the others where some are refused; else none are taken then.
     """
 
     events: Sequence[Event]
-    item_ids: Sequence[int]
+    keys: Sequence[str | None]
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the events of a request.
+
+    Attributes:
+        accepted: indices of those that are new.
+        repeated: how many were known already.
+        refused: index of each of the others, and why.
+    """
+
+    accepted: Sequence[int]
+    repeated: int
+    refused: Sequence[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Remove one event of a user. Result: how often it was there."""
+
+    event: Event
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Write to the log, which changes nothing. Result: None."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +92,7 @@ class Forget:
     user: str
 
 
-Job = Append | Recommend | Score | ReadHistory | ListUsers | Forget
+Job = Append | Remove | Probe | Recommend | Score | ReadHistory | ListUsers | Forget
 
 # What an event adds to the cost of a job, in users.
 _EVENT = 0.1
