@@ -3,6 +3,7 @@
 import logging
 import os
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -71,6 +72,13 @@ def serve(
     max_clock_skew: Annotated[
         float, typer.Option(min=0, help="Seconds that an event may be ahead of the clock.")
     ] = 3600.0,
+    root_path: Annotated[
+        str, typer.Option(help="Path under which a proxy shows the service, as /recommendations.")
+    ] = "",
+    log_level: Annotated[
+        Literal["info", "warning", "error"],
+        typer.Option(help="What is said on stderr; info: a line for every request."),
+    ] = "warning",
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")
     ] = 5.0,
@@ -90,13 +98,14 @@ def serve(
         WriteSettings,
     )
 
-    logging.basicConfig(level=logging.WARNING, format="hstu-xd: %(message)s")
+    logging.basicConfig(level=log_level.upper(), format="hstu-xd: %(message)s")
     settings = ServiceSettings(
         events=events or run / "serving" / "events.sqlite",
         data=data,
         use_data=use_data,
         token=_token(token_file),
         drain_seconds=drain,
+        root_path=root_path,
         queue=QueueSettings(max_batch, max_wait / 1e3, max_queue, max_delay / 1e3),
         limits=Limits(max_body=max_body, max_k=max_k),
         writes=WriteSettings(repeats, unknown_items, max_clock_skew),
@@ -107,6 +116,13 @@ def serve(
     with server.listen(host, port) as sock:
         service = Service(served, settings)
         here = sock.getsockname()
+        if settings.token is None and not is_loopback(here[0]):
+            logging.getLogger(__name__).warning(
+                "whoever reaches %s can read, change and delete what is known of users: ask for a "
+                "token (--token-file or %s), or listen on 127.0.0.1",
+                host,
+                _TOKEN,
+            )
         address = f"[{here[0]}]" if ":" in here[0] else here[0]
 
         def announce() -> None:
@@ -114,6 +130,11 @@ def serve(
             typer.echo(f"events in {settings.events}")
 
         server.serve(service, sock, announce)
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    return ip_address(address.partition("%")[0]).is_loopback
 
 
 def check_packages() -> None:

@@ -131,6 +131,21 @@ def test_what_was_acknowledged_survives_a_kill(run: Path, tmp_path: Path) -> Non
         assert service.end(signal.SIGINT)[0] == 0
 
 
+def test_who_listens_to_everybody_without_a_token_is_warned(run: Path, tmp_path: Path) -> None:
+    for host, token, warned in (
+        ("0.0.0.0", None, True),
+        ("0.0.0.0", "s3cret", False),
+        ("localhost", None, False),
+    ):
+        options = ["--events", str(tmp_path / "log"), "--host", host, "--log-level", "info"]
+        with ServiceProcess(run, *options, token=token) as service:
+            assert service.ask("GET", "/v1/users/ann/history")[0] == 200
+            code, said = service.end()
+        assert code == 0
+        assert ("whoever reaches 0.0.0.0 can read, change and delete" in said) == warned
+        assert "127.0.0.1 GET /v1/users/{user}/history 200 " in said
+
+
 def test_what_the_command_refuses(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

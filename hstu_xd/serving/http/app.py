@@ -7,6 +7,7 @@ from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from hstu_xd.errors import InputError
@@ -38,12 +39,33 @@ _ERRORS: dict[int, dict[str, Any]] = {
 }
 
 
+# The pages use their own files and nothing from elsewhere, and nobody else's page may show them.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class _AnyText(PathConvertor):
+    """A part of a path that has any characters: a user's name may have line breaks."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("text", _AnyText())
+
+
 def build_app(service: Service) -> Guard:
     """The ASGI application of a service."""
     app = FastAPI(
         title="hstu-xd",
         version=__version__,
         description="Recommendations for any domain from histories that cross domains.",
+        docs_url=None,
         redoc_url=None,
     )
     _handle_errors(app)
@@ -119,7 +141,7 @@ def _add_writes(app: FastAPI, service: Service) -> None:
         return JSONResponse({"scores": found})
 
     @app.delete(
-        "/v1/users/{user:path}", response_model=schemas.Forgotten, responses=_errors(400, 413, 503)
+        "/v1/users/{user:text}", response_model=schemas.Forgotten, responses=_errors(400, 413, 503)
     )
     async def forget(user: User) -> Response:
         """Forget a user: states, events, and what was known before the service."""
@@ -152,7 +174,7 @@ def _add_reads(app: FastAPI, service: Service) -> None:
         return JSONResponse({"users": await service.run(ListUsers(prefix, limit))})
 
     @app.get(
-        "/v1/users/{user:path}/history",
+        "/v1/users/{user:text}/history",
         response_model=schemas.UserHistory,
         responses=_errors(400, 413, 503),
     )
@@ -196,7 +218,7 @@ def _add_page(app: FastAPI) -> None:
     files = page_files()
 
     async def page(request: Request) -> Response:
-        return FileResponse(files[request.url.path])
+        return FileResponse(files[request.scope["path"]], headers=_PAGE_HEADERS)
 
     for path in files:
         app.add_api_route(path, page, include_in_schema=False)
@@ -259,6 +281,8 @@ def _describe(app: FastAPI, service: Service) -> None:
     for path in description["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+    if service.settings.root_path:
+        description["servers"] = [{"url": service.settings.root_path}]
     if service.settings.token is not None:
         description["components"]["securitySchemes"] = {
             "token": {"type": "http", "scheme": "bearer"}

@@ -1,6 +1,7 @@
 """What the service is told when it starts, with the defaults of the command."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -142,3 +143,11 @@ class ServiceSettings:
     limits: Limits = field(default_factory=Limits)
     writes: WriteSettings = field(default_factory=WriteSettings)
     states: StateSettings = field(default_factory=StateSettings)
+
+    def __post_init__(self) -> None:
+        root = self.root_path
+        if root and not re.fullmatch(r"(/[\w.~%-]+)+", root, re.ASCII):
+            raise InputError(
+                f"root_path is {root!r}; a path such as /recommendations is needed, with a slash "
+                "before it and none after"
+            )
