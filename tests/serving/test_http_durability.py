@@ -8,41 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from service_client import MODEL, WINDOW, Client, event, events, recommend, scores, serving
-from store_cases import redis_server
+from service_client import MODEL, WINDOW, event, events, recommend, right, serving
+from store_cases import Unsteady, redis_server
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.serving import EncoderSession
-from hstu_xd.serving.http import failover, service
+from hstu_xd.serving.http import failover
 from hstu_xd.serving.http.event_log import Event, EventLog, LogError
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.settings import StateSettings
-from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError, Write
-
-
-class Unsteady(MemoryStore):
-    """A store that can go away."""
-
-    gone = False
-    failures = 0
-
-    def get(self, users: Any) -> Any:
-        self._check()
-        return super().get(users)
-
-    def put(self, writes: Any) -> Any:
-        self._check()
-        return super().put(writes)
-
-    def delete(self, user: str) -> bool:
-        self._check()
-        return super().delete(user)
-
-    def _check(self) -> None:
-        if self.gone:
-            self.failures += 1
-            raise StoreError("the store is gone")
+from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError
 
 
 @pytest.fixture
@@ -52,12 +28,6 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Unsteady:
     monkeypatch.setattr(failover, "open_store", lambda name, ttl: store)
     monkeypatch.setattr(failover, "_RETRY", 0.0)
     return store
-
-
-def right(client: Client, count: int, user: str = "ann") -> bool:
-    """Whether a user's history and answers are those of the first events."""
-    assert [row["timestamp"] for row in client.history(user)] == [n * 1000 for n in range(count)]
-    return client.score_all(user) == pytest.approx(scores(events(count), 0), abs=1e-5)
 
 
 def test_states_are_found_again_without_rebuilding(tmp_path: Path, store: Unsteady) -> None:
@@ -269,141 +239,6 @@ def test_a_full_disk_takes_nothing_and_loses_nothing(tmp_path: Path, store: Unst
         assert right(client, 7)
     with serving(tmp_path) as client:
         assert right(client, 7)
-
-
-def test_health_tells_whether_the_disk_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "_PROBE_AFTER", 0.0)
-
-    def health(client: Client) -> tuple[int, str, str]:
-        answer = client.ask("GET", "/healthz")
-        return answer.status_code, answer.json()["status"], answer.json()["writes"]
-
-    def full(_: EventLog) -> Any:
-        raise sqlite3.OperationalError("database or disk is full")
-
-    with serving(tmp_path) as client:
-        assert health(client) == (200, "ready", "ok")
-        with monkeypatch.context() as broken:
-            # Nobody has written since: the probe itself has to find out.
-            broken.setattr(EventLog, "_transaction", full)
-            assert health(client) == (503, "failing", "failing")
-            assert client.append(event(0)).status_code == 503
-        assert health(client) == (200, "ready", "ok")
-        assert right(client, 0)
-        client.append(event(0))
-        assert right(client, 1)
-
-
-def test_health_tells_whether_the_store_refuses(
-    tmp_path: Path, store: Unsteady, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "_PROBE_AFTER", 0.0)
-    with serving(tmp_path) as client:
-        store.gone = True
-        answer = client.ask("GET", "/healthz")
-        assert (answer.status_code, answer.json()["store"]) == (503, "gone")
-        store.gone = False
-        answer = client.ask("GET", "/healthz")
-        assert (answer.status_code, answer.json()["store"]) == (200, "ok")
-
-
-class Full(MemoryStore):
-    """A store that can be read and has no room, as Redis at its maxmemory."""
-
-    full = False
-
-    def put(self, writes: Any) -> Any:
-        if self.full:
-            raise StoreError("Redis: OOM command not allowed")
-        return super().put(writes)
-
-
-def test_a_full_store_does_not_come_and_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = Full()
-    monkeypatch.setattr(failover, "open_store", lambda name, ttl: store)
-    monkeypatch.setattr(failover, "_RETRY", 0.0)
-    with serving(tmp_path, states={"when_store_fails": "rebuild"}) as client:
-        store.full = True
-        for count in range(9):
-            assert client.append(event(count)).status_code == 200
-            assert right(client, count + 1)
-        assert caplog.text.count("states are rebuilt in memory") == 1
-        assert "store is back" not in caplog.text
-        store.full = False
-        assert right(client, 9)
-        assert caplog.text.count("store is back") == 1
-        assert client.ask("GET", "/healthz").json()["store"] == "ok"
-
-
-def test_who_is_forgotten_while_the_store_is_gone_leaves_it_later(
-    tmp_path: Path, store: Unsteady
-) -> None:
-    with serving(tmp_path) as client:
-        client.append(*events(5), event(0, "bob"))
-        store.gone = True
-        assert client.ask("DELETE", "/v1/users/ann").json() == {"forgotten": True}
-        store.gone = False
-        assert "ann" in store._values
-        assert right(client, 1, "bob")
-        assert "ann" not in store._values
-        assert right(client, 0)
-
-
-class FakePipeline:
-    """Fails as Redis does; by itself redis-py would add the command with all it carries."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
-
-    def execute(self, *, raise_on_error: bool = True) -> list[Any]:
-        from redis import ResponseError
-
-        assert not raise_on_error
-        return [ResponseError("OOM command not allowed when used memory > 'maxmemory'.")]
-
-
-def test_an_error_of_redis_has_no_value_in_it() -> None:
-    pytest.importorskip("redis", reason="no redis-py here: errors of Redis are NOT covered")
-    script = lambda *_, **__: None  # noqa: E731
-    client = SimpleNamespace(
-        pipeline=lambda transaction: FakePipeline(), register_script=lambda text: script
-    )
-    store = RedisStore(client)  # type: ignore[arg-type]
-    with pytest.raises(StoreError, match=r"^Redis: OOM command not allowed when"):
-        store.put([Write("ann", b"\x00" * 99, b"")])
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "redis://:s3cret@host:port/0",
-        "redis://:s3cret#1@host:6379/0",
-        "redis://:s3c/ret@host/0",
-        "redis://host/0?passwd=s3cret",
-        "redis://ann:s3cret@host:99999999/0",
-        "unix://:s3cret@/socket?db=s3cret",
-        "rediss//:s3cret@host",
-        "http://ann:s3cret@host",
-        "ann:s3cret@host",
-        "s3cret@host",
-    ],
-)
-def test_a_bad_address_is_told_without_its_password(name: str) -> None:
-    pytest.importorskip("redis", reason="no redis-py here: addresses of Redis are NOT covered")
-    with pytest.raises(InputError) as told:
-        failover.open_store(name)
-    text = str(told.value)
-    assert "s3c" not in text
-    assert "redis://" in text
-    assert told.value.__cause__ is None
-    if not name.startswith(("redis:", "unix:")):
-        with pytest.raises(InputError) as told:
-            StateSettings(store=name.replace("rediss", "r"), ttl=5)
-        assert "s3c" not in str(told.value)
 
 
 def test_a_disk_that_fails_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

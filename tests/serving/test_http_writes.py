@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service_client import MODEL, Client, event, events, recommend, scores, serving
+from service_client import MODEL, Client, event, events, recommend, right, serving
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import synthesize
@@ -23,12 +23,6 @@ def post(client: Client, *rows: dict[str, Any], key: str | None = None, **more: 
     answer = client.ask("POST", "/v1/events", {"events": rows} | more, headers=headers)
     assert answer.status_code == 200, answer.text
     return answer.json()
-
-
-def right(client: Client, count: int, user: str = "ann") -> bool:
-    """Whether history and answers are those of the first events."""
-    assert [row["timestamp"] for row in client.history(user)] == [n * 1000 for n in range(count)]
-    return client.score_all(user) == pytest.approx(scores(events(count), 0), abs=1e-5)
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"])

@@ -221,7 +221,7 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(files[request.scope["path"]], headers=_PAGE_HEADERS)
 
     for path in files:
-        app.add_api_route(path, page, include_in_schema=False)
+        app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _handle_errors(app: FastAPI) -> None:
