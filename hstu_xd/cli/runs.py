@@ -80,6 +80,13 @@ def recommend(
     data: Annotated[
         Path | None, typer.Option("--data", help="Prepared store; default: the run's own.")
     ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Time of the request, in seconds as the store's. [default: the last event's]",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Recommend unseen items of a domain from a user's whole history."""
@@ -91,7 +98,7 @@ def recommend(
     model = load(run)
     domain_id = model.catalog.domain_index(domain)
     window = read_run(run)["max_sequence_length"]
-    found = recommend_items(model, *store.history(user_index), domain_id, k, window=window)
+    found = recommend_items(model, *store.history(user_index), domain_id, k, window=window, at=at)
     rows = [{"item": model.catalog.token(item), "score": score} for item, score in found]
     if as_json:
         typer.echo(json.dumps({"user": user, "domain": domain, "items": rows}))
