@@ -148,7 +148,7 @@ class EventLog:
             self._connection.execute(f"PRAGMA user_version = {_FORMAT}")
 
     def event_of_key(self, user: str, key: str) -> Event | None:
-        """The user's event that came with a key; None where the key is new.
+        """Return the user's event that came with a key; None where the key is new.
 
         The item is empty where the event was removed.
         """
@@ -158,14 +158,14 @@ class EventLog:
         return Event(*rows[0]) if rows else None
 
     def count(self, event: Event) -> int:
-        """How often the log has an event."""
+        """Return how often the log has an event."""
         ((found,),) = self._rows(
             "SELECT count(*) FROM events WHERE user = ? AND item = ? AND timestamp = ?", *event
         )
         return found
 
     def hidden(self, user: str) -> set[tuple[str, int]]:
-        """Items and times of a user's events in the prepared store that were removed."""
+        """Return items and times of a user's events in the prepared store that were removed."""
         return set(self._rows("SELECT item, timestamp FROM hidden WHERE user = ?", user))
 
     def events(self, user: str, last: int = -1) -> list[Event]:

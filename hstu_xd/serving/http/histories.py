@@ -129,12 +129,12 @@ class Histories:
         return max(prepared, self._log.remove(event, hide=bool(prepared)))
 
     def count_prepared(self, event: Event) -> int:
-        """How often the prepared store has an event."""
+        """Return how often the prepared store has an event."""
         found = self._items.find(event.item)
         return self._earlier(event.user).count((found, event.timestamp)) if found else 0
 
     def last_time(self, user: str) -> int | None:
-        """Time of a user's last event; None without events."""
+        """Return the time of a user's last event; None without events."""
         logged = self._log.events(user, 1)
         if logged and self._items.find(logged[0].item) is None:
             # Its item left the catalogue: what counts is before it.
@@ -144,7 +144,7 @@ class Histories:
         return max(times, default=None)
 
     def last_prepared(self) -> int:
-        """Time of the last prepared event of all users; 0 where there is none."""
+        """Return the time of the last prepared event of all users; 0 where there is none."""
         if self._prepared is None or not self._prepared.num_interactions:
             return 0
         # Some users may have no events; the place before the first one is then any event.
