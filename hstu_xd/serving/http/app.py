@@ -69,7 +69,9 @@ def build_app(service: Service) -> Guard:
         redoc_url=None,
     )
     _handle_errors(app)
-    _add_writes(app, service)
+    bodies = schemas.RequestBodies(service.settings.limits, service.catalog.num_domains)
+    _add_writes(app, service, bodies)
+    _add_questions(app, service, bodies)
     _add_reads(app, service)
     _add_operation(app, service)
     _add_page(app)
@@ -77,9 +79,7 @@ def build_app(service: Service) -> Guard:
     return Guard(app, service)
 
 
-def _add_writes(app: FastAPI, service: Service) -> None:
-    bodies = schemas.RequestBodies(service.settings.limits, service.catalog.num_domains)
-
+def _add_writes(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
     @app.post(
         "/v1/events",
         response_model=schemas.Accepted,
@@ -112,6 +112,15 @@ def _add_writes(app: FastAPI, service: Service) -> None:
         event = Event(body.user, body.item, body.timestamp)
         return JSONResponse({"removed": await service.run(Remove(event))})
 
+    @app.delete(
+        "/v1/users/{user:text}", response_model=schemas.Forgotten, responses=_errors(400, 413, 503)
+    )
+    async def forget(user: User) -> Response:
+        """Forget a user: states, events, and what was known before the service."""
+        return JSONResponse({"forgotten": await service.run(Forget(user))})
+
+
+def _add_questions(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
     @app.post(
         "/v1/recommend", response_model=schemas.Recommendations, responses=_errors(400, 413, 503)
     )
@@ -139,13 +148,6 @@ def _add_writes(app: FastAPI, service: Service) -> None:
         item_ids = [service.items.id_in(token, domain) for token in body.items]
         found = await service.run(Score(body.user, domain, body.timestamp, item_ids))
         return JSONResponse({"scores": found})
-
-    @app.delete(
-        "/v1/users/{user:text}", response_model=schemas.Forgotten, responses=_errors(400, 413, 503)
-    )
-    async def forget(user: User) -> Response:
-        """Forget a user: states, events, and what was known before the service."""
-        return JSONResponse({"forgotten": await service.run(Forget(user))})
 
 
 def _key(own: str | None, of_request: str | None, index: int) -> str | None:
