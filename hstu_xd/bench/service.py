@@ -209,6 +209,8 @@ def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seco
 def _process(served: _Served, threads: int) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """Start the service, give process and port, and drain the service in the end."""
     command = [sys.executable, "-m", "hstu_xd", "serve", str(served.run), "--port", "0"]
+    # Events come after those of any log, whatever its unit.
+    command += ["--max-clock-skew", str(_NOW)]
     process = subprocess.Popen(
         [*command, "--events", str(served.log), "--threads", str(threads)],
         stdout=subprocess.PIPE,

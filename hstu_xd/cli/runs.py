@@ -110,6 +110,13 @@ def recommend(
     data: Annotated[
         Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Time of the request, in seconds as the store's. [default: the last event's]",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -130,6 +137,7 @@ def recommend(
         k,
         window=window,
         scorer=trained.scorer,
+        at=at,
     )
     rows = [{"item": model.catalog.token(item), "score": score} for item, score in found]
     if as_json:

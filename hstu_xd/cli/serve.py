@@ -3,6 +3,7 @@
 import logging
 import os
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,6 +65,24 @@ MaxQueue = Annotated[int, typer.Option(min=1, help="Most requests that wait.")]
 MaxDelay = Annotated[
     float, typer.Option(min=1, help="Milliseconds that a request may wait; 503 beyond them.")
 ]
+Repeats = Annotated[
+    Literal["keep", "drop"],
+    typer.Option(help="Same user, item and time again: another event, or the one known."),
+]
+UnknownItems = Annotated[
+    Literal["refuse", "skip"],
+    typer.Option(help="Refuse a request with an unknown item, or skip the event."),
+]
+MaxClockSkew = Annotated[
+    float, typer.Option(min=0, help="Seconds that an event may be ahead of the clock.")
+]
+RootPath = Annotated[
+    str, typer.Option(help="Path under which a proxy shows the service, as /recommendations.")
+]
+LogLevel = Annotated[
+    Literal["info", "warning", "error"],
+    typer.Option(help="What is written to stderr; info adds a line for every request."),
+]
 Drain = Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of PyTorch. [default: all cores but one]")
@@ -89,7 +108,12 @@ def serve(
     max_wait: MaxWait = 0.0,
     max_queue: MaxQueue = 1024,
     max_delay: MaxDelay = 100.0,
-    drain: Drain = 30.0,
+    repeats: Repeats = "keep",
+    unknown_items: UnknownItems = "refuse",
+    max_clock_skew: MaxClockSkew = 3600.0,
+    root_path: RootPath = "",
+    log_level: LogLevel = "warning",
+    drain: Drain = 5.0,
     threads: Threads = None,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -99,17 +123,25 @@ def serve(
     """
     check_packages()
     from hstu_xd.serving.http.service import Served
-    from hstu_xd.serving.http.settings import Limits, QueueSettings, ServiceSettings, StateSettings
+    from hstu_xd.serving.http.settings import (
+        Limits,
+        QueueSettings,
+        ServiceSettings,
+        StateSettings,
+        WriteSettings,
+    )
 
-    logging.basicConfig(level=logging.WARNING, format="hstu-xd: %(message)s")
+    logging.basicConfig(level=log_level.upper(), format="hstu-xd: %(message)s")
     settings = ServiceSettings(
         events=events or run / "serving" / "events.sqlite",
         data=data,
         use_data=use_data,
         token=_token(token_file),
         drain_seconds=drain,
+        root_path=root_path,
         queue=QueueSettings(max_batch, max_wait / 1e3, max_queue, max_delay / 1e3),
         limits=Limits(max_body=max_body, max_k=max_k),
+        writes=WriteSettings(repeats, unknown_items, max_clock_skew),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
     _listen(Served.from_run(run, settings, allow_imports=allow_imports), settings, host, port)
@@ -124,6 +156,13 @@ def _listen(served: "Served", settings: "ServiceSettings", host: str, port: int)
     with server.listen(host, port) as sock:
         service = Service(served, settings)
         here = sock.getsockname()
+        if settings.token is None and not is_loopback(here[0]):
+            logging.getLogger(__name__).warning(
+                "whoever reaches %s can read, change and delete what is known of users: ask for a "
+                "token (--token-file or %s), or listen on 127.0.0.1",
+                host,
+                _TOKEN,
+            )
         address = f"[{here[0]}]" if ":" in here[0] else here[0]
 
         def announce() -> None:
@@ -131,6 +170,11 @@ def _listen(served: "Served", settings: "ServiceSettings", host: str, port: int)
             typer.echo(f"events in {settings.events}")
 
         server.serve(service, sock, announce)
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    return ip_address(address.partition("%")[0]).is_loopback
 
 
 def check_packages() -> None:

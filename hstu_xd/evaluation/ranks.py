@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import SequenceData
-from hstu_xd.errors import HstuXdError
+from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.evaluation.metrics import Metrics, grouped_metrics
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct, Scorer
@@ -182,6 +182,7 @@ def recommend_items(
     *,
     window: int,
     scorer: Scorer | None = None,
+    at: int | None = None,
 ) -> list[tuple[int, float]]:
     """Find the best unseen items of a domain.
 
@@ -194,13 +195,27 @@ def recommend_items(
         window: events that are read, a run's ``max_sequence_length``: later positions, for which
             the model has room, were never trained.
         scorer: of the objective that the model was trained for; None: dot products.
+        at: time of the request, in the unit of the timestamps; None: that of the last event.
 
     Returns:
         ``(item id, score)`` pairs, best first.
+
+    Raises:
+        InputError: the time is before the last event.
     """
+    if at is not None and len(timestamps) and at < timestamps[-1]:
+        raise InputError(
+            f"the time of the request is {at}, before the user's last event at {timestamps[-1]}; "
+            "ask for a later time, or leave it out"
+        )
     items = torch.from_numpy(np.array(item_ids, np.int64))
     times = torch.from_numpy(np.array(timestamps, np.int64))
-    vector = model.encode(items[None, -window:], times[None, -window:], torch.tensor([domain]))
+    vector = model.encode(
+        items[None, -window:],
+        times[None, -window:],
+        torch.tensor([domain]),
+        None if at is None else torch.tensor([at]),
+    )
     pool = model.catalog.items_of(domain)
     pool = pool[~torch.isin(pool, items)]
     scores = (scorer or DotProduct(model.item_vectors))(pool)(vector)[0]

@@ -4,13 +4,15 @@ A store holds one value a user. It replaces a value only for a writer that names
 that no process overwrites what it has not read.
 """
 
+import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.codec import REVISION, revision
@@ -95,6 +97,19 @@ class MemoryStore:
         return as_expected
 
 
+def keep_private(file: Path) -> None:
+    """Make a file that only its owner reads, or keep an existing one from everybody else.
+
+    What a group may read of an existing file it goes on reading. SQLite's other files have the mode
+    of the first one. Where the file cannot be made, whoever opens it says so.
+    """
+    with suppress(OSError):
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & ~0o640:
+            file.chmod(mode & 0o640)
+
+
 _TABLE = """
 CREATE TABLE IF NOT EXISTS states (user TEXT PRIMARY KEY, revision BLOB, value BLOB) WITHOUT ROWID
 """
@@ -118,6 +133,7 @@ class SQLiteStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._explained():
+            keep_private(path)
             self._connection = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
             self._prepare()
 
@@ -135,9 +151,13 @@ class SQLiteStore:
             return [self._put(*write) for write in writes]
 
     def delete(self, user: str) -> bool:
-        """Remove a user's value; returns whether there was one."""
+        """Remove a user's value, whose bytes are overwritten; returns whether there was one."""
         with self._explained():
             done = self._connection.execute("DELETE FROM states WHERE user = ?", (user,))
+            # What is not merged yet holds the value as well. Where another process reads at this
+            # moment, it is merged the next time.
+            with suppress(sqlite3.Error):
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return done.rowcount > 0
 
     def close(self) -> None:
@@ -156,6 +176,7 @@ class SQLiteStore:
                     raise
                 time.sleep(0.01)
         self._connection.execute("PRAGMA synchronous=NORMAL")
+        self._connection.execute("PRAGMA secure_delete=ON")
         self._connection.execute(_TABLE)
 
     def _column(self, name: str, users: Sequence[str]) -> list[bytes | None]:
@@ -234,7 +255,7 @@ class RedisStore:
             pipeline = self._client.pipeline(transaction=False)
             for user in users:
                 pipeline.getrange(self._prefix + user, REVISION.start, REVISION.stop - 1)
-            found = pipeline.execute()
+            found = _results(pipeline)
         whole = REVISION.stop - REVISION.start
         return [present if len(present) == whole else b"" for present in found]
 
@@ -244,7 +265,7 @@ class RedisStore:
             pipeline = self._client.pipeline(transaction=False)
             for user in users:
                 pipeline.get(self._prefix + user)
-            return pipeline.execute()
+            return _results(pipeline)
 
     def put(self, writes: Sequence[Write]) -> list[bool]:
         """Store each value where the present one is still the expected one."""
@@ -253,7 +274,7 @@ class RedisStore:
             for user, value, expected in writes:
                 arguments = [expected, value, self._ttl]
                 self._compare_and_set([self._prefix + user], arguments, client=pipeline)
-            return [stored == 1 for stored in pipeline.execute()]
+            return [stored == 1 for stored in _results(pipeline)]
 
     def delete(self, user: str) -> bool:
         """Remove a user's value; returns whether there was one."""
@@ -268,3 +289,17 @@ class RedisStore:
             yield
         except RedisError as error:
             raise StoreError(f"Redis: {error}; is it up, and is there room?") from error
+
+
+def _results(pipeline: Any) -> list[Any]:
+    """Return what the commands of a pipeline gave.
+
+    Raises:
+        RedisError: the first error as Redis says it. By itself redis-py adds the whole command, and
+            with it the bytes of a state.
+    """
+    found = pipeline.execute(raise_on_error=False)
+    for each in found:
+        if isinstance(each, Exception):
+            raise each
+    return found

@@ -138,6 +138,12 @@ class Client:
         return await self._client.request(method, path, **options)
 
 
+def right(client: Client, count: int, user: str = "ann") -> bool:
+    """Whether a user's history and answers are those of the first events."""
+    assert [row["timestamp"] for row in client.history(user)] == [n * 1000 for n in range(count)]
+    return client.score_all(user) == pytest.approx(scores(events(count), 0), abs=1e-5)
+
+
 def recommend(user: str, *domains: str, **options: Any) -> dict[str, Any]:
     return {"user": user, "domains": list(domains or DOMAINS)} | options
 

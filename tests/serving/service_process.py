@@ -55,6 +55,11 @@ class ServiceProcess:
         assert line.startswith("serving "), line + self.end()[1]
         self.port = int(line.rpartition(":")[2])
 
+    def resident_bytes(self) -> int:
+        """Bytes of memory that it has now."""
+        (pages,) = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1:2]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
     def send(self, which: signal.Signals) -> None:
         self._process.send_signal(which)
 

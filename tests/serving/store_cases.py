@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hstu_xd.serving.stores import MemoryStore, RedisStore, SQLiteStore, StateStore
+from hstu_xd.serving.stores import MemoryStore, RedisStore, SQLiteStore, StateStore, StoreError
 
 KINDS = ("memory", "sqlite", "redis")
 
@@ -60,3 +61,27 @@ def place(kind: str, folder: Path) -> Iterator[Path]:
         return
     with redis_server(folder):
         yield folder
+
+
+class Unsteady(MemoryStore):
+    """A store that can go away."""
+
+    gone = False
+    failures = 0
+
+    def get(self, users: Any) -> Any:
+        self._check()
+        return super().get(users)
+
+    def put(self, writes: Any) -> Any:
+        self._check()
+        return super().put(writes)
+
+    def delete(self, user: str) -> bool:
+        self._check()
+        return super().delete(user)
+
+    def _check(self) -> None:
+        if self.gone:
+            self.failures += 1
+            raise StoreError("the store is gone")

@@ -1,6 +1,7 @@
 """Requests of many connections in one batch, and what happens to those that find it full."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,10 @@ from service_client import (
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http import batching
-from hstu_xd.serving.http.batch_handler import BatchHandler
+from hstu_xd.serving.http.arrivals import Append
+from hstu_xd.serving.http.batch_handler import BatchHandler, Recommend, cost_of
 from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
+from hstu_xd.serving.http.event_log import Event
 from hstu_xd.serving.http.settings import QueueSettings
 
 USERS = [f"u{number}" for number in range(6)]
@@ -139,11 +142,18 @@ class Slow:
         pass
 
 
+def put(batcher: Batcher[Any], count: int) -> None:
+    """Let jobs wait that nobody handles."""
+    for _ in range(count):
+        batcher._waiting.append(Ticket(0, done=asyncio.Future(), cost=1.0, since=0.0))
+    batcher._waiting_cost += count
+
+
 def test_jobs_are_refused_where_they_would_wait_too_long() -> None:
     async def waits(seconds_per_job: float, waiting: int) -> bool:
         batcher = Batcher(Slow, QueueSettings(max_delay=0.1))
-        batcher._seconds_per_job = seconds_per_job
-        batcher._waiting.extend(Ticket(0, done=asyncio.Future()) for _ in range(waiting))
+        batcher._seconds_per_cost = seconds_per_job
+        put(batcher, waiting)
         full = batcher.full
         if full:
             with pytest.raises(Busy, match="repeat the request later"):
@@ -172,13 +182,116 @@ def test_one_slow_batch_turns_nobody_away(monkeypatch: pytest.MonkeyPatch) -> No
         batcher = Batcher(Clocked, QueueSettings(max_delay=3.0))
         for seconds in (1, 1, 100, 1, 1):
             await batcher.submit(seconds)
-        batcher._waiting.extend(Ticket(0, done=asyncio.Future()) for _ in range(3))
+        put(batcher, 3)
         assert not batcher.full
-        batcher._waiting.append(Ticket(0, done=asyncio.Future()))
+        put(batcher, 1)
         assert batcher.full
         batcher.stop()
 
     asyncio.run(run())
+
+
+class Clock:
+    """Time that passes where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+class Held(Slow):
+    """Handles a batch when it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.batches: list[list[int]] = []
+
+    def handle(self, tickets: Sequence[Ticket[int]]) -> None:
+        self.batches.append([ticket.job for ticket in tickets])
+        self.reached.set()
+        assert self.go.wait(60)
+        super().handle(tickets)
+
+
+def test_what_is_under_way_counts_by_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request of a thousand events delays what comes after it as a thousand requests do."""
+    clock, held = Clock(monkeypatch), Held()
+
+    async def run() -> None:
+        batcher = Batcher(lambda: held, QueueSettings(max_delay=0.1), cost=float)
+        batcher._seconds_per_cost = 0.001
+        large = batcher.submit(1000)
+        await asyncio.to_thread(held.reached.wait, 60)
+        assert batcher.delay == pytest.approx(1.0)
+        with pytest.raises(Busy):
+            batcher.submit(1)
+        clock.now = 0.95
+        assert batcher.delay == pytest.approx(0.05)
+        small = batcher.submit(1)
+        # It takes longer than was to be expected, and nobody knows how much.
+        clock.now = 1.2
+        assert batcher.delay == pytest.approx(0.201)
+        with pytest.raises(Busy):
+            batcher.submit(1)
+        held.go.set()
+        assert await large == 1000
+        with pytest.raises(Busy):  # it has waited too long
+            await small
+        batcher.stop()
+
+    asyncio.run(run())
+    assert held.batches == [[1000]]
+
+
+def test_the_small_ones_do_not_wait_for_a_large_one_that_came_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, held = Clock(monkeypatch), Held()
+
+    async def run() -> None:
+        batcher = Batcher(lambda: held, QueueSettings(max_delay=1.0), cost=float)
+        jobs = [batcher.submit(1)]
+        await asyncio.to_thread(held.reached.wait, 60)
+        jobs += [batcher.submit(job) for job in (2, 3, 1000, 4)]
+        clock.now = 0.001
+        held.go.set()
+        assert await asyncio.gather(*jobs) == [1, 2, 3, 1000, 4]
+        batcher.stop()
+
+    asyncio.run(run())
+    assert held.batches[:3] == [[1], [2, 3], [1000]]
+
+
+def test_nobody_waits_for_what_is_abandoned() -> None:
+    held = Held()
+
+    async def run() -> None:
+        batcher = Batcher(lambda: held, QueueSettings())
+        jobs = [batcher.submit(1)]
+        await asyncio.to_thread(held.reached.wait, 60)
+        jobs.append(batcher.submit(2))
+        assert not batcher.stop(within=0.01)
+        batcher.abandon()
+        for job in jobs:
+            with pytest.raises(Busy, match="stopping"):
+                await job
+        held.go.set()
+        assert batcher.stop()
+
+    asyncio.run(run())
+    assert held.batches == [[1]]
+
+
+def test_costs_count_users_and_events() -> None:
+    def append(*users: str) -> Append:
+        return Append([Event(user, "1", 1) for user in users], [1] * len(users))
+
+    one = cost_of(append("ann"))
+    assert cost_of(append(*["ann"] * 1000)) > 50 * one
+    assert cost_of(append(*map(str, range(1000)))) > 500 * one
+    assert cost_of(Recommend("ann", [0], None, 5, True)) < cost_of(
+        Recommend("ann", [0, 1], None, 5, True)
+    )
 
 
 def test_a_handler_that_raises_fails_its_batch_only(caplog: pytest.LogCaptureFixture) -> None:

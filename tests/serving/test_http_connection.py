@@ -34,12 +34,12 @@ async def echo(_: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": answer})
 
 
-def connected(talk: Talk) -> bytes:
+def connected(talk: Talk, app: Any = echo) -> bytes:
     """What a client hears that talks to the application."""
 
     async def run() -> bytes:
         loop = asyncio.get_running_loop()
-        config = uvicorn.Config(echo, lifespan="off", ws="none", log_level="critical")
+        config = uvicorn.Config(app, lifespan="off", ws="none", log_level="critical")
         server = await loop.create_server(
             lambda: BoundedConnection(config, ServerState(), {}, loop), "127.0.0.1", 0
         )
@@ -74,10 +74,13 @@ class Wire(asyncio.Transport):
 
     def __init__(self) -> None:
         super().__init__()
-        self.written, self.closed = b"", False
+        self.written, self.closed, self.reads = b"", False, True
 
     def write(self, data: bytes) -> None:
         self.written += data
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def is_closing(self) -> bool:
         return self.closed
@@ -85,9 +88,11 @@ class Wire(asyncio.Transport):
     def close(self) -> None:
         self.closed = True
 
-    def pause_reading(self) -> None: ...
+    def pause_reading(self) -> None:
+        self.reads = False
 
-    def resume_reading(self) -> None: ...
+    def resume_reading(self) -> None:
+        self.reads = True
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,7 @@ def test_nor_is_the_next_one_on_a_connection_that_was_kept(
     begun: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dribbles in, so that the connection is never idle either."""
-    monkeypatch.setattr(server, "ARRIVES_WITHIN", 0.5)
+    monkeypatch.setattr(server, "ARRIVES_WITHIN", 0.525)
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         writer.write(b"POST / HTTP/1.1\r\ncontent-length: 2\r\n\r\nhi")
@@ -168,6 +173,97 @@ def test_a_connection_stays_open_between_requests(monkeypatch: pytest.MonkeyPatc
         return answers
 
     assert connected(talk).count(b"HTTP/1.1 200 ") == 2
+
+
+REQUEST = b"POST / HTTP/1.1\r\ncontent-length: 2\r\n\r\nhi"
+
+
+def test_reading_stays_paused_while_requests_wait() -> None:
+    """A client that sends requests faster than they are answered fills no memory."""
+
+    answered = 0
+
+    async def counted(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal answered
+        await echo(scope, receive, send)
+        answered += 1
+
+    async def run() -> None:
+        config = uvicorn.Config(counted, lifespan="off", ws="none", log_level="critical")
+        loop, wire = asyncio.get_running_loop(), Wire()
+        connection = BoundedConnection(config, ServerState(), {}, loop)
+        connection.connection_made(wire)
+        sent = longest = 0
+        while answered < 2000 or answered < sent:
+            if wire.reads and sent < 5000:
+                connection.data_received(REQUEST * 1000)
+                sent += 1000
+            # Reads are few, so that what waits is what was read at once and no more.
+            assert sent - answered <= 2000
+            longest = max(longest, len(connection.pipeline))
+            await asyncio.sleep(0)
+        assert 0 < longest < 100
+        connection.connection_lost(None)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_requests_that_come_at_once_are_answered_in_order() -> None:
+    bodies = [b"x" * (number * 37 % 3000) for number in range(300)]
+    sent = b"".join(
+        b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body) for body in bodies
+    )
+    last = b"POST / HTTP/1.1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    answers = heard(sent + last).split(b"HTTP/1.1 200 OK\r\n")[1:]
+    found = [int(answer.rpartition(b"\r\n\r\n")[2]) for answer in answers]
+    assert found == [*map(len, bodies), 0]
+
+
+def test_a_head_in_one_write_has_the_same_bound() -> None:
+    head = b"GET / HTTP/1.1\r\nfill: " + b"a" * (MOST_HEAD + 5000) + b"\r\n\r\n"
+    assert heard(head).startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize("long", [True, False], ids=["one long answer", "many short ones"])
+def test_a_client_that_does_not_read_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    monkeypatch.setattr(server, "READS_WITHIN", 0.3)
+    answer = b"x" * (30_000_000 if long else 30_000)
+    ended: list[str] = []
+
+    async def talkative(_: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", str(len(answer)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": answer})
+        ended.append((await receive())["type"])
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET / HTTP/1.1\r\n\r\n" * (1 if long else 1000))
+        await asyncio.sleep(1.5)
+        reader._transport.resume_reading()  # type: ignore[attr-defined]
+        try:
+            while await reader.read(1 << 20):
+                pass
+        except ConnectionError:
+            return b"cut off"
+        return b"cut off" if reader.at_eof() else b""
+
+    assert connected(talk, talkative) == b"cut off"
+    assert len(ended) < 1000
+
+
+def test_empty_lines_keep_no_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ARRIVES_WITHIN", 0.2)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(REQUEST)
+        await reader.readuntil(b"\r\n\r\n2")
+        writer.write(b"\r\n")
+        return await reader.read()
+
+    assert connected(talk).startswith(b"HTTP/1.1 408 ")
 
 
 def test_the_service_has_such_connections(tmp_path: Path) -> None:

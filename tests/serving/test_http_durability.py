@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from service_client import MODEL, WINDOW, Client, event, events, recommend, scores, serving
-from store_cases import redis_server
+from service_client import MODEL, WINDOW, event, events, recommend, right, serving
+from store_cases import Unsteady, redis_server
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
@@ -21,30 +21,6 @@ from hstu_xd.serving.http.settings import StateSettings
 from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError
 
 
-class Unsteady(MemoryStore):
-    """A store that can go away."""
-
-    gone = False
-    failures = 0
-
-    def get(self, users: Any) -> Any:
-        self._check()
-        return super().get(users)
-
-    def put(self, writes: Any) -> Any:
-        self._check()
-        return super().put(writes)
-
-    def delete(self, user: str) -> bool:
-        self._check()
-        return super().delete(user)
-
-    def _check(self) -> None:
-        if self.gone:
-            self.failures += 1
-            raise StoreError("the store is gone")
-
-
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Unsteady:
     """What every service of the test keeps states in; tried again at every request."""
@@ -52,12 +28,6 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Unsteady:
     monkeypatch.setattr(failover, "open_store", lambda name, ttl: store)
     monkeypatch.setattr(failover, "_RETRY", 0.0)
     return store
-
-
-def right(client: Client, count: int, user: str = "ann") -> bool:
-    """Whether a user's history and answers are those of the first events."""
-    assert [row["timestamp"] for row in client.history(user)] == [n * 1000 for n in range(count)]
-    return client.score_all(user) == pytest.approx(scores(events(count), 0), abs=1e-5)
 
 
 def test_states_are_found_again_without_rebuilding(tmp_path: Path, store: Unsteady) -> None:

@@ -24,7 +24,6 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
-from hstu_xd.serving.http import middleware
 from hstu_xd.serving.http.app import build_app
 from hstu_xd.serving.http.settings import Limits
 
@@ -308,18 +307,6 @@ def test_a_client_that_goes_away_is_no_error_of_the_service(client: Client) -> N
     text = client.ask("GET", "/metrics").text
     assert 'hstu_xd_requests_total{route="/v1/events",status="499"} 1.0' in text
     assert "hstu_xd_request_seconds_count" not in text
-
-
-def test_the_page_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "page"
-    folder.mkdir()
-    (folder / "index.html").write_text("<p>hello")
-    (folder / "page.js").write_text("1")
-    monkeypatch.setattr(middleware, "PAGE", folder)
-    with serving(tmp_path, token="s3cret") as client:
-        assert client.ask("GET", "/").text == "<p>hello"
-        assert client.ask("GET", "/").headers["content-type"].startswith("text/html")
-        assert "javascript" in client.ask("GET", "/page.js").headers["content-type"]
 
 
 @pytest.fixture(scope="module")

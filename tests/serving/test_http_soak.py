@@ -1,5 +1,7 @@
 """Random events from many users while service and Redis are killed: nothing accepted is lost.
 
+Nor does anything count twice of what is sent again.
+
 HSTU_XD_SOAK sets the number of events; the whole soak is 200,000.
 """
 
@@ -25,6 +27,8 @@ EVENTS = int(os.environ.get("HSTU_XD_SOAK", "1500"))
 USERS = max(40, EVENTS // 40)
 CLIENTS, KILLS, LARGEST = 4, 3 if EVENTS < 10_000 else 20, 24
 PATIENCE = 120.0
+# Share of the requests that are sent again after they were answered.
+REPEATED = 0.2
 Row = dict[str, Any]
 
 
@@ -36,7 +40,7 @@ class Writer(Thread):
         self._service, self._stop_sign = service, stop
         self._random = random.Random(number)
         self.known: dict[str, list[Row]] = {f"u{u}": [] for u in range(number, USERS, CLIENTS)}
-        self.taken = 0
+        self.taken = self._sent = 0
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -56,7 +60,9 @@ class Writer(Thread):
         for row in rows:
             last[row["user"]] += self._random.randint(0, 5000)
             row["timestamp"] = last[row["user"]]
-        status, answer = self._ask("POST", "/v1/events", {"events": rows})
+        self._sent += 1
+        key = f"{self.name} {self._sent}"
+        status, answer = self._ask("POST", "/v1/events", {"events": rows}, key)
         if status is None:
             # It died with the request under way: all of the events were taken, or none.
             present = self._present(rows[0]["user"])
@@ -69,6 +75,10 @@ class Writer(Thread):
             self.taken += len(rows)
             for row in rows:
                 self.known[row["user"]].append(row)
+            if self._random.random() < REPEATED:
+                status, answer = self._ask("POST", "/v1/events", {"events": rows}, key)
+                if status == 200:
+                    assert answer == {"accepted": 0, "repeated": len(rows)}
 
     def _look(self) -> None:
         user = self._random.choice(list(self.known))
@@ -86,9 +96,12 @@ class Writer(Thread):
             time.sleep(0.05)
         raise HstuXdError("the service did not come back")
 
-    def _ask(self, method: str, path: str, body: Any = None) -> tuple[int | None, Any]:
+    def _ask(
+        self, method: str, path: str, body: Any = None, key: str | None = None
+    ) -> tuple[int | None, Any]:
+        headers = None if key is None else {"idempotency-key": key}
         try:
-            return self._service.ask(method, path, body)
+            return self._service.ask(method, path, body, headers)
         except (OSError, http.client.HTTPException):
             time.sleep(0.05)
             return None, None

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,6 +71,33 @@ def test_a_service_drains_and_goes_on_where_it_stopped(run: Path, tmp_path: Path
     assert [file.name for file in tmp_path.iterdir()] == ["events.sqlite"]
 
 
+def test_no_client_fills_the_memory_or_holds_up_the_end(run: Path, tmp_path: Path) -> None:
+    """Requests faster than answers, answers that nobody reads, and halves of requests."""
+    flood = b"POST /v1/recommend HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n" * 1000
+    halves = (b"", b"GET /he", b"POST /v1/events HTTP/1.1\r\ncontent-type: application/json\r\n")
+    with ServiceProcess(run, "--events", str(tmp_path / "log"), token="s3cret") as service:
+        clients = [socket.create_connection(("127.0.0.1", service.port)) for _ in halves]
+        for client, half in zip(clients, halves):
+            client.sendall(half)
+        before = service.resident_bytes()
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.setblocking(False)
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                try:
+                    client.send(flood)
+                except BlockingIOError:
+                    time.sleep(0.001)
+            assert service.resident_bytes() < before + (32 << 20)
+            began = time.monotonic()
+            code, said = service.end()
+        assert time.monotonic() - began < 10
+        assert code == 0
+        assert "Traceback" not in said
+        for client in clients:
+            client.close()
+
+
 @pytest.mark.slow
 def test_what_was_acknowledged_survives_a_kill(run: Path, tmp_path: Path) -> None:
     log = tmp_path / "events.sqlite"
@@ -101,6 +129,21 @@ def test_what_was_acknowledged_survives_a_kill(run: Path, tmp_path: Path) -> Non
             found = service.ask("POST", "/v1/score", body)[1]["scores"]
             assert found == pytest.approx(list(wanted.values()), abs=1e-5)
         assert service.end(signal.SIGINT)[0] == 0
+
+
+def test_who_listens_to_everybody_without_a_token_is_warned(run: Path, tmp_path: Path) -> None:
+    for host, token, warned in (
+        ("0.0.0.0", None, True),
+        ("0.0.0.0", "s3cret", False),
+        ("localhost", None, False),
+    ):
+        options = ["--events", str(tmp_path / "log"), "--host", host, "--log-level", "info"]
+        with ServiceProcess(run, *options, token=token) as service:
+            assert service.ask("GET", "/v1/users/ann/history")[0] == 200
+            code, said = service.end()
+        assert code == 0
+        assert ("whoever reaches 0.0.0.0 can read, change and delete" in said) == warned
+        assert "127.0.0.1 GET /v1/users/{user}/history 200 " in said
 
 
 def test_what_the_command_refuses(

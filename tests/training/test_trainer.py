@@ -140,6 +140,27 @@ def test_recommend_reads_no_more_events_than_training_did(
     assert best["score"] == pytest.approx(score.item(), abs=1e-6)
 
 
+def test_the_time_of_the_request_reaches_the_model(
+    trained: Path, store: InteractionStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items, times = (torch.tensor(part[None]).long() for part in store.history(3))
+    model, domain = hstu_xd.load(trained), torch.tensor([1])
+    line = ["recommend", str(trained), "--user", store.user_token(3), "--k", "1", "--json"]
+    line += ["--domain", store.domain_names[1]]
+    found = []
+    for at in (times[0, -1:], times[0, -1:] + 10**8):
+        assert app.run([*line, "--at", str(at.item())]) == 0
+        (best,) = json.loads(capsys.readouterr().out)["items"]
+        scores = model.item_vectors(model.catalog.items_of(1)) @ model.encode(
+            items, times, domain, at
+        ).squeeze(0)
+        unseen = scores[~torch.isin(model.catalog.items_of(1), items)]
+        assert best["score"] == pytest.approx(unseen.max().item(), abs=1e-6)
+        found.append(best["score"])
+    assert app.run(line) == 0
+    assert json.loads(capsys.readouterr().out)["items"][0]["score"] == found[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -147,6 +168,10 @@ def test_recommend_reads_no_more_events_than_training_did(
         (["--user", "USER", "--domain", "boks"], "unknown domain 'boks'.*did you mean 'books'"),
         (["--user", "USER", "--domain", "books", "--k", "0"], "--k.*1"),
         (["--user", "USER", "--domain", "books", "--kk", "3"], "--k"),
+        (
+            ["--user", "USER", "--domain", "books", "--at", "5"],
+            "is 5, before the user's last event",
+        ),
     ],
 )
 def test_recommend_names_what_it_does_not_know(

@@ -3,20 +3,22 @@
 import math
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http import schemas
+from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batch_handler import (
-    Append,
     Forget,
     ListUsers,
     ReadHistory,
     Recommend,
+    Remove,
     Score,
 )
 from hstu_xd.serving.http.batching import Busy
@@ -37,16 +39,39 @@ _ERRORS: dict[int, dict[str, Any]] = {
 }
 
 
+# The pages use their own files and nothing from elsewhere, and nobody else's page may show them.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class _AnyText(PathConvertor):
+    """A part of a path that has any characters: a user's name may have line breaks."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("text", _AnyText())
+
+
 def build_app(service: Service) -> RequestGuard:
     """Build the ASGI application of a service."""
     app = FastAPI(
         title="hstu-xd",
         version=__version__,
         description="Recommendations for any domain from histories that cross domains.",
+        docs_url=None,
         redoc_url=None,
     )
     _handle_errors(app)
-    _add_writes(app, service)
+    bodies = schemas.RequestBodies(service.settings.limits, service.catalog.num_domains)
+    _add_writes(app, service, bodies)
+    _add_questions(app, service, bodies)
     _add_reads(app, service)
     _add_operation(app, service)
     _add_page(app)
@@ -54,16 +79,48 @@ def build_app(service: Service) -> RequestGuard:
     return RequestGuard(app, service)
 
 
-def _add_writes(app: FastAPI, service: Service) -> None:
-    bodies = schemas.RequestBodies(service.settings.limits, service.catalog.num_domains)
-
-    @app.post("/v1/events", response_model=schemas.Accepted, responses=_errors(400, 413, 503))
-    async def events(body: bodies.events) -> Response:
+def _add_writes(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
+    @app.post(
+        "/v1/events",
+        response_model=schemas.Accepted,
+        response_model_exclude_defaults=True,
+        responses=_errors(400, 413, 503),
+    )
+    async def events(
+        body: bodies.events,
+        idempotency_key: Annotated[
+            schemas.Key | None,
+            Header(description="A request that is sent again with the same key counts once."),
+        ] = None,
+    ) -> Response:
         """Take events. Once they are answered they are safe on disk."""
         events = [Event(each.user, each.item, each.timestamp) for each in body.events]
-        await service.run(Append(events, [service.items.id_of(each.item) for each in events]))
-        return JSONResponse({"accepted": len(events)})
+        keys = [_key(each.id, idempotency_key, i) for i, each in enumerate(body.events)]
+        outcome = await service.run(Append(events, keys, body.partial))
+        answer: dict[str, Any] = {"accepted": len(outcome.accepted)}
+        if outcome.repeated:
+            answer["repeated"] = outcome.repeated
+        if outcome.refused:
+            answer["refused"] = [
+                {"index": index, "error": error} for index, error in outcome.refused
+            ]
+        return JSONResponse(answer)
 
+    @app.post("/v1/events/remove", response_model=schemas.Removed, responses=_errors(400, 413, 503))
+    async def remove(body: schemas.RemoveBody) -> Response:
+        """Remove one event of a user, from the log and from what was known before the service."""
+        event = Event(body.user, body.item, body.timestamp)
+        return JSONResponse({"removed": await service.run(Remove(event))})
+
+    @app.delete(
+        "/v1/users/{user:text}", response_model=schemas.Forgotten, responses=_errors(400, 413, 503)
+    )
+    async def forget(user: User) -> Response:
+        """Forget a user: states, events, and what was known before the service."""
+        return JSONResponse({"forgotten": await service.run(Forget(user))})
+
+
+def _add_questions(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
     @app.post(
         "/v1/recommend", response_model=schemas.Recommendations, responses=_errors(400, 413, 503)
     )
@@ -92,12 +149,12 @@ def _add_writes(app: FastAPI, service: Service) -> None:
         found = await service.run(Score(body.user, domain, body.timestamp, item_ids))
         return JSONResponse({"scores": found})
 
-    @app.delete(
-        "/v1/users/{user:path}", response_model=schemas.Forgotten, responses=_errors(400, 413, 503)
-    )
-    async def forget(user: User) -> Response:
-        """Forget a user: states, events, and what was known before the service."""
-        return JSONResponse({"forgotten": await service.run(Forget(user))})
+
+def _key(own: str | None, of_request: str | None, index: int) -> str | None:
+    """Return what an event is known by: its own id, or the request's key and its place in it."""
+    if own is not None:
+        return f"event {own}"
+    return None if of_request is None else f"request {index} {of_request}"
 
 
 def _add_reads(app: FastAPI, service: Service) -> None:
@@ -119,7 +176,7 @@ def _add_reads(app: FastAPI, service: Service) -> None:
         return JSONResponse({"users": await service.run(ListUsers(prefix, limit))})
 
     @app.get(
-        "/v1/users/{user:path}/history",
+        "/v1/users/{user:text}/history",
         response_model=schemas.UserHistory,
         responses=_errors(400, 413, 503),
     )
@@ -139,11 +196,18 @@ def _add_reads(app: FastAPI, service: Service) -> None:
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
     async def healthz() -> Response:
-        """Say whether requests are taken: 200, or 503 while the service stops or if it failed."""
+        """Say whether requests are taken: 200, or 503 while it stops, cannot write, or failed."""
+        await service.check_writes()
         status = service.status
-        health = {"status": status, "model": service.model_name, "store": service.store_state}
+        health = {
+            "status": status,
+            "model": service.model_name,
+            "store": service.store_state,
+            "writes": service.writes_state,
+        }
         return JSONResponse(health, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, include_in_schema=False)
@@ -156,10 +220,10 @@ def _add_page(app: FastAPI) -> None:
     files = page_files()
 
     async def page(request: Request) -> Response:
-        return FileResponse(files[request.url.path])
+        return FileResponse(files[request.scope["path"]], headers=_PAGE_HEADERS)
 
     for path in files:
-        app.add_api_route(path, page, include_in_schema=False)
+        app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -219,6 +283,8 @@ def _describe(app: FastAPI, service: Service) -> None:
     for path in description["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+    if service.settings.root_path:
+        description["servers"] = [{"url": service.settings.root_path}]
     if service.settings.token is not None:
         description["components"]["securitySchemes"] = {
             "token": {"type": "http", "scheme": "bearer"}

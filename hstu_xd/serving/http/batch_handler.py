@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from hstu_xd.errors import InputError
+from hstu_xd.serving.http.arrivals import Append, Arrivals, Arrived
 from hstu_xd.serving.http.batching import Ticket
 from hstu_xd.serving.http.event_log import Event, EventLog, LogError
 from hstu_xd.serving.http.failover import FailoverSession
-from hstu_xd.serving.http.histories import Histories
+from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.requests import Answer, Request
 from hstu_xd.serving.stores import StoreError
 
@@ -22,16 +23,15 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Append:
-    """Take events, all or none. Result: None.
+class Remove:
+    """Remove one event of a user. Result: how often it was there."""
 
-    Attributes:
-        events: in order.
-        item_ids: the items' ids, one an event.
-    """
+    event: Event
 
-    events: Sequence[Event]
-    item_ids: Sequence[int]
+
+@dataclass(frozen=True)
+class Probe:
+    """Write to the log, which changes nothing. Result: None."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,26 @@ class Forget:
     user: str
 
 
-Job = Append | Recommend | Score | ReadHistory | ListUsers | Forget
+Job = Append | Remove | Probe | Recommend | Score | ReadHistory | ListUsers | Forget
+
+# What an event adds to the cost of a job, in users.
+_EVENT = 0.1
+
+
+def cost_of(job: Job) -> float:
+    """Return about how much work a job is; one is a user who is asked for one domain."""
+    if isinstance(job, Append):
+        return len({event.user for event in job.events}) + _EVENT * len(job.events)
+    if isinstance(job, Recommend):
+        return 1 + _EVENT * (len(job.domains) - 1)
+    return 1.0
+
 
 Tickets = Sequence[Ticket[Job]]
 
 
 class BatchHandler:
-    """Handles batches; of one batch first what forgets users, then all events, then all reads.
+    """Handles batches; of one batch first what is forgotten, then all events, then all reads.
 
     Jobs of a batch are under way at the same time, so that any order between them is right; events
     keep the order in which they came. Events go to the session, which checks them, then to the log,
@@ -95,16 +108,26 @@ class BatchHandler:
         sessions: states of users.
         histories: what they are rebuilt from.
         log: where events are kept.
+        items: of the catalogue.
+        arrivals: which events are taken.
     """
 
-    def __init__(self, sessions: FailoverSession, histories: Histories, log: EventLog) -> None:
+    def __init__(
+        self,
+        sessions: FailoverSession,
+        histories: Histories,
+        log: EventLog,
+        items: Items,
+        arrivals: Arrivals,
+    ) -> None:
         self._sessions, self._histories, self._log = sessions, histories, log
+        self._items, self._arrivals = items, arrivals
 
     def handle(self, tickets: Tickets) -> None:
         """Finish or fail every ticket."""
         for ticket in tickets:
-            if isinstance(ticket.job, Forget):
-                _settle([ticket], self._forget)
+            if isinstance(ticket.job, Forget | Remove | Probe):
+                _settle([ticket], self._change)
         for kinds, handle in (
             (Append, self._append),
             (Recommend | Score, self._answer),
@@ -118,13 +141,27 @@ class BatchHandler:
         self._log.close()
 
     def _append(self, tickets: Tickets) -> None:
-        jobs = [ticket.job for ticket in tickets if isinstance(ticket.job, Append)]
-        events = [event for job in jobs for event in job.events]
-        item_ids = [item_id for job in jobs for item_id in job.item_ids]
-        users, _, times = zip(*events)
+        new: list[tuple[Event, str | None]] = []
+        arrived = Arrived()
+        for ticket in tickets:
+            job = ticket.job
+            assert isinstance(job, Append)
+            ticket.error = None
+            try:
+                ticket.result = outcome = self._arrivals.judge(job, arrived)
+            except InputError as error:
+                ticket.error = error
+            else:
+                new += [(job.events[index], job.keys[index]) for index in outcome.accepted]
+        if not new:
+            return
+        users = [event.user for event, _ in new]
+        item_ids = [self._items.id_of(event.item) for event, _ in new]
+        times = [event.timestamp for event, _ in new]
+        keys = [(event.user, key, *event[1:]) for event, key in new if key is not None]
         try:
             self._sessions.run(lambda session: session.append(users, item_ids, times))
-            self._log.add(events)
+            self._log.add([event for event, _ in new], keys)
         except InputError:
             raise  # No state has changed.
         except Exception:
@@ -134,6 +171,9 @@ class BatchHandler:
             raise
 
     def _answer(self, tickets: Tickets) -> None:
+        for ticket in tickets:
+            assert isinstance(ticket.job, Recommend | Score)
+            self._arrivals.check_request(ticket.job.timestamp)
         requests = [_request(ticket.job) for ticket in tickets]
         answers = self._sessions.run(lambda session: session.answer(requests))
         for ticket, request, answer in zip(tickets, requests, answers):
@@ -159,14 +199,21 @@ class BatchHandler:
             for vector, domain in zip(answer.vectors, job.domains)
         ]
 
-    def _forget(self, tickets: Tickets) -> None:
+    def _change(self, tickets: Tickets) -> None:
         for ticket in tickets:
-            if isinstance(ticket.job, Forget):
-                user = ticket.job.user
-                ticket.result = self._histories.forget(user)
-                # A state that the store keeps is of a version that is no more.
-                with suppress(StoreError):
-                    self._sessions.forget(user)
+            job = ticket.job
+            if isinstance(job, Probe):
+                self._log.probe()
+                self._sessions.probe()
+                continue
+            assert isinstance(job, Forget | Remove)
+            if isinstance(job, Forget):
+                user, ticket.result = job.user, self._histories.forget(job.user)
+            else:
+                user, ticket.result = job.event.user, self._histories.remove(job.event)
+            # A state that the store keeps is of a version that is no more.
+            with suppress(StoreError):
+                self._sessions.forget(user)
 
     def _read(self, tickets: Tickets) -> None:
         for ticket in tickets:

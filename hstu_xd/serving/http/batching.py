@@ -16,10 +16,17 @@ from hstu_xd.serving.http.settings import QueueSettings
 
 J = TypeVar("J")
 
+_BUSY = "the service is busy; repeat the request later"
+_STOPPING = "the service is stopping; repeat the request later"
+
 _log = logging.getLogger(__name__)
 
-# Batches whose median says how long a job takes: a single slow one turns nobody away.
+# Batches whose median says how long a unit of cost takes: a single slow one turns nobody away.
 _REMEMBERED = 31
+# Share of the longest delay that a batch of several jobs may be expected to take.
+_BATCH_SHARE = 0.5
+# A job that was accepted and has waited so many times the longest delay is refused after all.
+_OVERDUE = 1.5
 
 
 class Busy(HstuXdError):
@@ -46,12 +53,17 @@ class Ticket(Generic[J]):
         job: what to do.
         result: of the job, once it is done.
         error: why it was not done; None where it was.
+        done: whom it is told.
+        cost: of the job.
+        since: when it was queued.
     """
 
     job: J
     result: Any = None
     error: Exception | None = None
     done: "asyncio.Future[Any]" = field(kw_only=True)
+    cost: float = field(kw_only=True)
+    since: float = field(kw_only=True)
 
     def reply(self) -> None:
         """Hand the outcome to whom waits for it, if anybody still does."""
@@ -67,12 +79,14 @@ class Batcher(Generic[J]):
     """Jobs of all connections, handled in batches by one thread.
 
     A job waits at most about ``settings.max_delay`` seconds: it is refused at once where, at the
-    pace of late, those before it take longer. So under any load the accepted ones wait alike.
+    pace of late, what is under way and those before it take longer. So under any load the accepted
+    ones wait alike. Where those before it take longer than was to be expected, it is refused late.
 
     Args:
         make: makes the handler, in the thread.
         settings: bounds of queue and batches.
         on_batch: told the size of every batch.
+        cost: of a job, in any unit; one that takes twice as long costs about twice as much.
 
     Raises:
         Exception: whatever ``make`` raises.
@@ -83,13 +97,17 @@ class Batcher(Generic[J]):
         make: Callable[[], Handler[J]],
         settings: QueueSettings,
         on_batch: Callable[[int], None] = lambda size: None,
+        cost: Callable[[J], float] = lambda job: 1.0,
     ) -> None:
-        self._settings, self._on_batch = settings, on_batch
+        self._settings, self._on_batch, self._cost = settings, on_batch, cost
         self._waiting: deque[Ticket[J]] = deque()
+        self._waiting_cost = 0.0
+        self._running: list[Ticket[J]] = []
+        self._started = 0.0
         self._changed = threading.Condition()
         self._stopping = False
         self._paces: deque[float] = deque(maxlen=_REMEMBERED)
-        self._seconds_per_job = 0.0
+        self._seconds_per_cost = 0.0
         made: deque[Exception | None] = deque()
         ready = threading.Event()
         self._thread = threading.Thread(
@@ -112,9 +130,18 @@ class Batcher(Generic[J]):
     @property
     def full(self) -> bool:
         """Return whether a job would be refused now."""
-        waiting = len(self._waiting)
-        delay = waiting * self._seconds_per_job
-        return waiting >= self._settings.max_queue or delay > self._settings.max_delay
+        settings = self._settings
+        return len(self._waiting) >= settings.max_queue or self.delay > settings.max_delay
+
+    @property
+    def delay(self) -> float:
+        """Return the seconds that a job may be expected to wait before it is handled."""
+        left, running = 0.0, self._running
+        if running:
+            expected = sum(ticket.cost for ticket in running) * self._seconds_per_cost
+            # What has overrun may go on for as long as it already did.
+            left = abs(expected - (time.perf_counter() - self._started))
+        return left + self._waiting_cost * self._seconds_per_cost
 
     def submit(self, job: J) -> "asyncio.Future[Any]":
         """Queue a job; called in an event loop.
@@ -126,20 +153,41 @@ class Batcher(Generic[J]):
             Busy: the queue is full, or stopped.
         """
         loop = asyncio.get_running_loop()
-        ticket = Ticket(job, done=loop.create_future())
+        now = time.perf_counter()
+        ticket = Ticket(job, done=loop.create_future(), cost=self._cost(job), since=now)
         with self._changed:
             if self._stopping or self.full:
-                raise Busy("the service is busy; repeat the request later")
+                raise Busy(_BUSY)
             self._waiting.append(ticket)
+            self._waiting_cost += ticket.cost
             self._changed.notify()
         return ticket.done
 
-    def stop(self) -> None:
-        """Finish what waits, then end the thread."""
+    def stop(self, within: float | None = None) -> bool:
+        """Finish what waits, then end the thread.
+
+        Args:
+            within: seconds that it may take; None: as long as it takes.
+
+        Returns:
+            Whether the thread has ended.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(within)
+        return not self.alive
+
+    def abandon(self) -> None:
+        """Take nothing more, refuse what waits, and tell those whose job is under way the same."""
+        with self._changed:
+            self._stopping = True
+            waiting, self._waiting = [*self._waiting], deque()
+            self._waiting_cost = 0.0
+            self._changed.notify()
+        for ticket in [*waiting, *self._running]:
+            if not ticket.done.done():
+                ticket.done.set_exception(Busy(_STOPPING))
 
     def _run(
         self,
@@ -158,11 +206,19 @@ class Batcher(Generic[J]):
             ready.set()
         try:
             while batch := self._next():
-                start = time.perf_counter()
-                _handle(handler, batch)
-                self._on_batch(len(batch))
-                self._paces.append((time.perf_counter() - start) / len(batch))
-                self._seconds_per_job = median(self._paces)
+                start = self._started
+                late = start - _OVERDUE * self._settings.max_delay - self._settings.max_wait
+                due = [ticket for ticket in batch if ticket.since >= late]
+                for ticket in batch:
+                    if ticket.since < late:
+                        ticket.error = Busy(_BUSY)
+                if due:
+                    _handle(handler, due)
+                    self._on_batch(len(due))
+                    cost = sum(ticket.cost for ticket in due)
+                    self._paces.append((time.perf_counter() - start) / cost)
+                    self._seconds_per_cost = median(self._paces)
+                self._running = []
                 _reply(batch)
         finally:
             handler.close()
@@ -177,8 +233,19 @@ class Batcher(Generic[J]):
                     lambda: len(self._waiting) >= settings.max_batch or self._stopping,
                     timeout=settings.max_wait,
                 )
-            size = min(len(self._waiting), settings.max_batch)
-            return [self._waiting.popleft() for _ in range(size)]
+            batch: list[Ticket[J]] = []
+            seconds = 0.0
+            while self._waiting and len(batch) < settings.max_batch:
+                # Who came first does not wait for what is much larger and came later.
+                seconds += self._waiting[0].cost * self._seconds_per_cost
+                if batch and seconds > _BATCH_SHARE * settings.max_delay:
+                    break
+                batch.append(self._waiting.popleft())
+                self._waiting_cost -= batch[-1].cost
+            if not self._waiting:
+                self._waiting_cost = 0.0
+            self._started, self._running = time.perf_counter(), batch
+            return batch
 
 
 def _handle(handler: Handler[J], tickets: Sequence[Ticket[J]]) -> None:

@@ -2,12 +2,14 @@
 
 import secrets
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.serving.stores import keep_private
 
 _FORMAT = 1
 _TABLES = (
@@ -16,6 +18,14 @@ _TABLES = (
     "CREATE INDEX events_of_users ON events (user, number)",
     "CREATE TABLE users (user TEXT PRIMARY KEY, version BLOB NOT NULL, "
     "restarted INTEGER NOT NULL) WITHOUT ROWID",
+)
+# Logs of earlier versions lack them: keys by which clients repeat a write, and events of the
+# prepared store that were removed.
+_LATER_TABLES = (
+    "CREATE TABLE IF NOT EXISTS keys (user TEXT NOT NULL, key TEXT NOT NULL, item TEXT NOT NULL, "
+    "timestamp INTEGER NOT NULL, PRIMARY KEY (user, key)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS hidden (user TEXT NOT NULL, item TEXT NOT NULL, "
+    "timestamp INTEGER NOT NULL, PRIMARY KEY (user, item, timestamp)) WITHOUT ROWID",
 )
 # Bytes of a version: two batches of events never get the same.
 _VERSION = 16
@@ -43,6 +53,8 @@ class EventLog:
 
     Attributes:
         upcoming: the version that users of the next :meth:`add` will have.
+        fails: whether the last write failed.
+        written_at: when that was, by ``time.monotonic``; None before the first write.
 
     Raises:
         InputError: another process owns the file, or it is no such log.
@@ -52,23 +64,31 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.upcoming = secrets.token_bytes(_VERSION)
+        self.fails = False
+        self.written_at: float | None = None
         with self._explained():
+            keep_private(path)
             self._connection = sqlite3.connect(
                 path, timeout=1.0, isolation_level=None, check_same_thread=False
             )
             self._prepare()
 
-    def add(self, events: Sequence[Event]) -> None:
+    def add(self, events: Sequence[Event], keys: Sequence[tuple[str, str, str, int]] = ()) -> None:
         """Write events and the new versions of their users: all of them, or none.
+
+        Args:
+            events: in order.
+            keys: (user, key, item, timestamp) of those events that have a key.
 
         Raises:
             LogError: there is no room, or the disk fails.
         """
         version, self.upcoming = self.upcoming, secrets.token_bytes(_VERSION)
-        with self._explained(), self._transaction():
+        with self._written():
             self._connection.executemany(
                 "INSERT INTO events (user, item, timestamp) VALUES (?, ?, ?)", events
             )
+            self._connection.executemany("INSERT INTO keys VALUES (?, ?, ?, ?)", keys)
             self._connection.executemany(
                 "INSERT INTO users VALUES (?, ?, 0) "
                 "ON CONFLICT (user) DO UPDATE SET version = excluded.version",
@@ -83,14 +103,70 @@ class EventLog:
         Raises:
             LogError: as :meth:`add`.
         """
-        with self._explained(), self._transaction():
-            self._connection.execute("DELETE FROM events WHERE user = ?", (user,))
+        with self._written():
+            for table in ("events", "keys", "hidden"):
+                self._connection.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
             row = user, secrets.token_bytes(_VERSION)
             self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?, 1)", row)
-        # The write-ahead log holds the events as well. If there is no room to merge it now, the
-        # next merge removes them.
-        with suppress(sqlite3.Error):
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._merge()
+
+    def remove(self, event: Event, *, hide: bool) -> int:
+        """Remove one event, as often as it is there; its keys stay known, without what they were.
+
+        Args:
+            event: what to remove.
+            hide: note that the prepared store has it too.
+
+        Returns:
+            How often it was there.
+
+        Raises:
+            LogError: as :meth:`add`.
+        """
+        same = "WHERE user = ? AND item = ? AND timestamp = ?"
+        with self._written():
+            found = self._connection.execute(f"DELETE FROM events {same}", event).rowcount
+            self._connection.execute(f"UPDATE keys SET item = '', timestamp = 0 {same}", event)
+            if hide:
+                self._connection.execute("INSERT OR IGNORE INTO hidden VALUES (?, ?, ?)", event)
+            row = event.user, secrets.token_bytes(_VERSION)
+            self._connection.execute(
+                "INSERT INTO users VALUES (?, ?, 0) "
+                "ON CONFLICT (user) DO UPDATE SET version = excluded.version",
+                row,
+            )
+        self._merge()
+        return found
+
+    def probe(self) -> None:
+        """Write something, which changes nothing.
+
+        Raises:
+            LogError: as :meth:`add`.
+        """
+        with self._written():
+            self._connection.execute(f"PRAGMA user_version = {_FORMAT}")
+
+    def event_of_key(self, user: str, key: str) -> Event | None:
+        """Return the user's event that came with a key; None where the key is new.
+
+        The item is empty where the event was removed.
+        """
+        rows = self._rows(
+            "SELECT user, item, timestamp FROM keys WHERE user = ? AND key = ?", user, key
+        )
+        return Event(*rows[0]) if rows else None
+
+    def count(self, event: Event) -> int:
+        """Return how often the log has an event."""
+        ((found,),) = self._rows(
+            "SELECT count(*) FROM events WHERE user = ? AND item = ? AND timestamp = ?", *event
+        )
+        return found
+
+    def hidden(self, user: str) -> set[tuple[str, int]]:
+        """Return items and times of a user's events in the prepared store that were removed."""
+        return set(self._rows("SELECT item, timestamp FROM hidden WHERE user = ?", user))
 
     def events(self, user: str, last: int = -1) -> list[Event]:
         """Return a user's events, oldest first; all of them, or the last ones."""
@@ -152,7 +228,8 @@ class EventLog:
                     "needed); give another --events"
                 )
             with self._transaction():
-                pass
+                for table in _LATER_TABLES:
+                    run(table)
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise InputError(
@@ -160,6 +237,20 @@ class EventLog:
                     "--events"
                 ) from error
             raise
+
+    def _merge(self) -> None:
+        """Merge the write-ahead log, which holds deleted events as well, and overwrite it."""
+        # If there is no room to merge it now, the next merge removes them.
+        with suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Write all of it or nothing, and remember whether it could be written."""
+        self.written_at, self.fails = time.monotonic(), True
+        with self._explained(), self._transaction():
+            yield
+        self.fails = False
 
     def _rows(self, query: str, *values: str | int) -> list[tuple]:
         with self._explained():

@@ -3,13 +3,15 @@
 import logging
 import time
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.serving.http.settings import StateSettings
+from hstu_xd.serving.codec import REVISION
+from hstu_xd.serving.http.settings import StateSettings, shown
 from hstu_xd.serving.session import EncoderSession
-from hstu_xd.serving.stores import RedisStore, SQLiteStore, StateStore, StoreError
+from hstu_xd.serving.stores import RedisStore, SQLiteStore, StateStore, StoreError, Write
 
 T = TypeVar("T")
 
@@ -17,6 +19,8 @@ _log = logging.getLogger(__name__)
 
 # Seconds between attempts to reach a store that is gone.
 _RETRY = 1.0
+# No user has this name, so that it can be written.
+_PROBE = ""
 # Seconds that Redis may take to answer: requests wait for it meanwhile.
 _PATIENCE = 2.0
 # Wait at least this many times the duration of the last attempt before retrying.
@@ -48,10 +52,11 @@ class FailoverSession:
         self._make, self._rebuilds = make, settings.when_store_fails == "rebuild"
         self._store = open_store(settings.store, settings.ttl)
         self._retry_at: float | None = None
+        self._forgotten: set[str] = set()
         self.store_state = "memory" if self._store is None else "ok"
         try:
             if self._store is not None:
-                self._store.revisions([""])
+                _probe(self._store)
             self.session = make(self._store)
         except StoreError as error:
             self._go_without(error)
@@ -71,21 +76,53 @@ class FailoverSession:
             return call(self.session)
         if self._retry_at is None and self._store is not None:
             self.store_state = "ok"
+            self._delete_forgotten()
         return found
 
     def forget(self, user: Hashable) -> None:
-        """Drop a user's state.
+        """Drop a user's state; from a store that is gone it is removed once it is back.
 
         Raises:
             StoreError: the store failed; there is no state in memory any more.
         """
+        if self._store is not None:
+            self._forgotten.add(str(user))
         self.session.forget(user)
+        if self._retry_at is None:
+            self._forgotten.discard(str(user))
+
+    def probe(self) -> None:
+        """Find out whether the store takes writes, where requests are refused without it.
+
+        Raises:
+            StoreError: it does not.
+        """
+        if self._store is not None and not self._rebuilds:
+            self.store_state = "gone"
+            _probe(self._store)
+            self.store_state = "ok"
+
+    @property
+    def refuses(self) -> bool:
+        """Return whether the store is gone and requests are refused therefore."""
+        return self.store_state == "gone" and not self._rebuilds
 
     def close(self) -> None:
         """Close the store."""
         close = getattr(self._store, "close", None)
         if close is not None:
             close()
+
+    def _delete_forgotten(self) -> None:
+        """Remove what the store kept of users who were forgotten while it was gone."""
+        assert self._store is not None
+        with suppress(StoreError):
+            while self._forgotten:
+                user = next(iter(self._forgotten))
+                # Who has come back has a new state, which is made again from the events.
+                self._store.delete(user)
+                self.session.release([user])
+                self._forgotten.discard(user)
 
     def _go_without(self, error: StoreError) -> None:
         """Take a session without store, unless requests are to be refused: then raise."""
@@ -99,7 +136,7 @@ class FailoverSession:
         assert self._store is not None
         start = time.monotonic()
         try:
-            self._store.revisions([""])
+            _probe(self._store)
         except StoreError:
             now = time.monotonic()
             self._retry_at = now + max(_RETRY, _RESPITE * (now - start))
@@ -141,7 +178,25 @@ def open_store(name: str, ttl: int | None = None) -> StateStore | None:
                 socket_connect_timeout=_PATIENCE,
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError as error:
-            raise InputError(f"store {name!r}: {error}") from error
+            client.connection_pool.make_connection()  # refuses options that there are not
+        except (ValueError, TypeError):
+            # Neither the name nor what it says of it: both may have the password.
+            raise InputError(
+                f"store {shown(name)!r}: the URL cannot be read; redis://[:PASSWORD@]HOST:PORT/DB "
+                "is needed, with %23, %2F, %3A and %40 for # / : @ in a password"
+            ) from None
         return RedisStore(client, ttl=ttl)
-    raise InputError(f"store {name!r}: memory, sqlite:FILE or redis://HOST:PORT/DB is needed")
+    raise InputError(
+        f"store {shown(name)!r}: memory, sqlite:FILE or redis://HOST:PORT/DB is needed"
+    )
+
+
+def _probe(store: StateStore) -> None:
+    """Write to a store, as reading alone says nothing of one that has no room.
+
+    Raises:
+        StoreError: it failed.
+    """
+    store.revisions([_PROBE])
+    store.put([Write(_PROBE, bytes(REVISION.stop), b"")])
+    store.delete(_PROBE)

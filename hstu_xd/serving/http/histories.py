@@ -1,6 +1,7 @@
 """What is known of every user: the prepared store's history, then what the log has on top."""
 
 import logging
+from collections import Counter
 from collections.abc import Hashable
 
 from hstu_xd.catalog import DomainCatalog
@@ -82,7 +83,10 @@ class Histories:
         prepared: InteractionStore | None = None,
     ) -> None:
         self._log, self._catalog, self._items, self._prepared = log, catalog, items, prepared
-        self._origin = b"" if prepared is None else repr(prepared.manifest["hashes"]).encode()
+        # The word tells states in which events of both counted twice from those without.
+        self._origin = b""
+        if prepared is not None:
+            self._origin = b"merged " + repr(prepared.manifest["hashes"]).encode()
         self._unknown: set[str] = set()
         self.rebuilt = 0
 
@@ -117,6 +121,35 @@ class Histories:
             self._log.forget(user)
         return known
 
+    def remove(self, event: Event) -> int:
+        """Remove one event of a user, prepared or logged; returns how often it was there."""
+        prepared = self.count_prepared(event)
+        if not prepared and not self._log.count(event):
+            return 0
+        return max(prepared, self._log.remove(event, hide=bool(prepared)))
+
+    def count_prepared(self, event: Event) -> int:
+        """Return how often the prepared store has an event."""
+        found = self._items.find(event.item)
+        return self._earlier(event.user).count((found, event.timestamp)) if found else 0
+
+    def last_time(self, user: str) -> int | None:
+        """Return the time of a user's last event; None without events."""
+        logged = self._log.events(user, 1)
+        if logged and self._items.find(logged[0].item) is None:
+            # Its item left the catalogue: what counts is before it.
+            return max((time for _, time in self._events(user)), default=None)
+        earlier = self._earlier(user)
+        times = [event.timestamp for event in logged] + [time for _, time in earlier[-1:]]
+        return max(times, default=None)
+
+    def last_prepared(self) -> int:
+        """Return the time of the last prepared event of all users; 0 where there is none."""
+        if self._prepared is None or not self._prepared.num_interactions:
+            return 0
+        # Some users may have no events; the place before the first one is then any event.
+        return int(self._prepared.timestamps[self._prepared.offsets[1:] - 1].max())
+
     def present(self, user: str) -> bytes:
         """Return a user's version, see :class:`hstu_xd.serving.stored_states.Versions`."""
         return self._log.version(user) + self._origin
@@ -126,10 +159,22 @@ class Histories:
         return self._log.upcoming + self._origin
 
     def _events(self, user: str) -> list[tuple[int, int]]:
-        """Return (item id, timestamp) pairs of a user's events, oldest first."""
+        """Return (item id, timestamp) pairs of a user's events, oldest first.
+
+        After a training on what the service has taken, the log and the prepared store have the
+        same events; each counts as often as where it is more often.
+        """
         earlier, logged = self._earlier(user), self._logged(user)
-        events = earlier + logged
-        if earlier and logged and logged[0][1] < earlier[-1][1]:
+        if not earlier or not logged:
+            return earlier or logged
+        both, new = Counter(earlier), []
+        for event in logged:
+            if both[event] > 0:
+                both[event] -= 1
+            else:
+                new.append(event)
+        events = earlier + new
+        if new and new[0][1] < earlier[-1][1]:
             # They were logged by a service that did not know the earlier history.
             events.sort(key=lambda event: event[1])
         return events
@@ -139,7 +184,13 @@ class Histories:
         if prepared is None or not prepared.has_user(user) or self._log.restarted(user):
             return []
         items, times = prepared.history(prepared.user_index(user))
-        return list(zip(items.tolist(), times.tolist()))
+        events = list(zip(items.tolist(), times.tolist()))
+        hidden = self._log.hidden(user)
+        if not hidden:
+            return events
+        return [
+            event for event in events if (self._catalog.token(event[0]), event[1]) not in hidden
+        ]
 
     def _logged(self, user: str) -> list[tuple[int, int]]:
         known: list[tuple[int, int]] = []

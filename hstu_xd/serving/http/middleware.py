@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
@@ -11,15 +12,15 @@ from typing import Any
 
 from hstu_xd.serving.http.service import NOBODY_LEFT, Service
 
+_log = logging.getLogger(__name__)
+
 PAGE = Path(__file__).parent / "page"
 
 
 def page_files() -> dict[str, Path]:
-    """Return the files of the web page by the path that serves each; ``index.html`` is the root."""
-    return {
-        "/" if file.name == "index.html" else f"/{file.name}": file
-        for file in sorted(PAGE.glob("*.*"))
-    }
+    """Return the files of the web pages by the path that serves each."""
+    named = {"index.html": "/", "docs.html": "/docs"}
+    return {named.get(file.name, f"/{file.name}"): file for file in sorted(PAGE.glob("*.*"))}
 
 
 Message = MutableMapping[str, Any]
@@ -33,15 +34,20 @@ RETRY_AFTER = {"Retry-After": "1"}
 _ROUTES = (
     "/",
     "/docs",
+    "/docs.js",
+    "/page.css",
+    "/page.js",
     "/healthz",
     "/metrics",
     "/openapi.json",
     "/v1/domains",
     "/v1/events",
+    "/v1/events/remove",
     "/v1/recommend",
     "/v1/score",
     "/v1/users",
 )
+_WITH_BODY = ("/v1/events", "/v1/events/remove", "/v1/recommend", "/v1/score")
 # How much of a body that is too large is read and thrown away, in bodies of the largest size that
 # is taken, and for how long: a client that is still writing could not read the answer otherwise.
 _LINGER, _LINGER_SECONDS = 16, 5.0
@@ -58,15 +64,21 @@ class RequestGuard:
     def __init__(self, app: App, service: Service) -> None:
         self._app, self._service = app, service
         token = service.settings.token
+        self._root = service.settings.root_path
         self._token = None if token is None else token.encode()
         # Open without a token: the state of the service, how to ask it, a page that holds no data.
-        self._open = {"/healthz", "/docs", "/openapi.json", *page_files()}
+        self._open = {"/healthz", "/openapi.json", *page_files()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = scope["path"]
+        if self._root and path.startswith(f"{self._root}/"):
+            # The proxy hands on its prefix as well.
+            path = path.removeprefix(self._root)
+            scope = {**scope, "path": path}
         start, status = time.perf_counter(), NOBODY_LEFT
 
         async def watched(message: Message) -> None:
@@ -82,8 +94,12 @@ class RequestGuard:
             raise
         finally:
             self._service.active -= 1
-            seconds = time.perf_counter() - start
-            self._service.metrics.answered(route_of(scope["path"]), status, seconds)
+            seconds, route = time.perf_counter() - start, route_of(path)
+            self._service.metrics.answered(route, status, seconds)
+            if _log.isEnabledFor(logging.INFO):
+                # The route and not the path, which has users' names.
+                client, method = (scope.get("client") or ["-"])[0], scope["method"]
+                _log.info("%s %s %s %d %.1f ms", client, method, route, status, 1e3 * seconds)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -102,9 +118,11 @@ class RequestGuard:
             await _refuse(send, 503, "the service is stopping; repeat the request later", closing)
         elif path.startswith("/v1/") and path != "/v1/domains" and service.full:
             await _refuse(send, 503, "the service is busy; repeat the request later", RETRY_AFTER)
-        else:
-            body = await self._body(headers, receive, send)
-            if body is not None:
+        elif (body := await self._body(headers, receive, send)) is not None:
+            problem = _unreadable(headers) if path in _WITH_BODY else None
+            if problem is not None and scope["method"] == "POST":
+                await _refuse(send, 400, problem, {})
+            else:
                 await self._app(scope, _replay(body, receive), send)
 
     def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
@@ -136,6 +154,22 @@ class RequestGuard:
             await asyncio.wait_for(_throw_away(receive, _LINGER * limit), _LINGER_SECONDS)
         await send({"type": "http.response.body", "body": b""})
         return None
+
+
+def _unreadable(headers: dict[bytes, bytes]) -> str | None:
+    """Return what is wrong with the kind of a body; None where nothing is.
+
+    A web page of somebody else can make a browser send anything but JSON without asking first.
+    """
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json":
+        given = kind.decode("latin-1")[:100] or "missing"
+        return f"the header Content-Type is {given}; send Content-Type: application/json"
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding != b"identity":
+        given = coding.decode("latin-1")[:100]
+        return f"the header Content-Encoding is {given}; send the JSON itself, not compressed"
+    return None
 
 
 async def _throw_away(receive: Receive, most: int) -> None:

@@ -15,9 +15,16 @@ Domain = Annotated[str, Field(max_length=1024, examples=["books"])]
 Timestamp = Annotated[
     int,
     Field(
-        strict=True, ge=0, le=MAX_TIMESTAMP, description="In the unit of the log.", examples=[123]
+        strict=True,
+        ge=0,
+        le=MAX_TIMESTAMP,
+        description="Seconds since 1970, as in the prepared store.",
+        examples=[1_700_000_000],
     ),
 ]
+
+
+Key = Annotated[str, Field(min_length=1, max_length=256, examples=["order-1-line-2"])]
 
 
 class Body(BaseModel):
@@ -32,6 +39,17 @@ class EventBody(Body):
     user: User
     item: Item
     timestamp: Timestamp
+    id: Annotated[
+        Key | None, Field(description="The user's event with this id counts once, ever.")
+    ] = None
+
+
+class RemoveBody(Body):
+    """Which event of a user to remove."""
+
+    user: User
+    item: Item
+    timestamp: Timestamp
 
 
 class ErrorBody(BaseModel):
@@ -40,10 +58,29 @@ class ErrorBody(BaseModel):
     error: str
 
 
+class RefusedEvent(BaseModel):
+    """An event that was not taken."""
+
+    index: Annotated[int, Field(description="Its place in the request, from 0.")]
+    error: str
+
+
 class Accepted(BaseModel):
     """How many events are now safe."""
 
     accepted: int
+    repeated: Annotated[
+        int, Field(description="Known already, not counted again; left out where it is 0.")
+    ] = 0
+    refused: Annotated[
+        list[RefusedEvent], Field(description="Those not taken; left out where all were.")
+    ] = []
+
+
+class Removed(BaseModel):
+    """How often the event was there."""
+
+    removed: int
 
 
 class Recommendation(BaseModel):
@@ -116,12 +153,15 @@ class Forgotten(BaseModel):
 class Health(BaseModel):
     """State of the service.
 
-    The status is "ready", "draining" or "failed", the store is "memory", "ok" or "gone".
+    The status is "ready", "draining", "failing" (what is written does not reach the disk, or the
+    state store refuses) or "failed"; the store is "memory", "ok" or "gone"; writes are "ok" or
+    "failing".
     """
 
     status: str
     model: str
     store: str
+    writes: str
 
 
 class RequestBodies:
@@ -137,6 +177,10 @@ class RequestBodies:
             """Events of any users, in the order in which they happened; all are taken or none."""
 
             events: Annotated[list[EventBody], Field(min_length=1, max_length=limits.max_events)]
+            partial: Annotated[
+                bool,
+                Field(strict=True, description="Take the others where some events are refused."),
+            ] = False
 
         class RecommendBody(Body):
             """Who is to be recommended what."""

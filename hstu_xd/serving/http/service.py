@@ -3,8 +3,11 @@
 It counts what Prometheus reads at /metrics.
 """
 
+import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.codec import fingerprint
-from hstu_xd.serving.http.batch_handler import BatchHandler, Job
+from hstu_xd.serving.http.arrivals import Arrivals
+from hstu_xd.serving.http.batch_handler import BatchHandler, Job, Probe, cost_of
 from hstu_xd.serving.http.batching import Batcher
 from hstu_xd.serving.http.event_log import EventLog
 from hstu_xd.serving.http.failover import FailoverSession
@@ -93,6 +97,9 @@ class _Numbers:
 
 _log = logging.getLogger(__name__)
 
+# Seconds after a write until whoever asks for the health lets one be tried, and how long he waits.
+_PROBE_AFTER, _PROBE_PATIENCE = 2.0, 0.5
+
 
 @dataclass(frozen=True, eq=False)
 class Served:
@@ -151,7 +158,9 @@ class Service:
         version = fingerprint(served.model, served.window, torch.float32).hex()
         self.model_name = f"{served.name} {version[:12]}"
         self._served = served
-        self._batcher: Batcher[Job] = Batcher(self._open, settings.queue, self.metrics.batch)
+        self._batcher: Batcher[Job] = Batcher(
+            self._open, settings.queue, self.metrics.batch, cost_of
+        )
 
     @property
     def full(self) -> bool:
@@ -160,15 +169,30 @@ class Service:
 
     @property
     def status(self) -> str:
-        """Return "ready", "draining", or "failed" where the thread that answers has ended."""
+        """Return "ready", "draining", "failing" to write, or "failed" if the thread has ended."""
         if self.draining:
             return "draining"
-        return "ready" if self._batcher.alive else "failed"
+        if not self._batcher.alive:
+            return "failed"
+        return "failing" if self._log.fails or self._sessions.refuses else "ready"
 
     @property
     def store_state(self) -> str:
         """Return how the state store is: "memory", "ok" or "gone"."""
         return self._sessions.store_state
+
+    @property
+    def writes_state(self) -> str:
+        """Return how the event log is: "ok" or "failing"."""
+        return "failing" if self._log.fails else "ok"
+
+    async def check_writes(self) -> None:
+        """Try a write where the last one is some time ago; it is not waited for long."""
+        last, now = self._log.written_at, time.monotonic()
+        if self.draining or self.full or (last is not None and now - last < _PROBE_AFTER):
+            return
+        with suppress(HstuXdError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.run(Probe()), _PROBE_PATIENCE)
 
     async def run(self, job: Job) -> Any:
         """Return the result of a job.
@@ -180,9 +204,20 @@ class Service:
         """
         return await self._batcher.submit(job)
 
-    def stop(self) -> None:
-        """Finish what waits; close store and log."""
-        self._batcher.stop()
+    def stop(self, within: float | None = None) -> bool:
+        """Finish what waits; close store and log.
+
+        Args:
+            within: seconds that it may take; None: as long as it takes.
+
+        Returns:
+            Whether all of it was done in time.
+        """
+        return self._batcher.stop(within)
+
+    def abandon(self) -> None:
+        """Refuse what waits, and wait for nothing that is under way."""
+        self._batcher.abandon()
 
     def _open(self) -> BatchHandler:
         states, served = self.settings.states, self._served
@@ -210,7 +245,8 @@ class Service:
         except Exception:
             log.close()
             raise
-        return BatchHandler(self._sessions, histories, log)
+        arrivals = Arrivals(histories, log, self.items, self.settings.writes)
+        return BatchHandler(self._sessions, histories, log, self.items, arrivals)
 
     def _warm_up(self) -> None:
         """Answer an unknown user once, because the first call takes longer than later ones."""

@@ -1,6 +1,7 @@
 """What the service is told when it starts, with the defaults of the command."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,18 @@ from hstu_xd.errors import InputError
 def default_threads() -> int:
     """Return all cores but one: threads of PyTorch must not wait for the thread of HTTP."""
     return max(1, (os.cpu_count() or 1) - 1)
+
+
+def shown(store: str) -> str:
+    """Return what of a store's name may be printed: of a URL, which may have a password, the kind.
+
+    Args:
+        store: see :class:`StateSettings`.
+    """
+    if "@" not in store and "//" not in store:
+        return store
+    kind, colon, _ = store.partition(":")
+    return f"{kind}:..." if colon and "@" not in kind and "//" not in kind else "..."
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,24 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class WriteSettings:
+    """Which events are taken.
+
+    Attributes:
+        repeats: an event of a user, item and time that is known already counts again ("keep") or
+            is dropped ("drop").
+        unknown_items: an item that the catalogue does not have refuses the request, or its event
+            only ("skip").
+        max_clock_skew: seconds that an event may be ahead of the clock, and of the last prepared
+            event.
+    """
+
+    repeats: Literal["keep", "drop"] = "keep"
+    unknown_items: Literal["refuse", "skip"] = "refuse"
+    max_clock_skew: float = 3600.0
+
+
+@dataclass(frozen=True)
 class StateSettings:
     """Where states of users are kept, and how they are read; events rebuild them at any time.
 
@@ -84,8 +115,8 @@ class StateSettings:
     def __post_init__(self) -> None:
         if self.ttl is not None and not self.store.startswith(("redis", "unix")):
             raise InputError(
-                f"ttl is {self.ttl} s, but the store is {self.store!r}; only Redis lets states "
-                "expire: drop the one or change the other"
+                f"ttl is {self.ttl} s, but the store is {shown(self.store)!r}; only Redis lets "
+                "states expire: drop the one or change the other"
             )
 
 
@@ -99,13 +130,24 @@ class ServiceSettings:
         use_data: whether earlier histories are read at all.
         token: what clients must present; None: nothing.
         drain_seconds: how long accepted requests may take once the service is to stop.
+        root_path: prefix under which a proxy shows the service; empty: none.
     """
 
     events: Path
     data: Path | None = None
     use_data: bool = True
     token: str | None = None
-    drain_seconds: float = 30.0
+    drain_seconds: float = 5.0
+    root_path: str = ""
     queue: QueueSettings = field(default_factory=QueueSettings)
     limits: Limits = field(default_factory=Limits)
+    writes: WriteSettings = field(default_factory=WriteSettings)
     states: StateSettings = field(default_factory=StateSettings)
+
+    def __post_init__(self) -> None:
+        root = self.root_path
+        if root and not re.fullmatch(r"(/[\w.~%-]+)+", root, re.ASCII):
+            raise InputError(
+                f"root_path is {root!r}; a path such as /recommendations is needed, with a slash "
+                "before it and none after"
+            )
