@@ -329,7 +329,7 @@ def test_prepare_rows_are_passed_on(
 ) -> None:
     prepare = pytest.importorskip("hstu_xd.bench.prepare")
     row = {"provider": "a", "rows": 1000, "seconds": 0.5, "correct": True}
-    monkeypatch.setattr(prepare, "run", lambda rows, out: [row | {"rows": rows}])
+    monkeypatch.setattr(prepare, "measure_prepare", lambda rows, out: [row | {"rows": rows}])
     assert run_bench(capsys, "prepare", rows=500, out=tmp_path) == [row | {"rows": 500}]
 
 

@@ -46,11 +46,9 @@ def test_tokens_go_out_of_the_padding_and_back(is_left: bool) -> None:
         next_domains=padded % 2,
         times=padded,
         next_times=padded + 1,
-        num_domains=2,
-        states_per_domain=1,
     )
-    assert batch.plan.offsets.tolist() == [0, 2, 2, 5]
-    assert batch.gather(padded).tolist() == batch.plan.timestamps.tolist()
+    assert batch.events.offsets.tolist() == [0, 2, 2, 5]
+    assert batch.gather(padded).tolist() == batch.events.timestamps.tolist()
     assert torch.equal(batch.spread(batch.gather(padded)), padded)
 
 
