@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder, sha256_of
-from hstu_xd.model.ddsr import DynamicDomainState
+from hstu_xd.model.ddsr import attend_states_in_tiles
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct
 from hstu_xd.training.checkpoint import MODEL_FILE
@@ -86,10 +86,8 @@ def export_encoder(model: CrossDomainHSTU) -> ExportedProgram:
         )
     catalog = DomainCatalog(model.catalog.item_domains.cpu(), model.catalog.domain_names)
     traced = CrossDomainHSTU(catalog, replace(settings, impl="reference"))
-    for part in traced.modules():
-        if isinstance(part, DynamicDomainState):
-            # Its tiles can be traced, too, and need far less memory than the definition.
-            part.impl = "eager"
+    # DDSR's tiles can be traced, too, and need far less memory than the definition.
+    attend_states_in_tiles(traced)
     traced.load_state_dict(model.state_dict())
     traced.eval().requires_grad_(False)
     users, events = Dim("users", min=1), Dim("events", min=1, max=settings.norm_length)

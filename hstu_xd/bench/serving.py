@@ -20,6 +20,7 @@ from hstu_xd.bench.rows import Row, empty_row, environment, time_columns, times_
 from hstu_xd.bench.timing import Mark, Pass, take_turns, torch_threads
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
+from hstu_xd.model.ddsr import attend_states_in_tiles
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.serving import EncoderSession
@@ -123,6 +124,8 @@ class _Bench:
         self.case = replace(case, batch_size=1)
         draw = Draw.from_case(self.case)
         self._model, self._dense = _model(case, "auto"), _model(case, "reference")
+        # The dense rival differs in its attention alone.
+        attend_states_in_tiles(self._dense)
         self._truth = _model(case, "reference").double()
         self._session, self._index = EncoderSession(self._model), ItemIndex(self._model)
         generator = torch.Generator().manual_seed(1)
