@@ -8,7 +8,7 @@ metrics.jsonl, one JSON object a line, and to TensorBoard's log as they come.
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,12 +195,9 @@ class Trainer:
     def _train_epoch(self) -> None:
         settings, progress, data = self.settings, self.progress, self._data[Split.TRAIN]
         self.model.train()
-        order = np.random.default_rng([settings.random_seed, progress.epoch])
-        users = order.permutation(data.users)
-        size = settings.local_batch_size * self.world.size
-        batches = [users[i : i + size] for i in range(0, users.size, size)]
+        batches = self.batches(progress.epoch)
         bar = tqdm(
-            total=int(data.lengths(users).sum()),
+            total=int(data.lengths(data.users).sum()),
             unit="events",
             unit_scale=True,
             desc=f"epoch {progress.epoch}",
@@ -212,14 +209,27 @@ class Trainer:
             for batch_users in batches[progress.step_in_epoch :]:
                 # Fewer users than processes would leave one without a token.
                 if batch_users.size >= self.world.size:
-                    bar.update(self._step(data, batch_users))
+                    bar.update(self.step(batch_users))
                 progress.step_in_epoch += 1
                 if progress.step % settings.checkpoint_every == 0:
                     self._save()
 
-    def _step(self, data: SequenceData, users: np.ndarray) -> int:
-        """One optimiser step on a global batch; returns its number of tokens."""
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Return the users of each global batch of an epoch, in the epoch's own order."""
+        order = np.random.default_rng([self.settings.random_seed, epoch])
+        users = order.permutation(self._data[Split.TRAIN].users)
+        size = self.settings.local_batch_size * self.world.size
+        return [users[i : i + size] for i in range(0, users.size, size)]
+
+    def step(self, users: np.ndarray, mark: Callable[[str], object] = lambda phase: None) -> int:
+        """Take one optimiser step on a global batch, and return its number of tokens.
+
+        Args:
+            users: training users.
+            mark: called with the name of each phase that is over, but for the last one.
+        """
         settings, progress, device = self.settings, self.progress, self.world.device
+        data = self._data[Split.TRAIN]
         began = time.perf_counter()
         seed = int(
             np.random.SeedSequence([settings.random_seed, progress.step]).generate_state(1)[0]
@@ -231,10 +241,14 @@ class Trainer:
         # Counted here, before the copy: to count on a GPU would be to wait for it.
         counts = count_per_domain(batch.target_domains, self.model.catalog.num_domains)
         batch = replace(batch, targets_per_domain=tuple(counts))
-        loss = self._loss(batch.to(device), targets.to(device), generator)
+        batch, targets = batch.to(device), targets.to(device)
+        mark("batch")
+        loss = self._loss(batch, targets, generator)
+        mark("forward")
         self._optimizer.zero_grad(set_to_none=True)
         # DDP averages gradients over processes; the mean is over the tokens of all of them.
         (loss * (self.world.size / tokens)).backward()
+        mark("backward")
         warm = min(1.0, (progress.step + 1) / max(1, settings.num_warmup_steps))
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * warm
