@@ -78,8 +78,9 @@ def test_a_second_writer_of_a_folder_is_refused(force: bool, tmp_path: Path) -> 
     out = tmp_path / "out"
     with replaced_folder(out) as folder:
         (folder / "mine").write_text("x")
-        with pytest.raises(InputError, match=holder(f"writes {out}")), replaced_folder(
-            out, force=force
+        with (
+            pytest.raises(InputError, match=holder(f"writes {out}")),
+            replaced_folder(out, force=force),
         ):
             pass
     assert contents(out) == {"mine": b"x"}
