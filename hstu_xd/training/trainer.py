@@ -28,7 +28,7 @@ from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.objectives.objective import Objective
+from hstu_xd.objectives.objective import Objective, PreparesBatches
 from hstu_xd.objectives.retrieval import count_per_domain
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
@@ -231,6 +231,8 @@ class Trainer:
         # Counted here, before the copy: to count on a GPU would be to wait for it.
         counts = count_per_domain(batch.target_domains, self.model.catalog.num_domains)
         batch = replace(batch, targets_per_domain=tuple(counts))
+        if isinstance(self._objective, PreparesBatches):
+            batch = self._objective.prepare(self.model.catalog, batch, targets, generator)
         loss = self._loss(batch.to(device), targets.to(device), generator)
         self._optimizer.zero_grad(set_to_none=True)
         # DDP averages gradients over processes; the mean is over the tokens of all of them.
