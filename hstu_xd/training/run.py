@@ -82,6 +82,11 @@ def train(
         else:
             settings = settings or load_settings([])
             _check_new(out)
+        if here.is_main and settings.train.asked_domains and store.num_domains == 1:
+            _logger.warning(
+                "xd_train.asked_domains = %r does nothing: the data have one domain",
+                settings.train.asked_domains,
+            )
         here.barrier()
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
@@ -249,13 +254,17 @@ def open_data(run: Path, data: Path | None = None) -> InteractionStore:
 def variant_name(settings: RunSettings) -> str:
     """Name a run after what its model is trained as: "HSTU", "HSTU + mask + TAPE", ...
 
-    Of the training, only where negatives are drawn is told; :meth:`RunSettings.unlike` tells all.
+    Of the training, only where negatives are drawn and how many other domains are asked for is
+    told; :meth:`RunSettings.unlike` tells all.
     """
     parts = ["HSTU"]
     foreign = settings.parts
     if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
         parts.append(f"{settings.train.negatives} negatives")
     parts += labels(settings.encoder_settings(num_domains=1))
+    asked = settings.train.asked_domains
+    if asked and "objective" not in foreign:
+        parts.append(f"{asked} other domain{'s' if asked > 1 else ''} asked")
     # The layer has its label; a metric of one's own makes no other model.
     parts += [f"{what} {foreign[what]}" for what in ("objective", "negatives") if what in foreign]
     return " + ".join(parts)

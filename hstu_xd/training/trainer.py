@@ -28,7 +28,7 @@ from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.objectives.objective import Objective
+from hstu_xd.objectives.objective import Objective, PreparesBatches
 from hstu_xd.objectives.retrieval import count_per_domain
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
@@ -241,6 +241,8 @@ class Trainer:
         # Counted here, before the copy: to count on a GPU would be to wait for it.
         counts = count_per_domain(batch.target_domains, self.model.catalog.num_domains)
         batch = replace(batch, targets_per_domain=tuple(counts))
+        if isinstance(self._objective, PreparesBatches):
+            batch = self._objective.prepare(self.model.catalog, batch, targets, generator)
         batch, targets = batch.to(device), targets.to(device)
         mark("batch")
         loss = self._loss(batch, targets, generator)
