@@ -96,7 +96,7 @@ def write_while_another_process_does(out: Path) -> None:
 
 def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="written by another process meanwhile.*--force"):
+    with pytest.raises(InputError, match=r"written by another process meanwhile.*--force"):
         write_while_another_process_does(out)
     assert contents(out) == {"theirs": b"y"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
