@@ -15,7 +15,7 @@ from typing import NamedTuple
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hstu_xd.cli.app import run
@@ -356,6 +356,7 @@ def check_parquet(at: int, change: int) -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 10**5), st.integers(1, 255))
+@example(42882, 16)  # the file states fewer rows than its columns have
 def test_damaged_parquet(at: int, change: int) -> None:
     check_parquet(at, change)
 

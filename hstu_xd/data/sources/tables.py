@@ -22,6 +22,7 @@ from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
+    from pyarrow import parquet
 
 
 QUOTES = ("auto", "double", "none", "backslash")
@@ -362,7 +363,8 @@ def parquet_schema(path: Path) -> "pl.Schema":
 def parquet_batches(path: Path, names: list[str]) -> "Iterator[pl.DataFrame]":
     """Yield some columns of a Parquet file in batches.
 
-    They are read by pyarrow and validated: polars panics on some damaged files.
+    They are read by pyarrow and validated: polars panics on some damaged files. Neither notices
+    that a damaged count hides rows, so rows are counted here.
 
     Raises:
         ComputeError: the file is damaged.
@@ -373,13 +375,38 @@ def parquet_batches(path: Path, names: list[str]) -> "Iterator[pl.DataFrame]":
 
     try:
         with parquet.ParquetFile(path) as file:
+            rows = _stated_rows(file)
             for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(names))):
                 batch.validate(full=True)
                 frame = pl.from_arrow(batch)
                 assert isinstance(frame, pl.DataFrame)
+                rows -= len(frame)
                 yield frame
+            if rows:
+                raise ValueError(
+                    f"it states {abs(rows)} rows {'more' if rows > 0 else 'fewer'} than can be read"
+                )
     except (pa.ArrowException, OSError, ValueError, pl.exceptions.PanicException) as error:
         raise pl.exceptions.ComputeError(str(error)) from error
+
+
+def _stated_rows(file: "parquet.ParquetFile") -> int:
+    """Return the rows that a Parquet file states, where all of its counts agree.
+
+    Raises:
+        ValueError: they do not.
+    """
+    metadata = file.metadata
+    flat = [file.schema.column(c).max_repetition_level == 0 for c in range(metadata.num_columns)]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    for group in groups:
+        for column in range(metadata.num_columns):
+            values = group.column(column).num_values
+            if flat[column] and values != group.num_rows:
+                raise ValueError(f"a group of {group.num_rows} rows has a column of {values}")
+    if sum(group.num_rows for group in groups) != metadata.num_rows:
+        raise ValueError(f"its groups do not have the {metadata.num_rows} rows that it states")
+    return metadata.num_rows
 
 
 def _as_number(column: "pl.Expr", dtype: "pl.DataType") -> "pl.Expr":
