@@ -7,6 +7,7 @@ checkpoints, keys and the printed list of settings read these declarations and n
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from hashlib import blake2b
@@ -88,6 +89,9 @@ class Setting:
         """Say what a value out of range would have to be; None for one in range, and for parts."""
         if self.part and isinstance(value, Part):
             return None
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(not _is_finite(n) for n in numbers if self.type is float or isinstance(n, float)):
+            return "a finite number"
         if self.allowed and value not in self.allowed:
             return f"one of {', '.join(map(str, self.allowed))}"
         if None not in (self.at_least, self.below):
@@ -131,10 +135,15 @@ class Setting:
                     )
             return tuple(value)
         if wanted is float and type(value) is int:
-            return float(value)
+            return float(value) if _is_finite(value) else value  # which is no value in range
         if type(value) is not wanted:
             raise InputError(f"{told} is a {type(value).__name__}; a {wanted.__name__} is needed")
         return value
+
+
+def _is_finite(value: float) -> bool:
+    """Tell what a float can hold from inf, nan and whole numbers beyond the largest float."""
+    return abs(value) <= sys.float_info.max
 
 
 def setting(default: Any = dataclasses.MISSING, **declared: Any) -> Any:

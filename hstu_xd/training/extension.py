@@ -7,6 +7,7 @@ before gin reads it.
 
 import copy
 import logging
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -252,6 +253,34 @@ def foreign_names(gin: Any, text: str) -> list[str]:
         ):
             names.append(statement.module)
     return list(dict.fromkeys(names))
+
+
+def refuse_lost_values(gin: Any, text: str) -> None:
+    """Refuse bindings that gin takes and cannot write again: it would leave them out of a run.
+
+    Args:
+        gin: the library.
+        text: statements that gin has parsed.
+
+    Raises:
+        InputError: a number that is not finite, written as ``1e999``.
+    """
+    for statement in gin.config_parser.ConfigParser(text, _References()):
+        if isinstance(statement, gin.config_parser.BindingStatement) and not _finite(
+            statement.value
+        ):
+            name = _scoped(statement.scope, statement.selector)
+            name += f".{statement.arg_name}" if statement.arg_name else ""
+            raise InputError(f"gin: {name} = {statement.value!r}; it must be a finite number")
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number in a value of gin is infinite."""
+    if isinstance(value, dict):
+        return all(map(_finite, [*value, *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 class _References:

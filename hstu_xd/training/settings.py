@@ -19,6 +19,7 @@ from hstu_xd.training.extension import (
     check_parts,
     parts_of,
     read_bindings,
+    refuse_lost_values,
     warn_inert,
 )
 
@@ -180,6 +181,7 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
             for file in files:
                 _parse_file(gin, (file.absolute(),))
             gin.parse_config_files_and_bindings([], list(bindings))
+            refuse_lost_values(gin, "\n".join(bindings))
             bound = read_bindings(gin, _PARTS)
         _refuse_unread(bound.unread)
     except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
@@ -270,6 +272,7 @@ def _parse_lines(gin: Any, file: Path, lines: Sequence[str], begin: int, end: in
     part = StringIO("\n" * begin + "".join(lines[begin:end]))
     part.name = str(file)
     gin.parse_config(part)
+    refuse_lost_values(gin, part.getvalue())
 
 
 def _included(name: str, files: Sequence[Path]) -> Path:

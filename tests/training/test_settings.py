@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from hstu_xd.declaration import defaults_of, settings_of
 from hstu_xd.errors import InputError
-from hstu_xd.training.settings import load_settings
+from hstu_xd.plugins.rec.settings import RecSettings
+from hstu_xd.training.settings import BLOCKS, load_settings
 
 RECIPES = sorted((Path(__file__).parents[2] / "gin" / "standalone").glob("*.gin"))
 
@@ -65,6 +67,54 @@ def test_bad_binding_names_value_and_mend(binding: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         load_settings([], [binding])
     assert "\n" not in str(caught.value)
+
+
+FLOATS = [
+    (block, name)
+    for block, cls in BLOCKS.items()
+    for name, each in settings_of(cls).items()
+    if each.type is float
+]
+
+
+@pytest.mark.parametrize(("block", "name"), FLOATS)
+@pytest.mark.parametrize("written", ["1e999", "-1e999", f"1{'0' * 400}"])
+def test_number_that_is_not_finite_is_refused_in_gin(
+    block: str, name: str, written: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.gin"
+    file.write_text(f"{block}.{name} = {written}\n")
+    for given in (([], [f"{block}.{name} = {written}"]), ([file],)):
+        with pytest.raises(InputError, match=rf"{name}.*a finite number"):
+            load_settings(*given)
+
+
+@pytest.mark.parametrize("written", ["1e999", "(1, -1e999)", "[{'a': 1e999}]"])
+def test_gin_loses_no_value_in_silence(written: str) -> None:
+    """Gin writes no infinite number, so that a macro or a part's own would not reach the run."""
+    for binding in (f"depth = {written}", f"scope/xd_train.num_epochs = {written}"):
+        with pytest.raises(InputError, match=r"(depth|num_epochs) = .*inf.*a finite number"):
+            load_settings([], [binding])
+
+
+@pytest.mark.parametrize(("block", "name"), FLOATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400])
+def test_number_that_is_not_finite_is_refused_in_python(
+    block: str, name: str, value: float
+) -> None:
+    cls = BLOCKS[block]
+    needed = {one: 1 for one in settings_of(cls) if one not in defaults_of(cls)}
+    with pytest.raises(InputError, match=rf"{name}.*a finite number"):
+        cls(**needed, **{name: value})
+
+
+def test_number_that_is_not_finite_is_refused_in_yaml() -> None:
+    """No key of this package is a float; REC's own size of that type is checked all the same."""
+    sizes = {"norm_length": 9, "linear_dropout_rate": float("nan")}
+    with pytest.raises(InputError, match="linear_dropout_rate is nan; a finite number"):
+        RecSettings.read({"model": "HSTU_XD"}).encoder_settings(sizes, 2)
+    with pytest.raises(InputError, match="xd_states_per_domain: inf is a float; a int"):
+        RecSettings.read({"model": "HSTU_XD", "xd_states_per_domain": float("inf")})
 
 
 @pytest.mark.parametrize(
