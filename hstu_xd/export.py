@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.files import check_output, replaced_folder, sha256_of
+from hstu_xd.files import check_output, check_readable, replaced_folder, sha256_of
 from hstu_xd.model.ddsr import attend_states_in_tiles
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct
@@ -170,7 +170,12 @@ def write_export(
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds what :func:`write_export` wrote."""
+    """Whether a folder holds what :func:`write_export` wrote.
+
+    Raises:
+        InputError: the permission to read its manifest is denied.
+    """
+    check_readable(folder / MANIFEST)
     try:
         return json.loads((folder / MANIFEST).read_bytes())["kind"] == KIND
     except (OSError, ValueError, KeyError, TypeError):

@@ -112,6 +112,22 @@ def replaced_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
+def check_readable(file: Path) -> None:
+    """Refuse a file that may not be read, which libraries take for a missing or a damaged one.
+
+    Raises:
+        InputError: the permission to read it is denied.
+    """
+    try:
+        file.open("rb").close()
+    except PermissionError as error:
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}); make it readable for this user"
+        ) from error
+    except OSError:
+        pass  # whoever reads it knows what its absence means
+
+
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()

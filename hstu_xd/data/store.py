@@ -1,6 +1,7 @@
 """The prepared store: a memory-mapped log of time-ordered histories with its item catalogue."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -196,9 +197,15 @@ class InteractionStore:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder holds a prepared store of any format version, damaged or not."""
+    """Whether a folder holds a prepared store of any format version, damaged or not.
+
+    Raises:
+        InputError: the permission to read its manifest is denied.
+    """
     try:
         manifest = json.loads((folder / store_files.MANIFEST).read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise _unreadable(folder / store_files.MANIFEST, error) from error
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and "format_version" in manifest and "domains" in manifest
@@ -214,7 +221,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "hstu-xd prepare or hstu-xd synth"
         ) from error
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); check the store") from error
+        raise _unreadable(file, error) from error
     try:
         manifest = json.loads(text)
         found = manifest["format_version"]
@@ -337,14 +344,23 @@ def _damage_named(file: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except PermissionError as error:
+        raise _unreadable(file, error) from error
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise _damaged(file, f"cannot be read ({reason})") from error
 
 
+def _unreadable(file: Path, error: OSError) -> InputError:
+    reason = os.strerror(error.errno) if error.errno else error
+    return InputError(f"{file}: cannot be read ({reason}); check the store")
+
+
 def _map(file: Path, length: int, dtype: np.dtype) -> NDArray:
     try:
         array = np.load(file, mmap_mode="r")
+    except PermissionError as error:
+        raise _unreadable(file, error) from error
     except Exception as error:  # a damaged header makes numpy raise nearly anything
         raise InputError(f"{file}: damaged ({error}); prepare the log again") from error
     if not isinstance(array, np.ndarray) or array.shape != (length,) or array.dtype != dtype:

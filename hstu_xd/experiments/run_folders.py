@@ -323,8 +323,9 @@ def _read_object(path: Path) -> Row:
 
 
 def _read_json(path: Path) -> Any:
+    text = _read_bytes(path)  # an InputError of its own
     try:
-        return json.loads(_read_bytes(path))
+        return json.loads(text)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise InputError(

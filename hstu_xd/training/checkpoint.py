@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.files import check_readable
 
 MODEL_FILE = "best.safetensors"
 STATE_FILE = "last.safetensors"
@@ -19,29 +21,37 @@ STATE_FILE = "last.safetensors"
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors with JSON metadata; the old file stays whole until the new one is.
 
+    Its mode is that of any new file, by the umask.
+
     Raises:
         HstuXdError: the disk is full or the file cannot be written.
     """
     partial = path.with_suffix(".partial")
     whole = {name: value.detach().contiguous() for name, value in tensors.items()}
     try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
+        # safetensors 0.8 puts a file of its own in the place of the one that is there: mode 0600.
         save_file(whole, partial, metadata={"hstu_xd": json.dumps(metadata)})
-    except SafetensorError as error:
+        partial.chmod(mode)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)
         raise HstuXdError(
             f"{path}: cannot be written ({error}); make room and continue with --resume"
         ) from error
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote.
 
     Raises:
-        InputError: no such file, or not a checkpoint of this package.
+        InputError: no such file, one that may not be read, or not a checkpoint of this package.
     """
+    check_readable(path)
     if not path.is_file():
         raise InputError(f"{path}: no checkpoint here; train first")
     try:

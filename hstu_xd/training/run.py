@@ -17,7 +17,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import Metrics
-from hstu_xd.files import sha256_of
+from hstu_xd.files import check_readable, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.objectives.objective import Objective, Scorer
@@ -219,11 +219,15 @@ def read_run(run: Path) -> dict[str, Any]:
     """Read what run.json says.
 
     Raises:
-        InputError: not a run folder.
+        InputError: not a run folder, or its run.json cannot be read.
     """
+    check_readable(run / RUN_FILE)
     if not (run / RUN_FILE).is_file():
         raise InputError(f"{run}: not a run folder ({RUN_FILE} is missing); train one first")
-    return json.loads((run / RUN_FILE).read_text())
+    try:
+        return json.loads((run / RUN_FILE).read_text())
+    except ValueError as error:
+        raise InputError(f"{run / RUN_FILE}: not JSON ({error}); restore the file") from error
 
 
 def open_data(run: Path, data: Path | None = None) -> InteractionStore:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from log_files import write_log
+from pyarrow import parquet
 
 from hstu_xd.data import InteractionStore, store
 from hstu_xd.data.prepare import prepare_logs
@@ -218,3 +219,35 @@ def test_unreadable_is_not_absent(sound: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(InputError, match=r"manifest.json: cannot be read \(Permission denied\)"):
         InteractionStore.open(sound)
+
+
+@pytest.mark.parametrize("name", ["offsets.npy", "users.parquet", "catalog.parquet"])
+def test_unreadable_is_not_damaged(name: str, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file: Path, *_: object, **__: object) -> object:
+        if file.name == name:
+            # As pyarrow words it; numpy's is the system's.
+            raise PermissionError(13, f"Failed to open local file {str(file)!r}.")
+        return read[file.suffix](file, *_, **__)
+
+    read = {".npy": np.load, ".parquet": parquet.read_table}
+    monkeypatch.setattr(np, "load", refused)
+    monkeypatch.setattr(parquet, "read_table", refused)
+    message = rf"{name}: cannot be read \(Permission denied\); check the store"
+    with pytest.raises(InputError, match=message):
+        use(sound)
+
+
+def use(folder: Path) -> None:
+    """Read every file of a store."""
+    opened = InteractionStore.open(folder)
+    assert opened.catalog.num_items
+    opened.user_index("nobody")
+
+
+def test_unreadable_is_not_somebody_elses(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path, **_: object) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(InputError, match=r"manifest.json: cannot be read \(Permission denied\)"):
+        store.is_store(sound)

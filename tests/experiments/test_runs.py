@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,17 @@ def test_repeated_rows_after_a_resume_count_once(workshop):
     assert [row["epoch"] for row in run.valid] == [1, 2]
     assert run.valid[0]["mrr"] == 0.5
     assert [row["loss"] for row in run.train if row["step"] == 2] == [9.0]
+
+
+def test_unreadable_is_not_damaged(workshop, monkeypatch):
+    folder = workshop.run("run", workshop.store())
+
+    def refused(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(InputError, match=r"run.json: cannot be read: Permission denied"):
+        read_runs([folder])
 
 
 def test_a_run_without_summary_tells_how_far_it_is(workshop):

@@ -1,7 +1,9 @@
 """A run folder that a stopped or refused training leaves behind can be used again."""
 
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,45 @@ def test_resume_says_which_settings_it_was_given_in_vain(
     runs.train(store_path, settings("xd_train.num_epochs = 3"), run, resume=True)
     assert "goes on with its own settings: not xd_train.num_epochs = 3 but 1" in caplog.text
     assert rows(run) == rows(whole)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_every_file_has_the_mode_that_the_umask_gives(
+    umask: int, store_path: Path, tmp_path: Path
+) -> None:
+    run, before = tmp_path / "run", os.umask(umask)
+    try:
+        runs.train(store_path, settings(), run)
+    finally:
+        os.umask(before)
+    found = {path.name: path for path in run.rglob("*")}
+    assert {"best.safetensors", "last.safetensors", "run.json", "summary.json"} <= found.keys()
+    for name, path in found.items():
+        whole = 0o777 if path.is_dir() else 0o666
+        assert stat.S_IMODE(path.stat().st_mode) == whole & ~umask, name
+
+
+def test_unreadable_checkpoint_is_not_an_absent_one(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, denied = Path.open, whole / "best.safetensors"
+
+    def refused(self: Path, *args: Any, **options: Any) -> object:
+        if self == denied:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(InputError, match=r"best.safetensors: cannot be read \(Permission denied"):
+        runs.load(whole)
+
+
+def test_damaged_record_of_a_run_is_named(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "run.json").write_text('{"data": ')
+    with pytest.raises(InputError, match=r"run\.json: not JSON.*restore the file"):
+        runs.load(run)
 
 
 class AsTwo(World):
