@@ -120,6 +120,7 @@ PROGRAM = "encoder.pt2"
 WEIGHTS = "model.safetensors"
 ITEM_VECTORS = "item_vectors.pt"
 CATALOG = "catalog.json"
+FILES = (PROGRAM, WEIGHTS, ITEM_VECTORS, CATALOG, MANIFEST)
 
 
 def write_export(
@@ -130,7 +131,7 @@ def write_export(
     Args:
         run: a folder written by ``hstu-xd train``.
         out: folder to write.
-        force: replace an existing export.
+        force: replace an existing export; a folder that holds anything else is refused.
         allow_imports: import the modules that the run names beside this package.
 
     Returns:
@@ -140,7 +141,7 @@ def write_export(
         InputError: not a run folder, a model that cannot be exported, or an existing output folder.
         HstuXdError: the folder cannot be written.
     """
-    check_output(out, force=force, ours=is_export, kind="hstu-xd export")
+    check_output(out, force=force, ours=is_export, kind="hstu-xd export", parts=FILES)
     trained, facts = load_trained(run, allow_imports=allow_imports), read_run(run)
     model, scorer = trained.model, trained.scorer
     vectors = scorer.item_vectors if isinstance(scorer, DotProduct) else model.item_vectors
@@ -152,13 +153,12 @@ def write_export(
         )
     program = io.BytesIO()
     torch.export.save(export_encoder(model), program)
-    with replaced_folder(out) as folder:
+    with replaced_folder(out, force=force) as folder:
         (folder / PROGRAM).write_bytes(program.getbuffer())
         shutil.copyfile(run / MODEL_FILE, folder / WEIGHTS)
         (folder / ITEM_VECTORS).write_bytes(_item_vectors(vectors, model.catalog.num_items))
         _write_json(folder / CATALOG, describe_catalog(model.catalog))
-        files = (PROGRAM, WEIGHTS, ITEM_VECTORS, CATALOG)
-        hashes = {name: sha256_of(folder / name) for name in files}
+        hashes = {name: sha256_of(folder / name) for name in FILES if name != MANIFEST}
         manifest = _manifest(model, facts, hashes)
         if not isinstance(scorer, DotProduct):
             manifest["scores"] = (

@@ -1,14 +1,32 @@
-"""Files that come with the package, and output folders that appear whole or not at all."""
+"""Files that come with the package, and output folders: whole or not at all, one writer at a time.
 
+A writer holds a lock of the operating system, which ends with the process however it ends: the file
+of a lock that a killed process leaves behind holds nobody up.
+"""
+
+import errno
 import hashlib
+import json
+import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TextIO
 
 from hstu_xd.errors import HstuXdError, InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 
@@ -84,32 +102,159 @@ def check_output(
 
 
 @contextmanager
-def replaced_folder(out: Path) -> Iterator[Path]:
+def replaced_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty sibling folder that takes the place of ``out`` when the block succeeds.
 
     On any exception the sibling is removed and ``out`` stays as it was. Call
-    :func:`check_output` first: this function replaces whatever is there.
+    :func:`check_output` first: with ``force`` this function replaces whatever is there.
+
+    Args:
+        out: the folder to write.
+        force: whether an existing folder may be replaced.
 
     Raises:
+        InputError: another process writes ``out``, or has written it meanwhile.
         HstuXdError: the disk is full or the folder cannot be written.
     """
     out = out.absolute()
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    retired = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    with only_writer(out.with_name(f".{out.name}.lock"), f"writes {out}"):
+        yield from _replaced(out, force=force)
+
+
+def _replaced(out: Path, *, force: bool) -> Iterator[Path]:
+    partial = out.with_name(f".{out.name}.partial")
+    retired = out.with_name(f".{out.name}.replaced")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir(parents=True)
         yield partial
-        if out.exists():
+        if force and out.exists():
             out.rename(retired)
-        partial.rename(out)
+        partial.rename(out)  # an empty folder gives way, no other
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise InputError(
+                f"{out}: was written by another process meanwhile; add --force to replace it, or "
+                "choose another --out"
+            ) from error
         raise HstuXdError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
         if retired.exists() and not out.exists():
             retired.rename(out)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+LOCK_FILE = "hstu-xd.lock"
+# A holder that has just taken a lock needs a moment to say who it is.
+_LOCK_ATTEMPTS, _LOCK_PAUSE = 50, 0.02
+
+
+@contextmanager
+def locked_folder(folder: Path, doing: str) -> Iterator[None]:
+    """Be the only process that writes a folder; the folder is made where it is missing.
+
+    A folder that was made for this and is still empty in the end is removed.
+
+    Args:
+        folder: the folder.
+        doing: what messages say of the process, ``"trains into"``.
+
+    Raises:
+        InputError: another process holds the folder; the message says which.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        with only_writer(folder / LOCK_FILE, f"{doing} {folder}"):
+            yield
+    finally:
+        for each in missing:
+            try:
+                each.rmdir()
+            except OSError:
+                break
+
+
+@contextmanager
+def only_writer(lock: Path, doing: str) -> Iterator[None]:
+    """Hold a lock file, which is removed in the end.
+
+    Args:
+        lock: the file.
+        doing: what messages say of the process, ``"trains into runs/a"``.
+
+    Raises:
+        InputError: another process holds it; the message says which.
+    """
+    file = _take(lock, doing)
+    try:
+        file.truncate(0)
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        file.write(json.dumps(holder))
+        file.flush()
+        yield
+    finally:
+        if _is_file_at(lock, file):
+            lock.unlink()
+        file.close()  # which lets go of the lock
+
+
+def _take(lock: Path, doing: str) -> TextIO:
+    """Open a lock file and lock it."""
+    told = ""
+    for _ in range(_LOCK_ATTEMPTS):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = lock.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # its folder was removed just now
+            continue
+        if _is_locked(file):
+            if _is_file_at(lock, file):
+                return file
+        else:
+            told = _described_holder(file)
+        file.close()
+        if told:
+            break
+        time.sleep(_LOCK_PAUSE)
+    raise InputError(f"another process {told}{doing}; wait until it ends, or give another --out")
+
+
+def _is_locked(file: TextIO) -> bool:
+    """Lock an open file unless another process has it."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no locks on this system")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        _logger.warning(
+            "%s cannot be locked (%s): nothing keeps a second process from writing there",
+            *(file.name, error.strerror),
+        )
+    return True
+
+
+def _is_file_at(path: Path, file: TextIO) -> bool:
+    """Whether an open file is still the one at a path; its last holder removes it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _described_holder(file: TextIO) -> str:
+    file.seek(0)
+    try:
+        holder = json.load(file)
+        return f"(pid {holder['pid']} on {holder['host']} since {holder['since']}) "
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def check_readable(file: Path) -> None:

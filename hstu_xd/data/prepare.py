@@ -92,7 +92,8 @@ def prepare_logs(
         facts["ties"]["order"] = "column, then hash"
     if reader.skipped:
         facts["skipped_lines"] = reader.skipped
-    return _write(out, log, facts, reader, write_upstream=write_upstream)
+    with replaced_folder(out, force=force) as folder:
+        return _write(folder, log, facts, reader, write_upstream=write_upstream)
 
 
 def _tell_of_files(
@@ -118,24 +119,23 @@ def _tell_of_files(
 
 
 def _write(
-    out: Path, log: Log, facts: dict[str, Any], reader: EventReader, *, write_upstream: bool
+    folder: Path, log: Log, facts: dict[str, Any], reader: EventReader, *, write_upstream: bool
 ) -> dict[str, Any]:
     """Write the store and what was asked for beside it; return the manifest."""
-    with replaced_folder(out) as partial:
-        if reader.skipped:
-            listing = partial / store_files.FAULTY_LINES
-            text = "file,line,problem\n" + reader.faulty_lines.getvalue()
-            listing.write_text(text, encoding="utf-8", errors="backslashreplace")
-        if write_upstream:
-            written = write_upstream_csv(partial, log)
-            # Beside the hashes of the store proper, which runs compare: the data are the same.
-            facts["upstream_csv"] = written
-            if written["left_out"]:
-                facts["warnings"].append(
-                    f"{SEQUENCES} leaves out {written['left_out']} of {len(log.users)} users: "
-                    f"upstream cannot train on fewer than {MIN_EVENTS} events"
-                )
-        return write_store(partial, log, facts)
+    if reader.skipped:
+        listing = folder / store_files.FAULTY_LINES
+        text = "file,line,problem\n" + reader.faulty_lines.getvalue()
+        listing.write_text(text, encoding="utf-8", errors="backslashreplace")
+    if write_upstream:
+        written = write_upstream_csv(folder, log)
+        # Beside the hashes of the store proper, which runs compare: the data are the same.
+        facts["upstream_csv"] = written
+        if written["left_out"]:
+            facts["warnings"].append(
+                f"{SEQUENCES} leaves out {written['left_out']} of {len(log.users)} users: "
+                f"upstream cannot train on fewer than {MIN_EVENTS} events"
+            )
+    return write_store(folder, log, facts)
 
 
 def build_log(

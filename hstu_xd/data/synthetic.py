@@ -322,5 +322,5 @@ def synthesize(out: Path, options: SynthOptions, *, force: bool = False) -> dict
     )
     log, facts = build_log(simulate(options), Filters())
     facts |= {"synthetic": True, "synth": vars(options)}
-    with replaced_folder(out) as partial:
+    with replaced_folder(out, force=force) as partial:
         return write_store(partial, log, facts)

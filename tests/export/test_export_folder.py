@@ -140,9 +140,16 @@ def test_existing_folders_are_safe(
     assert app.run(line) == 0
     assert app.run(line) == 2
     assert "--force" in capsys.readouterr().err
-    (out / "stray").touch()
     assert app.run([*line, "--force"]) == 0
-    assert not (out / "stray").exists()
+    capsys.readouterr()
+    for theirs in ("notes.txt", "checkpoints/best.pt"):
+        (out / theirs).parent.mkdir(exist_ok=True)
+        (out / theirs).write_text("theirs")
+        assert app.run([*line, "--force"]) == 2
+        assert f"holds {theirs.partition('/')[0]!r}, which is no part" in capsys.readouterr().err
+        assert (out / theirs).read_text() == "theirs"
+        (out / theirs).unlink()
+    (out / "checkpoints").rmdir()
     (out / "manifest.json").write_text("{}")
     assert app.run([*line, "--force"]) == 2
     assert "is not a hstu-xd export" in capsys.readouterr().err

@@ -387,7 +387,7 @@ def write_report(
     groups = group_by_data(read_runs(paths), allow_mixed_data)
     comparisons = [compare_runs(group, data) for group in groups]
     sections = _draw(comparisons)
-    with replaced_folder(out) as folder:
+    with replaced_folder(out, force=force) as folder:
         for section in sections:
             for image in section.images:
                 (folder / f"{image.name}.png").write_bytes(image.png)
