@@ -1,11 +1,20 @@
 """The jagged batch that flows through the model: one entry a token, padding only if kept."""
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
+
+_Record = TypeVar("_Record", "JaggedBatch", "Questions", "AskedEvents")
+
+
+def _moved(record: _Record, device: torch.device) -> _Record:
+    """Return a record whose tensors, those of the records in it too, are on another device."""
+    parts = {k: v.to(device) for k, v in vars(record).items() if hasattr(v, "to")}
+    return replace(record, **parts)
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,8 @@ class JaggedBatch:
         padded_length: tokens of every user, padding included, where padding was kept; else None.
         targets_per_domain: D counts of ``target_domains`` where the host knows them, so that
             nobody waits for a GPU to count; else None.
+        asked: what some tokens are asked beside their next event, where an objective has prepared
+            it; else None.
     """
 
     item_ids: Tensor
@@ -30,11 +41,11 @@ class JaggedBatch:
     offsets: Tensor
     padded_length: int | None = None
     targets_per_domain: tuple[int, ...] | None = None
+    asked: "AskedEvents | None" = None
 
     def to(self, device: torch.device) -> "JaggedBatch":
         """Return the same batch on another device."""
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return _moved(self, device)
 
     @classmethod
     def from_padded(
@@ -122,6 +133,10 @@ class Questions:
     target_domains: Tensor
     timestamps: Tensor
 
+    def to(self, device: torch.device) -> "Questions":
+        """Return the same questions on another device."""
+        return _moved(self, device)
+
     def check(self, num_tokens: int, num_domains: int) -> None:
         """Refuse questions that do not fit a batch.
 
@@ -144,6 +159,25 @@ class Questions:
                     f"questions.{name} holds {int(ids.min())}..{int(ids.max())}; 0..{bound - 1} "
                     "are known"
                 )
+
+
+@dataclass(frozen=True)
+class AskedEvents:
+    """Questions whose answers are known: a training's targets beside the next events.
+
+    Attributes:
+        questions: R of them.
+        targets: (R,) int64, the item that answers each question, of the domain that is asked for.
+        targets_per_domain: D counts of the domains that are asked for.
+    """
+
+    questions: Questions
+    targets: Tensor
+    targets_per_domain: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "AskedEvents":
+        """Return the same on another device."""
+        return _moved(self, device)
 
 
 def _next_times(timestamps: Tensor, lengths: Tensor, request_timestamps: Tensor) -> Tensor:

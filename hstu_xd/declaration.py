@@ -31,7 +31,8 @@ class Setting:
     Attributes:
         allowed: the only values; empty: any.
         at_least, above, at_most, below: bounds of a number.
-        needs: other settings -> their values, one or a tuple, without which this one does nothing.
+        needs: other settings -> their values, one or a tuple, `...` for all but off (0, False),
+            without which this one does nothing.
         reads: what the model must be given while this is on, "time" or "target_domain"; or values
             of this setting -> that.
         tag: how the setting stands in the name of a checkpoint unless it has its default.
@@ -108,7 +109,11 @@ class Setting:
     def missing_need(self, values: Mapping[str, Any]) -> str | None:
         """Return the setting whose value leaves this one nothing to do; None where none does."""
         for other, wanted in self.needs.items():
-            if values[other] not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+            if wanted is ...:
+                holds = bool(values[other])
+            else:
+                holds = values[other] in (wanted if isinstance(wanted, tuple) else (wanted,))
+            if not holds:
                 return other
         return None
 

@@ -7,28 +7,19 @@ count.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hstu_xd.bench.cases import Case, Draw
+from hstu_xd.bench.memory import allocated, growth, growth_elsewhere
 from hstu_xd.bench.providers import PROVIDERS, Provider, definition
 from hstu_xd.bench.roofline import Ceilings, Work, delta, visible_pairs
-from hstu_xd.bench.rows import (
-    RESETS_PEAK,
-    Row,
-    empty_row,
-    speed_columns,
-    time_columns,
-    times_faster,
-)
+from hstu_xd.bench.rows import Row, empty_row, speed_columns, time_columns, times_faster
 from hstu_xd.bench.timing import Pass, noting_failure, take_turns, torch_threads, unmarked
-from hstu_xd.errors import HstuXdError
 
 # Largest relative error of a row in float32.
 FORWARD_BUDGET = 1e-5
@@ -188,14 +179,9 @@ def peak_bytes(provider: str, case: Case, threads: int, run: Pass) -> int:
         HstuXdError: the process failed; with the last line it wrote.
     """
     if case.device != "cpu":
-        return _allocated(run)
-    job = json.dumps({"provider": provider, "case": asdict(case), "threads": threads})
-    command = [sys.executable, "-m", "hstu_xd.bench.passes", job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise HstuXdError(f"measuring the memory of {provider} failed: {reason}")
-    return int(done.stdout.splitlines()[-1])
+        return allocated(lambda: run(unmarked))
+    job = {"provider": provider, "case": asdict(case), "threads": threads}
+    return growth_elsewhere("hstu_xd.bench.passes", provider, job)
 
 
 def _growth(provider: str, case: Case, threads: int) -> int:
@@ -205,33 +191,7 @@ def _growth(provider: str, case: Case, threads: int) -> int:
     computes = one.computation(case)
     one.build(Draw.from_case(case.small), case.torch_dtype, computes)(unmarked)
     run = one.build(Draw.from_case(case), case.torch_dtype, computes)
-    baseline = _resident(reset=True)
-    run(unmarked)
-    return max(0, _resident(reset=False) - baseline)
-
-
-def _allocated(run: Pass) -> int:
-    """Return the bytes that CUDA's allocator adds over one pass."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    baseline = torch.cuda.memory_allocated()
-    run(unmarked)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - baseline
-
-
-def _resident(*, reset: bool) -> int:
-    """Return the resident set now, and start its peak anew (``reset``), or its peak since then."""
-    if RESETS_PEAK.exists():
-        if reset:
-            RESETS_PEAK.write_text("5")
-        field = "VmRSS:" if reset else "VmHWM:"
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return growth(lambda: run(unmarked))
 
 
 if __name__ == "__main__":

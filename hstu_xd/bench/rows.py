@@ -255,6 +255,7 @@ _COLUMNS = {
     "lost events": ("lost_events", str),
     "fwd ms": ("ms_forward", _tenth),
     "bwd ms": ("ms_backward", _tenth),
+    "x the time of hstu": ("times_hstu", "{:.2f}".format),
     "fwd TFLOP/s": ("tflops_forward", "{:.3g}".format),
     "bwd TFLOP/s": ("tflops_backward", "{:.3g}".format),
     "fwd roofline": ("roofline_forward", _percent),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.bench.cases import Case, Draw
@@ -158,16 +158,21 @@ def _error(name: str, case: Case) -> float:
     DDSR do, gets numbers, or an error behind it would not show.
     """
     model = _model(name, case)
-    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                numbers = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(0.1 * numbers)
+        number_zeros(model)
         truth = _model(name, case, impl="reference").double()
         truth.load_state_dict(model.state_dict())
         batch, _ = _batch(Draw.from_case(case), model.catalog)
         return row_error(model(batch), truth(batch)) / FORWARD_BUDGET
+
+
+@torch.no_grad()
+def number_zeros(model: nn.Module) -> None:
+    """Give small random numbers to all parameters that are zero, always the same ones."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def _equal_time(row: Row, rows: list[Row]) -> int | None:

@@ -32,9 +32,15 @@ from hstu_xd.cli.bench_options import (
     RetrievalItems,
     SeqLens,
     Skews,
+    StoreBindings,
+    StoreData,
+    StoreRecipe,
     Sweep,
     Threads,
+    Variants,
     Width,
+    given_options,
+    sizes_of_recipe,
 )
 from hstu_xd.errors import HstuXdError, InputError
 
@@ -137,6 +143,11 @@ def attention(
 
 @bench.command("train-step", rich_help_panel=_MODEL)
 def train_step(
+    context: typer.Context,
+    data: StoreData = None,
+    variants: Variants = "hstu,all",
+    gin_config_file: StoreRecipe = None,
+    gin_bindings: StoreBindings = None,
     seq_len: SeqLens = None,
     num_domains: NumDomains = None,
     skew: Skews = None,
@@ -156,10 +167,29 @@ def train_step(
     as_json: Json = False,
     out: Out = None,
 ) -> None:
-    """Time whole training steps of HSTU and its variants."""
+    """Time whole training steps of HSTU and its variants.
+
+    Batches are drawn for the sizes that are asked for, or are those of a prepared store (--data):
+    then sizes that are not given are those of the recipe.
+    """
     from hstu_xd.bench import train_step as steps
     from hstu_xd.bench.cases import Case
 
+    if data is not None:
+        from hstu_xd.bench.store_steps import measure_on_store
+
+        sizes = sizes_of_recipe(context, seq_len)
+        recipe = gin_config_file or [], gin_bindings or []
+        _show(
+            lambda: measure_on_store(
+                data, variants, recipe, sizes, device=device, threads=threads, repeats=repeats
+            ),
+            as_json,
+            out,
+        )
+        return
+    if given := given_options(context, ("variants", "gin_config_file", "gin_bindings")):
+        raise InputError(f"{given[0]} has no effect on drawn batches; drop it, or add --data")
     names = _chosen(steps.PROVIDERS, provider)
     rivals = _rivals(steps.PROVIDERS, names, against, "dense")
     base = Case(
@@ -241,7 +271,7 @@ def service(
     from hstu_xd.cli.serve import check_packages
 
     sizes = "seq_len", "num_domains", "heads", "dqk", "dv", "width", "layers"
-    if run and (given := _given(context, sizes)):
+    if run and (given := given_options(context, sizes)):
         raise InputError(f"{given[0]} has no effect on a trained run; drop it, or {run}")
     check_packages()
     from hstu_xd.serving.http.settings import default_threads
@@ -386,16 +416,6 @@ def _cases(
         for d in domains
         for s in skews
         for order in orders
-    ]
-
-
-def _given(context: typer.Context, names: Iterable[str]) -> list[str]:
-    """Return the options of these parameters that stand in the command line."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return [
-        f"--{name.replace('_', '-')}"
-        for name, source in sources.items()
-        if source is not None and source.name == "COMMANDLINE"
     ]
 
 

@@ -1,9 +1,12 @@
-"""Options that several benchmarks share; their defaults stand in the signatures of the commands."""
+"""Options of the benchmarks; their defaults stand in the signatures of the commands."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from hstu_xd.errors import InputError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the rows as one JSON array.")]
 Out = Annotated[
@@ -84,3 +87,62 @@ RetrievalItems = Annotated[
     typer.Option(min=1000, help="Also time the search for the best of so many items, 1000000 say."),
 ]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")]
+StoreData = Annotated[
+    Path | None,
+    typer.Option("--data", help="Prepared store to take batches of. [default: drawn batches]"),
+]
+Variants = Annotated[
+    str, typer.Option(help="With --data: variants as of hstu-xd ablate, separated by commas.")
+]
+StoreRecipe = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--gin_config_file",
+        help="With --data: file of settings; repeat to layer files. [default: plain HSTU]",
+    ),
+]
+StoreBindings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gin_bindings",
+        help='With --data: setting, "xd_train.num_negatives = 512"; repeat for several.',
+    ),
+]
+
+
+def given_options(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Return the options of these parameters that stand in the command line."""
+    options = {each.name: each.opts[0] for each in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [
+        options[name]
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    ]
+
+
+# Parameter of train-step -> the setting that it sets of a recipe.
+_SIZES = {
+    "seq_len": "xd_train.max_sequence_length",
+    "batch_size": "xd_train.local_batch_size",
+    "heads": "xd_encoder.num_heads",
+    "dqk": "xd_encoder.dqk",
+    "dv": "xd_encoder.dv",
+    "width": "xd_train.item_embedding_dim",
+    "layers": "xd_encoder.num_blocks",
+}
+
+
+def sizes_of_recipe(context: typer.Context, seq_len: list[int] | None) -> list[list[str]]:
+    """Return the bindings of the sizes that stand in the command line, for each length.
+
+    Raises:
+        InputError: an option has no effect on the batches of a store.
+    """
+    drawn = "num_domains", "skew", "interleaving", "sweep", "provider", "against"
+    if given := given_options(context, drawn):
+        raise InputError(f"{given[0]} has no effect on the batches of a store; drop it, or --data")
+    names = [name for name in _SIZES if name != "seq_len" and given_options(context, [name])]
+    sizes = [f"{_SIZES[name]} = {context.params[name]}" for name in names]
+    lengths = [[f"{_SIZES['seq_len']} = {length}"] for length in seq_len or ()]
+    return [[*length, *sizes] for length in lengths or [[]]]

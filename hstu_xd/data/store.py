@@ -2,6 +2,7 @@
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -143,9 +144,10 @@ class InteractionStore:
         Raises:
             InputError: unknown user; the message names the nearest.
         """
+        found = self.find_user(token)
+        if found is not None:
+            return found
         users, at = self._users, self._place(token)
-        if at < len(users) and users[at] == token:
-            return at
         # Neighbours in sorted order share the longest beginnings; all of millions is too slow.
         pool = users.slice(max(0, at - NEIGHBOURS // 2), NEIGHBOURS).to_list()
         near = get_close_matches(token, pool, n=1, cutoff=0.5) or pool[:1]
@@ -155,7 +157,12 @@ class InteractionStore:
 
     def has_user(self, token: str) -> bool:
         """Whether there is a user with this id in the log."""
-        return self.users_from(token, 1) == [token]
+        return self.find_user(token) is not None
+
+    def find_user(self, token: str) -> int | None:
+        """Return the number of the user with this id in the log; None where there is none."""
+        users, at = self._users, self._place(token)
+        return at if at < len(users) and users[at] == token else None
 
     def users_from(self, token: str, limit: int) -> list[str]:
         """Return ids of at most ``limit`` users, in order, from the first not below a text."""
@@ -182,7 +189,8 @@ class InteractionStore:
 
     def _place(self, token: str) -> int:
         """How many users' ids are below this one: they are sorted."""
-        return self._users.search_sorted(token)
+        # Polars has the same order; its own search takes ten times as long for a single id.
+        return bisect_left(self._users, token)
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self.num_users:

@@ -72,7 +72,13 @@ LONG_HISTORIES: dict[str, tuple[str, ...]] = {
     for name, switches in (("hstu", ()), ("all", _ALL))
     for shortened, segments in _SHORTENED.items()
 }
-VARIANTS = COMPARED | LONG_HISTORIES
+# Every position is asked for one other domain, too; full attention that is told the domain and
+# full attention that is not are the controls.
+_ASKED = ("xd_train.asked_domains = 1",)
+ASKED: dict[str, tuple[str, ...]] = {
+    f"{name}+asked": (*COMPARED[name], *_ASKED) for name in ("hstu", "hstu+target", "all")
+}
+VARIANTS = COMPARED | LONG_HISTORIES | ASKED
 
 
 def variant_file(name: str) -> Path | None:

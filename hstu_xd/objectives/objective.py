@@ -5,12 +5,13 @@ is any object with the members of :class:`Objective`; examples/own_parts shows o
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from hstu_xd.batch import JaggedBatch
+from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 
@@ -55,6 +56,29 @@ class Objective(Protocol):
 
     def scorer(self, model: CrossDomainHSTU) -> Scorer:
         """Return what ranks items for user vectors: see :data:`Scorer`."""
+        ...
+
+
+@runtime_checkable
+class PreparesBatches(Protocol):
+    """An objective that readies batches on the host, before they are copied to a GPU: optional."""
+
+    def prepare(
+        self,
+        catalog: DomainCatalog,
+        batch: JaggedBatch,
+        targets: Tensor,
+        generator: torch.Generator,
+    ) -> JaggedBatch:
+        """Return the batch with what the loss is to find in it.
+
+        Args:
+            catalog: item -> domain table.
+            batch: histories, on the CPU; of this process alone.
+            targets: (L,) int64, the item that follows each token.
+            generator: the one that the loss gets next; every process of a job has to draw as much
+                from it, whatever its batch.
+        """
         ...
 
 

@@ -4,7 +4,7 @@ Negatives come from the positive's own domain, or from the whole catalogue.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from hstu_xd.batch import JaggedBatch
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.objectives.asking import OtherDomains
 from hstu_xd.objectives.objective import DotProduct, Metric, Scorer
 
 
@@ -131,6 +132,7 @@ class Retrieval:
             (all items), or a :data:`Sampler`.
         num_negatives: sampled negatives per positive.
         temperature: dot products of unit vectors are divided by it.
+        others: what positions are asked beside their next event.
         metrics: none of its own.
 
     Raises:
@@ -140,11 +142,25 @@ class Retrieval:
     negatives: str | Sampler = "domain"
     num_negatives: int = 2048
     temperature: float = 0.05
+    others: OtherDomains = field(default_factory=OtherDomains)
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.negatives, str) and self.negatives not in SCOPES:
             raise InputError(f"negatives is {self.negatives!r}; one of {', '.join(SCOPES)}")
+
+    def prepare(
+        self,
+        catalog: DomainCatalog,
+        batch: JaggedBatch,
+        targets: Tensor,
+        generator: torch.Generator,
+    ) -> JaggedBatch:
+        """Put questions about other domains into a batch, where any are to be asked."""
+        if not self.others.count:
+            return batch
+        asked = self.others.ask(batch, targets, catalog.num_domains, generator)
+        return replace(batch, asked=asked)
 
     def loss(
         self,
@@ -153,19 +169,38 @@ class Retrieval:
         targets: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Return the sampled softmax summed over tokens, see :func:`sampled_softmax_loss`."""
+        """Return the sampled softmax summed over tokens, see :func:`sampled_softmax_loss`.
+
+        Questions about other domains are added with their weight, against the same negatives.
+        """
+        if batch.asked is None:
+            batch = self.prepare(model.catalog, batch, targets, generator)
         negatives = self._draw(model.catalog, generator)
-        vectors = model(batch)
+        asked = batch.asked
+        if asked is None or not asked.targets.numel():
+            groups = [(model(batch), targets, batch.targets_per_domain, 1.0)]
+        else:
+            vectors = model(batch, questions=asked.questions)
+            own, others = vectors.split([targets.numel(), asked.targets.numel()])
+            groups = [
+                (own, targets, batch.targets_per_domain, 1.0),
+                (others, asked.targets, asked.targets_per_domain, self.others.weight),
+            ]
         # The softmax is float32 whatever the encoder computes in.
         with torch.autocast(targets.device.type, enabled=False):
-            return sampled_softmax_loss(
-                model,
-                vectors,
-                targets,
-                negatives,
-                temperature=self.temperature,
-                targets_per_domain=batch.targets_per_domain,
-            )
+            losses = [
+                weight
+                * sampled_softmax_loss(
+                    model,
+                    vectors,
+                    items,
+                    negatives,
+                    temperature=self.temperature,
+                    targets_per_domain=counts,
+                )
+                for vectors, items, counts, weight in groups
+            ]
+        return sum(losses[1:], start=losses[0])
 
     def scorer(self, model: CrossDomainHSTU) -> Scorer:
         """Return the dot product with the model's item vectors."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import METRICS
+from hstu_xd.objectives.asking import OtherDomains
 from hstu_xd.objectives.objective import Metric, Objective, check_objective
 from hstu_xd.objectives.retrieval import Retrieval
 from hstu_xd.parts import Part, is_foreign
@@ -24,6 +25,16 @@ from hstu_xd.parts import Part, is_foreign
 _logger = logging.getLogger(__name__)
 
 RETRIEVAL = "retrieval"
+# Settings that no objective but this package's reads.
+_OF_RETRIEVAL = (
+    "num_negatives",
+    "negatives",
+    "temperature",
+    "asked_domains",
+    "asked_weight",
+    "asked_within_events",
+    "asked_within_time",
+)
 
 
 @dataclass(frozen=True)
@@ -364,6 +375,12 @@ def objective_of(train: Any) -> Objective:
         sampler.value if isinstance(sampler, Part) else sampler,
         train.num_negatives,
         train.temperature,
+        OtherDomains(
+            train.asked_domains,
+            train.asked_weight,
+            train.asked_within_events,
+            train.asked_within_time,
+        ),
     )
 
 
@@ -390,7 +407,7 @@ def warn_inert(train: Any) -> None:
         return
     for each in fields(train):
         value = getattr(train, each.name)
-        if each.name in ("num_negatives", "negatives", "temperature") and value != each.default:
+        if each.name in _OF_RETRIEVAL and value != each.default:
             _logger.warning(
                 "xd_train.%s = %r does nothing while xd_train.objective is %r",
                 *(each.name, value, train.objective),

@@ -79,13 +79,11 @@ def train(
     """
     store = InteractionStore.open(data)
     with world() as here, _held(out, here, resume=resume):
+        given, settings = settings, settings or load_settings([])
         if resume:
-            own = _settings_to_resume(out, store, settings, allow_imports=allow_imports)
-            if here.is_main and settings is not None:
-                _warn_unlike(out, settings)
-            settings = own
-        else:
-            settings = settings or load_settings([])
+            settings = _settings_to_resume(out, store, given, allow_imports=allow_imports)
+        if here.is_main:
+            _warn_inert(settings, store, out, given if resume else None)
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
@@ -289,13 +287,17 @@ def open_data(run: Path, data: Path | None = None) -> InteractionStore:
 def variant_name(settings: RunSettings) -> str:
     """Name a run after what its model is trained as: "HSTU", "HSTU + mask + TAPE", ...
 
-    Of the training, only where negatives are drawn is told; :meth:`RunSettings.unlike` tells all.
+    Of the training, only where negatives are drawn and how many other domains are asked for is
+    told; :meth:`RunSettings.unlike` tells all.
     """
     parts = ["HSTU"]
     foreign = settings.parts
     if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
         parts.append(f"{settings.train.negatives} negatives")
     parts += labels(settings.encoder_settings(num_domains=1))
+    asked = settings.train.asked_domains
+    if asked and "objective" not in foreign:
+        parts.append(f"{asked} other domain{'s' if asked > 1 else ''} asked")
     # The layer has its label; a metric of one's own makes no other model.
     parts += [f"{what} {foreign[what]}" for what in ("objective", "negatives") if what in foreign]
     return " + ".join(parts)
@@ -414,7 +416,14 @@ def _settings_to_resume(
     return stored_settings(out, allow_imports=allow_imports, trusted=trusted)
 
 
-def _warn_unlike(out: Path, given: RunSettings) -> None:
-    """Say which of the given settings are not those that a run goes on with."""
-    if unlike := given.unlike(read_run(out)):
+def _warn_inert(
+    settings: RunSettings, store: InteractionStore, out: Path, given: RunSettings | None
+) -> None:
+    """Say which settings do nothing with these data, or are not those that a run goes on with."""
+    if given is not None and (unlike := given.unlike(read_run(out))):
         _logger.warning("%s goes on with its own settings: %s", out, "; ".join(unlike))
+    if settings.train.asked_domains and store.num_domains == 1:
+        _logger.warning(
+            "xd_train.asked_domains = %r does nothing: the data have one domain",
+            settings.train.asked_domains,
+        )

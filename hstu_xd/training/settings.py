@@ -44,6 +44,14 @@ class TrainSettings:
         negatives: where negatives are drawn, "domain" (the positive's own) or "catalogue" (all
             items, as upstream); or a sampler of your own, ``@my_sampler``.
         temperature: what the loss divides the dot products of unit vectors by.
+        asked_domains: domains that every position is asked for beside that of its next event: the
+            next event of each is a target too, read out for it without a trace in the history. 0:
+            none; where more domains come again in the training history, they are drawn.
+        asked_weight: what such a target counts in the loss beside a position's own.
+        asked_within_events: such a target is at most the so-manieth event from the position on; 0:
+            any.
+        asked_within_time: such a target comes at most this much later, in the log's unit of time;
+            0: at any time.
         learning_rate: peak rate of AdamW.
         weight_decay: weight decay of AdamW.
         num_warmup_steps: steps of linear warm-up.
@@ -71,6 +79,12 @@ class TrainSettings:
         also=("negative_sampling", "sampling_strategy"),
     )
     temperature: float = setting(0.05, above=0)
+    asked_domains: int = setting(0, at_least=0, also=("ask", "auxiliary_targets"))
+    asked_weight: float = setting(1.0, above=0, needs={"asked_domains": ...})
+    asked_within_events: int = setting(
+        0, at_least=0, needs={"asked_domains": ...}, also=("horizon",)
+    )
+    asked_within_time: int = setting(0, at_least=0, needs={"asked_domains": ...})
     learning_rate: float = setting(3e-3, above=0, also=("lr",))
     weight_decay: float = setting(1e-3, at_least=0, also=("wd", "l2"))
     num_warmup_steps: int = setting(100, at_least=0)
@@ -196,7 +210,8 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     check_layer(encoder.get("layer"))
     warn_inert(train)
     settings = RunSettings(encoder, train, bound.foreign)
-    _warn_inert(settings.encoder_settings(num_domains=1))  # range checks, before any data are read
+    # Range checks, before any data are read.
+    _check_together(settings.encoder_settings(num_domains=1), train)
     return settings
 
 
@@ -214,12 +229,21 @@ def _found(file: Path) -> Path:
     )
 
 
-def _warn_inert(encoder: EncoderSettings) -> None:
-    for name, needed in inert(EncoderSettings, vars(encoder)):
-        _logger.warning(
-            "xd_encoder.%s = %r does nothing while xd_encoder.%s is %r",
-            *(name, getattr(encoder, name), needed, getattr(encoder, needed)),
+def _check_together(encoder: EncoderSettings, train: TrainSettings) -> None:
+    """Refuse settings that exclude one another, and say which do nothing."""
+    if train.asked_domains and encoder.normalization != "silu":
+        raise InputError(
+            f"xd_train.asked_domains = {train.asked_domains} needs xd_encoder.normalization = "
+            f"'silu', got {encoder.normalization!r}: a question reads earlier events and itself, "
+            "and softmax of both is no sum of two"
         )
+    for block, settings in (("xd_encoder", encoder), ("xd_train", train)):
+        for name, needed in inert(type(settings), vars(settings)):
+            _logger.warning(
+                "%s.%s = %r does nothing while %s.%s is %r",
+                *(block, name, getattr(settings, name)),
+                *(block, needed, getattr(settings, needed)),
+            )
     own_heads = encoder.target_view_heads < encoder.num_heads
     masked = len(set(encoder.full_attention_layers)) < encoder.num_blocks
     if encoder.domain_mask and not encoder.has_segments and not (own_heads and masked):

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.objectives.objective import Objective
+from hstu_xd.objectives.objective import Objective, PreparesBatches
 from hstu_xd.objectives.retrieval import count_per_domain
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
@@ -233,12 +233,10 @@ class Trainer:
     def _train_epoch(self) -> None:
         settings, progress, data = self.settings, self.progress, self._data[Split.TRAIN]
         self.model.train()
-        order = np.random.default_rng([settings.random_seed, progress.epoch])
-        users = order.permutation(data.users)
-        done, left = np.split(users, [progress.users_in_epoch])
-        size = settings.local_batch_size * self.world.size
+        left = self.batches(progress.epoch, done=progress.users_in_epoch)
+        events = int(data.lengths(data.users).sum())
         bar = tqdm(
-            total=int(data.lengths(users).sum()),
+            total=events,
             unit="events",
             unit_scale=True,
             desc=f"epoch {progress.epoch}",
@@ -246,17 +244,41 @@ class Trainer:
             leave=False,
         )
         with bar:
-            bar.update(int(data.lengths(done).sum()))
-            for start in range(0, left.size, size):
+            bar.update(events - sum(int(data.lengths(b).sum()) for b in left))
+            for batch_users in left:
                 self._stop_if_asked()
-                batch_users = left[start : start + size]
                 bar.update(self._step(data, batch_users))
                 progress.users_in_epoch += batch_users.size
                 if progress.step % settings.checkpoint_every == 0:
                     self._save()
 
-    def _step(self, data: SequenceData, users: np.ndarray) -> int:
-        """One optimiser step on a global batch; returns its number of tokens."""
+    def batches(self, epoch: int, *, done: int = 0) -> list[np.ndarray]:
+        """Return the users of each global batch of an epoch, in the epoch's own order.
+
+        Args:
+            epoch: counted from 0.
+            done: users at the beginning of that order, who are left out.
+        """
+        order = np.random.default_rng([self.settings.random_seed, epoch])
+        users = order.permutation(self._data[Split.TRAIN].users)[done:]
+        size = self.settings.local_batch_size * self.world.size
+        return [users[i : i + size] for i in range(0, users.size, size)]
+
+    def step(self, users: np.ndarray, mark: Callable[[str], object] = lambda phase: None) -> int:
+        """Take one optimiser step on a global batch, and return its number of tokens.
+
+        Args:
+            users: training users.
+            mark: called with the name of each phase that is over, but for the last one.
+        """
+        return self._step(self._data[Split.TRAIN], users, mark)
+
+    def _step(
+        self,
+        data: SequenceData,
+        users: np.ndarray,
+        mark: Callable[[str], object] = lambda phase: None,
+    ) -> int:
         settings, progress, device = self.settings, self.progress, self.world.device
         began = time.perf_counter()
         seed = int(
@@ -271,12 +293,18 @@ class Trainer:
         # Counted here, before the copy: to count on a GPU would be to wait for it.
         counts = count_per_domain(batch.target_domains, self.model.catalog.num_domains)
         batch = replace(batch, targets_per_domain=tuple(counts))
-        loss = self._loss(batch.to(device), targets.to(device), generator)
+        if isinstance(self._objective, PreparesBatches):
+            batch = self._objective.prepare(self.model.catalog, batch, targets, generator)
+        batch, targets = batch.to(device), targets.to(device)
+        mark("batch")
+        loss = self._loss(batch, targets, generator)
         if not own.size:
             loss = 0 * loss
+        mark("forward")
         self._optimizer.zero_grad(set_to_none=True)
         # DDP averages gradients over processes; the mean is over the tokens of all of them.
         (loss * (self.world.size / tokens)).backward()
+        mark("backward")
         warm = min(1.0, (progress.step + 1) / max(1, settings.num_warmup_steps))
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * warm

@@ -29,7 +29,7 @@ def command_line(what: str, *arguments: object, **options: Any) -> list[str]:
 
 def _words(options: dict[str, Any]) -> Iterator[str]:
     for name, values in options.items():
-        option = name.replace("_", "-")
+        option = name if name.startswith("gin_") else name.replace("_", "-")
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, bool):
                 yield f"--{option}" if value else f"--no-{option}"

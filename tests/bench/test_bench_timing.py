@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hstu_xd.bench import passes
-from hstu_xd.bench.timing import Mark, Pass, take_turns
+from hstu_xd.bench import memory
+from hstu_xd.bench.timing import Mark, Pass, take_turns, unmarked
 
 
 class StandIn:
@@ -67,7 +67,7 @@ def test_phases_are_read_from_events_without_a_wait_in_between(cuda: StandIn) ->
 
 
 def test_memory_is_what_the_allocator_adds_in_one_pass(cuda: StandIn) -> None:
-    assert passes._allocated(a_pass(cuda.calls)) == 500
+    assert memory.allocated(lambda: a_pass(cuda.calls)(unmarked)) == 500
     assert cuda.calls == ["wait", "reset", "plan", "forward", "backward", "wait"]
 
 

@@ -214,8 +214,13 @@ def test_killed_run_resumes_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(store_path: Path, tmp_path: Path) -> None:
-    dry = ("xd_train.dropout_rate = 0.0", "xd_encoder.linear_dropout_rate = 0.0")
+@pytest.mark.parametrize("asked", [0, 1])
+def test_two_processes_train_as_one(store_path: Path, tmp_path: Path, asked: int) -> None:
+    dry = (
+        "xd_train.dropout_rate = 0.0",
+        "xd_encoder.linear_dropout_rate = 0.0",
+        f"xd_train.asked_domains = {asked}",
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     assert app.run(arguments(store_path, one, *dry)) == 0
     with socket.socket() as free:

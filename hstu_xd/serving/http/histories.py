@@ -181,9 +181,10 @@ class Histories:
 
     def _earlier(self, user: str) -> list[tuple[int, int]]:
         prepared = self._prepared
-        if prepared is None or not prepared.has_user(user) or self._log.restarted(user):
+        index = None if prepared is None else prepared.find_user(user)
+        if prepared is None or index is None or self._log.restarted(user):
             return []
-        items, times = prepared.history(prepared.user_index(user))
+        items, times = prepared.history(index)
         events = list(zip(items.tolist(), times.tolist()))
         hidden = self._log.hidden(user)
         if not hidden:
