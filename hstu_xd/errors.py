@@ -16,6 +16,21 @@ class InputError(HstuXdError, ValueError):
     exit_code = 2
 
 
+class Interrupted(BaseException):
+    """A signal ended the work where it can be continued (exit code 128 + the signal's number).
+
+    No Exception: who catches the errors of one training to go on with the next means to stop here.
+
+    Attributes:
+        signal: the signal's number.
+        exit_code: what the process ends with, 130 after Ctrl-C and 143 after SIGTERM.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal, self.exit_code = signal, 128 + signal
+
+
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.4) -> str | None:
     """Return the known word that is spelled most like ``word``; None where none is near."""
     return next(iter(get_close_matches(word, known, n=1, cutoff=cutoff)), None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.errors import InputError
+from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import check_output, check_readable, replaced_folder, sha256_of
 from hstu_xd.model.ddsr import attend_states_in_tiles
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -139,9 +139,10 @@ def write_export(
 
     Raises:
         InputError: not a run folder, a model that cannot be exported, or an existing output folder.
-        HstuXdError: the folder cannot be written.
+        HstuXdError: the folder cannot be written, or the run saved another model meanwhile.
     """
     check_output(out, force=force, ours=is_export, kind="hstu-xd export", parts=FILES)
+    loaded = sha256_of(run / MODEL_FILE) if (run / MODEL_FILE).is_file() else None
     trained, facts = load_trained(run, allow_imports=allow_imports), read_run(run)
     model, scorer = trained.model, trained.scorer
     vectors = scorer.item_vectors if isinstance(scorer, DotProduct) else model.item_vectors
@@ -159,6 +160,10 @@ def write_export(
         (folder / ITEM_VECTORS).write_bytes(_item_vectors(vectors, model.catalog.num_items))
         _write_json(folder / CATALOG, describe_catalog(model.catalog))
         hashes = {name: sha256_of(folder / name) for name in FILES if name != MANIFEST}
+        if hashes[WEIGHTS] != loaded:
+            raise HstuXdError(
+                f"{run} is being trained and has saved a better model meanwhile; export it again"
+            )
         manifest = _manifest(model, facts, hashes)
         if not isinstance(scorer, DotProduct):
             manifest["scores"] = (

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from hstu_xd.errors import HstuXdError
+from hstu_xd.errors import HstuXdError, Interrupted
 from hstu_xd.version import __version__
 
 # Command -> the module of hstu_xd.cli that defines it under that name, and its section in the help.
@@ -98,7 +98,10 @@ def _print_help_alone(context: typer.Context) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 the work failed, 2 bad input or usage."""
+    """Run the command line and exit: 0 done, 1 the work failed, 2 bad input or usage.
+
+    A command that a signal stops exits with 128 + its number: 130 after Ctrl-C, 143 after SIGTERM.
+    """
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -107,12 +110,10 @@ def run(argv: list[str]) -> int:
     command: Any = typer.main.get_command(build_app())
     try:
         result = command.main(args=argv, prog_name="hstu-xd", standalone_mode=False)
-    except HstuXdError as error:
+    except (HstuXdError, Interrupted) as error:
         return _fail(str(error), error.exit_code)
-    except typer.Abort:
-        return _fail("interrupted", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 1)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", _INTERRUPTED)
     except OSError as error:
         # A full disk, a path that cannot be: no fault of the package, so no traceback.
         return _fail(": ".join(str(x) for x in (error.filename, error.strerror or error) if x), 1)
@@ -122,7 +123,12 @@ def run(argv: list[str]) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             return _fail(_with_hint(error), error.exit_code)
         raise
+    if result == _INTERRUPTED:  # how newer versions of typer tell of Ctrl-C
+        return _fail("interrupted", _INTERRUPTED)
     return result if isinstance(result, int) else 0
+
+
+_INTERRUPTED = 130
 
 
 def _with_hint(error: Any) -> str:
@@ -134,5 +140,6 @@ def _with_hint(error: Any) -> str:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"hstu-xd: {message}", file=sys.stderr)
+    if message:  # of several processes that stop together one speaks
+        print(f"hstu-xd: {message}", file=sys.stderr)
     return exit_code

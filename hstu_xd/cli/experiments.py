@@ -67,7 +67,8 @@ def ablate(
 ) -> None:
     """Train variants under several seeds and compare them.
 
-    Prints the mean and the spread of their test metrics as a Markdown table.
+    Prints the mean and the spread of their test metrics as a Markdown table. Ctrl-C or SIGTERM
+    stops the trainings, which save; the same command goes on.
     """
     from hstu_xd.experiments.ablation import ablate as run_ablation
     from hstu_xd.experiments.ablation import parse_variants
@@ -139,8 +140,10 @@ def demo(
     from hstu_xd.experiments.ablation import ablate
     from hstu_xd.experiments.report.page import write_report
 
-    if out.exists():
-        raise InputError(f"{out} exists; remove it or give another --out")
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(f"{out} exists; remove it or give another --out") from None
     data, runs, page = out / "data", out / "runs", out / "report"
     typer.echo("1/3 synthetic log: 2,000 users, 4 domains that tell about each other")
     synthesize(data, SynthOptions(users=2000, domains=4, items_per_domain=300))

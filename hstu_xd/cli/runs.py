@@ -44,7 +44,8 @@ def train(
 ) -> None:
     """Train a model on a prepared store.
 
-    Start it with torchrun to use several processes.
+    Start it with torchrun to use several processes. Ctrl-C or SIGTERM saves and stops it (exit code
+    130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.settings import load_settings

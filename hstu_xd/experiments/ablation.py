@@ -5,15 +5,16 @@ A variant is a list of gin bindings on top of the recipe that all share.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import HstuXdError, InputError, did_you_mean
+from hstu_xd.errors import HstuXdError, InputError, Interrupted, did_you_mean
 from hstu_xd.experiments.report.tables import MAIN_METRICS, markdown_table
 from hstu_xd.experiments.run_folders import (
     ABLATION_FILE,
@@ -22,7 +23,14 @@ from hstu_xd.experiments.run_folders import (
     aggregate,
     read_run,
 )
+from hstu_xd.files import locked_folder
 from hstu_xd.model.settings import SWITCHES, EncoderSettings
+from hstu_xd.training.interruption import (
+    STOPS_WITH_STDIN,
+    StopRequest,
+    signal_name,
+    stop_requests,
+)
 from hstu_xd.training.settings import RunSettings, load_settings
 
 _MASK = ("xd_encoder.domain_mask = True",)
@@ -180,11 +188,14 @@ class AblationRun:
         files, bindings = recipe_of(self.source, files, bindings)
         line = [sys.executable, "-m", "hstu_xd", "train", "--data", str(data)]
         line += ["--out", str(self.folder), "--name", self.variant]
-        for file in files:
-            line += ["--gin_config_file", str(file)]
-        for binding in [*bindings, f"xd_train.random_seed = {self.seed}"]:
-            line += ["--gin_bindings", binding]
+        line += _recipe_options(files, [*bindings, f"xd_train.random_seed = {self.seed}"])
         return line + ["--resume"] * self.begun
+
+
+def _recipe_options(files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
+    """Write a recipe as options of a command."""
+    options = [word for file in files for word in ("--gin_config_file", str(file))]
+    return options + [word for each in bindings for word in ("--gin_bindings", each)]
 
 
 def recipe_of(
@@ -227,29 +238,34 @@ def ablate(
 
     Raises:
         InputError: unknown variant or setting, a recipe that sets one of the switches that
-            variants are named after, not a store, or runs in ``out`` that are not comparable.
+            variants are named after, not a store, runs in ``out`` that are not comparable, or
+            another ablation in ``out``.
         HstuXdError: a run failed; the others' rows are kept.
+        Interrupted: Ctrl-C or a signal asked to stop; the trainings have saved and ended, and the
+            message says how to go on.
     """
-    store = InteractionStore.open(data)
+    store, failed = InteractionStore.open(data), []
     runs = [AblationRun(v, s, out) for s in seeds for v in variants]
-    _check_runs(runs, store, files, bindings)
-    out.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    failed = []
-    with ThreadPoolExecutor(jobs) as pool:
-        commands = {
-            pool.submit(_run, run.command(data, files, bindings), environment): run
-            for run in runs
-            if not run.done
-        }
-        for future in as_completed(commands):
-            run, error = commands[future], future.result()
-            if error:
-                failed.append(f"{run.variant} seed {run.seed}: {error}")
-            announce(f"{run.variant} seed {run.seed}: {error or 'done'}")
-            table = _write(out, runs, store)
-    table = _write(out, runs, store)
+
+    def note_end(run: AblationRun, error: str) -> None:
+        if error:
+            failed.append(f"{run.variant} seed {run.seed}: {error}")
+        announce(f"{run.variant} seed {run.seed}: {error or 'done'}")
+        _write(out, runs, store)
+
+    with locked_folder(out, "runs an ablation in"):
+        _check_runs(runs, store, files, bindings)
+        commands = {run: run.command(data, files, bindings) for run in runs if not run.done}
+        stopped_by = _train_all(commands, jobs, note_end)
+        table = _write(out, runs, store)
+    if stopped_by:
+        words = ["ablate", "--data", str(data), "--variants", ",".join(variants), "--seeds"]
+        words += [str(max(seeds)), "--out", str(out), *_recipe_options(files, bindings)]
+        raise Interrupted(
+            f"stopped by {signal_name(stopped_by)}, {sum(run.done for run in runs)} of {len(runs)} "
+            f"runs are done; go on with: hstu-xd {shlex.join(words)} --jobs {jobs}",
+            stopped_by,
+        )
     if failed:
         raise HstuXdError(f"{len(failed)} of {len(runs)} runs failed, first {failed[0]}")
     return table
@@ -300,11 +316,51 @@ def _refuse_namesakes(runs: Sequence[AblationRun]) -> None:
             )
 
 
-def _run(command: list[str], environment: dict[str, str]) -> str:
-    """Run one training; returns its error line, empty when it went well."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return lines[-1] if done.returncode else ""
+def _train_all(
+    commands: Mapping[AblationRun, Sequence[str]],
+    jobs: int,
+    note_end: Callable[[AblationRun, str], object],
+) -> int:
+    """Train in processes of their own, which stop when this one is asked to, or ends.
+
+    They read from a pipe whose other end this process alone holds. When that is closed, which the
+    system does for a process that is killed, they save and stop.
+
+    Args:
+        commands: that train the runs.
+        jobs: processes at a time.
+        note_end: called with every run that was begun as it ends, and with its error line, which is
+            empty when it went well.
+
+    Returns:
+        Number of the signal that asked to stop; 0: none did.
+    """
+    request, threads = StopRequest(), max(1, (os.cpu_count() or 1) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), STOPS_WITH_STDIN: "1"}
+    theirs, ours = os.pipe()
+
+    def train(command: Sequence[str]) -> str | None:
+        if request.signal:
+            return None
+        done = subprocess.run(
+            command, env=environment, stdin=stdin, capture_output=True, text=True, check=False
+        )
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return lines[-1] if done.returncode else ""
+
+    # The pool waits last: whatever ends the block ends the trainings first.
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        os.fdopen(theirs, "rb") as stdin,
+        os.fdopen(ours, "wb") as held,
+        stop_requests(request, told=held.close),
+    ):
+        futures = {pool.submit(train, command): run for run, command in commands.items()}
+        for future in as_completed(futures):
+            error = future.result()
+            if error is not None:
+                note_end(futures[future], error)
+    return request.signal
 
 
 def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,9 +17,9 @@ import torch
 from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import labels
-from hstu_xd.errors import InputError
+from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.metrics import Metrics
-from hstu_xd.files import check_readable, sha256_of
+from hstu_xd.files import LOCK_FILE, check_readable, locked_folder, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.objectives.objective import Objective, Scorer
@@ -69,25 +71,19 @@ def train(
         The summary, as written to ``summary.json``.
 
     Raises:
-        InputError: ``out`` exists (or does not, to resume), or belongs to other data.
+        InputError: ``out`` exists (or does not, to resume), belongs to other data, or another
+            process trains into it.
         HstuXdError: the loss became not finite; the last good checkpoint stays.
+        Interrupted: Ctrl-C or a signal asked to stop; the run can be resumed from the step that was
+            finished then, and the message says how.
     """
     store = InteractionStore.open(data)
-    with world() as here:
+    with world() as here, _held(out, here, resume=resume):
+        given, settings = settings, settings or load_settings([])
         if resume:
-            own = _settings_to_resume(out, store, settings, allow_imports=allow_imports)
-            if here.is_main and settings is not None:
-                _warn_unlike(out, settings)
-            settings = own
-        else:
-            settings = settings or load_settings([])
-            _check_new(out)
-        if here.is_main and settings.train.asked_domains and store.num_domains == 1:
-            _logger.warning(
-                "xd_train.asked_domains = %r does nothing: the data have one domain",
-                settings.train.asked_domains,
-            )
-        here.barrier()
+            settings = _settings_to_resume(out, store, given, allow_imports=allow_imports)
+        if here.is_main:
+            _warn_inert(settings, store, out, given if resume else None)
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
@@ -95,12 +91,48 @@ def train(
             store.catalog, encoder, dropout_rate=settings.train.dropout_rate
         ).to(here.device)
         trainer = Trainer(model, store, settings.train, out, here)
-        if here.is_main and not resume:
-            lay_out(out, store, settings, model, name or variant_name(settings), here)
-        here.barrier()
         if resume:
-            trainer.resume()
-        return trainer.fit()
+            trainer.resume(read_run(out).get("processes", 1))
+            here.barrier()
+            here.in_main(lambda: _note_resumption(out, trainer))
+        else:
+            name = name or variant_name(settings)
+            here.in_main(lambda: lay_out(out, store, settings, model, name, here))
+        try:
+            return trainer.fit()
+        except Interrupted as stopped:
+            command = _resume_command(data, out, settings, here)
+            message = f"{stopped}; go on with: {command}" if here.is_main else ""
+            raise Interrupted(message, stopped.signal) from None
+
+
+@contextmanager
+def _held(out: Path, here: World, *, resume: bool) -> Iterator[None]:
+    """Keep the run folder for the processes of this job, and refuse it for what it holds."""
+    check = read_run if resume else _check_new
+    with ExitStack() as held:
+
+        def take() -> None:
+            # What is there is refused untouched, unless another process may just be writing it.
+            if not (out / LOCK_FILE).exists():
+                check(out)
+            held.enter_context(locked_folder(out, "trains into"))
+            check(out)
+
+        here.in_main(take)
+        yield
+
+
+def _resume_command(data: Path, out: Path, settings: RunSettings, here: World) -> str:
+    """Write the command that goes on with a run, started as it was this time."""
+    words = ["train", "--data", str(data), "--out", str(out), "--resume"]
+    words += ["--allow-imports"] * bool(settings.foreign.modules)
+    command = shlex.join(words)
+    if here.size == 1:
+        return f"hstu-xd {command}"
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(here.size):
+        return f"torchrun --nproc_per_node {here.size} -m hstu_xd {command}"
+    return f"{here.size} processes of hstu-xd {command}"
 
 
 def _check_new(out: Path) -> None:
@@ -108,7 +140,8 @@ def _check_new(out: Path) -> None:
     found = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if RUN_FILE in found:
         raise InputError(f"{out} exists; resume it with --resume or give another --out")
-    if found - {CONFIG_FILE, CATALOG_FILE, _PARTIAL_FILE} or (out.exists() and not out.is_dir()):
+    begun = {CONFIG_FILE, CATALOG_FILE, LOCK_FILE, _PARTIAL_FILE}
+    if found - begun or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} exists and is not a run folder; give another --out")
 
 
@@ -294,19 +327,13 @@ def lay_out(
     encoder = asdict(model.settings)
     manifest = store.manifest
     facts = {
-        "version": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **_start(here),
         "data": str(store.path.resolve()),
         "data_hashes": manifest["hashes"],
         "data_summary": {k: manifest[k] for k in _MANIFEST_FACTS if k in manifest},
         "variant_name": name,
         "seed": settings.train.random_seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processes": here.size,
-        "device": str(here.device),
         "switches": {key: encoder[key] for key in SWITCHES},
         "encoder": encoder,
         "train": asdict(settings.train),
@@ -314,6 +341,42 @@ def lay_out(
     }
     if settings.parts or settings.foreign.modules:
         facts |= {"parts": settings.parts, "modules": _described_modules(settings)}
+    _write_facts(out, facts)
+
+
+def _start(here: World) -> dict[str, Any]:
+    """Describe the process that starts or resumes a run."""
+    return {
+        "version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": here.size,
+        "device": str(here.device),
+    }
+
+
+def _note_resumption(out: Path, trainer: Trainer) -> None:
+    """Record who goes on with a run: "processes" are those of today, "starts" tells of all."""
+    if trainer.is_trained:
+        return
+    facts, here = read_run(out), trainer.world
+    now, before = _start(here), facts.get("processes", 1)
+    first = {name: facts.get(name) for name in now} | {"step": 0}
+    starts = [*facts.get("starts", [first]), now | {"step": trainer.progress.step}]
+    _write_facts(out, facts | {"processes": here.size, "starts": starts})
+    if here.size != before:
+        size = trainer.settings.local_batch_size
+        _logger.warning(
+            "%s was trained by %d process%s and goes on with %d: a step takes %d users instead of "
+            "%d; those who are left of the epoch are trained once each",
+            *(out, before, "" if before == 1 else "es", here.size),
+            *(size * here.size, size * before),
+        )
+
+
+def _write_facts(out: Path, facts: dict[str, Any]) -> None:
     partial = out / _PARTIAL_FILE
     partial.write_text(json.dumps(facts, indent=1) + "\n")
     partial.replace(out / RUN_FILE)
@@ -353,7 +416,14 @@ def _settings_to_resume(
     return stored_settings(out, allow_imports=allow_imports, trusted=trusted)
 
 
-def _warn_unlike(out: Path, given: RunSettings) -> None:
-    """Say which of the given settings are not those that a run goes on with."""
-    if unlike := given.unlike(read_run(out)):
+def _warn_inert(
+    settings: RunSettings, store: InteractionStore, out: Path, given: RunSettings | None
+) -> None:
+    """Say which settings do nothing with these data, or are not those that a run goes on with."""
+    if given is not None and (unlike := given.unlike(read_run(out))):
         _logger.warning("%s goes on with its own settings: %s", out, "; ".join(unlike))
+    if settings.train.asked_domains and store.num_domains == 1:
+        _logger.warning(
+            "xd_train.asked_domains = %r does nothing: the data have one domain",
+            settings.train.asked_domains,
+        )

@@ -6,6 +6,7 @@ metrics.jsonl, one JSON object a line, and to TensorBoard's log as they come.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import HstuXdError
+from hstu_xd.errors import HstuXdError, Interrupted
 from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.metrics import grouped_metrics
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
@@ -40,8 +41,9 @@ from hstu_xd.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from hstu_xd.training.distributed import World
+from hstu_xd.training.distributed import DelayedMaximum, World
 from hstu_xd.training.extension import metrics_of, objective_of
+from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
 from hstu_xd.training.settings import TrainSettings
 
 METRICS_FILE = "metrics.jsonl"
@@ -102,10 +104,13 @@ _BETAS = (0.9, 0.98)
 
 @dataclass
 class Progress:
-    """Where a run stands; stored with every resumable checkpoint."""
+    """Where a run stands; stored with every resumable checkpoint.
+
+    The place in an epoch is counted in users: steps depend on the number of processes.
+    """
 
     epoch: int = 0
-    step_in_epoch: int = 0
+    users_in_epoch: int = 0
     step: int = 0
     best: float = -1.0
     best_epoch: int = -1
@@ -114,6 +119,13 @@ class Progress:
     train_seconds: float = 0.0
     train_events: int = 0
     metrics_bytes: int = 0
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any], users_per_step: int) -> "Progress":
+        """Read the progress of a checkpoint; old ones count the steps of an epoch instead."""
+        values = dict(stored)
+        steps = values.pop("step_in_epoch", 0)
+        return cls(**{"users_in_epoch": steps * users_per_step} | values)
 
 
 class _Loss(nn.Module):
@@ -164,40 +176,67 @@ class Trainer:
         loss: nn.Module = _Loss(model, self._objective, bf16=settings.main_module_bf16)
         self._loss = DistributedDataParallel(loss) if world.size > 1 else loss
         self._log = MetricsLog(run, enabled=world.is_main)
+        self._request, self._agreed = StopRequest(), DelayedMaximum(world.size)
         self.progress = Progress()
 
-    def resume(self) -> None:
+    def resume(self, processes: int) -> None:
         """Continue from the run's last checkpoint: weights, optimiser, progress, metrics file.
 
         Without a checkpoint yet, begin again.
+
+        Args:
+            processes: that have trained the run so far.
         """
         if (self.run / STATE_FILE).exists():
             tensors, metadata = load_checkpoint(self.run / STATE_FILE)
             load_weights(self.model, model_tensors(tensors), self.run / STATE_FILE)
             restore_optimizer(self.model, self._optimizer, tensors)
-            self.progress = Progress(**metadata["progress"])
+            users_per_step = self.settings.local_batch_size * processes
+            self.progress = Progress.from_stored(metadata["progress"], users_per_step)
             if not self.world.is_main:
                 self.progress.loss_sum = 0.0  # the first process has taken over all of it
         self._log.rewind(self.progress.metrics_bytes, self.progress.step)
 
     def fit(self) -> dict[str, Any]:
-        """Train until the epochs or the patience run out; returns the run's summary."""
-        settings, progress = self.settings, self.progress
-        while progress.epoch < settings.num_epochs and not self._out_of_patience():
-            self._train_epoch()
-            self._finish_epoch()
-        return self._summarise()
+        """Train until the epochs or the patience run out; returns the run's summary.
 
-    def _out_of_patience(self) -> bool:
-        progress = self.progress
-        return progress.epoch - progress.best_epoch > self.settings.early_stop_patience
+        Raises:
+            Interrupted: one of the processes was asked to stop; :meth:`resume` goes on there.
+        """
+        with stop_requests(self._request):
+            try:
+                while not self.is_trained:
+                    self._train_epoch()
+                    self._finish_epoch()
+            except Interrupted:
+                self._save()
+                self._log.close()
+                raise
+            return self._summarise()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the epochs or the patience have run out."""
+        progress, settings = self.progress, self.settings
+        out_of_patience = progress.epoch - progress.best_epoch > settings.early_stop_patience
+        return progress.epoch >= settings.num_epochs or out_of_patience
+
+    def _stop_if_asked(self) -> None:
+        """Leave where any process was asked to; all of them do so at the same call."""
+        if number := self._agreed(self._request.signal):
+            raise Interrupted(
+                f"stopped by {signal_name(number)} after {self.progress.step:,} steps, in epoch "
+                f"{self.progress.epoch}",
+                number,
+            )
 
     def _train_epoch(self) -> None:
         settings, progress, data = self.settings, self.progress, self._data[Split.TRAIN]
         self.model.train()
-        batches = self.batches(progress.epoch)
+        left = self.batches(progress.epoch, done=progress.users_in_epoch)
+        events = int(data.lengths(data.users).sum())
         bar = tqdm(
-            total=int(data.lengths(data.users).sum()),
+            total=events,
             unit="events",
             unit_scale=True,
             desc=f"epoch {progress.epoch}",
@@ -205,19 +244,23 @@ class Trainer:
             leave=False,
         )
         with bar:
-            bar.update(sum(int(data.lengths(b).sum()) for b in batches[: progress.step_in_epoch]))
-            for batch_users in batches[progress.step_in_epoch :]:
-                # Fewer users than processes would leave one without a token.
-                if batch_users.size >= self.world.size:
-                    bar.update(self.step(batch_users))
-                progress.step_in_epoch += 1
+            bar.update(events - sum(int(data.lengths(b).sum()) for b in left))
+            for batch_users in left:
+                self._stop_if_asked()
+                bar.update(self._step(data, batch_users))
+                progress.users_in_epoch += batch_users.size
                 if progress.step % settings.checkpoint_every == 0:
                     self._save()
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the users of each global batch of an epoch, in the epoch's own order."""
+    def batches(self, epoch: int, *, done: int = 0) -> list[np.ndarray]:
+        """Return the users of each global batch of an epoch, in the epoch's own order.
+
+        Args:
+            epoch: counted from 0.
+            done: users at the beginning of that order, who are left out.
+        """
         order = np.random.default_rng([self.settings.random_seed, epoch])
-        users = order.permutation(self._data[Split.TRAIN].users)
+        users = order.permutation(self._data[Split.TRAIN].users)[done:]
         size = self.settings.local_batch_size * self.world.size
         return [users[i : i + size] for i in range(0, users.size, size)]
 
@@ -228,8 +271,15 @@ class Trainer:
             users: training users.
             mark: called with the name of each phase that is over, but for the last one.
         """
+        return self._step(self._data[Split.TRAIN], users, mark)
+
+    def _step(
+        self,
+        data: SequenceData,
+        users: np.ndarray,
+        mark: Callable[[str], object] = lambda phase: None,
+    ) -> int:
         settings, progress, device = self.settings, self.progress, self.world.device
-        data = self._data[Split.TRAIN]
         began = time.perf_counter()
         seed = int(
             np.random.SeedSequence([settings.random_seed, progress.step]).generate_state(1)[0]
@@ -237,7 +287,9 @@ class Trainer:
         torch.manual_seed(seed + self.world.rank)
         generator = torch.Generator().manual_seed(seed)
         tokens = int(data.lengths(users).sum())
-        batch, targets = data.batch(users[self.world.rank :: self.world.size])
+        own = users[self.world.rank :: self.world.size]
+        # All processes take part in a step; one without a user does so with a loss of zero.
+        batch, targets = data.batch(own if own.size else users[:1])
         # Counted here, before the copy: to count on a GPU would be to wait for it.
         counts = count_per_domain(batch.target_domains, self.model.catalog.num_domains)
         batch = replace(batch, targets_per_domain=tuple(counts))
@@ -246,6 +298,8 @@ class Trainer:
         batch, targets = batch.to(device), targets.to(device)
         mark("batch")
         loss = self._loss(batch, targets, generator)
+        if not own.size:
+            loss = 0 * loss
         mark("forward")
         self._optimizer.zero_grad(set_to_none=True)
         # DDP averages gradients over processes; the mean is over the tokens of all of them.
@@ -298,20 +352,29 @@ class Trainer:
                 save_checkpoint(
                     self.run / MODEL_FILE, self.model.state_dict(), {"epoch": progress.epoch}
                 )
-        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        progress.epoch, progress.users_in_epoch = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_tokens = 0.0, 0
+        # Only here: rows of an epoch that is not finished come again.
+        progress.metrics_bytes = self._log.size()
         self._save()
 
     def evaluate(self, split: Split) -> dict[str, float]:
-        """Metrics of a split; the processes share the users."""
-        data = self._data[split]
+        """Metrics of a split; the processes share the users.
+
+        Raises:
+            Interrupted: as :meth:`fit`, between two batches.
+        """
+        data, size = self._data[split], self.settings.eval_batch_size
         users = data.users[self.world.rank :: self.world.size]
+        # As many calls in every process: their numbers of batches may differ by one.
+        calls = iter(range(math.ceil(data.users.size // self.world.size / size)))
         ranked = rank_targets(
             self.model,
             data,
             users,
             scorer=self._objective.scorer(self.model),
-            batch_size=self.settings.eval_batch_size,
+            batch_size=size,
+            progress=lambda _: next(calls, None) is not None and self._stop_if_asked(),
         )
         if self.world.size > 1:
             parts: list[RankedTargets] = [ranked] * self.world.size
@@ -335,7 +398,6 @@ class Trainer:
         total = self._total_loss()
         if not self.world.is_main:
             return
-        self.progress.metrics_bytes = self._log.size()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= optimizer_tensors(self.model, self._optimizer)
         progress = asdict(self.progress) | {"loss_sum": total}

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.cli import app
 from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.export import describe_catalog
+from hstu_xd.training.checkpoint import save_checkpoint
 
 WINDOW = 12
 BINDINGS = (
@@ -179,6 +181,26 @@ def test_a_failure_leaves_what_was_there(
     assert app.run([*line, "--force"]) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+def test_a_model_that_is_saved_meanwhile_is_not_mixed_with_the_one_before(
+    run: Path,
+    tmp_path: Path,
+    untraced: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    training = shutil.copytree(run, tmp_path / "run")
+    weights = load_file(training / "best.safetensors")
+
+    def saves(model: torch.nn.Module) -> None:
+        changed = {name: value + 1 for name, value in weights.items()}
+        save_checkpoint(training / "best.safetensors", changed, {"epoch": 9})
+
+    monkeypatch.setattr(export, "export_encoder", saves)
+    assert app.run(["export", str(training), "--out", str(tmp_path / "out")]) == 1
+    assert "has saved a better model meanwhile; export it again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

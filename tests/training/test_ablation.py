@@ -1,14 +1,23 @@
 """Ablations: what may stand in one table, and under which name."""
 
 import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from quick_runs import QUICK
 
+from hstu_xd.cli import app
 from hstu_xd.data.synthetic import SynthOptions, synthesize
-from hstu_xd.errors import InputError
-from hstu_xd.experiments.ablation import ablate
+from hstu_xd.errors import InputError, Interrupted
+from hstu_xd.experiments.ablation import AblationRun, ablate
+from hstu_xd.files import locked_folder
+from hstu_xd.training.checkpoint import load_checkpoint
 from hstu_xd.training.settings import load_settings
 
 
@@ -53,6 +62,88 @@ def test_unknown_to_an_older_run_is_not_compared(finished: Path) -> None:
         "not xd_train.num_negatives = 2048 but 20",
         "not xd_train.random_seed = 42 but 1",
     ]
+
+
+def test_an_ablation_that_is_stopped_stops_its_trainings(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of a training stands a process that sends the signal and waits for its end."""
+    program = (
+        "import os, signal, sys\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "assert sys.stdin.read() == ''\n"
+        "sys.exit('stopped; go on with: hstu-xd train')\n"
+    )
+    monkeypatch.setattr(AblationRun, "command", lambda *_: [sys.executable, "-c", program])
+    out, lines = tmp_path / "out", []
+    with pytest.raises(Interrupted) as stopped:
+        ablate(store_path, ["hstu", "mask"], [1, 2], out, bindings=QUICK, announce=lines.append)
+    assert lines == ["hstu seed 1: stopped; go on with: hstu-xd train"]
+    assert stopped.value.exit_code == 143
+    said, _, command = str(stopped.value).partition("; go on with: ")
+    assert said == "stopped by SIGTERM, 0 of 4 runs are done"
+    words = shlex.split(command)
+    expected = ["hstu-xd", "ablate", "--data", str(store_path), "--variants", "hstu,mask"]
+    assert words[:10] == [*expected, "--seeds", "2", "--out", str(out)]
+    assert words[10:] == [x for b in QUICK for x in ("--gin_bindings", b)] + ["--jobs", "1"]
+
+
+def test_a_second_ablation_in_a_folder_is_refused(store_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        locked_folder(out, "runs an ablation in"),
+        pytest.raises(InputError, match=r"another process \(pid \d+ on .*\) runs an ablation in"),
+    ):
+        ablate(store_path, ["hstu"], [1], out, bindings=QUICK)
+
+
+LONG = (*QUICK[:4], "xd_train.num_negatives = 20", "xd_train.checkpoint_every = 1")
+LONG += ("xd_train.num_epochs = 15", "xd_train.early_stop_patience = 15")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGKILL", -9)])
+def test_an_ablation_that_ends_ends_its_trainings(
+    number: str, code: int, store_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    runs = [out / "hstu-seed1", out / "mask-seed1"]
+    words = ["ablate", "--data", str(store_path), "--variants", "hstu,mask", "--seeds", "1"]
+    words += ["--out", str(out), *(x for b in LONG for x in ("--gin_bindings", b)), "--jobs", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hstu_xd", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_until(lambda: all((run / "last.safetensors").exists() for run in runs))
+    assert process.poll() is None, "finished before it could be stopped"
+    process.send_signal(getattr(signal, number))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code
+    wait_until(lambda: not any((run / "hstu-xd.lock").exists() for run in runs))
+    if number == "SIGKILL":
+        command = words
+    else:
+        *each, last = errors.splitlines()
+        assert len(each) == 2
+        assert all(": stopped by SIGTERM after " in line for line in each)
+        command = shlex.split(last.partition("; go on with: hstu-xd ")[2])
+        assert command == words
+    steps = [load_checkpoint(run / "last.safetensors")[1]["progress"]["step"] for run in runs]
+    assert app.run(command) == 0
+    rows = json.loads((out / "ablation.json").read_text())
+    assert [row["variant"] for row in rows] == ["hstu", "mask"]
+    for run, step in zip(runs, steps):
+        facts = json.loads((run / "run.json").read_text())
+        assert [one["step"] for one in facts["starts"]] == [0, step]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

@@ -184,11 +184,11 @@ def test_what_several_processes_have_lost_is_resumed_once(
         return Trainer(runs.load(run), store, settings().train, run, world)
 
     stops = trainer(AsTwo(0, 1, device))
-    stops.resume()
+    stops.resume(processes=1)
     stops.progress.loss_sum = 3.0
     stops._save()
     assert stops.progress.loss_sum == 3.0
     for rank, loss in ((0, 6.0), (1, 0.0)):
         resumed = trainer(World(rank, 1, device))
-        resumed.resume()
+        resumed.resume(processes=1)
         assert resumed.progress.loss_sum == loss

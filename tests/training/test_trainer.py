@@ -197,7 +197,7 @@ def test_killed_run_resumes_to_the_same_bits(
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "last.safetensors").exists():
             progress = load_checkpoint(run / "last.safetensors")[1]["progress"]
-            if progress["epoch"] == 1 and progress["step_in_epoch"] > 0:
+            if progress["epoch"] == 1 and progress["users_in_epoch"] > 0:
                 break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
