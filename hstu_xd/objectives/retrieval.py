@@ -60,6 +60,7 @@ def sampled_softmax_loss(
     *,
     temperature: float,
     targets_per_domain: Sequence[int] | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Sum ``-log softmax`` of the positives against their sampled negatives over tokens.
 
@@ -73,6 +74,7 @@ def sampled_softmax_loss(
         temperature: dot products of unit vectors are divided by it.
         targets_per_domain: (D,) numbers of targets, where the host knows them; otherwise they are
             counted, which waits for a GPU.
+        weights: (L,) float, what each token counts; default: 1.
 
     Returns:
         Scalar float32; divide by the number of tokens for the mean.
@@ -90,9 +92,10 @@ def sampled_softmax_loss(
     for ids, vectors, tokens in zip(negatives, pools, members):
         if tokens.numel() == 0:
             continue
-        total = total + _softmax_loss(
+        losses = _softmax_losses(
             user_vectors[tokens] / temperature, positives[tokens], vectors, target_ids[tokens], ids
         )
+        total = total + (losses if weights is None else losses * weights[tokens]).sum()
     return total
 
 
@@ -101,10 +104,10 @@ def count_per_domain(domains: Tensor, num_domains: int) -> list[int]:
     return torch.bincount(domains, minlength=num_domains).tolist()
 
 
-def _softmax_loss(
+def _softmax_losses(
     queries: Tensor, positives: Tensor, negatives: Tensor, target_ids: Tensor, ids: Tensor
 ) -> Tensor:
-    """Sum the loss of (T, K) queries with (T, K) positives and (R, K) shared negatives."""
+    """Return the losses (T,) of (T, K) queries, (T, K) positives and (R, K) shared negatives."""
     positive = (queries * positives).sum(1)
     logits = queries @ negatives.T
     # Negatives are distinct and ascending, so a positive stands among them once or not at all.
@@ -113,7 +116,7 @@ def _softmax_loss(
     far = torch.finfo(logits.dtype).min / 2
     out = logits.new_zeros(len(logits), 1).masked_fill_((ids[column] == target_ids)[:, None], far)
     logits = logits.scatter_add_(1, column[:, None], out)
-    return (torch.logaddexp(logits.logsumexp(1), positive) - positive).sum()
+    return torch.logaddexp(logits.logsumexp(1), positive) - positive
 
 
 # Draws a step's negatives: given the catalogue, a number of draws and the step's generator, int64
@@ -176,31 +179,27 @@ class Retrieval:
         if batch.asked is None:
             batch = self.prepare(model.catalog, batch, targets, generator)
         negatives = self._draw(model.catalog, generator)
-        asked = batch.asked
+        asked, counts = batch.asked, batch.targets_per_domain
         if asked is None or not asked.targets.numel():
-            groups = [(model(batch), targets, batch.targets_per_domain, 1.0)]
+            vectors, weights = model(batch), None
         else:
             vectors = model(batch, questions=asked.questions)
-            own, others = vectors.split([targets.numel(), asked.targets.numel()])
-            groups = [
-                (own, targets, batch.targets_per_domain, 1.0),
-                (others, asked.targets, asked.targets_per_domain, self.others.weight),
-            ]
+            weights = vectors.new_full((len(vectors),), self.others.weight, dtype=torch.float32)
+            weights[: len(targets)] = 1
+            targets = torch.cat([targets, asked.targets])
+            if counts is not None:
+                counts = tuple(map(sum, zip(counts, asked.targets_per_domain)))
         # The softmax is float32 whatever the encoder computes in.
         with torch.autocast(targets.device.type, enabled=False):
-            losses = [
-                weight
-                * sampled_softmax_loss(
-                    model,
-                    vectors,
-                    items,
-                    negatives,
-                    temperature=self.temperature,
-                    targets_per_domain=counts,
-                )
-                for vectors, items, counts, weight in groups
-            ]
-        return sum(losses[1:], start=losses[0])
+            return sampled_softmax_loss(
+                model,
+                vectors,
+                targets,
+                negatives,
+                temperature=self.temperature,
+                targets_per_domain=counts,
+                weights=weights,
+            )
 
     def scorer(self, model: CrossDomainHSTU) -> Scorer:
         """Return the dot product with the model's item vectors."""

@@ -76,19 +76,26 @@ class DelayedMaximum:
     def __call__(self, own: int) -> int:
         """Give a number; return the largest of those given at the call before.
 
-        A process that stands alone gets its own at once.
+        A process that stands alone gets its own at once. A number other than 0 is the last one:
+        nothing is on its way then that a process which ends would tear from the others.
         """
         if self._group is None:
             return own
-        largest = 0
-        if self._work is not None:
-            self._work.wait()
-            largest = int(self._sent)
+        if largest := self.finish():
+            return largest
         self._sent = torch.tensor(own)
         self._work = dist.all_reduce(
             self._sent, op=dist.ReduceOp.MAX, group=self._group, async_op=True
         )
-        return largest
+        return 0
+
+    def finish(self) -> int:
+        """Wait for what is on its way, and return it; 0 where nothing is."""
+        if self._work is None:
+            return 0
+        self._work.wait()
+        self._work = None
+        return int(self._sent)
 
 
 # Process groups that were joined, see :func:`keep_group`.

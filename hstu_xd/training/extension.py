@@ -6,10 +6,9 @@ before gin reads it.
 """
 
 import copy
-import logging
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,19 +21,7 @@ from hstu_xd.objectives.objective import Metric, Objective, check_objective
 from hstu_xd.objectives.retrieval import Retrieval
 from hstu_xd.parts import Part, is_foreign
 
-_logger = logging.getLogger(__name__)
-
 RETRIEVAL = "retrieval"
-# Settings that no objective but this package's reads.
-_OF_RETRIEVAL = (
-    "num_negatives",
-    "negatives",
-    "temperature",
-    "asked_domains",
-    "asked_weight",
-    "asked_within_events",
-    "asked_within_time",
-)
 
 
 @dataclass(frozen=True)
@@ -399,16 +386,3 @@ def parts_of(encoder: Mapping[str, Any], train: Any) -> dict[str, str]:
         **{f"metric {metric.short_name}": metric for metric in train.metrics},
     }
     return {name: str(value) for name, value in found.items() if isinstance(value, Part)}
-
-
-def warn_inert(train: Any) -> None:
-    """Say which settings an objective of one's own does not read."""
-    if not isinstance(train.objective, Part):
-        return
-    for each in fields(train):
-        value = getattr(train, each.name)
-        if each.name in _OF_RETRIEVAL and value != each.default:
-            _logger.warning(
-                "xd_train.%s = %r does nothing while xd_train.objective is %r",
-                *(each.name, value, train.objective),
-            )

@@ -92,7 +92,9 @@ def train(
         ).to(here.device)
         trainer = Trainer(model, store, settings.train, out, here)
         if resume:
-            trainer.resume(read_run(out).get("processes", 1))
+            facts = read_run(out)
+            # Checkpoints that count steps are older than "starts": those of the first job.
+            trainer.resume(facts.get("starts", [facts])[0].get("processes", 1))
             here.barrier()
             here.in_main(lambda: _note_resumption(out, trainer))
         else:

@@ -14,16 +14,21 @@ from hstu_xd.files import gin_folder
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.parts import importable_from
 from hstu_xd.training.extension import (
+    RETRIEVAL,
     ForeignCode,
     check_layer,
     check_parts,
     parts_of,
     read_bindings,
     refuse_lost_values,
-    warn_inert,
 )
 
 _logger = logging.getLogger(__name__)
+
+
+# What the settings of this package's objective need, and those of its questions.
+_RETRIEVAL = {"objective": RETRIEVAL}
+_ASKED = {"asked_domains": ...} | _RETRIEVAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +53,8 @@ class TrainSettings:
             next event of each is a target too, read out for it without a trace in the history. 0:
             none; where more domains come again in the training history, they are drawn.
         asked_weight: what such a target counts in the loss beside a position's own.
-        asked_within_events: such a target is at most the so-manieth event from the position on; 0:
-            any.
+        asked_within_events: such a target is at most the so-manieth event after the position, from
+            2 on: the first is its own target; 0: any.
         asked_within_time: such a target comes at most this much later, in the log's unit of time;
             0: at any time.
         learning_rate: peak rate of AdamW.
@@ -70,21 +75,20 @@ class TrainSettings:
     local_batch_size: int = setting(64, at_least=1)
     eval_batch_size: int = setting(256, at_least=1)
     dropout_rate: float = setting(0.4, at_least=0, below=1, also=("dropout",))
-    objective: str = setting("retrieval", part=True, also=("loss",))
-    num_negatives: int = setting(2048, at_least=1)
+    objective: str = setting(RETRIEVAL, part=True, also=("loss",))
+    num_negatives: int = setting(2048, at_least=1, needs=_RETRIEVAL)
     negatives: str = setting(
         "domain",
         allowed=("domain", "catalogue"),
         part=True,
+        needs=_RETRIEVAL,
         also=("negative_sampling", "sampling_strategy"),
     )
-    temperature: float = setting(0.05, above=0)
-    asked_domains: int = setting(0, at_least=0, also=("ask", "auxiliary_targets"))
-    asked_weight: float = setting(1.0, above=0, needs={"asked_domains": ...})
-    asked_within_events: int = setting(
-        0, at_least=0, needs={"asked_domains": ...}, also=("horizon",)
-    )
-    asked_within_time: int = setting(0, at_least=0, needs={"asked_domains": ...})
+    temperature: float = setting(0.05, above=0, needs=_RETRIEVAL)
+    asked_domains: int = setting(0, at_least=0, needs=_RETRIEVAL, also=("ask", "auxiliary_targets"))
+    asked_weight: float = setting(1.0, above=0, needs=_ASKED)
+    asked_within_events: int = setting(0, at_least=0, needs=_ASKED, also=("horizon",))
+    asked_within_time: int = setting(0, at_least=0, needs=_ASKED)
     learning_rate: float = setting(3e-3, above=0, also=("lr",))
     weight_decay: float = setting(1e-3, at_least=0, also=("wd", "l2"))
     num_warmup_steps: int = setting(100, at_least=0)
@@ -208,7 +212,6 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
         check_types(name, values)
     encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
     check_layer(encoder.get("layer"))
-    warn_inert(train)
     settings = RunSettings(encoder, train, bound.foreign)
     # Range checks, before any data are read.
     _check_together(settings.encoder_settings(num_domains=1), train)
@@ -231,6 +234,11 @@ def _found(file: Path) -> Path:
 
 def _check_together(encoder: EncoderSettings, train: TrainSettings) -> None:
     """Refuse settings that exclude one another, and say which do nothing."""
+    if train.asked_domains and train.asked_within_events == 1:
+        raise InputError(
+            "xd_train.asked_within_events = 1 leaves nothing to ask: the first event after a "
+            "position is its own target; give at least 2, or 0 for any"
+        )
     if train.asked_domains and encoder.normalization != "silu":
         raise InputError(
             f"xd_train.asked_domains = {train.asked_domains} needs xd_encoder.normalization = "

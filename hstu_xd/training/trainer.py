@@ -185,7 +185,7 @@ class Trainer:
         Without a checkpoint yet, begin again.
 
         Args:
-            processes: that have trained the run so far.
+            processes: that the run was begun with.
         """
         if (self.run / STATE_FILE).exists():
             tensors, metadata = load_checkpoint(self.run / STATE_FILE)
@@ -212,7 +212,9 @@ class Trainer:
                 self._save()
                 self._log.close()
                 raise
-            return self._summarise()
+            summary = self._summarise()
+            self._agreed.finish()
+            return summary
 
     @property
     def is_trained(self) -> bool:
@@ -247,7 +249,7 @@ class Trainer:
             bar.update(events - sum(int(data.lengths(b).sum()) for b in left))
             for batch_users in left:
                 self._stop_if_asked()
-                bar.update(self._step(data, batch_users))
+                bar.update(self.step(batch_users))
                 progress.users_in_epoch += batch_users.size
                 if progress.step % settings.checkpoint_every == 0:
                     self._save()
@@ -271,15 +273,8 @@ class Trainer:
             users: training users.
             mark: called with the name of each phase that is over, but for the last one.
         """
-        return self._step(self._data[Split.TRAIN], users, mark)
-
-    def _step(
-        self,
-        data: SequenceData,
-        users: np.ndarray,
-        mark: Callable[[str], object] = lambda phase: None,
-    ) -> int:
         settings, progress, device = self.settings, self.progress, self.world.device
+        data = self._data[Split.TRAIN]
         began = time.perf_counter()
         seed = int(
             np.random.SeedSequence([settings.random_seed, progress.step]).generate_state(1)[0]
