@@ -249,7 +249,7 @@ class Trainer:
             bar.update(events - sum(int(data.lengths(b).sum()) for b in left))
             for batch_users in left:
                 self._stop_if_asked()
-                bar.update(self.step(batch_users))
+                bar.update(self._step(data, batch_users))
                 progress.users_in_epoch += batch_users.size
                 if progress.step % settings.checkpoint_every == 0:
                     self._save()
@@ -273,8 +273,15 @@ class Trainer:
             users: training users.
             mark: called with the name of each phase that is over, but for the last one.
         """
+        return self._step(self._data[Split.TRAIN], users, mark)
+
+    def _step(
+        self,
+        data: SequenceData,
+        users: np.ndarray,
+        mark: Callable[[str], object] = lambda phase: None,
+    ) -> int:
         settings, progress, device = self.settings, self.progress, self.world.device
-        data = self._data[Split.TRAIN]
         began = time.perf_counter()
         seed = int(
             np.random.SeedSequence([settings.random_seed, progress.step]).generate_state(1)[0]

@@ -64,14 +64,14 @@ def whole(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def send_in_step(at: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Trainer.step
+    step = Trainer._step
 
-    def interrupted(trainer: Trainer, users: np.ndarray) -> int:
+    def interrupted(trainer: Trainer, data: object, users: np.ndarray) -> int:
         if trainer.progress.step == at:
             os.kill(os.getpid(), number)
-        return step(trainer, users)
+        return step(trainer, data, users)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.setattr(Trainer, "_step", interrupted)
 
 
 def send_in_evaluation(at: tuple[Split, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,14 +292,14 @@ def test_another_number_of_users_a_step_trains_those_who_are_left(
 ) -> None:
     """As another number of processes does; the place in the epoch is counted in users."""
     run, seen = tmp_path / "run", Counter()
-    step = Trainer.step
+    step = Trainer._step
 
-    def counted(trainer: Trainer, users: np.ndarray) -> int:
+    def counted(trainer: Trainer, data: object, users: np.ndarray) -> int:
         if trainer.progress.epoch == 0:
             seen.update(users.tolist())
-        return step(trainer, users)
+        return step(trainer, data, users)
 
-    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(Trainer, "_step", counted)
     with monkeypatch.context() as patch:
         send_in_step(2, signal.SIGTERM, patch)
         with pytest.raises(Interrupted):
@@ -320,18 +320,18 @@ def test_the_place_in_an_epoch_of_an_older_checkpoint() -> None:
 def test_a_second_training_into_a_folder_is_refused(
     whole: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, step = tmp_path / "run", Trainer.step
+    run, step = tmp_path / "run", Trainer._step
     refused = []
 
-    def tries_again(trainer: Trainer, users: np.ndarray) -> int:
+    def tries_again(trainer: Trainer, data: object, users: np.ndarray) -> int:
         if trainer.progress.step == 5:
             for resume in (False, True):
                 with pytest.raises(InputError) as error:
                     runs.train(store_path, None, run, resume=resume)
                 refused.append(str(error.value))
-        return step(trainer, users)
+        return step(trainer, data, users)
 
-    monkeypatch.setattr(Trainer, "step", tries_again)
+    monkeypatch.setattr(Trainer, "_step", tries_again)
     runs.train(store_path, settings(), run)
     assert len(refused) == 2
     for said in refused:

@@ -17,10 +17,10 @@ from hstu_xd.cli.app import main
 from hstu_xd.training.trainer import Trainer
 
 file, (rank, at), signals = Path(sys.argv[1]), map(int, sys.argv[2:4]), sys.argv[4].split(",")
-step = Trainer.step
+step = Trainer._step
 
 
-def watched(trainer, users):
+def watched(trainer, data, users):
     if trainer.world.is_main:
         with file.open("a") as stream:
             now = [trainer.progress.epoch, trainer.progress.step, users.tolist()]
@@ -30,8 +30,8 @@ def watched(trainer, users):
             os.kill(os.getpid(), getattr(signal, name))
             time.sleep(0)  # here handlers of signals run
         assert len(signals) == 1, "the second one ends the process"
-    return step(trainer, users)
+    return step(trainer, data, users)
 
 
-Trainer.step = watched
+Trainer._step = watched
 main(sys.argv[5:])
