@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,13 @@ class KernelUse(NamedTuple):
     dqk: int
     dv: int
     biased: bool
+
+    @classmethod
+    def build(cls, operator: str, q: Tensor, v: Tensor, *, biased: bool) -> "KernelUse":
+        """Return the use of tensors (L, H, dqk) and (..., H, dv)."""
+        # A graph that is being compiled has names for sizes; of these it needs the numbers.
+        heads, dqk, dv = (index(size) for size in (*q.shape[1:], v.shape[2]))
+        return cls(operator, q.device, q.dtype, heads, dqk, dv, biased)
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")

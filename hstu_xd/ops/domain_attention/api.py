@@ -120,16 +120,10 @@ def domain_attention(
     if impl == "auto":
         fits = normalization == "silu" and grouping.rule is None
         impl = "triton" if fits and triton_support.suits(q, v) else "eager"
-    if impl == "triton" and not kernels_hold(_use(q, v, bias), _trial, insists=insists):
-        impl = "eager"
+    if impl == "triton":
+        use = KernelUse.build("domain_attention", q, v, biased=bias is not None)
+        impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
-
-
-def _use(q: Tensor, v: Tensor, bias: RelativeBias | None) -> KernelUse:
-    heads, width = q.shape[1:]
-    return KernelUse(
-        "domain_attention", q.device, q.dtype, heads, width, v.shape[2], bias is not None
-    )
 
 
 def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:

@@ -88,16 +88,10 @@ def state_attention(
         raise InputError(
             f"impl {impl!r} is not available here; use auto, {known} for state_attention"
         )
-    if impl == "triton" and not kernels_hold(_use(q, v, bias), _trial, insists=insists):
-        impl = "eager"
+    if impl == "triton":
+        use = KernelUse.build("state_attention", q, v, biased=bias is not None)
+        impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
     return _IMPLS[impl](q, k, v, reads, bias=bias)
-
-
-def _use(q: Tensor, v: Tensor, bias: Tensor | None) -> KernelUse:
-    heads, width = q.shape[1:]
-    return KernelUse(
-        "state_attention", q.device, q.dtype, heads, width, v.shape[2], bias is not None
-    )
 
 
 def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:
