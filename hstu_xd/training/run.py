@@ -19,6 +19,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.metrics import Metrics
+from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import LOCK_FILE, check_readable, locked_folder, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
@@ -90,7 +91,7 @@ def train(
         model = CrossDomainHSTU(
             store.catalog, encoder, dropout_rate=settings.train.dropout_rate
         ).to(here.device)
-        trainer = Trainer(model, store, settings.train, out, here)
+        trainer = Trainer(model, store, settings.train, out, here, protocol=settings.protocol)
         if resume:
             facts = read_run(out)
             # Checkpoints that count steps are older than "starts": those of the first job.
@@ -155,11 +156,13 @@ class TrainedRun:
         model: the best one, in evaluation mode on CPU.
         objective: what it was trained for.
         metrics: functions of ranks that it is measured by beside the usual ones.
+        protocol: what it was evaluated by in training.
     """
 
     model: CrossDomainHSTU
     objective: Objective
     metrics: Metrics
+    protocol: Protocol
 
     @property
     def scorer(self) -> Scorer:
@@ -194,7 +197,9 @@ def load_trained(run: Path | str, *, allow_imports: bool = False) -> TrainedRun:
     )
     weights, _ = load_checkpoint(run / MODEL_FILE)
     load_weights(model, weights, run / MODEL_FILE)
-    return TrainedRun(model.eval(), objective_of(settings.train), metrics_of(settings.train))
+    return TrainedRun(
+        model.eval(), objective_of(settings.train), metrics_of(settings.train), settings.protocol
+    )
 
 
 def allowed_imports(run: Path, *, allow_imports: bool, trusted: Collection[str] = ()) -> list[str]:
@@ -339,6 +344,7 @@ def lay_out(
         "switches": {key: encoder[key] for key in SWITCHES},
         "encoder": encoder,
         "train": asdict(settings.train),
+        "protocol": settings.protocol.as_json(),
         "max_sequence_length": settings.train.max_sequence_length,
     }
     if settings.parts or settings.foreign.modules:
