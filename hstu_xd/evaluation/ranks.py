@@ -14,6 +14,7 @@ from torch import Tensor
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import SequenceData
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.evaluation.baselines import Baseline
 from hstu_xd.evaluation.metrics import Metrics, grouped_metrics
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct, Scorer
@@ -98,7 +99,7 @@ class RankedTargets:
 
 @torch.no_grad()
 def rank_targets(
-    model: CrossDomainHSTU,
+    model: CrossDomainHSTU | Baseline,
     data: SequenceData,
     users: np.ndarray,
     *,
@@ -109,7 +110,7 @@ def rank_targets(
     """Rank the users' last targets among their domains' unseen items.
 
     Args:
-        model: put into evaluation mode for the time of the call.
+        model: put into evaluation mode for the time of the call; or a baseline.
         data: the split.
         users: (Q,) user indices out of ``data.users``.
         scorer: of the objective that the model was trained for; None: dot products.
@@ -146,7 +147,7 @@ def rank_targets(
 
 
 def evaluate(
-    model: CrossDomainHSTU,
+    model: CrossDomainHSTU | Baseline,
     data: SequenceData,
     *,
     scorer: Scorer | None = None,
@@ -157,7 +158,7 @@ def evaluate(
     """Measure a whole split, see :func:`hstu_xd.evaluation.metrics.grouped_metrics`.
 
     Args:
-        model: put into evaluation mode for the time of the call.
+        model: put into evaluation mode for the time of the call; or a baseline.
         data: the split.
         scorer: of the objective that the model was trained for; None: dot products.
         metrics: further functions of ranks by name.
@@ -174,7 +175,7 @@ def evaluate(
 
 @torch.no_grad()
 def recommend_items(
-    model: CrossDomainHSTU,
+    model: CrossDomainHSTU | Baseline,
     item_ids: np.ndarray,
     timestamps: np.ndarray,
     domain: int,

@@ -152,7 +152,7 @@ def pair_runs(
         trained = load_trained(run.path, allow_imports=allow_imports)
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
-        ranked = rank_targets(trained.model, held_out, held_out.users, scorer=trained.scorer)
+        ranked = rank_targets(trained.ranker, held_out, held_out.users, scorer=trained.scorer)
         ranks[run.variant].append(ranked.ranks)
     assert ranked is not None
     base, *rest = variants

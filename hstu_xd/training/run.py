@@ -18,6 +18,7 @@ from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError, Interrupted
+from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
 from hstu_xd.files import LOCK_FILE, check_readable, locked_folder, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -32,6 +33,7 @@ from hstu_xd.parts import (
     imports_allowed,
     module_file,
 )
+from hstu_xd.training.baseline_runs import BaselineTrainer, load_baseline
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import foreign_names, metrics_of, objective_of
@@ -87,10 +89,14 @@ def train(
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
-        model = CrossDomainHSTU(
-            store.catalog, encoder, dropout_rate=settings.train.dropout_rate
-        ).to(here.device)
-        trainer = Trainer(model, store, settings.train, out, here)
+        trainer: Trainer | BaselineTrainer
+        if settings.train.baseline != NO_BASELINE:
+            trainer = BaselineTrainer(store, settings, out, here)
+        else:
+            model = CrossDomainHSTU(
+                store.catalog, encoder, dropout_rate=settings.train.dropout_rate
+            ).to(here.device)
+            trainer = Trainer(model, store, settings.train, out, here)
         if resume:
             facts = read_run(out)
             # Checkpoints that count steps are older than "starts": those of the first job.
@@ -99,7 +105,7 @@ def train(
             here.in_main(lambda: _note_resumption(out, trainer))
         else:
             name = name or variant_name(settings)
-            here.in_main(lambda: lay_out(out, store, settings, model, name, here))
+            here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here))
         try:
             return trainer.fit()
         except Interrupted as stopped:
@@ -152,19 +158,32 @@ class TrainedRun:
     """A run, ready to be asked.
 
     Attributes:
-        model: the best one, in evaluation mode on CPU.
+        ranker: the best model, in evaluation mode on CPU, or a baseline.
         objective: what it was trained for.
         metrics: functions of ranks that it is measured by beside the usual ones.
     """
 
-    model: CrossDomainHSTU
+    ranker: CrossDomainHSTU | Baseline
     objective: Objective
     metrics: Metrics
 
     @property
+    def model(self) -> CrossDomainHSTU:
+        """The model.
+
+        Raises:
+            InputError: the run is a baseline, which has none.
+        """
+        if isinstance(self.ranker, Baseline):
+            raise InputError("the run is a baseline; give the run of a trained model")
+        return self.ranker
+
+    @property
     def scorer(self) -> Scorer:
-        """What ranks items for the model's user vectors."""
-        return self.objective.scorer(self.model)
+        """What ranks items for the user vectors."""
+        if isinstance(self.ranker, Baseline):
+            return self.ranker.scorer
+        return self.objective.scorer(self.ranker)
 
 
 def load(run: Path | str, *, allow_imports: bool = False) -> CrossDomainHSTU:
@@ -187,6 +206,9 @@ def load_trained(run: Path | str, *, allow_imports: bool = False) -> TrainedRun:
     run = Path(run)
     settings = stored_settings(run, allow_imports=allow_imports)
     catalog = DomainCatalog.load(run)
+    if settings.train.baseline != NO_BASELINE:
+        baseline = load_baseline(run, settings, catalog)
+        return TrainedRun(baseline, objective_of(settings.train), metrics_of(settings.train))
     model = CrossDomainHSTU(
         catalog,
         settings.encoder_settings(catalog.num_domains),
@@ -292,6 +314,8 @@ def variant_name(settings: RunSettings) -> str:
     Of the training, only where negatives are drawn and how many other domains are asked for is
     told; :meth:`RunSettings.unlike` tells all.
     """
+    if settings.train.baseline != NO_BASELINE:
+        return settings.train.baseline
     parts = ["HSTU"]
     foreign = settings.parts
     if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
@@ -309,7 +333,7 @@ def lay_out(
     out: Path,
     store: InteractionStore,
     settings: RunSettings,
-    model: CrossDomainHSTU,
+    model: CrossDomainHSTU | Baseline,
     name: str,
     here: World,
 ) -> None:
@@ -359,7 +383,7 @@ def _start(here: World) -> dict[str, Any]:
     }
 
 
-def _note_resumption(out: Path, trainer: Trainer) -> None:
+def _note_resumption(out: Path, trainer: Trainer | BaselineTrainer) -> None:
     """Record who goes on with a run: "processes" are those of today, "starts" tells of all."""
     if trainer.is_trained:
         return
