@@ -143,7 +143,9 @@ def _attention(
         if not torch["devices"]:
             why = "the Triton kernel needs a GPU, and PyTorch sees none"
         else:
-            why = f"triton does not load: {triton['error']}" if triton["error"] else "unknown"
+            why = found.get("kernels") or "unknown"
+            if triton["error"]:
+                why = f"triton does not load: {triton['error']}"
     return {"available": available, "auto": found.get("auto", ""), "why_not_faster": why}
 
 

@@ -10,7 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hstu_xd.errors import HstuXdError
+
+if TYPE_CHECKING:
+    import torch
 
 _MARK = "hstu-xd-answer "
 _CHILD = (
@@ -119,7 +124,30 @@ def _attention() -> dict[str, Any]:
 
     names = ops.available_impls()
     fused = "triton" in names and torch.cuda.is_available()  # elsewhere it is only interpreted
-    return {"available": list(names), "auto": "triton" if fused else "eager"}
+    problem = kernels_problem(torch.device("cuda")) if fused else ""
+    auto = "triton" if fused and not problem else "eager"
+    return {"available": list(names), "auto": auto, "kernels": problem}
+
+
+def kernels_problem(device: "torch.device") -> str:
+    """Use both fused operators once, with gradients; return what is wrong with them, or ""."""
+    import torch
+
+    from hstu_xd import ops
+    from hstu_xd.ops.grouping import DomainGrouping
+
+    domains, offsets = torch.tensor([0, 1, 0], device=device), torch.tensor([0, 3], device=device)
+    grouping = DomainGrouping.from_jagged(domains, offsets, 2)
+    reads = ops.StateReads(grouping, domains, domains, states_per_domain=1)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(5, 2, 16, dtype=dtype, device=device, requires_grad=True)
+            token = x[:3]
+            out = ops.domain_attention(token, token, token, grouping, norm_length=3, impl="triton")
+            (out + ops.state_attention(token, x, x, reads, impl="triton")).sum().backward()
+    except Exception as error:
+        return str(error) if isinstance(error, HstuXdError) else _cause(error)
+    return ""
 
 
 def _host(folder: str) -> dict[str, Any]:

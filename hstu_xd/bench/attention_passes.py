@@ -1,7 +1,10 @@
-"""Passes of attention alone: ``domain_attention``, upstream's kernel, PyTorch with a dense mask."""
+"""Passes of attention alone: ``domain_attention``, others' kernels, PyTorch with a dense mask."""
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -76,33 +79,23 @@ def own(impl: str) -> Builder:
     return build
 
 
-def upstream(kernel: str) -> Builder:
-    """Return a builder of passes through ``hstu_mha`` of generative-recommenders.
+# Attends over several sequences: their offsets (S + 1,) int64, then q, k and v (L, H, d).
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def varlen(kernel: Callable[[Draw], Varlen]) -> Builder:
+    """Return a builder of passes through another's kernel for sequences of several lengths.
 
     Inside domains it gets the regrouped sequence, one sequence for each user and domain. Bringing
     the rows into that order and back is part of the forward pass, because its inputs lie in the
     batch's order.
 
     Args:
-        kernel: one of its kernels, "TRITON" or "PYTORCH".
+        kernel: loads the kernel and fits it to the sizes of a batch.
     """
 
     def build(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:
-        hstu_mha = import_module("generative_recommenders.ops.hstu_attention").hstu_mha
-        kernels = import_module("generative_recommenders.common").HammerKernel
-        numbers = _Numbers.from_draw(draw, dtype, computes)
-
-        def attend(offsets: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # alpha scales the scores; max_seq_len is also the length that they are divided by.
-            return hstu_mha(
-                max_seq_len=draw.case.seq_len,
-                alpha=1.0,
-                q=q,
-                k=k,
-                v=v,
-                seq_offsets=offsets,
-                kernel=kernels[kernel],
-            )
+        attend, numbers = kernel(draw), _Numbers.from_draw(draw, dtype, computes)
 
         def regrouped(grouping: DomainGrouping) -> Tensor:
             rows = (x.index_select(0, grouping.permutation) for x in numbers.qkv)
@@ -117,6 +110,93 @@ def upstream(kernel: str) -> Builder:
         return phased(draw.case, lambda: draw.offsets, mixed, *numbers)
 
     return build
+
+
+def upstream(kernel: str) -> Callable[[Draw], Varlen]:
+    """Return what loads ``hstu_mha`` of generative-recommenders.
+
+    Args:
+        kernel: one of its kernels, "TRITON" or "PYTORCH".
+    """
+
+    def load(draw: Draw) -> Varlen:
+        hstu_mha = import_module("generative_recommenders.ops.hstu_attention").hstu_mha
+        kernels = import_module("generative_recommenders.common").HammerKernel
+
+        def attend(offsets: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # alpha scales the scores; max_seq_len is also the length that they are divided by.
+            return hstu_mha(
+                max_seq_len=draw.case.seq_len,
+                alpha=1.0,
+                q=q,
+                k=k,
+                v=v,
+                seq_offsets=offsets,
+                kernel=kernels[kernel],
+            )
+
+        return attend
+
+    return load
+
+
+def upstream_cuda(draw: Draw) -> Varlen:
+    """Load generative-recommenders' operator in CUDA; runs of a user are its groups."""
+    cuda_hstu_mha = import_module("generative_recommenders.ops.cpp.cuda_hstu_attention")
+
+    def attend(offsets: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cuda_hstu_mha.cuda_hstu_mha(
+            max_seq_len=draw.case.seq_len,
+            alpha=1.0,
+            q=q,
+            k=k,
+            v=v,
+            seq_offsets=offsets,
+            causal=True,
+            num_groups=(offsets.numel() - 1) // draw.case.batch_size,
+        )
+
+    return attend
+
+
+# Where ``hstu_attn_varlen_func`` is found: NVIDIA's package, then FBGEMM's two.
+CUTLASS_MODULES = ("hstu_attn", "fbgemm_gpu.experimental.hstu", "hstu")
+
+
+def cutlass(draw: Draw) -> Varlen:
+    """Load ``hstu_attn_varlen_func``, the CUTLASS kernel of NVIDIA and FBGEMM."""
+    module = import_module(next(filter(importable, CUTLASS_MODULES)))
+    function = module.hstu_attn_varlen_func
+    # Releases name some parameters differently; they divide by scaling_seqlen or by max_seqlen_q.
+    known = signature(function).parameters
+    length = draw.case.seq_len
+    fixed = {
+        "max_seqlen_q": length,
+        "max_seqlen_k": length,
+        "scaling_seqlen": length,
+        "seqused_q": None,
+        "seqused_k": None,
+        "num_contexts": None,
+        "num_targets": None,
+        "window_size": (-1, 0),
+        "alpha": 1.0,
+    }
+
+    def attend(offsets: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        starts = offsets.to(torch.int32)
+        names = ("cu_seqlens_q", "cu_seqlens_k", "seq_offsets_q", "seq_offsets_k")
+        named = fixed | dict.fromkeys(names, starts)
+        return function(q, k, v, **{name: x for name, x in named.items() if name in known})
+
+    return attend
+
+
+def importable(module: str) -> bool:
+    """Return whether a module is found; none of its packages may be missing or broken."""
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def dense_mask(draw: Draw, dtype: torch.dtype, computes: Computation) -> Pass:

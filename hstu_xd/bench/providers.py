@@ -4,17 +4,19 @@ This package's own are named by implementation: "triton" (the fused kernels; "tr
 what the bias costs), "eager", and "reference", the dense masked definition. "eager-softmax", "flex"
 (FlexAttention with a block mask on the mixed sequence) and "sdpa" (with a dense mask) compute
 softmax inside domains. "upstream" is the dense layer stack of generative-recommenders and
-"upstream-triton-mixed" its fused attention, which know no domains and so compute full attention
-whatever their number; "upstream-triton-grouped" is the latter on the sequence as this package
-regroups it.
+"upstream-triton" its fused attention, "upstream-cuda" its operator in CUDA, "cutlass" NVIDIA's and
+FBGEMM's ``hstu_attn_varlen_func``: they know no domains and so compute full attention ("-mixed")
+whatever their number, or attention inside domains on the sequence as this package regroups it
+("-grouped").
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 
 from hstu_xd.bench import attention_passes, encoder_passes
+from hstu_xd.bench.attention_passes import CUTLASS_MODULES, Varlen, importable
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.timing import Builder, Computation, Pass
 from hstu_xd.ops import triton_support
@@ -29,7 +31,7 @@ class Provider:
         masked: whether it attends inside domains; else it attends to everything.
         normalization: "silu" or "softmax".
         bias: when it has the relative bias: "always", "never", or as the "case" says.
-        modules: modules that must be importable.
+        modules: modules that must be importable, or tuples of which one must be.
         needs: "nothing", "kernels" (Triton, and a GPU or its interpreter) or "cuda", a GPU.
         powers_of_two: whether head widths must be powers of two from 16 on.
     """
@@ -38,7 +40,7 @@ class Provider:
     masked: bool = True
     normalization: str = "silu"
     bias: str = "case"
-    modules: tuple[str, ...] = ()
+    modules: tuple[str | tuple[str, ...], ...] = ()
     needs: str = "nothing"
     powers_of_two: bool = False
 
@@ -49,7 +51,8 @@ class Provider:
 
     def missing(self, case: Case) -> str | None:
         """Return why it cannot run here; None where it can."""
-        absent = [name for name in self.modules if not find_spec(name)]
+        groups = [(some,) if isinstance(some, str) else some for some in self.modules]
+        absent = [" or ".join(some) for some in groups if not any(map(importable, some))]
         if absent:
             return f"{' and '.join(absent)} not importable"
         if self.needs == "cuda" and case.device == "cpu":
@@ -66,13 +69,24 @@ class Provider:
 
 
 _GR = "generative_recommenders"
-_UPSTREAM_TRITON = Provider(
-    attention_passes.upstream("TRITON"),
-    bias="never",
-    modules=(_GR, "triton"),
-    needs="cuda",
-    powers_of_two=True,
-)
+
+
+def _another(kernel: Callable[[Draw], Varlen], *modules: str | tuple[str, ...]) -> Provider:
+    return Provider(
+        attention_passes.varlen(kernel),
+        bias="never",
+        modules=modules,
+        needs="cuda",
+        powers_of_two=True,
+    )
+
+
+# Kernels that know no domains, each called on the mixed and on the regrouped sequence.
+_OTHERS = {
+    "upstream-triton": _another(attention_passes.upstream("TRITON"), _GR, "triton"),
+    "upstream-cuda": _another(attention_passes.upstream_cuda, _GR, "hstu._C"),
+    "cutlass": _another(attention_passes.cutlass, CUTLASS_MODULES),
+}
 
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "encoder": {
@@ -90,8 +104,8 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "triton-unbiased": Provider(attention_passes.own("triton"), bias="never", needs="kernels"),
         "eager": Provider(attention_passes.own("eager")),
         "reference": Provider(attention_passes.own("reference")),
-        "upstream-triton-mixed": replace(_UPSTREAM_TRITON, masked=False),
-        "upstream-triton-grouped": _UPSTREAM_TRITON,
+        **{f"{name}-mixed": replace(one, masked=False) for name, one in _OTHERS.items()},
+        **{f"{name}-grouped": one for name, one in _OTHERS.items()},
         "eager-softmax": Provider(attention_passes.own("eager"), normalization="softmax"),
         "flex": Provider(
             attention_passes.own("flex"), normalization="softmax", bias="never", needs="cuda"

@@ -5,7 +5,10 @@ AdamW. "dense" is full attention as upstream's research code lays it out, "hstu"
 this package's attention, "mask" and "all" the cross-domain variants of ``hstu-xd ablate``.
 """
 
+import json
+import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,10 @@ from torch import Tensor, nn
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.bench.cases import Case, Draw
+from hstu_xd.bench.memory import allocated, growth, growth_elsewhere
 from hstu_xd.bench.passes import FORWARD_BUDGET, row_error
 from hstu_xd.bench.rows import Row, empty_row, time_columns, times_faster
-from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns, torch_threads
+from hstu_xd.bench.timing import Mark, Pass, noting_failure, take_turns, torch_threads, unmarked
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -93,6 +97,7 @@ def _rows(
             row |= {"correct": errors[name] <= 1, "error_of_budget": errors[name]}
         if name in times:
             row |= time_columns(times[name])
+            row["peak_bytes"] = peak_bytes(name, case, threads)
             for rival in against:
                 row |= times_faster(times, name, rival)
         rows.append(row)
@@ -107,6 +112,12 @@ class _Step:
         self._batch, self._targets = _batch(draw, self._model.catalog)
         self._objective = Retrieval(num_negatives=_NEGATIVES)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), fused=True)
+
+    def make_states(self) -> None:
+        """Let the optimiser make its states: with gradients of zero."""
+        for parameter in self._model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
 
     def run(self, mark: Mark) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -187,3 +198,33 @@ def _equal_time(row: Row, rows: list[Row]) -> int | None:
         return None
     times, lengths = np.log(np.array(curve, float)).T
     return round(float(np.exp(np.interp(np.log(dense[0]), times, lengths))))
+
+
+def peak_bytes(name: str, case: Case, threads: int) -> int:
+    """Return the bytes that a step adds to weights, batch and optimiser states.
+
+    Args:
+        name: name of the provider.
+        case: case that is measured.
+        threads: threads of PyTorch.
+
+    Raises:
+        HstuXdError: the process in which it is measured failed.
+    """
+    if case.device != "cpu":
+        return _added(name, case, threads)
+    job = {"name": name, "case": asdict(case), "threads": threads}
+    return growth_elsewhere("hstu_xd.bench.train_step", name, job)
+
+
+def _added(name: str, case: Case, threads: int) -> int:
+    step = _Step(name, Draw.from_case(case))
+    step.make_states()
+    count = growth if case.device == "cpu" else allocated
+    with torch_threads(threads):
+        return count(lambda: step.run(unmarked))
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    print(_added(job["name"], Case(**job["case"]), job["threads"]))

@@ -1,12 +1,10 @@
 """``hstu-xd bench``: a sub-command for each benchmark, with only those options that it heeds."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,13 +37,14 @@ from hstu_xd.cli.bench_options import (
     Threads,
     Variants,
     Width,
+    chosen_cases,
+    chosen_providers,
+    chosen_rivals,
     given_options,
+    refuse_bias_without_effect,
     sizes_of_recipe,
 )
 from hstu_xd.errors import HstuXdError, InputError
-
-if TYPE_CHECKING:
-    from hstu_xd.bench.cases import Case
 
 bench = typer.Typer(
     help="Measure speed and memory, results checked first.\n\n"
@@ -84,14 +83,14 @@ def encoder(
     from hstu_xd.bench.cases import Case
     from hstu_xd.bench.providers import PROVIDERS
 
-    names = _chosen(PROVIDERS["encoder"], provider)
-    rivals = _rivals(PROVIDERS["encoder"], names, against, "reference")
-    _refuse_bias_without_effect(bias, "encoder", names)
+    names = chosen_providers(PROVIDERS["encoder"], provider)
+    rivals = chosen_rivals(PROVIDERS["encoder"], names, against, "reference")
+    refuse_bias_without_effect(bias, "encoder", names)
     base = Case(
         "encoder", 1000, 1, batch_size=batch_size, heads=heads, dqk=dqk, dv=dv, width=width,
         layers=layers, device=device, dtype=dtype, biased=bias, plan=plan,
     )  # fmt: skip
-    cases = _cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
+    cases = chosen_cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
     _show(
         lambda: passes.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
         as_json,
@@ -126,14 +125,14 @@ def attention(
     from hstu_xd.bench.cases import Case
     from hstu_xd.bench.providers import PROVIDERS
 
-    names = _chosen(PROVIDERS["attention"], provider)
-    rivals = _rivals(PROVIDERS["attention"], names, against, "reference")
-    _refuse_bias_without_effect(bias, "attention", names)
+    names = chosen_providers(PROVIDERS["attention"], provider)
+    rivals = chosen_rivals(PROVIDERS["attention"], names, against, "reference")
+    refuse_bias_without_effect(bias, "attention", names)
     base = Case(
         "attention", 1000, 1, batch_size=batch_size, heads=heads, dqk=dqk, dv=dv,
         device=device, dtype=dtype, biased=bias, plan=plan,
     )  # fmt: skip
-    cases = _cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
+    cases = chosen_cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
     _show(
         lambda: passes.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
         as_json,
@@ -190,13 +189,13 @@ def train_step(
         return
     if given := given_options(context, ("variants", "gin_config_file", "gin_bindings")):
         raise InputError(f"{given[0]} has no effect on drawn batches; drop it, or add --data")
-    names = _chosen(steps.PROVIDERS, provider)
-    rivals = _rivals(steps.PROVIDERS, names, against, "dense")
+    names = chosen_providers(steps.PROVIDERS, provider)
+    rivals = chosen_rivals(steps.PROVIDERS, names, against, "dense")
     base = Case(
         "train-step", 1000, 1, batch_size=batch_size, heads=heads, dqk=dqk, dv=dv, width=width,
         layers=layers, device=device,
     )  # fmt: skip
-    cases = _cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
+    cases = chosen_cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
     _show(
         lambda: steps.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
         as_json,
@@ -227,9 +226,11 @@ def serving(
     from hstu_xd.bench import serving as calls
     from hstu_xd.bench.cases import Case
 
-    names = _chosen(calls.PROVIDERS, provider)
+    names = chosen_providers(calls.PROVIDERS, provider)
     base = Case("serving", 1000, 1, heads=heads, dqk=dqk, dv=dv, width=width, layers=layers)
-    cases = _cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep, default_domains=[5])
+    cases = chosen_cases(
+        base, seq_len, num_domains, skew, interleaving, sweep=sweep, default_domains=[5]
+    )
 
     def measure() -> Iterable[dict[str, Any]]:
         yield from calls.measure(cases, names, threads=threads, repeats=repeats)
@@ -324,6 +325,47 @@ def sampler(
 
 
 @bench.command(rich_help_panel=_ROWS)
+def suite(
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="The part of the suite that is for it.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the rows, a file a part; to be gone on with.")
+    ],
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes that all of it may take; the rest is said.")
+    ] = 8.0,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Prepared store whose training steps are measured; repeat for several."),
+    ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="Run all of it with tiny sizes on the CPU; the figures mean nothing.",
+        ),
+    ] = False,
+) -> None:
+    """Measure all that the goals of speed are read from.
+
+    Parts run in the order of importance, each a command of its own; rows are stored as they come,
+    and what is stored is not measured again. At the end come the rows and the goals.
+    """
+    import torch
+
+    from hstu_xd.bench import suite as suites
+    from hstu_xd.bench.suite_parts import SUITES
+
+    for store in data or ():
+        if not (store / "manifest.json").is_file():
+            raise InputError(f"--data {store}: no prepared store; make it with hstu-xd prepare")
+    if device == "cuda" and not rehearse and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU; use --device cpu, or --rehearse")
+    suites.run(SUITES[device](data or []), out, minutes=minutes, rehearsal=rehearse, say=typer.echo)
+
+
+@bench.command(rich_help_panel=_ROWS)
 def plot(
     rows: Annotated[
         list[Path], typer.Argument(metavar="ROWS...", help="Files that --out of a benchmark wrote.")
@@ -336,87 +378,6 @@ def plot(
 
     for path in draw(read_rows(rows), out):
         typer.echo(path)
-
-
-def _chosen(known: Collection[str], provider: list[str] | None) -> list[str]:
-    """Return the providers to measure: those that the user named, or all."""
-    for name in provider or ():
-        _check_provider(name, known)
-    return provider or list(known)
-
-
-def _rivals(
-    known: Collection[str], names: list[str], against: list[str] | None, default: str
-) -> list[str]:
-    """Return those of the measured providers that the others are compared with.
-
-    Raises:
-        InputError: the user named one that is not measured.
-    """
-    for name in against or ():
-        _check_provider(name, known)
-        if name not in names:
-            raise InputError(f"--against {name} is not measured; add --provider {name}")
-    return against or [default]
-
-
-def _check_provider(name: str, known: Collection[str]) -> None:
-    """Check that a benchmark has a provider of that name.
-
-    Raises:
-        InputError: it has none; with the nearest name and all others.
-    """
-    if name not in known:
-        near = get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise InputError(f"no provider {name!r}{hint} There are {', '.join(known)}")
-
-
-def _refuse_bias_without_effect(bias: bool, what: str, names: list[str]) -> None:
-    from hstu_xd.bench.providers import PROVIDERS
-
-    if not bias and all(PROVIDERS[what][name].bias == "never" for name in names):
-        raise InputError(f"--no-bias has no effect: {', '.join(names)} never has a bias; drop it")
-
-
-def _cases(
-    base: "Case",
-    seq_len: list[int] | None,
-    num_domains: list[int] | None,
-    skew: list[float] | None,
-    interleaving: Sequence[str] | None,
-    *,
-    sweep: bool,
-    default_domains: Sequence[int] = (1, 5, 10),
-) -> list["Case"]:
-    """Combine the sizes that were asked for, or take the preset of --sweep.
-
-    Raises:
-        InputError: an option has no effect beside the others.
-    """
-    from hstu_xd.bench import cases
-
-    if sweep:
-        if seq_len or num_domains or skew or interleaving:
-            raise InputError(
-                "--sweep chooses lengths, domains, skews and interleavings; drop --seq-len, "
-                "--num-domains, --skew and --interleaving, or --sweep"
-            )
-        return list(cases.sweep(base))
-    domains = num_domains or default_domains
-    skews, orders = skew or [0.0], interleaving or ["random"]
-    if max(domains) == 1 and (any(skews) or set(orders) != {"random"}):
-        raise InputError(
-            "--skew and --interleaving have no effect on a single domain; drop them, or add "
-            "--num-domains 5"
-        )
-    return [
-        replace(base, seq_len=n, num_domains=d, skew=s, interleaving=order)
-        for n in seq_len or [1000]
-        for d in domains
-        for s in skews
-        for order in orders
-    ]
 
 
 def _show(

@@ -1,12 +1,17 @@
-"""Options of the benchmarks; their defaults stand in the signatures of the commands."""
+"""Options of the benchmarks and what is made of them; the commands hold the defaults."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from hstu_xd.errors import InputError
+
+if TYPE_CHECKING:
+    from hstu_xd.bench.cases import Case
 
 Json = Annotated[bool, typer.Option("--json", help="Print the rows as one JSON array.")]
 Out = Annotated[
@@ -146,3 +151,89 @@ def sizes_of_recipe(context: typer.Context, seq_len: list[int] | None) -> list[l
     sizes = [f"{_SIZES[name]} = {context.params[name]}" for name in names]
     lengths = [[f"{_SIZES['seq_len']} = {length}"] for length in seq_len or ()]
     return [[*length, *sizes] for length in lengths or [[]]]
+
+
+def chosen_providers(known: Collection[str], provider: list[str] | None) -> list[str]:
+    """Return the providers to measure: those that the user named, or all."""
+    for name in provider or ():
+        _check_provider(name, known)
+    return provider or list(known)
+
+
+def chosen_rivals(
+    known: Collection[str], names: list[str], against: list[str] | None, default: str
+) -> list[str]:
+    """Return those of the measured providers that the others are compared with.
+
+    Raises:
+        InputError: the user named one that is not measured.
+    """
+    for name in against or ():
+        _check_provider(name, known)
+        if name not in names:
+            raise InputError(f"--against {name} is not measured; add --provider {name}")
+    return against or [default]
+
+
+def _check_provider(name: str, known: Collection[str]) -> None:
+    """Check that a benchmark has a provider of that name.
+
+    Raises:
+        InputError: it has none; with the nearest name and all others.
+    """
+    if name not in known:
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise InputError(f"no provider {name!r}{hint} There are {', '.join(known)}")
+
+
+def refuse_bias_without_effect(bias: bool, what: str, names: list[str]) -> None:
+    """Refuse --no-bias where no provider would have one.
+
+    Raises:
+        InputError: it has no effect.
+    """
+    from hstu_xd.bench.providers import PROVIDERS
+
+    if not bias and all(PROVIDERS[what][name].bias == "never" for name in names):
+        raise InputError(f"--no-bias has no effect: {', '.join(names)} never has a bias; drop it")
+
+
+def chosen_cases(
+    base: "Case",
+    seq_len: list[int] | None,
+    num_domains: list[int] | None,
+    skew: list[float] | None,
+    interleaving: Sequence[str] | None,
+    *,
+    sweep: bool,
+    default_domains: Sequence[int] = (1, 5, 10),
+) -> list["Case"]:
+    """Combine the sizes that were asked for, or take the preset of --sweep.
+
+    Raises:
+        InputError: an option has no effect beside the others.
+    """
+    from hstu_xd.bench import cases
+
+    if sweep:
+        if seq_len or num_domains or skew or interleaving:
+            raise InputError(
+                "--sweep chooses lengths, domains, skews and interleavings; drop --seq-len, "
+                "--num-domains, --skew and --interleaving, or --sweep"
+            )
+        return list(cases.sweep(base))
+    domains = num_domains or default_domains
+    skews, orders = skew or [0.0], interleaving or ["random"]
+    if max(domains) == 1 and (any(skews) or set(orders) != {"random"}):
+        raise InputError(
+            "--skew and --interleaving have no effect on a single domain; drop them, or add "
+            "--num-domains 5"
+        )
+    return [
+        replace(base, seq_len=n, num_domains=d, skew=s, interleaving=order)
+        for n in seq_len or [1000]
+        for d in domains
+        for s in skews
+        for order in orders
+    ]

@@ -47,7 +47,8 @@ class EncoderSettings:
         history_tokens: learnable tokens ``K`` that stand for a segment from then on; 0: nothing
             does.
         normalization: how attention scores become weights, by "silu" as in HSTU or by "softmax".
-        impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`.
+        impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`; "auto" takes
+            the fused kernels where they hold, "triton" insists on them.
         layer: "hstu", or a class of your own in its place, ``@MyLayer``: built and called as
             :class:`hstu_xd.model.encoder.HSTULayer` is.
 

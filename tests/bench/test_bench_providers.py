@@ -2,16 +2,21 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bench_runs import run_bench
+from torch import Tensor
 
 from hstu_xd.bench import attention_passes, passes, providers
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.roofline import Ceilings, Work, delta, visible_pairs
 from hstu_xd.bench.timing import Computation
+from hstu_xd.ops import domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
 
 CASE = Case("attention", 20, 3, batch_size=2, heads=2, dqk=4, dv=4, width=8, layers=1)
 UPSTREAM = find_spec("generative_recommenders") and find_spec("fbgemm_gpu")
@@ -52,9 +57,70 @@ def test_upstreams_fused_attention_is_called_right(
     timed = providers.PROVIDERS["attention"][name]
     assert timed.masked is masked
     assert timed.computation(CASE) == Computation(masked, "silu", biased=False)
-    by_pytorch = replace(timed, build=attention_passes.upstream("PYTORCH"))
+    by_pytorch = replace(timed, build=attention_passes.varlen(attention_passes.upstream("PYTORCH")))
     monkeypatch.setitem(providers.PROVIDERS["attention"], name, by_pytorch)
     assert passes.largest_error(name, CASE) <= 1
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, length: int) -> Tensor:
+    """What others' kernels compute, by the definition: offsets of sequences, divided by length."""
+    grouping = DomainGrouping.single(offsets.long(), len(q))
+    return domain_attention(q, k, v, grouping, norm_length=length, impl="reference")
+
+
+def by_fbgemm(
+    q, k, v, seq_offsets_q, seq_offsets_k, max_seqlen_q, max_seqlen_k,
+    num_contexts=None, num_targets=None, window_size=(-1, -1), alpha=1.0,
+):  # fmt: skip
+    assert (window_size, alpha, seq_offsets_q.dtype) == ((-1, 0), 1.0, torch.int32)
+    return attend(q, k, v, seq_offsets_q, max_seqlen_q)
+
+
+def by_nvidia(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
+    scaling_seqlen, num_contexts, num_targets, window_size=(-1, -1), alpha=1.0,
+):  # fmt: skip
+    assert (window_size, alpha, seqused_q, num_targets) == ((-1, 0), 1.0, None, None)
+    return attend(q, k, v, cu_seqlens_q, scaling_seqlen)
+
+
+def by_upstream_cuda(max_seq_len, alpha, q, k, v, seq_offsets, causal, num_groups):
+    assert causal
+    assert num_groups in (1, CASE.num_domains)
+    return attend(q, k, v, seq_offsets, max_seq_len)
+
+
+@pytest.mark.parametrize("order", ["mixed", "grouped"])
+@pytest.mark.parametrize(
+    ("name", "module", "function"),
+    [
+        ("cutlass", "hstu", by_fbgemm),
+        ("cutlass", "hstu_attn", by_nvidia),
+        ("upstream-cuda", "generative_recommenders.ops.cpp.cuda_hstu_attention", by_upstream_cuda),
+    ],
+)
+def test_others_kernels_are_called_right(
+    name: str, module: str, function: Any, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By stand-ins with the parameters of the releases; the kernels need a GPU."""
+    called = "cuda_hstu_mha" if name == "upstream-cuda" else "hstu_attn_varlen_func"
+    stand_in = SimpleNamespace(**{called: function})
+    known = {module, "generative_recommenders", "hstu._C"}
+    monkeypatch.setattr(attention_passes, "importable", known.__contains__)
+    monkeypatch.setattr(attention_passes, "import_module", {module: stand_in}.__getitem__)
+    whole = f"{name}-{order}"
+    assert providers.PROVIDERS["attention"][whole].masked is (order == "grouped")
+    assert passes.largest_error(whole, CASE) <= 1
+
+
+def test_absent_kernels_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "importable", lambda name: False)
+    known = providers.PROVIDERS["attention"]
+    assert known["cutlass-mixed"].missing(CASE) == (
+        "hstu_attn or fbgemm_gpu.experimental.hstu or hstu not importable"
+    )
+    found = known["upstream-cuda-grouped"].missing(CASE)
+    assert found == "generative_recommenders and hstu._C not importable"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +154,7 @@ def test_the_gate_rejects_another_computation(
 def test_reasons_to_be_absent(
     what: str, name: str, changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(providers, "find_spec", lambda name: object())
+    monkeypatch.setattr(providers, "importable", lambda name: True)
     case = replace(CASE, what=what, **changes)
     assert providers.PROVIDERS[what][name].missing(case) == reason
 
@@ -97,7 +163,7 @@ def test_reasons_to_be_absent(
 def test_upstreams_kernel_takes_powers_of_two(
     dqk: int, dv: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(providers, "find_spec", lambda name: object())
+    monkeypatch.setattr(providers, "importable", lambda name: True)
     on_a_gpu = replace(providers.PROVIDERS["attention"]["upstream-triton-mixed"], needs="nothing")
     assert on_a_gpu.missing(replace(CASE, dqk=32, dv=32)) is None
     found = on_a_gpu.missing(replace(CASE, dqk=dqk, dv=dv))
@@ -107,7 +173,7 @@ def test_upstreams_kernel_takes_powers_of_two(
 def test_an_absent_provider_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    monkeypatch.setattr(providers, "importable", lambda name: False)
     (row,) = run_bench(capsys, "encoder", seq_len=[8], num_domains=[2], provider=["upstream"])
     assert row["absent"] == "generative_recommenders not importable"
     assert row["ms_median"] is row["correct"] is None

@@ -21,7 +21,7 @@ RATIOS = {
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "_ITEMS", 60)
-    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    monkeypatch.setattr(providers, "importable", lambda name: False)
 
 
 def run_bench(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str, dict]:

@@ -11,8 +11,9 @@ from hstu_xd.ops.domain_attention.eager import eager_domain_attention
 from hstu_xd.ops.domain_attention.flex import flex_domain_attention
 from hstu_xd.ops.domain_attention.fused import fused_domain_attention
 from hstu_xd.ops.domain_attention.reference import reference_domain_attention
+from hstu_xd.ops.first_use import KernelUse, SmallBatch, kernels_hold, outputs
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.relative_bias import RelativeBias
+from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 
 # Normalization -> name -> function.
 _IMPLS: dict[str, dict[str, Callable[..., Tensor]]] = {
@@ -90,8 +91,9 @@ def domain_attention(
             group's own. Softmax does not read it.
         bias: relative position and time bias, or None.
         normalization: "silu" or "softmax".
-        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width and
-            compute the normalization, else eager) or a name of :func:`available_impls`.
+        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width, compute
+            the normalization and hold on their first use, else eager) or a name of
+            :func:`available_impls`.
 
     Returns:
         (L, H, dv) float, in batch order; zeros where a query's group holds no key.
@@ -99,6 +101,7 @@ def domain_attention(
     Raises:
         InputError: shapes or dtypes that do not fit together, an unknown ``normalization``, an
             ``impl`` that is unknown or does not compute it, ``norm_length`` below 1.
+        HstuXdError: "triton" on a GPU where the kernels fail or disagree, see ``ops.first_use``.
 
     Example:
         >>> import torch
@@ -113,10 +116,40 @@ def domain_attention(
     """
     _check(q, k, v, grouping, norm_length, bias)
     check_impl(impl, normalization)
+    insists = impl == "triton"
     if impl == "auto":
-        fits = q.is_cuda and normalization == "silu" and grouping.rule is None
+        fits = normalization == "silu" and grouping.rule is None
         impl = "triton" if fits and triton_support.suits(q, v) else "eager"
+    if impl == "triton":
+        use = KernelUse.build("domain_attention", q, v, biased=bias is not None)
+        impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
+
+
+def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:
+    """Attend on a small batch, in the target view: queries and keys have orders of their own."""
+    batch = SmallBatch.draw(use.device)
+    grouping = batch.grouping.target_view(batch.targets)
+    length, norm_length = grouping.num_tokens, grouping.num_tokens
+    names, widths = ("q", "k", "v"), (use.dqk, use.dqk, use.dv)
+    # Slices of one tensor, as the layers of a model give them.
+    numbers = batch.normal(use, length, use.heads, sum(widths)).split(widths, dim=2)
+    leaves = dict(zip(names, numbers))
+    if use.biased:
+        leaves["position_weights"] = batch.normal(use, 2 * norm_length - 1)
+        leaves["time_weights"] = batch.normal(use, NUM_TIME_BUCKETS + 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **tables: Tensor) -> Tensor:
+        bias = None
+        if tables:
+            times = batch.timestamps, batch.next_timestamps
+            bias = RelativeBias(
+                tables["position_weights"], tables["time_weights"], grouping.positions, *times
+            )
+        impl = _IMPLS["silu"]["eager" if exact else "triton"]
+        return impl(q, k, v, grouping, norm_length=norm_length, bias=bias)
+
+    return outputs(attend, leaves, batch.normal(use, *leaves["v"].shape), exact=exact)
 
 
 def _check(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.ops import triton_support
+from hstu_xd.ops.first_use import KernelUse, SmallBatch, kernels_hold, outputs
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
 from hstu_xd.ops.state_attention.eager import eager_state_attention
 from hstu_xd.ops.state_attention.fused import fused_state_attention
@@ -17,6 +18,8 @@ _IMPLS: dict[str, Callable[..., Tensor]] = {
     "eager": eager_state_attention,
     "triton": fused_state_attention,
 }
+
+_STATES_TRIED = 2
 
 
 def available_state_impls() -> tuple[str, ...]:
@@ -52,14 +55,15 @@ def state_attention(
         v: (L + D, H, dv) float, values likewise.
         reads: the plan of the batch, built once and shared by all layers.
         bias: (129, H) float by ``age``, its last row for initial states; None for no bias.
-        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width, else
-            eager) or a name of :func:`available_state_impls`.
+        impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width and hold
+            on their first use, else eager) or a name of :func:`available_state_impls`.
 
     Returns:
         (L, H, dv) float, in batch order.
 
     Raises:
         InputError: shapes or dtypes that do not fit together, or an unknown ``impl``.
+        HstuXdError: "triton" on a GPU where the kernels fail or disagree, see ``ops.first_use``.
 
     Example:
         >>> import torch
@@ -76,14 +80,37 @@ def state_attention(
         bias by age are this project's.
     """
     _check(q, k, v, reads, bias)
+    insists = impl == "triton"
     if impl == "auto":
-        impl = "triton" if q.is_cuda and triton_support.suits(q, v) else "eager"
+        impl = "triton" if triton_support.suits(q, v) else "eager"
     elif impl not in available_state_impls():
         known = ", ".join(available_state_impls())
         raise InputError(
             f"impl {impl!r} is not available here; use auto, {known} for state_attention"
         )
+    if impl == "triton":
+        use = KernelUse.build("state_attention", q, v, biased=bias is not None)
+        impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
     return _IMPLS[impl](q, k, v, reads, bias=bias)
+
+
+def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:
+    """Attend to the states of a small batch."""
+    batch = SmallBatch.draw(use.device)
+    reads = StateReads(batch.grouping, batch.timestamps, batch.next_timestamps, _STATES_TRIED)
+    length, rows = batch.grouping.num_tokens, reads.num_rows
+    leaves = {
+        "q": batch.normal(use, length, use.heads, use.dqk) * use.dqk**-0.5,
+        "k": batch.normal(use, rows, use.heads, use.dqk),
+        "v": batch.normal(use, rows, use.heads, use.dv),
+    }
+    if use.biased:
+        leaves["bias"] = batch.normal(use, NUM_TIME_BUCKETS + 1, use.heads)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _IMPLS["eager" if exact else "triton"](q, k, v, reads, bias=bias)
+
+    return outputs(attend, leaves, batch.normal(use, length, use.heads, use.dv), exact=exact)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> None:

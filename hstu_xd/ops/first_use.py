@@ -1,0 +1,206 @@
+"""A net under the fused kernels: on a GPU that nobody has verified, their first use is compared.
+
+Before a kernel serves a device, a dtype and widths for the first time in a process, a small batch
+of the same dtype and widths goes through it and through plain PyTorch in float64, forward and
+backward. Where the kernel does not compile, launch or agree, one WARNING says so and plain PyTorch
+takes over; who insists on the kernels gets an error instead.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from operator import index
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hstu_xd.errors import HstuXdError
+from hstu_xd.ops.grouping import DomainGrouping
+
+_logger = logging.getLogger(__name__)
+
+# GPU, torch and triton whose rows, each proved right, are stored in examples/results: none yet.
+VERIFIED: frozenset[tuple[str, str, str]] = frozenset()
+
+# Largest error of a row over its length or that of an average row.
+_BUDGETS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# More than a tile, no event at all, a single one, and a short history.
+_LENGTHS = (150, 0, 1, 40)
+_DOMAINS = 2
+_MOST_SECONDS = 10_000_000
+
+
+class KernelUse(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        operator: name of the operator.
+        device: where it runs.
+        dtype: type of queries, keys and values.
+        heads: number of heads ``H``.
+        dqk: width of queries and keys in a head.
+        dv: width of values in a head.
+        biased: whether there is a bias.
+    """
+
+    operator: str
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    dqk: int
+    dv: int
+    biased: bool
+
+    @classmethod
+    def build(cls, operator: str, q: Tensor, v: Tensor, *, biased: bool) -> "KernelUse":
+        """Return the use of tensors (L, H, dqk) and (..., H, dv)."""
+        # A graph that is being compiled has names for sizes; of these it needs the numbers.
+        heads, dqk, dv = (index(size) for size in (*q.shape[1:], v.shape[2]))
+        return cls(operator, q.device, q.dtype, heads, dqk, dv, biased)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        widths = f"{self.dqk}" if self.dqk == self.dv else f"{self.dqk} and {self.dv}"
+        return f"{self.operator} in {name} with {self.heads} heads of {widths}"
+
+
+@dataclass(frozen=True, eq=False)
+class SmallBatch:
+    """A few histories, always the same ones, to try a kernel on.
+
+    Attributes:
+        grouping: by user and domain.
+        targets: (L,) int64, domain of the event after each one.
+        timestamps: (L,) int64.
+        next_timestamps: (L,) int64.
+        generator: what the next numbers are drawn from.
+    """
+
+    grouping: DomainGrouping
+    targets: Tensor
+    timestamps: Tensor
+    next_timestamps: Tensor
+    generator: torch.Generator
+
+    @classmethod
+    def draw(cls, device: torch.device) -> "SmallBatch":
+        """Draw the histories on a device."""
+        generator = torch.Generator().manual_seed(0)
+        length = sum(_LENGTHS)
+        offsets = pad(torch.tensor(_LENGTHS).cumsum(0), (1, 0))
+        domains, targets = torch.randint(_DOMAINS, (2, length), generator=generator)
+        times = torch.randint(_MOST_SECONDS, (length,), generator=generator).cumsum(0)
+        grouping = DomainGrouping.from_jagged(domains.to(device), offsets.to(device), _DOMAINS)
+        following = pad(times[1:], (0, 1), value=int(times[-1]))
+        targets, times, following = (x.to(device) for x in (targets, times, following))
+        return cls(grouping, targets, times, following, generator)
+
+    def normal(self, use: KernelUse, *shape: int) -> Tensor:
+        """Draw unit-normal numbers that the dtype of a use holds exactly."""
+        return torch.randn(shape, generator=self.generator).to(use.device, use.dtype)
+
+
+# Runs an implementation on a small batch: numbers of the use's dtype, or, where the flag is set,
+# the same numbers in float64. Returns the output and all gradients, by name.
+Trial = Callable[[KernelUse, bool], dict[str, Tensor]]
+
+
+def kernels_hold(use: KernelUse, trial: Trial, *, insists: bool) -> bool:
+    """Return whether the kernels may be used; tried out on the first call of a process.
+
+    Args:
+        use: what they are to be used for.
+        trial: runs the kernels, or plain PyTorch in float64.
+        insists: whether the caller wants the kernels and nothing else.
+
+    Raises:
+        HstuXdError: the kernels failed and the caller insists on them.
+    """
+    problem = _problem(trial, *use)
+    if problem and insists:
+        raise HstuXdError(
+            f"the fused kernel of {use} cannot be used on {_name(use.device)}: {problem}; "
+            "use impl='auto' or impl='eager' (xd_encoder.impl)"
+        )
+    return not problem
+
+
+def in_doubt(device: torch.device) -> bool:
+    """Return whether kernels have to prove themselves on a device, and can: not in a capture."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return not _verified(device) and not torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def _verified(device: torch.device) -> bool:
+    return (torch.cuda.get_device_name(device), version("torch"), version("triton")) in VERIFIED
+
+
+def _problem(trial: Trial, *use: Any) -> str | None:
+    # A graph that is being compiled takes the answer for a constant, and can give plain arguments.
+    asked = KernelUse(*use)
+    return _tried(asked, trial) if in_doubt(asked.device) else None
+
+
+# As torch.compiler.assume_constant_result does, which would load the compiler, and triton with it.
+vars(_problem)["_dynamo_marked_constant"] = True
+
+
+@cache
+def _tried(use: KernelUse, trial: Trial) -> str | None:
+    """Return what is wrong with the kernels, None where they hold; said once, at WARNING."""
+    # In a thread of its own: autocast, inference mode and the like of the caller do not reach it.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        problem = pool.submit(_try, use, trial).result()
+    if problem:
+        _logger.warning(
+            "the fused kernel of %s cannot be used on %s: %s. Plain PyTorch (impl='eager') takes "
+            "over; please report this",
+            use,
+            _name(use.device),
+            problem,
+        )
+    return problem
+
+
+def _try(use: KernelUse, trial: Trial) -> str | None:
+    try:
+        found = trial(use, False)
+        truth = trial(use, True)
+        errors = {name: _error(found[name], truth[name]) for name in truth}
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        return f"{type(error).__name__}: {first}".rstrip(": ")
+    budget = _BUDGETS[use.dtype]
+    wrong = [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= budget]
+    if wrong:
+        return f"it differs from plain PyTorch in {', '.join(wrong)} (at most {budget:.0e})"
+    return None
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    """Return the largest error of a row over its length, or the average one where it is shorter."""
+    rows = truth.flatten(1) if truth.ndim > 1 else truth.unsqueeze(0)
+    difference, size = (found.double().reshape(rows.shape) - rows).norm(dim=1), rows.norm(dim=1)
+    return float((difference / size.clamp(min=float(size.mean()))).max())
+
+
+def outputs(
+    attend: Callable[..., Tensor], leaves: dict[str, Tensor], grad_out: Tensor, *, exact: bool
+) -> dict[str, Tensor]:
+    """Call ``attend`` with the leaves, as float64 where ``exact``; return output and gradients."""
+    dtype = torch.float64 if exact else None
+    given = {name: x.detach().to(dtype=dtype).requires_grad_() for name, x in leaves.items()}
+    out = attend(**given)
+    found: Sequence[Tensor] = torch.autograd.grad(out, list(given.values()), grad_out.to(out.dtype))
+    return {"out": out.detach(), **{f"gradient of {n}": x for n, x in zip(given, found)}}
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
