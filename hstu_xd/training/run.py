@@ -89,7 +89,6 @@ def train(
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
-        trainer: Trainer | BaselineTrainer
         if settings.train.baseline != NO_BASELINE:
             trainer = BaselineTrainer(store, settings, out, here)
         else:
@@ -169,11 +168,7 @@ class TrainedRun:
 
     @property
     def model(self) -> CrossDomainHSTU:
-        """The model.
-
-        Raises:
-            InputError: the run is a baseline, which has none.
-        """
+        """The model; an InputError where the run is a baseline."""
         if isinstance(self.ranker, Baseline):
             raise InputError("the run is a baseline; give the run of a trained model")
         return self.ranker
