@@ -1,5 +1,6 @@
-"""What is installed, what will run here, and why not more; every library is asked in a subprocess.
+"""What is installed, what will run here, and why not more; every library is tried in a subprocess.
 
+A verdict follows from what was tried: imports, a step of a small model, the hooks of the hosts.
 Nothing here raises because of what it finds: a broken library is a line of the report.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from hstu_xd.errors import HstuXdError
 from hstu_xd.plugins.host import Host, hosts
 from hstu_xd.plugins.source_patches import inspect_tree
-from hstu_xd.subprocess_checks import ask
+from hstu_xd.subprocess_checks import ask, ask_together
 from hstu_xd.version import __version__
 
 # Cold caches make the import of torch and upstream take most of a minute on a small machine.
@@ -45,19 +46,17 @@ def examine(*, timeout_s: float = TIME_LIMIT_S) -> dict[str, Any]:
         timeout_s: seconds that one library may take to answer.
 
     Returns:
-        ``hstu_xd``, ``python``, ``torch``, ``libraries``, ``fbgemm_gpu``, ``attention``, the name
-        of every host and ``verdict``, each a dict of JSON values.
+        ``hstu_xd``, ``python``, ``torch``, ``libraries``, ``fbgemm_gpu``, ``attention``,
+        ``training``, the name of every host and ``verdict``, each a dict of JSON values.
     """
     path = list(sys.path)
-
-    def about(*question: str) -> dict[str, Any]:
-        return ask(*question, timeout_s=timeout_s, path=path)
-
+    # In one process: torch, which all of them share, takes most of the time to import.
+    asked = {name: (name,) for name in ("torch", "attention", "training")}
+    asked |= {name: ("library", name) for name in LIBRARIES} | {"fbgemm_gpu": ("fbgemm_gpu",)}
     with ThreadPoolExecutor(max_workers=3) as pool:
         found = {host.name: pool.submit(_examine_host, host, timeout_s) for host in hosts()}
-        single = {name: pool.submit(about, name) for name in ("torch", "fbgemm_gpu", "attention")}
-        libraries = {name: pool.submit(about, "library", name) for name in LIBRARIES}
-        answers = {name: future.result() for name, future in (single | libraries).items()}
+        questions = [*asked.values()]
+        answers = dict(zip(asked, ask_together(questions, timeout_s=timeout_s, path=path)))
         report = _assemble(answers)
         report |= {name: future.result() for name, future in found.items()}
     return report | {"verdict": verdict(report)}
@@ -119,6 +118,7 @@ def _assemble(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "libraries": libraries,
         "fbgemm_gpu": fbgemm,
         "attention": _attention(answers["attention"], torch, libraries["triton"]),
+        "training": {"device": "", **answers["training"]},
     }
 
 
@@ -163,6 +163,8 @@ def verdict(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     libraries = {k: v for k, v in report["libraries"].items() if k not in OPTIONAL}
     needed = {"torch": report["torch"], **libraries}
     missing = [f"{name}: {each['error']}" for name, each in needed.items() if each["error"]]
+    if not missing and report["training"]["error"]:
+        missing = [f"a step of a small model: {report['training']['error']}"]
     verdicts = {"stand_alone": {"ready": not missing, "blocks": missing}}
     for host in hosts():
         blocks = [*missing, *_blocks(host, report)]
@@ -191,6 +193,7 @@ def render(report: dict[str, Any]) -> str:
         ("fbgemm_gpu", _fbgemm_line(report["fbgemm_gpu"], report["torch"])),
         *((name, _library_line(each, name)) for name, each in report["libraries"].items()),
         ("attention", _attention_line(report["attention"])),
+        ("training", _training_line(report["training"])),
     ]
     for host in hosts():
         lines += _host_lines(host, report[host.name])
@@ -247,6 +250,12 @@ def _attention_line(attention: dict[str, Any]) -> str:
         return f"none: {attention['why_not_faster']}"
     line = f'"auto" is {attention["auto"]} (of {", ".join(attention["available"])})'
     return "; ".join(filter(None, (line, attention["why_not_faster"])))
+
+
+def _training_line(training: dict[str, Any]) -> str:
+    if training["error"]:
+        return f"a step of a small model fails: {training['error']}"
+    return f"a step of a small model was computed on {training['device']}"
 
 
 def _host_lines(host: Host, found: dict[str, Any]) -> list[tuple[str, str]]:

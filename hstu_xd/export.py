@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import check_output, check_readable, replaced_folder, sha256_of
 from hstu_xd.model.ddsr import attend_states_in_tiles
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -230,6 +231,7 @@ def _manifest(
         "torch": torch.__version__,
         "run": {name: facts[name] for name in ("variant_name", "seed", "data_hashes")},
         "window": facts["max_sequence_length"],
+        "exclude_seen": Protocol.from_run(facts).exclude_seen,
         "settings": settings,
         "inputs": {
             "item_ids": f"(B, N) int64, N up to {longest}, oldest first, padded with 0 at the end; "

@@ -1,4 +1,4 @@
-"""Look at one library in a process of its own, so that its crash or hang is only an answer.
+"""Look at libraries in processes of their own, so that a crash or a hang is only an answer.
 
 The questions are the functions of ``QUESTIONS``; they run in the child process only.
 """
@@ -7,9 +7,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hstu_xd.errors import HstuXdError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _MARK = "hstu-xd-answer "
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from hstu_xd.subprocess_checks import answer; answer(sys.argv[2:])"
+    "from hstu_xd.subprocess_checks import answer; answer(json.loads(sys.argv[2]))"
 )
 
 
@@ -36,39 +37,79 @@ def ask(question: str, *arguments: str, timeout_s: float, path: list[str]) -> di
     Returns:
         The answer and ``error``: "" or one line that says what broke.
     """
-    command = [sys.executable, "-c", _CHILD, json.dumps(path), question, *arguments]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {timeout_s:g} s"}
-    for line in done.stdout.splitlines():
-        # A library may have printed something without an end of line before.
-        _, mark, text = line.rpartition(_MARK)
-        if mark:
-            found = json.loads(text)
-            if done.returncode != 0 and not found["error"]:
-                found["error"] = f"answers, then {_end(done.returncode)}"
-            return found
-    said = done.stderr.strip().splitlines()
-    return {"error": _end(done.returncode) + (f" ({said[-1].strip()})" if said else "")}
+    return ask_together([(question, *arguments)], timeout_s=timeout_s, path=path)[0]
 
 
-def answer(arguments: list[str]) -> None:
-    """Answer one question on stdout; any exception is part of the answer."""
-    found: dict[str, Any] = {"error": ""}
-    try:
-        found |= QUESTIONS[arguments[0]](*arguments[1:])
-    except BaseException as error:  # SystemExit, too: libraries call it when they are imported
-        found["error"] = _cause(error)
-    print(f"\n{_MARK}{json.dumps(found)}", flush=True)
+def ask_together(
+    questions: Sequence[tuple[str, ...]], *, timeout_s: float, path: list[str]
+) -> list[dict[str, Any]]:
+    """Put several questions to one process, which imports what they share once.
+
+    What breaks is the fault of the question at which it broke; those after it go to a new process.
+
+    Args:
+        questions: each with its arguments, as of :func:`ask`.
+        timeout_s: seconds after which a process is ended.
+        path: its ``sys.path``.
+
+    Returns:
+        What :func:`ask` returns for each question.
+    """
+    found, end = _answers(questions, timeout_s, path)
+    if end and len(found) == len(questions) > 1:
+        # The process broke while it ended: which library did that?
+        return [ask(*question, timeout_s=timeout_s, path=path) for question in questions]
+    if end and len(found) < len(questions):
+        found.append({"error": end})
+    elif end:
+        found[-1]["error"] = f"answers, then {end}"
+    rest = questions[len(found) :]
+    return found + (ask_together(rest, timeout_s=timeout_s, path=path) if rest else [])
+
+
+def _answers(
+    questions: Sequence[tuple[str, ...]], timeout_s: float, path: list[str]
+) -> tuple[list[dict[str, Any]], str]:
+    """Return the answers of one process, and how it ended if not well."""
+    command = [sys.executable, "-c", _CHILD, json.dumps(path), json.dumps(questions)]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        late = ""
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            late = f"no answer within {timeout_s:g} s"
+    # A library may have printed something without an end of line before.
+    lines = [line.rpartition(_MARK) for line in out.splitlines()]
+    found = [json.loads(text) for _, mark, text in lines if mark]
+    if late:
+        return found, late
+    stopped = bool(found) and bool(found[-1]["error"])
+    if stopped or (process.returncode == 0 and len(found) == len(questions)):
+        return found, ""
+    said = err.strip().splitlines() if len(found) < len(questions) else []
+    return found, _end(process.returncode) + (f" ({said[-1].strip()})" if said else "")
+
+
+def answer(questions: Sequence[Sequence[str]]) -> None:
+    """Answer questions on stdout up to the first that breaks; an exception is part of an answer."""
+    for question, *arguments in questions:
+        found: dict[str, Any] = {"error": ""}
+        try:
+            found |= QUESTIONS[question](*arguments)
+        except BaseException as error:  # SystemExit, too: libraries call it when they are imported
+            found["error"] = _cause(error)
+        print(f"\n{_MARK}{json.dumps(found)}", flush=True)
+        if found["error"]:
+            break
 
 
 def _cause(error: BaseException) -> str:
@@ -107,6 +148,8 @@ def _torch() -> dict[str, Any]:
 
 
 def _fbgemm() -> dict[str, Any]:
+    if find_spec("fbgemm_gpu") is None:
+        raise ModuleNotFoundError("No module named 'fbgemm_gpu'")
     import torch
 
     found = _library("fbgemm_gpu")
@@ -150,6 +193,31 @@ def kernels_problem(device: "torch.device") -> str:
     return ""
 
 
+def _training() -> dict[str, Any]:
+    """Compute a small model and its gradients, as a step of training does."""
+    import torch
+
+    from hstu_xd.catalog import DomainCatalog
+    from hstu_xd.model.hstu import CrossDomainHSTU
+    from hstu_xd.model.settings import EncoderSettings
+    from hstu_xd.training import trainer  # noqa: F401  (what a training imports)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    settings = EncoderSettings(
+        num_domains=2, norm_length=4, domain_mask=True, tape=True, ddsr=True, target_view_heads=1
+    )
+    catalog = DomainCatalog(torch.tensor([0, 0, 1, 0]), ["a", "b"])
+    model = CrossDomainHSTU(catalog, settings).to(device)
+    ids = torch.tensor([[1, 2, 3], [2, 1, 0]], device=device)
+    vectors = model.encode(ids, ids.clone(), torch.tensor([0, 1], device=device))
+    vectors.sum().backward()
+    gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    if not all(bool(x.isfinite().all()) for x in (vectors, *gradients)):
+        raise RuntimeError(f"a small model gives numbers that are not finite on {device}")
+    return {"device": device.type}
+
+
 def _host(folder: str) -> dict[str, Any]:
     from hstu_xd.plugins.host import declared_host, inspect_host
 
@@ -173,6 +241,7 @@ QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "torch": _torch,
     "fbgemm_gpu": _fbgemm,
     "attention": _attention,
+    "training": _training,
     "host": _host,
     "plugin": _plugin,
 }

@@ -1,6 +1,8 @@
 """Shared by all tests: one thread, the same draws every time, no deadline for hypothesis."""
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,18 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for line in sorted(config.stash.get(_RAN_ON, ())):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def reader() -> dict[str, str]:
+    """The environment of who types a documented command: the installed command comes first.
+
+    Checkouts are found because the reader sits in them: none of those on PYTHONPATH is left there.
+    """
+    commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    folders = [x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x]
+    left = [x for x in folders if not (Path(x) / "generative_recommenders").is_dir()]
+    return os.environ | {"PATH": commands, "PYTHONPATH": os.pathsep.join(left)}
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Every example runs as its docstring says."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ def test_example_runs(example: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_from_upstream_hstu(tmp_path: Path) -> None:
+def test_from_upstream_hstu(tmp_path: Path, reader: dict[str, str]) -> None:
     spec = importlib.util.find_spec("generative_recommenders")
     if spec is None or not (source := Path(str(spec.origin)).parents[1]).joinpath(".git").exists():
         pytest.skip(
@@ -26,12 +25,8 @@ def test_from_upstream_hstu(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     subprocess.run(["git", "clone", "-q", source, checkout], check=True)
     script = Path(__file__).parents[1] / "examples" / "from_upstream_hstu.sh"
-    small = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
     done = subprocess.run(
-        ["bash", script, "1", "200"], cwd=checkout, env=small, capture_output=True, text=True
+        ["bash", script, "1", "200"], cwd=checkout, env=reader, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mrr/switch") == 2

@@ -77,7 +77,7 @@ def checkout(codebase: str, folder: Path) -> Path:
         for index, (_, _, block) in enumerate(BLOCKS)
     ],
 )
-def test_block_runs(index: int, folder: Path) -> None:
+def test_block_runs(index: int, folder: Path, reader: dict[str, str]) -> None:
     needs, language, block = BLOCKS[index]
     if needs:
         folder = checkout(needs, folder)
@@ -85,10 +85,7 @@ def test_block_runs(index: int, folder: Path) -> None:
     command = ["bash", "-euo", "pipefail", "-c", code]
     if language == "python":
         command = [sys.executable, "-c", code]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=folder, env=reader, capture_output=True, text=True)
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports
+from hstu_xd.cli.runs import AllowImports, ExcludeSeen
 
 Runs = Annotated[
     list[Path],
@@ -94,6 +94,7 @@ def compare(
     data: Annotated[
         Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
     ] = None,
+    exclude_seen: ExcludeSeen = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -107,6 +108,7 @@ def compare(
         runs,
         split=split,
         data=data,
+        exclude_seen=exclude_seen,
         allow_imports=allow_imports,
         announce=lambda line: typer.echo(line, err=True),
     )

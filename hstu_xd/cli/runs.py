@@ -18,6 +18,14 @@ AllowImports = Annotated[
         "HSTU_XD_ALLOW_IMPORTS=1 says the same.",
     ),
 ]
+ExcludeSeen = Annotated[
+    bool | None,
+    typer.Option(
+        "--exclude-seen/--include-seen",
+        help="Items that a user has met are no candidates, or are. [default: as the run was "
+        "trained, xd_evaluate.exclude_seen]",
+    ),
+]
 
 
 def train(
@@ -47,6 +55,7 @@ def train(
     Start it with torchrun to use several processes. Ctrl-C or SIGTERM saves and stops it (exit code
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
+    from hstu_xd.evaluation.protocol import unreachable_note
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.settings import load_settings
 
@@ -60,6 +69,8 @@ def train(
         f"{out}: best epoch {summary['best_epoch']}, test "
         + ", ".join(f"{m} {100 * test[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
     )
+    if note := unreachable_note(test):
+        typer.echo(note)
 
 
 def evaluate(
@@ -67,29 +78,34 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
+    exclude_seen: ExcludeSeen = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Rank every user's held-out events with a trained run."""
     from hstu_xd.data.batches import SequenceData, Split
     from hstu_xd.evaluation.metrics import METRICS
+    from hstu_xd.evaluation.protocol import unreachable_note
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
     from hstu_xd.training.run import load_trained, open_data, read_run
 
     facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
+    protocol = trained.protocol.but(exclude_seen=exclude_seen)
     store = open_data(run, data)
     length = facts["max_sequence_length"]
     values = {
         split.value: evaluate_split(
             trained.ranker,
             SequenceData(store, split, length),
+            protocol=protocol,
             scorer=trained.scorer,
             metrics=trained.metrics,
         )
         for split in (Split.VALID, Split.TEST)
     }
     if as_json:
-        typer.echo(json.dumps({"run": str(run), "data": str(store.path), **values}))
+        told = {"run": str(run), "data": str(store.path), "protocol": protocol.as_json()}
+        typer.echo(json.dumps(told | values))
         return
     groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
     # Metrics of one's own are shown in hundredths like the others.
@@ -101,6 +117,10 @@ def evaluate(
         for group in (g for g in groups if f"count{g}" in metrics):
             cells = "".join(f" {100 * metrics[m + group]:{max(9, len(m))}.2f}" for m in names)
             typer.echo((group or "all").ljust(24) + cells + f"{metrics['count' + group]:10,}")
+        if note := unreachable_note(metrics):
+            typer.echo(note)
+    for sentence in protocol.sentences():
+        typer.echo(sentence)
 
 
 def recommend(
@@ -118,10 +138,11 @@ def recommend(
             help="Time of the request, in seconds as the store's. [default: the last event's]",
         ),
     ] = None,
+    exclude_seen: ExcludeSeen = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
-    """Recommend unseen items of a domain to a user."""
+    """Recommend items of a domain to a user."""
     from hstu_xd.evaluation.ranks import recommend_items
     from hstu_xd.training.run import load_trained, open_data, read_run
 
@@ -137,6 +158,7 @@ def recommend(
         domain_id,
         k,
         window=window,
+        protocol=trained.protocol.but(exclude_seen=exclude_seen),
         scorer=trained.scorer,
         at=at,
     )

@@ -129,7 +129,7 @@ def repeat_warnings(repeats: int, events: int, targets: dict[str, Any]) -> list[
     count, met = targets["test"]["targets"], targets["test"]["met_before"]
     if met and met >= MANY_MET * count:
         found.append(
-            f"{met:,} of {count:,} test targets are items their user had before; metrics that "
-            "rank unseen items only cannot score them"
+            f"{met:,} of {count:,} test targets are items their user had before; they count as "
+            "misses unless xd_evaluate.exclude_seen = False lets models recommend such items"
         )
     return found

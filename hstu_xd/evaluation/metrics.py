@@ -7,6 +7,9 @@ from torch import Tensor
 
 from hstu_xd.errors import InputError
 
+# The rank of a target that is no candidate: every metric counts it as a miss.
+UNREACHABLE = torch.iinfo(torch.int64).max
+
 METRICS = ("hr@1", "hr@10", "hr@100", "ndcg@10", "ndcg@100", "mrr")
 
 # Further functions of (Q,) ranks by name, each to (Q,) numbers.
@@ -17,10 +20,11 @@ def user_metrics(ranks: Tensor, more: Metrics | None = None) -> dict[str, Tensor
     """Compute metrics of each rank by itself, as fractions in 0..1.
 
     ``hr@k`` is 1 where the rank is at most k, ``ndcg@k`` is ``1 / log2(rank + 1)`` there (one
-    relevant item a query), both 0 elsewhere; ``mrr`` is ``1 / rank``.
+    relevant item a query), both 0 elsewhere; ``mrr`` is ``1 / rank``. All are 0 for a target
+    without a rank.
 
     Args:
-        ranks: (Q,) int64 from 1.
+        ranks: (Q,) int64 from 1, or :data:`UNREACHABLE`.
         more: further metrics, beside those of :data:`METRICS`.
 
     Returns:
@@ -29,7 +33,7 @@ def user_metrics(ranks: Tensor, more: Metrics | None = None) -> dict[str, Tensor
     Raises:
         InputError: one of the further metrics does not return a number for each rank.
     """
-    rank = ranks.double()
+    rank = ranks.double().masked_fill(ranks == UNREACHABLE, torch.inf)
     gain = 1 / torch.log2(rank + 1)
     values = {f"hr@{k}": (rank <= k).double() for k in (1, 10, 100)}
     values |= {f"ndcg@{k}": gain * (rank <= k) for k in (10, 100)}
@@ -95,10 +99,13 @@ def grouped_metrics(
         more: further metrics.
 
     Returns:
-        Every metric and ``count`` for each group that has a target.
+        Every metric and ``count`` for each group that has a target; ``count_unreachable`` where
+        there are targets without a rank.
     """
     values: dict[str, float] = {}
     for suffix, members in target_groups(domains, switched, domain_names).items():
         values |= {f"{k}{suffix}": v for k, v in ranking_metrics(ranks[members], more).items()}
         values[f"count{suffix}"] = int(members.sum())
+        if unreachable := int((ranks[members] == UNREACHABLE).sum()):
+            values[f"count_unreachable{suffix}"] = unreachable
     return values

@@ -1,7 +1,7 @@
-"""Evaluate a model on a split: the rank of each target among the unseen items of its domain.
+"""Evaluate a model on a split: the rank of each target among the candidates of its domain.
 
 Scores are computed in blocks of bounded memory. :func:`recommend_items` returns the top of the same
-ranking for one history.
+ranking for one history: both ask the same :class:`hstu_xd.evaluation.protocol.Protocol`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import SequenceData
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.evaluation.baselines import Baseline
-from hstu_xd.evaluation.metrics import Metrics, grouped_metrics
+from hstu_xd.evaluation.metrics import UNREACHABLE, Metrics, grouped_metrics
+from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct, Scorer
 
@@ -35,20 +36,22 @@ def target_ranks(
 ) -> Tensor:
     """Rank every target among the items of its domain that the user has not seen.
 
-    Candidates are all items of the target's domain, less the seen ones, plus the target itself.
-    Ties count against the target: ``rank = #{candidates whose score >= the target's}``.
+    Candidates are all items of the target's domain, less the seen ones. Ties count against the
+    target: ``rank = #{candidates whose score >= the target's}``. A target that the user has seen is
+    no candidate and has no rank: it is :data:`hstu_xd.evaluation.metrics.UNREACHABLE`.
 
     Args:
         user_vectors: (Q, K) float, one query a row.
         target_ids: (Q,) int64.
-        seen_ids: (E,) int64, items each user has met, end to end; repeats and padding allowed.
+        seen_ids: (E,) int64, items to leave out for each user, end to end; repeats and padding
+            allowed.
         seen_offsets: (Q + 1,) int64.
         catalog: domain of every item, on the device of the tensors.
         scorer: scores users against the items of a domain.
         block_scores: scores held at once, at least one query's row.
 
     Returns:
-        (Q,) int64 ranks from 1.
+        (Q,) int64 ranks from 1, or UNREACHABLE.
 
     Raises:
         HstuXdError: a score is not finite.
@@ -72,6 +75,7 @@ def target_ranks(
             scores[row, seen] = float("-inf")
             scores.scatter_(1, column, target_scores)
             ranks[rows] = (scores >= target_scores).sum(1)
+            ranks[rows[row[seen == column[row, 0]]]] = UNREACHABLE
     return ranks
 
 
@@ -88,13 +92,29 @@ def _seen_columns(
     return row[inside], torch.searchsorted(catalog.items_of(domain), items[inside])
 
 
+def _nothing(users: np.ndarray) -> tuple[Tensor, Tensor]:
+    """No items to leave out for any of the users."""
+    return torch.empty(0, dtype=torch.int64), torch.zeros(users.size + 1, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class RankedTargets:
-    """One entry a user: (Q,) rank from 1, (Q,) domain of the target, (Q,) whether it switched."""
+    """One entry a user.
+
+    Attributes:
+        ranks: (Q,) int64 from 1, or UNREACHABLE.
+        domains: (Q,) int64, domain of the target.
+        switched: (Q,) bool, whether it differs from that of the event before the target.
+    """
 
     ranks: Tensor
     domains: Tensor
     switched: Tensor
+
+    def counts(self) -> dict[str, float]:
+        """Return how many targets there are, and how many of them are unreachable."""
+        unreachable = int((self.ranks == UNREACHABLE).sum())
+        return {"count": self.ranks.numel(), "count_unreachable": unreachable}
 
 
 @torch.no_grad()
@@ -103,16 +123,18 @@ def rank_targets(
     data: SequenceData,
     users: np.ndarray,
     *,
+    protocol: Protocol = DEFAULTS,
     scorer: Scorer | None = None,
     batch_size: int = 256,
     progress: Callable[[int], object] = lambda users: None,
 ) -> RankedTargets:
-    """Rank the users' last targets among their domains' unseen items.
+    """Rank the users' last targets among their candidates.
 
     Args:
         model: put into evaluation mode for the time of the call; or a baseline.
         data: the split.
         users: (Q,) user indices out of ``data.users``.
+        protocol: which candidates.
         scorer: of the objective that the model was trained for; None: dot products.
         batch_size: users encoded at once.
         progress: called with the number of users done after every batch.
@@ -125,7 +147,7 @@ def rank_targets(
     for start in range(0, users.size, batch_size):
         some = users[start : start + batch_size]
         batch, targets = data.batch(some)
-        seen_ids, seen_offsets = data.seen(some)
+        seen_ids, seen_offsets = data.seen(some) if protocol.exclude_seen else _nothing(some)
         batch, targets = batch.to(device), targets.to(device)
         last = batch.offsets[1:] - 1
         vectors = model(batch)[last]
@@ -150,6 +172,7 @@ def evaluate(
     model: CrossDomainHSTU | Baseline,
     data: SequenceData,
     *,
+    protocol: Protocol = DEFAULTS,
     scorer: Scorer | None = None,
     metrics: Metrics | None = None,
     batch_size: int = 256,
@@ -160,13 +183,20 @@ def evaluate(
     Args:
         model: put into evaluation mode for the time of the call; or a baseline.
         data: the split.
+        protocol: which candidates.
         scorer: of the objective that the model was trained for; None: dot products.
         metrics: further functions of ranks by name.
         batch_size: users encoded at once.
         progress: called with the number of users done after every batch.
     """
     ranked = rank_targets(
-        model, data, data.users, scorer=scorer, batch_size=batch_size, progress=progress
+        model,
+        data,
+        data.users,
+        protocol=protocol,
+        scorer=scorer,
+        batch_size=batch_size,
+        progress=progress,
     )
     return grouped_metrics(
         ranked.ranks, ranked.domains, ranked.switched, model.catalog.domain_names, metrics
@@ -182,19 +212,21 @@ def recommend_items(
     k: int,
     *,
     window: int,
+    protocol: Protocol = DEFAULTS,
     scorer: Scorer | None = None,
     at: int | None = None,
 ) -> list[tuple[int, float]]:
-    """Find the best unseen items of a domain.
+    """Find the best items of a domain.
 
     Args:
         model: a trained model.
         item_ids: (S,) int, the whole history, oldest first; its latest window is read.
         timestamps: (S,) int64.
         domain: domain id to recommend from.
-        k: number of items; fewer come back where the domain has no more unseen ones.
+        k: number of items; fewer come back where the domain has no more candidates.
         window: events that are read, a run's ``max_sequence_length``: later positions, for which
             the model has room, were never trained.
+        protocol: whether items of the history are candidates.
         scorer: of the objective that the model was trained for; None: dot products.
         at: time of the request, in the unit of the timestamps; None: that of the last event.
 
@@ -218,7 +250,8 @@ def recommend_items(
         None if at is None else torch.tensor([at]),
     )
     pool = model.catalog.items_of(domain)
-    pool = pool[~torch.isin(pool, items)]
+    if protocol.exclude_seen:
+        pool = pool[~torch.isin(pool, items)]
     scores = (scorer or DotProduct(model.item_vectors))(pool)(vector)[0]
     best = scores.topk(min(k, pool.numel()))
     return list(zip(pool[best.indices].tolist(), best.values.tolist()))

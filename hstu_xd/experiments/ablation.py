@@ -16,6 +16,7 @@ from pathlib import Path
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError, Interrupted, did_you_mean
 from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
+from hstu_xd.evaluation.protocol import protocol_notes
 from hstu_xd.experiments.report.tables import MAIN_METRICS, markdown_table
 from hstu_xd.experiments.run_folders import (
     ABLATION_FILE,
@@ -287,9 +288,22 @@ def _check_runs(
     settings = {v: load_settings(*recipe_of(v, files, bindings)) for v in variants}
     for variant in variants:
         _check_name(variant, settings[variant])
+    _check_protocols(settings)
     _refuse_namesakes(runs)
     for run in runs:
         run.check(store, settings[run.source])
+
+
+def _check_protocols(settings: Mapping[str, RunSettings]) -> None:
+    """Refuse variants of which one is measured otherwise than the first."""
+    (first, base), *others = settings.items()
+    for variant, own in others:
+        if own.protocol != base.protocol:
+            raise InputError(
+                f"variant {variant} is evaluated by {own.protocol}, {first} by {base.protocol}: "
+                "their numbers do not compare; put xd_evaluate settings into the recipe that all "
+                "share"
+            )
 
 
 def _check_name(variant: str, settings: RunSettings) -> None:
@@ -374,12 +388,15 @@ def _train_all(
 
 
 def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> str:
-    rows = [read_run(run.folder).row() for run in sorted(runs, key=lambda r: r.seed) if run.done]
+    done = [read_run(run.folder) for run in sorted(runs, key=lambda r: r.seed) if run.done]
+    rows = [run.row() for run in done]
     order = list(dict.fromkeys(run.variant for run in runs))
     rows.sort(key=lambda row: order.index(row["variant"]))
     table = markdown_table(
         aggregate(rows), metrics=MAIN_METRICS, synthetic=bool(store.manifest.get("synthetic"))
     )
+    if done:
+        table += "\n" + "\n".join(protocol_notes([run.info for run in done], done[0].test)) + "\n"
     for name, text in ((ABLATION_FILE, json.dumps(rows, indent=1) + "\n"), (TABLE_FILE, table)):
         partial = out / f"{name}.partial"
         partial.write_text(text)

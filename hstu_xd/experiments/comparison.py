@@ -16,6 +16,7 @@ from torch import Tensor
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import Metrics, target_groups, user_metrics
+from hstu_xd.evaluation.protocol import DEFAULTS, Protocol, measured_notes
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
 from hstu_xd.experiments.report.shared_data import group_by_data, variant_notes
 from hstu_xd.experiments.report.tables import (
@@ -107,12 +108,16 @@ class PairedResult:
         base: name of the first.
         seeds: of its runs.
         differences: by metric, see :func:`hstu_xd.experiments.comparison.paired_differences`.
+        protocol: by which all runs were measured.
+        notes: what the numbers mean, in sentences.
     """
 
     variant: str
     base: str
     seeds: tuple[int, ...]
     differences: dict[str, Difference]
+    protocol: Protocol = DEFAULTS
+    notes: tuple[str, ...] = ()
 
 
 def pair_runs(
@@ -120,6 +125,7 @@ def pair_runs(
     *,
     split: str = "test",
     data: Path | None = None,
+    exclude_seen: bool | None = None,
     allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
 ) -> list[PairedResult]:
@@ -130,18 +136,21 @@ def pair_runs(
             The first variant is what the others are compared with.
         split: "valid" or "test".
         data: the prepared store, if it has moved since training.
+        exclude_seen: whether items that a user has met are no candidates; None: as the runs were
+            trained.
         allow_imports: import the modules that runs name beside this package.
         announce: called with a line before every run.
 
     Raises:
-        InputError: not a run or an unfinished one, a single variant, runs on different data, or an
-            unknown split.
+        InputError: not a run or an unfinished one, a single variant, runs on different data or
+            with different protocols, or an unknown split.
     """
     if split not in (known := [one.value for one in (Split.VALID, Split.TEST)]):
         raise InputError(f"split is {split!r}; one of {', '.join(known)}")
     runs = read_runs(paths)
     variants = _comparable_variants(runs)
     _check_parts(runs, allow_imports=allow_imports)
+    protocol = _shared_protocol(runs, exclude_seen=exclude_seen)
     store = open_data(runs[0].path, data)
     ranks: dict[str, list[Tensor]] = {variant: [] for variant in variants}
     ranked: RankedTargets | None = None
@@ -152,10 +161,13 @@ def pair_runs(
         trained = load_trained(run.path, allow_imports=allow_imports)
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
-        ranked = rank_targets(trained.ranker, held_out, held_out.users, scorer=trained.scorer)
+        ranked = rank_targets(
+            trained.ranker, held_out, held_out.users, protocol=protocol, scorer=trained.scorer
+        )
         ranks[run.variant].append(ranked.ranks)
     assert ranked is not None
     base, *rest = variants
+    notes = measured_notes(protocol, ranked.counts())
     return [
         PairedResult(
             variant,
@@ -169,9 +181,23 @@ def pair_runs(
                 store.domain_names,
                 metrics,
             ),
+            protocol,
+            notes,
         )
         for variant in rest
     ]
+
+
+def _shared_protocol(runs: Sequence[Run], *, exclude_seen: bool | None) -> Protocol:
+    """Return the protocol that all runs have once what is given is changed."""
+    protocols = [Protocol.from_run(run.info).but(exclude_seen=exclude_seen) for run in runs]
+    for run, protocol in zip(runs, protocols):
+        if protocol != protocols[0]:
+            raise InputError(
+                f"{run.path} is evaluated by {protocol}, {runs[0].path} by {protocols[0]}; say "
+                "which by options, such as --exclude-seen"
+            )
+    return protocols[0]
 
 
 def _comparable_variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -221,7 +247,7 @@ def paired_table(results: Sequence[PairedResult]) -> str:
         ]
         for one in results
     ]
-    return "\n".join(markdown_lines(heads, rows)) + "\n"
+    return "\n".join([*markdown_lines(heads, rows), "", *results[0].notes]) + "\n"
 
 
 def _cell(difference: Difference | None) -> str:

@@ -18,7 +18,15 @@ COSTS = ("seconds_per_step", "attention_pairs", "state_bytes")
 SUMMARY_FILE = "summary.json"
 ABLATION_FILE = "ablation.json"
 # Parts of run.json that say how a run was trained; the seed among them is told apart.
-SETTINGS = ("parameters", "max_sequence_length", "batch_size", "encoder", "train", "loss")
+SETTINGS = (
+    "parameters",
+    "max_sequence_length",
+    "batch_size",
+    "encoder",
+    "train",
+    "protocol",
+    "loss",
+)
 SEEDS = ("train.random_seed", "train.seed")
 
 Row = dict[str, Any]

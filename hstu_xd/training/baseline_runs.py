@@ -34,6 +34,7 @@ class BaselineTrainer:
     ) -> None:
         train = settings.train
         self.settings, self.run, self.world, self.progress = train, run, world, Progress()
+        self.protocol = settings.protocol
         self._data = {
             split: SequenceData(store, split, train.max_sequence_length) for split in Split
         }
@@ -65,6 +66,7 @@ class BaselineTrainer:
             values[split.value] = evaluate(
                 self.model,
                 self._data[split],
+                protocol=self.protocol,
                 scorer=self.model.scorer,
                 metrics=metrics,
                 batch_size=self.settings.eval_batch_size,

@@ -20,6 +20,7 @@ from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
+from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import LOCK_FILE, check_readable, locked_folder, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
@@ -27,7 +28,6 @@ from hstu_xd.objectives.objective import Objective, Scorer
 from hstu_xd.ops.domain_attention.api import check_impl
 from hstu_xd.parts import (
     ALLOW_IMPORTS,
-    folder_of,
     import_foreign,
     importable_from,
     imports_allowed,
@@ -95,7 +95,7 @@ def train(
             model = CrossDomainHSTU(
                 store.catalog, encoder, dropout_rate=settings.train.dropout_rate
             ).to(here.device)
-            trainer = Trainer(model, store, settings.train, out, here)
+            trainer = Trainer(model, store, settings.train, out, here, protocol=settings.protocol)
         if resume:
             facts = read_run(out)
             # Checkpoints that count steps are older than "starts": those of the first job.
@@ -160,11 +160,13 @@ class TrainedRun:
         ranker: the best model, in evaluation mode on CPU, or a baseline.
         objective: what it was trained for.
         metrics: functions of ranks that it is measured by beside the usual ones.
+        protocol: what it was evaluated by in training.
     """
 
     ranker: CrossDomainHSTU | Baseline
     objective: Objective
     metrics: Metrics
+    protocol: Protocol
 
     @property
     def model(self) -> CrossDomainHSTU:
@@ -202,16 +204,15 @@ def load_trained(run: Path | str, *, allow_imports: bool = False) -> TrainedRun:
     settings = stored_settings(run, allow_imports=allow_imports)
     catalog = DomainCatalog.load(run)
     if settings.train.baseline != NO_BASELINE:
-        baseline = load_baseline(run, settings, catalog)
-        return TrainedRun(baseline, objective_of(settings.train), metrics_of(settings.train))
-    model = CrossDomainHSTU(
-        catalog,
-        settings.encoder_settings(catalog.num_domains),
-        dropout_rate=settings.train.dropout_rate,
+        ranker = load_baseline(run, settings, catalog)
+    else:
+        encoder = settings.encoder_settings(catalog.num_domains)
+        ranker = CrossDomainHSTU(catalog, encoder, dropout_rate=settings.train.dropout_rate)
+        weights, _ = load_checkpoint(run / MODEL_FILE)
+        load_weights(ranker, weights, run / MODEL_FILE)
+    return TrainedRun(
+        ranker.eval(), objective_of(settings.train), metrics_of(settings.train), settings.protocol
     )
-    weights, _ = load_checkpoint(run / MODEL_FILE)
-    load_weights(model, weights, run / MODEL_FILE)
-    return TrainedRun(model.eval(), objective_of(settings.train), metrics_of(settings.train))
 
 
 def allowed_imports(run: Path, *, allow_imports: bool, trusted: Collection[str] = ()) -> list[str]:
@@ -358,10 +359,11 @@ def lay_out(
         "switches": {key: encoder[key] for key in SWITCHES},
         "encoder": encoder,
         "train": asdict(settings.train),
+        "protocol": settings.protocol.as_json(),
         "max_sequence_length": settings.train.max_sequence_length,
     }
     if settings.parts or settings.foreign.modules:
-        facts |= {"parts": settings.parts, "modules": _described_modules(settings)}
+        facts |= {"parts": settings.parts, "modules": settings.foreign.described()}
     _write_facts(out, facts)
 
 
@@ -412,16 +414,6 @@ _MANIFEST_FACTS = (
     "synthetic",
     "switch_share",
 )
-
-
-def _described_modules(settings: RunSettings) -> dict[str, dict[str, str]]:
-    """Say where the foreign modules are now and what is in them."""
-    files = {name: module_file(name) for name in settings.foreign.modules}
-    return {
-        name: {"folder": str(folder_of(name)), "sha256": sha256_of(file)}
-        for name, file in files.items()
-        if file is not None
-    }
 
 
 def _settings_to_resume(

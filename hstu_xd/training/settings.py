@@ -11,6 +11,8 @@ from typing import Any
 from hstu_xd.declaration import check, inert, nearest_setting, setting, settings_of
 from hstu_xd.errors import InputError, nearest
 from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
+from hstu_xd.evaluation.protocol import BLOCK as PROTOCOL_BLOCK
+from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import gin_folder
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.parts import importable_from
@@ -123,7 +125,11 @@ class TrainSettings:
 
 
 # What gin files bind: block -> the settings of it.
-BLOCKS: dict[str, type] = {"xd_encoder": EncoderSettings, "xd_train": TrainSettings}
+BLOCKS: dict[str, type] = {
+    "xd_encoder": EncoderSettings,
+    "xd_train": TrainSettings,
+    PROTOCOL_BLOCK: Protocol,
+}
 # Block -> settings that a part of the user's own may be bound to.
 _PARTS = {
     block: [name for name, each in settings_of(cls).items() if each.part]
@@ -133,16 +139,18 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """All bindings of a run: the encoder's, without what the data decide, and the trainer's.
+    """All bindings of a run: the encoder's, without what the data decide, the trainer's, and more.
 
     Attributes:
         encoder: the encoder's, by name.
         train: the trainer's.
+        protocol: of its evaluations.
         foreign: what the parts among them need that are not of this package.
     """
 
     encoder: Mapping[str, Any]
     train: TrainSettings
+    protocol: Protocol = dataclasses.field(default_factory=Protocol)
     foreign: ForeignCode = dataclasses.field(default_factory=ForeignCode)
 
     @property
@@ -166,6 +174,7 @@ class RunSettings:
         for block, values in (
             ("xd_encoder", encoder),
             ("xd_train", dataclasses.asdict(self.train)),
+            (PROTOCOL_BLOCK, dataclasses.asdict(self.protocol)),
         ):
             lines += [f"{block}.{name} = {values[name]!r}" for name in _names(block)] + [""]
         lines += [*self.foreign.bindings, ""] if self.foreign.bindings else []
@@ -181,6 +190,7 @@ class RunSettings:
         pairs = (
             ("xd_encoder", encoder, recorded["encoder"]),
             ("xd_train", self.train, recorded["train"]),
+            (PROTOCOL_BLOCK, self.protocol, recorded.get("protocol") or {}),
         )
         return [
             f"not {block}.{name} = {value!r} but {theirs[name]!r}"
@@ -224,7 +234,8 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
         check_types(name, values)
     encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
     check_layer(encoder.get("layer"))
-    settings = RunSettings(encoder, train, bound.foreign)
+    protocol = Protocol(**bound.blocks[PROTOCOL_BLOCK])
+    settings = RunSettings(encoder, train, protocol, bound.foreign)
     # Range checks, before any data are read.
     _check_together(settings.encoder_settings(num_domains=1), train)
     return settings

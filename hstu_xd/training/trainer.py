@@ -27,6 +27,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, Interrupted
 from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.metrics import grouped_metrics
+from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
 from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective, PreparesBatches
@@ -150,6 +151,7 @@ class Trainer:
         settings: of the trainer.
         run: the run folder.
         world: this process among the others.
+        protocol: of the evaluations.
     """
 
     def __init__(
@@ -159,10 +161,13 @@ class Trainer:
         settings: TrainSettings,
         run: Path,
         world: World,
+        *,
+        protocol: Protocol = DEFAULTS,
     ) -> None:
         if settings.main_module_bf16 and world.device.type != "cuda":
             raise HstuXdError("xd_train.main_module_bf16 needs CUDA; set it to False on CPU")
         self.model, self.settings, self.run, self.world = model, settings, run, world
+        self.protocol = protocol
         length = settings.max_sequence_length
         self._data = {split: SequenceData(store, split, length) for split in Split}
         self._optimizer = torch.optim.AdamW(
@@ -374,6 +379,7 @@ class Trainer:
             self.model,
             data,
             users,
+            protocol=self.protocol,
             scorer=self._objective.scorer(self.model),
             batch_size=size,
             progress=lambda _: next(calls, None) is not None and self._stop_if_asked(),

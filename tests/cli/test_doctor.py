@@ -1,6 +1,7 @@
 """``hstu-xd doctor``: whatever breaks, and however, is a line of the report with its cause."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.plugins.gr.research import HOST as GR
 from hstu_xd.plugins.host import OVERRIDE, hosts
 from hstu_xd.plugins.rec import HOST as REC
-from hstu_xd.subprocess_checks import QUESTIONS, ask
+from hstu_xd.subprocess_checks import QUESTIONS, ask, ask_together
 
 BREAKAGES = {
     "raise ImportError('no such symbol')": "ImportError: no such symbol",
@@ -51,6 +52,61 @@ def test_a_hang_is_reported(tmp_path: Path) -> None:
     path = fake(tmp_path, "brittle", "import time; time.sleep(600)")
     found = ask("library", "brittle", timeout_s=1.5, path=path)
     assert found == {"error": "no answer within 1.5 s"}
+    questions = [("library", "json"), ("library", "brittle"), ("library", "wave")]
+    found = ask_together(questions, timeout_s=1.5, path=path)
+    assert [each["error"] for each in found] == ["", "no answer within 1.5 s", ""]
+
+
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The questions of every process that is started from here on."""
+    started: list[str] = []
+    really = subprocess.Popen
+
+    def counted(command: list[str], **options: Any) -> Any:
+        started.append(command[-1])
+        return really(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", counted)
+    return started
+
+
+def test_what_works_is_asked_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = processes(monkeypatch)
+    questions = [("library", "json"), ("library", "gin")]
+    found = ask_together(questions, timeout_s=60, path=[*sys.path])
+    assert [each["error"] for each in found] == ["", ""]
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(("source", "error"), BREAKAGES.items(), ids=list(BREAKAGES))
+def test_what_breaks_is_told_from_what_was_asked_with_it(
+    tmp_path: Path, source: str, error: str
+) -> None:
+    path = fake(tmp_path, "brittle", source)
+    questions = [("library", "json"), ("library", "brittle"), ("library", "wave")]
+    found = ask_together(questions, timeout_s=60, path=path)
+    assert [each["error"] for each in found] == ["", error, ""]
+
+
+def test_torch_is_imported_once_on_a_healthy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What doctor costs: one process with torch, whatever of the rest is not there."""
+    without = [p for p in sys.path if not (Path(p) / "generative_recommenders").is_dir()]
+    monkeypatch.setattr(sys, "path", without)
+    started = processes(monkeypatch)
+    found = doctor.examine()
+    assert found["verdict"]["stand_alone"]["ready"]
+    assert sum('["torch"]' in questions for questions in started) == 1
+    assert sum('["training"]' in questions for questions in started) == 1
+
+
+def test_an_import_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.5 imports, and infer_schema then refuses the package's operators."""
+    broken = {"error": "ValueError: infer_schema(func): unsupported type"}
+    found, lines = report(monkeypatch, attention=broken, training=broken)
+    text = f"a step of a small model: {broken['error']}"
+    assert line(lines, "verdict, stand-alone") == f"not ready: {text}"
+    assert line(lines, "training") == f"a step of a small model fails: {broken['error']}"
+    assert found["verdict"]["rec"]["blocks"][0] == text
 
 
 def test_an_empty_folder_is_no_library(tmp_path: Path) -> None:
@@ -64,6 +120,7 @@ def answers(**changes: dict[str, Any]) -> Any:
     healthy = {
         "torch": {"version": "2.12.1+cpu", "cuda": None, "devices": []},
         "attention": {"available": ["reference", "eager"], "auto": "eager"},
+        "training": {"device": "cpu"},
         "upstream": {"importable": False, "error": "no module named generative_recommenders"},
         "upstream_plugin": {"rebinds": ["generative_recommenders.a.get_reco_dataset"]},
         "rec": {"importable": True, "path": str(Path.cwd() / "REC"), "verified": True},
@@ -84,7 +141,11 @@ def answers(**changes: dict[str, Any]) -> Any:
 
 
 def report(monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> tuple[dict, list[str]]:
-    monkeypatch.setattr(doctor, "ask", answers(**changes))
+    each = answers(**changes)
+    monkeypatch.setattr(doctor, "ask", each)
+    monkeypatch.setattr(
+        doctor, "ask_together", lambda questions, **others: [each(*x, **others) for x in questions]
+    )
     found = doctor.examine()
     return found, doctor.render(found).splitlines()
 
@@ -175,6 +236,7 @@ def test_command_prints_one_object(
         "libraries",
         "fbgemm_gpu",
         "attention",
+        "training",
         "generative_recommenders",
         "rec",
         "verdict",
@@ -182,6 +244,7 @@ def test_command_prints_one_object(
     assert found["torch"]["version"] == torch.__version__
     assert found["verdict"]["stand_alone"] == {"ready": True, "blocks": []}
     assert found["attention"]["auto"] in found["attention"]["available"]
+    assert found["training"] == {"device": "cpu", "error": ""}
 
 
 def test_what_auto_is_said_to_be_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
-from hstu_xd.evaluation.metrics import METRICS, grouped_metrics, ranking_metrics
+from hstu_xd.evaluation.metrics import METRICS, UNREACHABLE, grouped_metrics, ranking_metrics
 from hstu_xd.evaluation.ranks import target_ranks
 from hstu_xd.objectives.objective import DotProduct
 
@@ -40,12 +40,14 @@ def make(seed: int, num_items: int, num_domains: int, queries: int):
 
 
 def rank_by_hand(items: Items, user: torch.Tensor, target: int, seen: list[int]) -> int:
+    if target in seen:
+        return UNREACHABLE
     domains = items.catalog.item_domains.tolist()
     score = [float(user @ vector) for vector in items._vectors]
     candidates = {
         item
         for item in range(1, len(domains))
-        if domains[item] == domains[target] and (item not in seen or item == target)
+        if domains[item] == domains[target] and item not in seen
     }
     return sum(score[item] >= score[target] for item in candidates)
 
@@ -94,6 +96,25 @@ def test_groups_are_separate_and_empty_ones_absent() -> None:
     assert values["count"] == 3
     assert values["count[switch]"] == 2
     assert not any(name.endswith("[b]") for name in values)
+
+
+def test_a_target_without_a_rank_is_a_miss_and_counted() -> None:
+    ranks = torch.tensor([1, UNREACHABLE, UNREACHABLE, 4])
+    values = grouped_metrics(
+        ranks, torch.tensor([0, 0, 1, 2]), torch.tensor([True, False, True, True]), ["a", "b", "c"]
+    )
+    assert values["hr@100"] == 0.5
+    assert values["mrr"] == (1 + 1 / 4) / 4
+    assert {values[f"{name}[b]"] for name in METRICS} == {0.0}
+    assert values["count[a]"] == 2
+    unreachable = {k: v for k, v in values.items() if k.startswith("count_unreachable")}
+    assert unreachable == {
+        "count_unreachable": 2,
+        "count_unreachable[switch]": 1,
+        "count_unreachable[stay]": 1,
+        "count_unreachable[a]": 1,
+        "count_unreachable[b]": 1,
+    }
 
 
 def test_diverged_model_is_an_error_not_a_rank() -> None:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.objectives import retrieval
 from hstu_xd.objectives.retrieval import count_per_domain, sample_negatives, sampled_softmax_loss
 
 
@@ -45,6 +46,64 @@ def test_loss_equals_the_formula(model: CrossDomainHSTU, scope: str, num_negativ
         logits = model.item_vectors(items) @ user / 0.05
         expected += float((logits.logsumexp(0) - logits[0]).detach())
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+class DoubleItems:
+    """Item vectors in the precision of their table, as the model's are in float32."""
+
+    def __init__(self, model: CrossDomainHSTU, dtype: torch.dtype) -> None:
+        self.catalog = model.catalog
+        table = model.state_dict()["_embedding_module._item_emb.weight"]
+        self.table = table.to(dtype).requires_grad_()
+
+    def item_vectors(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.table[ids], dim=-1)
+
+
+@pytest.mark.parametrize("scope", ["domain", "catalogue"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scores_of_a_block", [1, 40, 2**18])
+def test_gradients_equal_those_of_the_formula(
+    model: CrossDomainHSTU,
+    scope: str,
+    weighted: bool,
+    scores_of_a_block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rows of a gradient that are not near zero, against the formula's in float64."""
+    monkeypatch.setattr(retrieval, "_CACHED_SCORES", scores_of_a_block)
+    negatives = sample_negatives(model.catalog, 9, torch.Generator().manual_seed(1), scope=scope)
+    targets = torch.randint(1, 61, (40,))
+    start = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)
+    weights = torch.rand(40) if weighted else None
+    items, users = DoubleItems(model, torch.float32), start.clone().requires_grad_()
+    loss = sampled_softmax_loss(
+        items,  # type: ignore[arg-type]
+        users,
+        targets,
+        negatives,
+        temperature=0.05,
+        weights=weights,
+    )
+    (3 * loss).backward()
+
+    right, right_users = DoubleItems(model, torch.float64), start.double().requires_grad_()
+    domains = model.catalog.domain_of(targets) if scope == "domain" else 0 * targets
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, target in enumerate(targets.tolist()):
+        pool = negatives[int(domains[row])]
+        pool = torch.cat([torch.tensor([target]), pool[pool != target]])
+        logits = right.item_vectors(pool) @ right_users[row] / 0.05
+        weight = 1.0 if weights is None else float(weights[row])
+        expected = expected - weight * logits.log_softmax(0)[0]
+    (3 * expected).backward()
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for found, truth in ((users.grad, right_users.grad), (items.table.grad, right.table.grad)):
+        assert found is not None
+        assert truth is not None
+        error = (found - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=1e-2 * truth.norm())
+        assert float(error.max()) <= 2e-5
 
 
 def test_small_domain_is_taken_whole(model: CrossDomainHSTU) -> None:

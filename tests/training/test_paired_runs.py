@@ -41,10 +41,11 @@ def test_differences_are_those_of_the_rows(runs: Path, capsys: pytest.CaptureFix
 
 def test_the_table_has_a_row_a_variant(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", str(runs / "mask-seed1"), str(runs / "hstu-seed1")]) == 0
-    head, _, row = capsys.readouterr().out.splitlines()
+    head, _, row, _, *notes = capsys.readouterr().out.splitlines()
     assert head.startswith("| minus mask | seeds | HR@10, points |")
     assert row.startswith("| hstu | 1 | ")
     assert row.count("\u00b1") == 6
+    assert any("exclude_seen on" in note for note in notes)
 
 
 def test_what_cannot_be_compared(

@@ -1,9 +1,10 @@
 """Record what the code computes and writes, for the tests beside this file to repeat.
 
-    OMP_NUM_THREADS=1 python tests/unchanged/record.py
+    OMP_NUM_THREADS=1 python tests/unchanged/record.py [--rows]
 
-It was run last at commit f299c24. Record again only where numbers or formats are meant to change,
-with one thread on a CPU, and say in the commit what changed and why.
+All was recorded last at commit f299c24. With --rows only the rows of trainings are recorded, and
+the old files stay: where a training rounds otherwise. Record again only where numbers or formats
+are meant to change, with one thread on a CPU, and say in the commit what changed and why.
 """
 
 import contextlib
@@ -49,6 +50,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "--rows" in sys.argv:
+        shutil.rmtree(TRAINING)
+        with tempfile.TemporaryDirectory() as work:
+            os.chdir(work)
+            record_training()
+            record_resumed_rows()
+        return
     for old in (STORE, RUNS, TRAINING):
         shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory() as work:
@@ -71,6 +79,13 @@ def record_training() -> None:
         out = Path("trained") / recipe
         run_as_typed(*train_words(Path("log"), out, bindings(recipe, epochs=EPOCHS)))
         shutil.copyfile(out / "metrics.jsonl", TRAINING / f"{recipe}.jsonl")
+
+
+def record_resumed_rows() -> None:
+    """Go on with the stopped run as it is, and keep the rows."""
+    shutil.copytree(RUNS / "stopped", "stopped")
+    ask("train", "--data", STORE, "--out", "stopped", "--resume")
+    shutil.copyfile("stopped/metrics.jsonl", RECORDED / "stopped_and_resumed.jsonl")
 
 
 def record_runs() -> None:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from hstu_xd.evaluation.protocol import protocol_notes
 from hstu_xd.experiments.report.data_figures import data_figures
 from hstu_xd.experiments.report.html_tables import (
     commands,
@@ -126,6 +127,7 @@ class Section:
                 f'<div class="cards wide">{"".join(self._headlines())}</div>',
                 comparison(results, columns, self.places),
                 f'<p class="small">{self._reading()}</p>',
+                f'<p class="small">{escape(" ".join(self._protocol()))}</p>',
             ]
         )
 
@@ -167,6 +169,11 @@ class Section:
                 f"{percent(error)} points, whatever the seeds say."
             )
         return " ".join(words)
+
+    def _protocol(self) -> list[str]:
+        """Say by which protocol the runs that have read their test were measured."""
+        done = [run for run in self.comparison.runs if run.test]
+        return protocol_notes([run.info for run in done], done[0].test)
 
     def _seeds(self, several: str) -> str:
         """Words that only hold where a variant has several seeds."""
@@ -285,10 +292,8 @@ PROTOCOL = (
     "Leave-one-out by time: of every user's history the last event is the test target, the one "
     "before it the validation target; the model reads what lies before the target.",
     "The epoch is picked on validation and the test is read once.",
-    "The domain of the next event is part of the request, so every model is told it. Candidates "
-    "are all items of that domain, without those the user has seen already, except the target; "
-    "all variants rank the same candidates.",
-    "Ties of scores count against the target.",
+    "The domain of the next event is part of the request, so every model is told it; all variants "
+    "rank the same candidates.",
     "HR@k is the share of targets ranked at most k, NDCG@k the mean of 1 / log2(rank + 1) over "
     "those (0 for the others), MRR the mean of 1 / rank.",
     "A target follows a switch when its domain differs from that of the event just before it; "

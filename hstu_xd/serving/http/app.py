@@ -69,7 +69,11 @@ def build_app(service: Service) -> RequestGuard:
         redoc_url=None,
     )
     _handle_errors(app)
-    bodies = schemas.RequestBodies(service.settings.limits, service.catalog.num_domains)
+    bodies = schemas.RequestBodies(
+        service.settings.limits,
+        service.catalog.num_domains,
+        leave_out_seen=service.exclude_seen,
+    )
     _add_writes(app, service, bodies)
     _add_questions(app, service, bodies)
     _add_reads(app, service)

@@ -170,9 +170,10 @@ class RequestBodies:
     Args:
         limits: of a request.
         num_domains: of the catalogue.
+        leave_out_seen: whether recommendations leave out what a user has met, unless they say.
     """
 
-    def __init__(self, limits: Limits, num_domains: int) -> None:
+    def __init__(self, limits: Limits, num_domains: int, *, leave_out_seen: bool) -> None:
         class Events(Body):
             """Events of any users, in the order in which they happened; all are taken or none."""
 
@@ -188,7 +189,10 @@ class RequestBodies:
             user: User
             domains: Annotated[list[Domain], Field(min_length=1, max_length=num_domains)]
             k: Annotated[int, Field(strict=True, ge=1, le=limits.max_k)] = 10
-            exclude_seen: Annotated[bool, Field(strict=True)] = True
+            exclude_seen: Annotated[
+                bool,
+                Field(strict=True, description="Leave out items that the user has met."),
+            ] = leave_out_seen
             timestamp: Timestamp | None = None
 
         class ScoreBody(Body):

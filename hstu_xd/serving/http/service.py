@@ -111,6 +111,7 @@ class Served:
         window: longest history that is read, in events.
         prepared: earlier histories, if any.
         scorer: what ranks items; None: dot products.
+        exclude_seen: whether items of a user's history are left out, unless a request says.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Served:
     window: int
     prepared: InteractionStore | None
     scorer: Scorer | None = None
+    exclude_seen: bool = True
 
     @classmethod
     def from_run(
@@ -131,7 +133,14 @@ class Served:
         trained, facts = load_trained(run, allow_imports=allow_imports), read_run(run)
         model = trained.model
         window = min(facts["max_sequence_length"], model.settings.norm_length)
-        return cls(run.resolve().name, model, window, _prepared(run, settings), trained.scorer)
+        return cls(
+            run.resolve().name,
+            model,
+            window,
+            _prepared(run, settings),
+            trained.scorer,
+            trained.protocol.exclude_seen,
+        )
 
 
 class Service:
@@ -142,6 +151,7 @@ class Service:
         settings: of the command.
 
     Attributes:
+        exclude_seen: whether recommendations leave out what a user has met, unless a request says.
         active: requests that are under way.
         draining: no further request is taken.
 
@@ -152,6 +162,7 @@ class Service:
 
     def __init__(self, served: Served, settings: ServiceSettings) -> None:
         self.settings, self.catalog = settings, served.model.catalog
+        self.exclude_seen = served.exclude_seen
         self.items = Items(self.catalog)
         self.active, self.draining = 0, False
         self.metrics = Metrics(self._numbers)

@@ -13,6 +13,8 @@ import torch
 from hstu_xd.plugins.source_patches import inspect_tree
 
 ROOT = Path(__file__).parents[3]
+# As a user types it: unlike `python -m`, it has not the current folder on its path.
+COMMAND = str(Path(sys.executable).parent / "hstu-xd")
 SMALL = (
     "train_fn.max_sequence_length = 12",
     "train_fn.num_negatives = 16",
@@ -33,7 +35,7 @@ def workplace(tmp_path: Path, tiny_store: Path) -> Path:
 def upstream_train(
     folder: Path, file: str, *bindings: str, options: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hstu_xd", "upstream-train", "--gin_config_file", file]
+    command = [COMMAND, "upstream-train", "--gin_config_file", file]
     for binding in bindings:
         command += ["--gin_bindings", binding]
     return subprocess.run(
@@ -129,7 +131,7 @@ def test_a_checkpoint_is_read_on_the_test_split(workplace: Path) -> None:
     (checkpoint,) = (workplace / "ckpts").rglob("HSTU_XD-*_ep1")
 
     def evaluate(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hstu_xd", "upstream-evaluate", str(checkpoint), *options]
+        command = [COMMAND, "upstream-evaluate", str(checkpoint), *options]
         for binding in SMALL:
             command += ["--gin_bindings", binding]
         return subprocess.run(

@@ -93,7 +93,9 @@ def _ranks(
         past_payloads=features.past_payloads,
     )
     catalog = SESSION.catalog_on(targets.device)
-    seen = features.past_ids if without_history else targets.new_zeros(len(users), 0)
+    # A target that was met before keeps its rank here, as this plug-in has always counted.
+    past = features.past_ids
+    seen = past.masked_fill(past == targets.view(-1, 1), 0) if without_history else past[:, :0]
     return target_ranks(
         users if dtype is None else users.to(dtype),
         targets,

@@ -1,0 +1,106 @@
+"""The protocol of an evaluation: what a model is asked, the same by `evaluate` and `recommend`.
+
+It is a block of settings, ``xd_evaluate.*``, which is recorded with every run and printed with
+every table: numbers of two protocols do not compare.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from hstu_xd.declaration import check, setting
+
+BLOCK = "xd_evaluate"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What ``xd_evaluate.*`` bindings set.
+
+    Attributes:
+        exclude_seen: whether items that a user has met are no candidates, in evaluation as in
+            recommendation; a target that was met before is then a miss, and counted as such.
+    """
+
+    exclude_seen: bool = setting(True, also=("filter_seen", "remove_seen", "repeats"))
+
+    def __post_init__(self) -> None:
+        check(self, BLOCK + ".{name} = {value!r}; it must be {needed}")
+
+    @classmethod
+    def from_run(cls, facts: Mapping[str, Any]) -> "Protocol":
+        """Read what a run's ``run.json`` records; what it does not know has its default."""
+        recorded = facts.get("protocol") or {}
+        return cls(**{f.name: recorded[f.name] for f in fields(cls) if f.name in recorded})
+
+    def but(self, **changes: Any) -> "Protocol":
+        """Return the protocol with what is given changed; None changes nothing."""
+        return replace(self, **{name: v for name, v in changes.items() if v is not None})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the protocol as it is recorded."""
+        return asdict(self)
+
+    def sentences(self) -> Iterator[str]:
+        """Say in words what the numbers of a table mean."""
+        yield "Candidates are all items of the target's domain; ties count against the target."
+        if self.exclude_seen:
+            yield (
+                "Items that the user has met are no candidates (exclude_seen on); a target that "
+                "was met before counts as a miss."
+            )
+        else:
+            yield "Items that the user has met are candidates, too (exclude_seen off)."
+
+
+DEFAULTS = Protocol()
+
+
+def protocol_notes(runs: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> list[str]:
+    """Say what the numbers of a table of runs mean.
+
+    Args:
+        runs: what each run's ``run.json`` says, of at least one run.
+        metrics: of one of them.
+    """
+    if any("protocol" not in facts for facts in runs):
+        return [_UNRECORDED]
+    protocols = [Protocol.from_run(facts) for facts in runs]
+    names = [f.name for f in fields(Protocol)]
+    differing = [n for n in names if len({getattr(p, n) for p in protocols}) > 1]
+    if differing:
+        told = ", ".join(f"{BLOCK}.{name}" for name in differing)
+        return [
+            f"These runs were measured by different protocols ({told}), so their rows do not "
+            "compare; hstu-xd compare measures them alike."
+        ]
+    return list(measured_notes(protocols[0], metrics))
+
+
+def measured_notes(protocol: Protocol, metrics: Mapping[str, float]) -> tuple[str, ...]:
+    """Say what numbers by one protocol mean; ``metrics`` holds at least their counts."""
+    note = unreachable_note(metrics)
+    return (*protocol.sentences(), *([note] if note else []))
+
+
+_UNRECORDED = (
+    "Candidates are all items of the target's domain that the user has not met; ties count against "
+    "the target. Runs of an earlier version are among these: a target that was met before kept its "
+    "rank among unseen items there; hstu-xd evaluate and compare measure them as runs of today."
+)
+
+
+def unreachable_note(metrics: Mapping[str, float]) -> str:
+    """Say how many targets could not be recommended; empty where all could.
+
+    Args:
+        metrics: of a split, see :func:`hstu_xd.evaluation.metrics.grouped_metrics`.
+    """
+    unreachable = round(metrics.get("count_unreachable", 0))
+    if not unreachable:
+        return ""
+    return (
+        f"{unreachable:,} of {round(metrics['count']):,} targets are items that the user had met "
+        "before, so they cannot be recommended and count as misses; xd_evaluate.exclude_seen = "
+        "False makes met items candidates."
+    )
