@@ -23,6 +23,8 @@ from hstu_xd.bench.timing import Mark, Times, noting_failure, take_turns, torch_
 from hstu_xd.bench.train_step import number_zeros
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
+from hstu_xd.evaluation.baselines import NO_BASELINE
 from hstu_xd.experiments.ablation import parse_variants, recipe_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.training.distributed import World
@@ -113,6 +115,8 @@ def measure_on_store(
         steps = {}
         for name in parse_variants(variants):
             files, bindings = recipe_of(name, shared_files, [*shared_bindings, *some])
+            if load_settings(files, bindings).train.baseline != NO_BASELINE:
+                raise InputError(f"variant {name}: a baseline has no training step to measure")
             steps[name] = StoreSteps(
                 str(data), [str(file) for file in files], bindings, device, threads
             )

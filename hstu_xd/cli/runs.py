@@ -95,7 +95,7 @@ def evaluate(
     length = facts["max_sequence_length"]
     values = {
         split.value: evaluate_split(
-            trained.model,
+            trained.ranker,
             SequenceData(store, split, length),
             protocol=protocol,
             scorer=trained.scorer,
@@ -149,7 +149,7 @@ def recommend(
     store = open_data(run, data)
     user_index = store.user_index(user)
     trained = load_trained(run, allow_imports=allow_imports)
-    model = trained.model
+    model = trained.ranker
     domain_id = model.catalog.domain_index(domain)
     window = read_run(run)["max_sequence_length"]
     found = recommend_items(

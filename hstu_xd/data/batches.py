@@ -93,9 +93,27 @@ class SequenceData:
         Returns:
             Item ids (E,) int64 and offsets (B + 1,) int64.
         """
-        lengths = self._last[users] - self._first[users]
-        offsets = np.zeros(users.size + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        events = np.arange(offsets[-1]) + np.repeat(self._first[users] - offsets[:-1], lengths)
+        events, offsets = self._events_before(users, self._last[users])
         items = self._item_ids[events].astype(np.int64)
         return torch.from_numpy(items), torch.from_numpy(offsets)
+
+    def events(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All events of the split's users up to their last targets, and these, beyond the window.
+
+        Returns:
+            Item ids, timestamps and user indices: (E,) int64 each, in the order of the log.
+        """
+        events, offsets = self._events_before(self.users, self._last[self.users] + 1)
+        users = np.repeat(self.users, np.diff(offsets))
+        items = self._item_ids[events].astype(np.int64)
+        times = self._timestamps[events].astype(np.int64)
+        return torch.from_numpy(items), torch.from_numpy(times), torch.from_numpy(users)
+
+    def _events_before(self, users: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of users' events before some of their own, and offsets by user."""
+        lengths = end - self._first[users]
+        offsets = np.zeros(users.size + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return np.arange(offsets[-1]) + np.repeat(
+            self._first[users] - offsets[:-1], lengths
+        ), offsets

@@ -14,6 +14,7 @@ from torch import Tensor
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import SequenceData
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.evaluation.baselines import Baseline
 from hstu_xd.evaluation.metrics import UNREACHABLE, Metrics, grouped_metrics
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -118,7 +119,7 @@ class RankedTargets:
 
 @torch.no_grad()
 def rank_targets(
-    model: CrossDomainHSTU,
+    model: CrossDomainHSTU | Baseline,
     data: SequenceData,
     users: np.ndarray,
     *,
@@ -130,7 +131,7 @@ def rank_targets(
     """Rank the users' last targets among their candidates.
 
     Args:
-        model: put into evaluation mode for the time of the call.
+        model: put into evaluation mode for the time of the call; or a baseline.
         data: the split.
         users: (Q,) user indices out of ``data.users``.
         protocol: which candidates.
@@ -168,7 +169,7 @@ def rank_targets(
 
 
 def evaluate(
-    model: CrossDomainHSTU,
+    model: CrossDomainHSTU | Baseline,
     data: SequenceData,
     *,
     protocol: Protocol = DEFAULTS,
@@ -180,7 +181,7 @@ def evaluate(
     """Measure a whole split, see :func:`hstu_xd.evaluation.metrics.grouped_metrics`.
 
     Args:
-        model: put into evaluation mode for the time of the call.
+        model: put into evaluation mode for the time of the call; or a baseline.
         data: the split.
         protocol: which candidates.
         scorer: of the objective that the model was trained for; None: dot products.
@@ -204,7 +205,7 @@ def evaluate(
 
 @torch.no_grad()
 def recommend_items(
-    model: CrossDomainHSTU,
+    model: CrossDomainHSTU | Baseline,
     item_ids: np.ndarray,
     timestamps: np.ndarray,
     domain: int,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError, Interrupted, did_you_mean
+from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
 from hstu_xd.evaluation.protocol import protocol_notes
 from hstu_xd.experiments.report.tables import MAIN_METRICS, markdown_table
 from hstu_xd.experiments.run_folders import (
@@ -79,7 +80,11 @@ _ASKED = ("xd_train.asked_domains = 1",)
 ASKED: dict[str, tuple[str, ...]] = {
     f"{name}+asked": (*COMPARED[name], *_ASKED) for name in ("hstu", "hstu+target", "all")
 }
-VARIANTS = COMPARED | LONG_HISTORIES | ASKED
+# Counted instead of trained.
+COUNTED: dict[str, tuple[str, ...]] = {
+    name: (f'xd_train.baseline = "{name}"',) for name in BASELINES
+}
+VARIANTS = COMPARED | LONG_HISTORIES | ASKED | COUNTED
 
 
 def variant_file(name: str) -> Path | None:
@@ -308,6 +313,11 @@ def _check_name(variant: str, settings: RunSettings) -> None:
     """
     if variant_file(variant) is not None:
         return
+    if settings.train.baseline != NO_BASELINE and variant not in COUNTED:
+        raise InputError(
+            f"variant {variant!r} would have xd_train.baseline = {settings.train.baseline!r} from "
+            "the recipe and its row another model's numbers; name the baseline as a variant"
+        )
     named = {binding.partition(" = ")[0] for binding in variant_bindings(variant)}
     for switch in SWITCHES:
         default = getattr(EncoderSettings, switch)

@@ -162,7 +162,7 @@ def pair_runs(
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
         ranked = rank_targets(
-            trained.model, held_out, held_out.users, protocol=protocol, scorer=trained.scorer
+            trained.ranker, held_out, held_out.users, protocol=protocol, scorer=trained.scorer
         )
         ranks[run.variant].append(ranked.ranks)
     assert ranked is not None

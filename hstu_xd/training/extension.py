@@ -16,10 +16,11 @@ from torch import nn
 
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import METRICS
+from hstu_xd.files import sha256_of
 from hstu_xd.objectives.asking import OtherDomains
 from hstu_xd.objectives.objective import Metric, Objective, check_objective
 from hstu_xd.objectives.retrieval import Retrieval
-from hstu_xd.parts import Part, is_foreign
+from hstu_xd.parts import Part, folder_of, is_foreign, module_file
 
 RETRIEVAL = "retrieval"
 
@@ -37,6 +38,15 @@ class ForeignCode:
     modules: tuple[str, ...] = ()
     imports: tuple[str, ...] = ()
     bindings: tuple[str, ...] = ()
+
+    def described(self) -> dict[str, dict[str, str]]:
+        """Say where the modules are now and what is in them."""
+        files = {name: module_file(name) for name in self.modules}
+        return {
+            name: {"folder": str(folder_of(name)), "sha256": sha256_of(file)}
+            for name, file in files.items()
+            if file is not None
+        }
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError, Interrupted
+from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import LOCK_FILE, check_readable, locked_folder, sha256_of
@@ -27,12 +28,12 @@ from hstu_xd.objectives.objective import Objective, Scorer
 from hstu_xd.ops.domain_attention.api import check_impl
 from hstu_xd.parts import (
     ALLOW_IMPORTS,
-    folder_of,
     import_foreign,
     importable_from,
     imports_allowed,
     module_file,
 )
+from hstu_xd.training.baseline_runs import BaselineTrainer, load_baseline
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import foreign_names, metrics_of, objective_of
@@ -88,10 +89,13 @@ def train(
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
-        model = CrossDomainHSTU(
-            store.catalog, encoder, dropout_rate=settings.train.dropout_rate
-        ).to(here.device)
-        trainer = Trainer(model, store, settings.train, out, here, protocol=settings.protocol)
+        if settings.train.baseline != NO_BASELINE:
+            trainer = BaselineTrainer(store, settings, out, here)
+        else:
+            model = CrossDomainHSTU(
+                store.catalog, encoder, dropout_rate=settings.train.dropout_rate
+            ).to(here.device)
+            trainer = Trainer(model, store, settings.train, out, here, protocol=settings.protocol)
         if resume:
             facts = read_run(out)
             # Checkpoints that count steps are older than "starts": those of the first job.
@@ -100,7 +104,7 @@ def train(
             here.in_main(lambda: _note_resumption(out, trainer))
         else:
             name = name or variant_name(settings)
-            here.in_main(lambda: lay_out(out, store, settings, model, name, here))
+            here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here))
         try:
             return trainer.fit()
         except Interrupted as stopped:
@@ -153,21 +157,30 @@ class TrainedRun:
     """A run, ready to be asked.
 
     Attributes:
-        model: the best one, in evaluation mode on CPU.
+        ranker: the best model, in evaluation mode on CPU, or a baseline.
         objective: what it was trained for.
         metrics: functions of ranks that it is measured by beside the usual ones.
         protocol: what it was evaluated by in training.
     """
 
-    model: CrossDomainHSTU
+    ranker: CrossDomainHSTU | Baseline
     objective: Objective
     metrics: Metrics
     protocol: Protocol
 
     @property
+    def model(self) -> CrossDomainHSTU:
+        """The model; an InputError where the run is a baseline."""
+        if isinstance(self.ranker, Baseline):
+            raise InputError("the run is a baseline; give the run of a trained model")
+        return self.ranker
+
+    @property
     def scorer(self) -> Scorer:
-        """What ranks items for the model's user vectors."""
-        return self.objective.scorer(self.model)
+        """What ranks items for the user vectors."""
+        if isinstance(self.ranker, Baseline):
+            return self.ranker.scorer
+        return self.objective.scorer(self.ranker)
 
 
 def load(run: Path | str, *, allow_imports: bool = False) -> CrossDomainHSTU:
@@ -190,15 +203,15 @@ def load_trained(run: Path | str, *, allow_imports: bool = False) -> TrainedRun:
     run = Path(run)
     settings = stored_settings(run, allow_imports=allow_imports)
     catalog = DomainCatalog.load(run)
-    model = CrossDomainHSTU(
-        catalog,
-        settings.encoder_settings(catalog.num_domains),
-        dropout_rate=settings.train.dropout_rate,
-    )
-    weights, _ = load_checkpoint(run / MODEL_FILE)
-    load_weights(model, weights, run / MODEL_FILE)
+    if settings.train.baseline != NO_BASELINE:
+        ranker = load_baseline(run, settings, catalog)
+    else:
+        encoder = settings.encoder_settings(catalog.num_domains)
+        ranker = CrossDomainHSTU(catalog, encoder, dropout_rate=settings.train.dropout_rate)
+        weights, _ = load_checkpoint(run / MODEL_FILE)
+        load_weights(ranker, weights, run / MODEL_FILE)
     return TrainedRun(
-        model.eval(), objective_of(settings.train), metrics_of(settings.train), settings.protocol
+        ranker.eval(), objective_of(settings.train), metrics_of(settings.train), settings.protocol
     )
 
 
@@ -297,6 +310,8 @@ def variant_name(settings: RunSettings) -> str:
     Of the training, only where negatives are drawn and how many other domains are asked for is
     told; :meth:`RunSettings.unlike` tells all.
     """
+    if settings.train.baseline != NO_BASELINE:
+        return settings.train.baseline
     parts = ["HSTU"]
     foreign = settings.parts
     if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
@@ -314,7 +329,7 @@ def lay_out(
     out: Path,
     store: InteractionStore,
     settings: RunSettings,
-    model: CrossDomainHSTU,
+    model: CrossDomainHSTU | Baseline,
     name: str,
     here: World,
 ) -> None:
@@ -348,7 +363,7 @@ def lay_out(
         "max_sequence_length": settings.train.max_sequence_length,
     }
     if settings.parts or settings.foreign.modules:
-        facts |= {"parts": settings.parts, "modules": _described_modules(settings)}
+        facts |= {"parts": settings.parts, "modules": settings.foreign.described()}
     _write_facts(out, facts)
 
 
@@ -365,7 +380,7 @@ def _start(here: World) -> dict[str, Any]:
     }
 
 
-def _note_resumption(out: Path, trainer: Trainer) -> None:
+def _note_resumption(out: Path, trainer: Trainer | BaselineTrainer) -> None:
     """Record who goes on with a run: "processes" are those of today, "starts" tells of all."""
     if trainer.is_trained:
         return
@@ -399,16 +414,6 @@ _MANIFEST_FACTS = (
     "synthetic",
     "switch_share",
 )
-
-
-def _described_modules(settings: RunSettings) -> dict[str, dict[str, str]]:
-    """Say where the foreign modules are now and what is in them."""
-    files = {name: module_file(name) for name in settings.foreign.modules}
-    return {
-        name: {"folder": str(folder_of(name)), "sha256": sha256_of(file)}
-        for name, file in files.items()
-        if file is not None
-    }
 
 
 def _settings_to_resume(

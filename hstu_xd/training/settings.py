@@ -10,6 +10,7 @@ from typing import Any
 
 from hstu_xd.declaration import check, inert, nearest_setting, setting, settings_of
 from hstu_xd.errors import InputError, nearest
+from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
 from hstu_xd.evaluation.protocol import BLOCK as PROTOCOL_BLOCK
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import gin_folder
@@ -48,6 +49,9 @@ class TrainSettings:
         dropout_rate: dropout on the input features.
         objective: what is minimised and what ranks: "retrieval" (sampled softmax, dot products), or
             one of your own, ``@my_objective()``.
+        baseline: "none", or what is counted in the training log and ranks in the place of a model:
+            "popularity", "popularity-recent", or "itemknn" (neighbours of the last item).
+        recent_share: latest share of the training events that "popularity-recent" counts.
         num_negatives: sampled negatives per positive.
         negatives: where negatives are drawn, "domain" (the positive's own) or "catalogue" (all
             items, as upstream); or a sampler of your own, ``@my_sampler``.
@@ -85,6 +89,14 @@ class TrainSettings:
     eval_batch_size: int = setting(256, at_least=1)
     dropout_rate: float = setting(0.4, at_least=0, below=1, also=("dropout",))
     objective: str = setting(RETRIEVAL, part=True, also=("loss",))
+    baseline: str = setting(NO_BASELINE, allowed=(NO_BASELINE, *BASELINES))
+    recent_share: float = setting(
+        0.1,
+        above=0,
+        at_most=1,
+        needs={"baseline": "popularity-recent"},
+        also=("popularity_window",),
+    )
     num_negatives: int = setting(2048, at_least=1, needs=_RETRIEVAL)
     negatives: str = setting(
         "domain",
