@@ -173,6 +173,7 @@ class Trainer:
         self._optimizer = optimizer_of(model, settings)
         decay = settings.average_decay
         self._average = WeightAverage(model, decay) if decay else None
+        self._judged = self._average.model if self._average else model
         self._objective, self._metrics = objective_of(settings), metrics_of(settings)
         loss: nn.Module = _Loss(model, self._objective, bf16=settings.main_module_bf16)
         self._loss = DistributedDataParallel(loss) if world.size > 1 else loss
@@ -350,23 +351,24 @@ class Trainer:
         self._check_finite()
         row = {"loss": self._total_loss() / progress.loss_tokens}
         self._log.write(Split.TRAIN, progress.epoch, progress.step, row)
-        best = self._average.model if self._average else self.model
-        values = self.evaluate(Split.VALID, best)
+        values = self.evaluate(Split.VALID)
         self._log.write(Split.VALID, progress.epoch, progress.step, values)
         found = values[settings.select_metric]
         # A user's metric may be below any number: the first epoch is the best so far.
         if progress.best_epoch < 0 or found > progress.best:
             progress.best, progress.best_epoch = found, progress.epoch
             if self.world.is_main:
-                save_checkpoint(self.run / MODEL_FILE, best.state_dict(), {"epoch": progress.epoch})
+                save_checkpoint(
+                    self.run / MODEL_FILE, self._judged.state_dict(), {"epoch": progress.epoch}
+                )
         progress.epoch, progress.users_in_epoch = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_tokens = 0.0, 0
         # Only here: rows of an epoch that is not finished come again.
         progress.metrics_bytes = self._log.size()
         self._save()
 
-    def evaluate(self, split: Split, model: CrossDomainHSTU | None = None) -> dict[str, float]:
-        """Measure a model, default the trained one, on a split; the processes share the users.
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Metrics of a split; the processes share the users.
 
         Raises:
             Interrupted: as :meth:`fit`, between two batches.
@@ -375,13 +377,12 @@ class Trainer:
         users = data.users[self.world.rank :: self.world.size]
         # As many calls in every process: their numbers of batches may differ by one.
         calls = iter(range(math.ceil(data.users.size // self.world.size / size)))
-        model = model or self.model
         ranked = rank_targets(
-            model,
+            self._judged,
             data,
             users,
             protocol=self.protocol,
-            scorer=self._objective.scorer(model),
+            scorer=self._objective.scorer(self._judged),
             batch_size=size,
             progress=lambda _: next(calls, None) is not None and self._stop_if_asked(),
         )
@@ -418,6 +419,7 @@ class Trainer:
         self.world.barrier()
         weights, metadata = load_checkpoint(self.run / MODEL_FILE)
         load_weights(self.model, weights, self.run / MODEL_FILE)
+        self._judged = self.model
         valid, test = self.evaluate(Split.VALID), self.evaluate(Split.TEST)
         progress = self.progress
         cost = attention_cost(self.model, self._data[Split.TEST])
