@@ -105,7 +105,7 @@ class TrainSettings:
         needs=_RETRIEVAL,
         also=("negative_sampling", "sampling_strategy"),
     )
-    temperature: float = setting(0.05, above=0, needs=_RETRIEVAL)
+    temperature: float = setting(0.1, above=0, needs=_RETRIEVAL)
     asked_domains: int = setting(0, at_least=0, needs=_RETRIEVAL, also=("ask", "auxiliary_targets"))
     asked_weight: float = setting(1.0, above=0, needs=_ASKED)
     asked_within_events: int = setting(0, at_least=0, needs=_ASKED, also=("horizon",))

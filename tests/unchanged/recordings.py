@@ -35,6 +35,7 @@ _SMALL = (
     "xd_train.local_batch_size = 16",
     "xd_train.num_negatives = 32",
     "xd_train.num_warmup_steps = 4",
+    "xd_train.temperature = 0.05",
 )
 _ALL = (
     "xd_encoder.domain_mask = True",
