@@ -95,7 +95,7 @@ class _StateAttention(torch.autograd.Function):
         num_heads: int,
     ) -> Tensor:
         queries = _heads_first(query, num_heads)
-        keys, values = (_heads_first(_take(x, rows), num_heads) for x in (key, value))
+        keys, values = (_take(x, rows, num_heads) for x in (key, value))
         if bias is None:
             scores = queries.bmm(keys.transpose(1, 2))
             scores.view(num_heads, *pairs.shape).masked_fill_(pairs, float("-inf"))
@@ -148,9 +148,12 @@ def _heads_last(x: Tensor, heads: int) -> Tensor:
     return x.view(heads, groups, n, width).permute(1, 2, 0, 3).reshape(groups, n, heads * width)
 
 
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Take rows: (W, d), (G, n) -> (G, n, d)."""
-    return x.index_select(0, rows.flatten()).view(*rows.shape, x.shape[1])
+def _take(x: Tensor, rows: Tensor, heads: int) -> Tensor:
+    """Take rows, the heads in front: (W, H * d), (G, n) -> (H * G, n, d)."""
+    by_head = x.reshape(x.shape[0] * heads, x.shape[1] // heads)
+    numbers = rows.flatten() * heads + torch.arange(heads, device=rows.device).unsqueeze(1)
+    taken = by_head.index_select(0, numbers.flatten())
+    return taken.view(heads * rows.shape[0], rows.shape[1], by_head.shape[1])
 
 
 def _sum_rows(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
