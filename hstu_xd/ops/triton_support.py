@@ -29,9 +29,9 @@ def installed() -> bool:
 
 
 def suits(q: Tensor, v: Tensor) -> bool:
-    """Return whether "auto" takes the kernels: for tensors on a CUDA device that they accept."""
+    """Return whether "auto" takes the kernels for these tensors of a CUDA device."""
     width = max(q.shape[2], v.shape[2])
-    return q.is_cuda and q.dtype in DTYPES and width <= WIDEST_HEAD and installed()
+    return q.dtype in DTYPES and width <= WIDEST_HEAD and installed()
 
 
 def check_kernels_take(q: Tensor, v: Tensor) -> None:

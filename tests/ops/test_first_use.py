@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from triton_marks import needs_triton, on_a_cpu
 
 from hstu_xd.errors import HstuXdError
-from hstu_xd.ops import domain_attention, first_use, state_attention, triton_support
+from hstu_xd.ops import domain_attention, first_use, state_attention
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.subprocess_checks import kernels_problem
@@ -24,7 +25,9 @@ pytestmark = [needs_triton, on_a_cpu]
 def _unverified(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU stands for a GPU that nobody has verified; "auto" takes the kernels on it."""
     monkeypatch.setattr(first_use, "in_doubt", lambda device: True)
-    monkeypatch.setattr(triton_support, "suits", lambda q, v: True)
+    for operator in ("domain_attention", "state_attention"):
+        api = import_module(f"hstu_xd.ops.{operator}.api")
+        monkeypatch.setattr(api, "_kernels_suit", lambda q, v: True)
     # A few programs of the interpreter are enough.
     monkeypatch.setattr(first_use, "_LENGTHS", (20, 0, 1, 4))
     first_use._tried.cache_clear()

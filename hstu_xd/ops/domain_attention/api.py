@@ -119,11 +119,15 @@ def domain_attention(
     insists = impl == "triton"
     if impl == "auto":
         fits = normalization == "silu" and grouping.rule is None
-        impl = "triton" if fits and triton_support.suits(q, v) else "eager"
+        impl = "triton" if fits and _kernels_suit(q, v) else "eager"
     if impl == "triton":
         use = KernelUse.build("domain_attention", q, v, biased=bias is not None)
         impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
+
+
+def _kernels_suit(q: Tensor, v: Tensor) -> bool:
+    return q.is_cuda and triton_support.suits(q, v)
 
 
 def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def state_attention(
     _check(q, k, v, reads, bias)
     insists = impl == "triton"
     if impl == "auto":
-        impl = "triton" if triton_support.suits(q, v) else "eager"
+        impl = "triton" if _kernels_suit(q, v) else "eager"
     elif impl not in available_state_impls():
         known = ", ".join(available_state_impls())
         raise InputError(
@@ -92,6 +92,10 @@ def state_attention(
         use = KernelUse.build("state_attention", q, v, biased=bias is not None)
         impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
     return _IMPLS[impl](q, k, v, reads, bias=bias)
+
+
+def _kernels_suit(q: Tensor, v: Tensor) -> bool:
+    return q.is_cuda and triton_support.suits(q, v)
 
 
 def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:
