@@ -64,7 +64,8 @@ def target_ranks(
         queries = torch.nonzero(domains == domain).squeeze(1)
         for rows in queries.split(max(1, block_scores // items.numel())):
             scores = score(user_vectors[rows])
-            if not bool(torch.isfinite(scores).all()):
+            # The extremes are one pass, and not a number if any score is none.
+            if not bool(torch.isfinite(torch.stack(scores.aminmax())).all()):
                 raise HstuXdError(
                     "scores are not finite: the model has diverged; train again with a lower "
                     "learning rate or take an earlier checkpoint"
@@ -74,7 +75,7 @@ def target_ranks(
             row, seen = _seen_columns(rows, seen_ids, seen_offsets, catalog, domain)
             scores[row, seen] = float("-inf")
             scores.scatter_(1, column, target_scores)
-            ranks[rows] = (scores >= target_scores).sum(1)
+            ranks[rows] = (scores >= target_scores).sum(1, dtype=torch.int32).long()
             ranks[rows[row[seen == column[row, 0]]]] = UNREACHABLE
     return ranks
 
@@ -95,6 +96,22 @@ def _seen_columns(
 def _nothing(users: np.ndarray) -> tuple[Tensor, Tensor]:
     """No items to leave out for any of the users."""
     return torch.empty(0, dtype=torch.int64), torch.zeros(users.size + 1, dtype=torch.int64)
+
+
+def _preparing_once(scorer: Scorer) -> Scorer:
+    """Let a scorer prepare the items of each domain once for all batches of an evaluation.
+
+    Domains have no item in common, so the first one of its items tells a domain.
+    """
+    prepared: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def prepare(items: Tensor) -> Callable[[Tensor], Tensor]:
+        first = int(items[0])
+        if first not in prepared:
+            prepared[first] = scorer(items)
+        return prepared[first]
+
+    return prepare
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,7 @@ def rank_targets(
     was_training = model.training
     model.eval()
     device = model.catalog.item_domains.device
-    scorer = scorer or DotProduct(model.item_vectors)
+    scorer = _preparing_once(scorer or DotProduct(model.item_vectors))
     ranks, domains, switched = [], [], []
     for start in range(0, users.size, batch_size):
         some = users[start : start + batch_size]

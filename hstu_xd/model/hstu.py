@@ -146,6 +146,11 @@ class CrossDomainHSTU(nn.Module):
         return self.unit_vectors(self._hstu(x, rows.events, questions=questions, caches=caches))
 
     @property
+    def item_table(self) -> nn.Module:
+        """Return the table of items, which ranks as well as it feeds the input."""
+        return self._embedding_module
+
+    @property
     def encoder(self) -> CrossDomainEncoder:
         """Return the layers."""
         return self._hstu

@@ -232,7 +232,7 @@ class Retrieval:
 
     negatives: str | Sampler = "domain"
     num_negatives: int = 2048
-    temperature: float = 0.05
+    temperature: float = 0.1
     others: OtherDomains = field(default_factory=OtherDomains)
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 

@@ -25,6 +25,7 @@ from hstu_xd.training.extension import (
     read_bindings,
     refuse_lost_values,
 )
+from hstu_xd.training.optimization import SCHEDULES
 
 _logger = logging.getLogger(__name__)
 
@@ -64,8 +65,14 @@ class TrainSettings:
         asked_within_time: such a target comes at most this much later, in the log's unit of time;
             0: at any time.
         learning_rate: peak rate of AdamW.
+        learning_rate_schedule: the way down from the peak over all of num_epochs, "constant" (no
+            way down), "linear" or "cosine".
+        final_rate_share: what such a schedule leaves of the peak rate at its end.
         weight_decay: weight decay of AdamW.
+        embedding_decay_share: what the table of items takes of the weight decay; 0: none.
         num_warmup_steps: steps of linear warm-up.
+        average_decay: above 0, an exponential moving average of the weights is evaluated and saved
+            in their place; it keeps this much of itself in a step, as 0.999.
         num_epochs: passes over the training users at most.
         early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
         metrics: further functions of ranks of your own, ``(@my_metric,)``.
@@ -98,14 +105,22 @@ class TrainSettings:
         needs=_RETRIEVAL,
         also=("negative_sampling", "sampling_strategy"),
     )
-    temperature: float = setting(0.05, above=0, needs=_RETRIEVAL)
+    temperature: float = setting(0.1, above=0, needs=_RETRIEVAL)
     asked_domains: int = setting(0, at_least=0, needs=_RETRIEVAL, also=("ask", "auxiliary_targets"))
     asked_weight: float = setting(1.0, above=0, needs=_ASKED)
     asked_within_events: int = setting(0, at_least=0, needs=_ASKED, also=("horizon",))
     asked_within_time: int = setting(0, at_least=0, needs=_ASKED)
     learning_rate: float = setting(3e-3, above=0, also=("lr",))
+    learning_rate_schedule: str = setting(
+        "constant", allowed=SCHEDULES, also=("lr_schedule", "scheduler")
+    )
+    final_rate_share: float = setting(
+        0.0, at_least=0, at_most=1, needs={"learning_rate_schedule": SCHEDULES[1:]}
+    )
     weight_decay: float = setting(1e-3, at_least=0, also=("wd", "l2"))
+    embedding_decay_share: float = setting(1.0, at_least=0, needs={"weight_decay": ...})
     num_warmup_steps: int = setting(100, at_least=0)
+    average_decay: float = setting(0.0, at_least=0, below=1, also=("ema", "ema_decay"))
     num_epochs: int = setting(30, at_least=1, also=("max_epochs",))
     early_stop_patience: int = setting(2, at_least=1)
     metrics: tuple[str, ...] = setting((), part=True)

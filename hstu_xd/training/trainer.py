@@ -45,6 +45,7 @@ from hstu_xd.training.checkpoint import (
 from hstu_xd.training.distributed import DelayedMaximum, World
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
+from hstu_xd.training.optimization import WeightAverage, optimizer_of, rate_at
 from hstu_xd.training.settings import TrainSettings
 
 METRICS_FILE = "metrics.jsonl"
@@ -100,7 +101,6 @@ class MetricsLog:
 
 # A loss that is not finite is noticed within this many steps and before anything is saved.
 _CHECK_EVERY = 50
-_BETAS = (0.9, 0.98)
 
 
 @dataclass
@@ -170,13 +170,10 @@ class Trainer:
         self.protocol = protocol
         length = settings.max_sequence_length
         self._data = {split: SequenceData(store, split, length) for split in Split}
-        self._optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.learning_rate,
-            betas=_BETAS,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self._optimizer = optimizer_of(model, settings)
+        decay = settings.average_decay
+        self._average = WeightAverage(model, decay) if decay else None
+        self._judged = self._average.model if self._average else model
         self._objective, self._metrics = objective_of(settings), metrics_of(settings)
         loss: nn.Module = _Loss(model, self._objective, bf16=settings.main_module_bf16)
         self._loss = DistributedDataParallel(loss) if world.size > 1 else loss
@@ -196,6 +193,8 @@ class Trainer:
             tensors, metadata = load_checkpoint(self.run / STATE_FILE)
             load_weights(self.model, model_tensors(tensors), self.run / STATE_FILE)
             restore_optimizer(self.model, self._optimizer, tensors)
+            if self._average:
+                self._average.restore(tensors)
             users_per_step = self.settings.local_batch_size * processes
             self.progress = Progress.from_stored(metadata["progress"], users_per_step)
             if not self.world.is_main:
@@ -312,10 +311,13 @@ class Trainer:
         # DDP averages gradients over processes; the mean is over the tokens of all of them.
         (loss * (self.world.size / tokens)).backward()
         mark("backward")
-        warm = min(1.0, (progress.step + 1) / max(1, settings.num_warmup_steps))
+        epochs = progress.epoch + progress.users_in_epoch / data.users.size
+        rate = rate_at(settings, progress.step, epochs / settings.num_epochs)
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warm
+            group["lr"] = rate
         self._optimizer.step()
+        if self._average:
+            self._average.update()
         progress.loss_sum += loss.item() if device.type == "cpu" else self._defer(loss)
         progress.loss_tokens += tokens
         progress.step += 1
@@ -357,7 +359,7 @@ class Trainer:
             progress.best, progress.best_epoch = found, progress.epoch
             if self.world.is_main:
                 save_checkpoint(
-                    self.run / MODEL_FILE, self.model.state_dict(), {"epoch": progress.epoch}
+                    self.run / MODEL_FILE, self._judged.state_dict(), {"epoch": progress.epoch}
                 )
         progress.epoch, progress.users_in_epoch = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_tokens = 0.0, 0
@@ -376,11 +378,11 @@ class Trainer:
         # As many calls in every process: their numbers of batches may differ by one.
         calls = iter(range(math.ceil(data.users.size // self.world.size / size)))
         ranked = rank_targets(
-            self.model,
+            self._judged,
             data,
             users,
             protocol=self.protocol,
-            scorer=self._objective.scorer(self.model),
+            scorer=self._objective.scorer(self._judged),
             batch_size=size,
             progress=lambda _: next(calls, None) is not None and self._stop_if_asked(),
         )
@@ -408,6 +410,7 @@ class Trainer:
             return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= optimizer_tensors(self.model, self._optimizer)
+        tensors |= self._average.tensors() if self._average else {}
         progress = asdict(self.progress) | {"loss_sum": total}
         save_checkpoint(self.run / STATE_FILE, tensors, {"progress": progress})
 
@@ -416,6 +419,7 @@ class Trainer:
         self.world.barrier()
         weights, metadata = load_checkpoint(self.run / MODEL_FILE)
         load_weights(self.model, weights, self.run / MODEL_FILE)
+        self._judged = self.model
         valid, test = self.evaluate(Split.VALID), self.evaluate(Split.TEST)
         progress = self.progress
         cost = attention_cost(self.model, self._data[Split.TEST])

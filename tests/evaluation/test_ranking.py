@@ -1,6 +1,8 @@
 """Ranks and metrics against a count by hand."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.data.batches import SequenceData, Split
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.metrics import METRICS, UNREACHABLE, grouped_metrics, ranking_metrics
-from hstu_xd.evaluation.ranks import target_ranks
+from hstu_xd.evaluation.ranks import rank_targets, target_ranks
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.objectives.objective import DotProduct
 
 
@@ -124,3 +131,37 @@ def test_diverged_model_is_an_error_not_a_rank() -> None:
     scorer = DotProduct(items.item_vectors)
     with pytest.raises(HstuXdError, match=r"not finite.*lower"):
         target_ranks(users, targets, none[:0], none, items.catalog, scorer)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_any_score_that_is_not_finite_is_found(value: float) -> None:
+    items, users, targets, _ = make(0, 10, 2, 3)
+    none = torch.zeros(4, dtype=torch.int64)
+
+    def scorer(pool: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        scores = torch.zeros(pool.numel())
+        scores[-1] = value
+        return lambda some: scores.expand(len(some), -1).clone()
+
+    with pytest.raises(HstuXdError, match=r"not finite"):
+        target_ranks(users, targets, none[:0], none, items.catalog, scorer)
+
+
+def test_an_evaluation_prepares_the_items_of_a_domain_once(tmp_path: Path) -> None:
+    """In batches of any size, whose ranks are those of one batch."""
+    sizes = SynthOptions(users=30, domains=3, items_per_domain=20, mean_length=12)
+    synthesize(tmp_path / "store", sizes)
+    store = InteractionStore.open(tmp_path / "store")
+    data = SequenceData(store, Split.TEST, 10)
+    model = CrossDomainHSTU(store.catalog, EncoderSettings(num_domains=3, norm_length=10))
+    prepared: list[torch.Tensor] = []
+
+    def scorer(pool: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        prepared.append(pool)
+        return DotProduct(model.item_vectors)(pool)
+
+    found = rank_targets(model, data, data.users, scorer=scorer, batch_size=4)
+    domains = [store.catalog.items_of(domain).tolist() for domain in range(3)]
+    assert sorted(pool.tolist() for pool in prepared) == sorted(domains)
+    whole = rank_targets(model, data, data.users, batch_size=data.users.size)
+    assert torch.equal(found.ranks, whole.ranks)

@@ -249,11 +249,11 @@ def test_a_layer_is_checked_when_it_is_built(desk: Path, store_path: Path, tmp_p
 def test_settings_that_an_objective_does_not_read_are_said(
     desk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read(desk, "xd_train.temperature = 0.1")
+    read(desk, "xd_train.temperature = 0.2")
     assert not caplog.records
-    read(desk, "xd_train.objective = @Margin()", "xd_train.temperature = 0.1")
+    read(desk, "xd_train.objective = @Margin()", "xd_train.temperature = 0.2")
     assert (
-        "temperature = 0.1 does nothing while xd_train.objective is @brought_parts" in caplog.text
+        "temperature = 0.2 does nothing while xd_train.objective is @brought_parts" in caplog.text
     )
 
 

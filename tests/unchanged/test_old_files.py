@@ -126,7 +126,7 @@ def test_a_shipped_recipe_is_included_from_a_folder_that_has_it(
     monkeypatch.chdir(tmp_path)
     found = answers.settings_of("shipped_recipe.gin", tmp_path / "run")
     assert found["encoder"]["linear_dropout_rate"] == 0.4
-    assert (found["train"]["temperature"], found["train"]["item_embedding_dim"]) == (0.05, 8)
+    assert (found["train"]["temperature"], found["train"]["item_embedding_dim"]) == (0.1, 8)
 
 
 @pytest.mark.parametrize("name", ["hstu_xd.yaml", "hllm_xd.yaml"])
