@@ -84,7 +84,15 @@ ASKED: dict[str, tuple[str, ...]] = {
 COUNTED: dict[str, tuple[str, ...]] = {
     name: (f'xd_train.baseline = "{name}"',) for name in BASELINES
 }
-VARIANTS = COMPARED | LONG_HISTORIES | ASKED | COUNTED
+# Other architectures under the same trainer, loss and negatives.
+OTHERS: dict[str, tuple[str, ...]] = {
+    "sasrec": (
+        'xd_encoder.layer = "sasrec"',
+        'xd_encoder.normalization = "softmax"',
+        "xd_encoder.enable_relative_attention_bias = False",
+    ),
+}
+VARIANTS = COMPARED | LONG_HISTORIES | ASKED | COUNTED | OTHERS
 
 
 def variant_file(name: str) -> Path | None:

@@ -17,7 +17,8 @@ from hstu_xd.model.ddsr import (
     columns_by_head,
     side_by_side,
 )
-from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.sasrec import SASRecLayer
+from hstu_xd.model.settings import SASREC, EncoderSettings
 from hstu_xd.model.views import EncoderRows, Events, View
 from hstu_xd.ops import domain_attention
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
@@ -332,6 +333,9 @@ class CrossDomainEncoder(nn.Module):
             _build_layer(settings) for _ in range(settings.num_blocks)
         )
         self._settings = settings
+        # SASRec's layers begin with a norm, so the last one's output lacks its own.
+        is_sasrec = settings.layer == SASREC
+        self._last_norm = nn.LayerNorm(settings.embedding_dim) if is_sasrec else nn.Identity()
         self._history_tokens: nn.Parameter | None = None
         if settings.history_tokens:
             tokens = torch.empty(settings.history_tokens, settings.embedding_dim)
@@ -384,7 +388,7 @@ class CrossDomainEncoder(nn.Module):
         x = rows.lay_out(x, self._history_tokens)
         for number, layer in enumerate(self._attention_layers):
             x = layer(x, rows, rows.views(number), caches=caches)
-        return rows.take_entries(x)
+        return self._last_norm(rows.take_entries(x))
 
 
 def _build_layer(settings: EncoderSettings) -> nn.Module:
@@ -393,7 +397,10 @@ def _build_layer(settings: EncoderSettings) -> nn.Module:
     Raises:
         InputError: the user's class makes something else.
     """
-    make = settings.layer.value if isinstance(settings.layer, Part) else HSTULayer
+    if isinstance(settings.layer, Part):
+        make = settings.layer.value
+    else:
+        make = SASRecLayer if settings.layer == SASREC else HSTULayer
     layer = make(settings)
     if not isinstance(layer, nn.Module):
         raise InputError(

@@ -7,6 +7,9 @@ from hstu_xd.declaration import check, requirements, setting, settings_of
 from hstu_xd.errors import InputError
 from hstu_xd.parts import Part
 
+# The value of ``layer`` for SASRec's.
+SASREC = "sasrec"
+
 
 @dataclass(frozen=True)
 class EncoderSettings:
@@ -49,7 +52,8 @@ class EncoderSettings:
         normalization: how attention scores become weights, by "silu" as in HSTU or by "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`; "auto" takes
             the fused kernels where they hold, "triton" insists on them.
-        layer: "hstu", or a class of your own in its place, ``@MyLayer``: built and called as
+        layer: "hstu", "sasrec" (needs normalization "softmax", and knows neither relative bias nor
+            DDSR), or a class of your own in its place, ``@MyLayer``: built and called as
             :class:`hstu_xd.model.encoder.HSTULayer` is.
 
     Raises:
@@ -122,15 +126,19 @@ class EncoderSettings:
     history_tokens: int = setting(0, at_least=0, also=("tokens",))
     normalization: str = setting("silu", allowed=("silu", "softmax"), tag="{normalization}")
     impl: str = setting("auto", same_model=True, also=("backend", "implementation"))
-    layer: str = setting("hstu", part=True, tag="layer {layer}")
+    layer: str = setting(
+        "hstu", part=True, tag="layer {layer}", label={SASREC: "SASRec", ...: "layer {layer}"}
+    )
 
     def __post_init__(self) -> None:
         check(self, "{name} is {value!r}; {needed} is needed")
-        if self.layer != "hstu" and not isinstance(self.layer, Part):
+        if self.layer not in ("hstu", SASREC) and not isinstance(self.layer, Part):
             raise InputError(
-                f"layer is {self.layer!r}; 'hstu', or a reference to a class of your own is "
-                "needed: xd_encoder.layer = @MyLayer"
+                f"layer is {self.layer!r}; 'hstu', '{SASREC}', or a reference to a class of your "
+                "own is needed: xd_encoder.layer = @MyLayer"
             )
+        if self.layer == SASREC:
+            self._check_sasrec()
         if not 0 <= self.target_view_heads <= self.num_heads:
             raise InputError(
                 f"target_view_heads is {self.target_view_heads}; 0..num_heads={self.num_heads} "
@@ -151,6 +159,18 @@ class EncoderSettings:
             )
 
         self._check_segments()
+
+    def _check_sasrec(self) -> None:
+        for name, needed in (
+            ("normalization", "softmax"),
+            ("enable_relative_attention_bias", False),
+            ("ddsr", False),
+        ):
+            if getattr(self, name) != needed:
+                raise InputError(
+                    f"layer = '{SASREC}' needs {name} = {needed!r}, got {getattr(self, name)!r}: "
+                    "SASRec has no other"
+                )
 
     def _check_segments(self) -> None:
         if self.segment_by == "none":
