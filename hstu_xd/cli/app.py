@@ -14,6 +14,7 @@ from hstu_xd.version import __version__
 COMMANDS = {
     "prepare": ("data", "Data"),
     "synth": ("data", "Data"),
+    "requests": ("ranking", "Data"),
     "train": ("runs", "Models"),
     "evaluate": ("runs", "Models"),
     "recommend": ("runs", "Models"),

@@ -15,9 +15,6 @@ from hstu_xd.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     import polars as pl
 
-    from hstu_xd.data.encode import Events
-    from hstu_xd.data.order import Histories
-
 MISSING = 0
 _KEY = ("user", "item", "second")
 
@@ -94,34 +91,37 @@ class FieldRows:
     nothing.
 
     Args:
-        events: as read, before :func:`hstu_xd.data.order.in_time_order` takes them.
+        fields: of the events as they were read.
+        user: (n,) of each event.
+        item: (n,).
+        second: (n,).
+        time: (n,) numbers that order the events of a second.
     """
 
-    def __init__(self, events: "Events") -> None:
+    def __init__(
+        self, fields: EventFields, user: NDArray, item: NDArray, second: NDArray, time: NDArray
+    ) -> None:
         import polars as pl
 
-        assert events.fields is not None
-        self._fields = events.fields
+        self._fields = fields
         names = [str(place) for place in range(len(self._fields.names))]
         table = pl.DataFrame(
             {
-                "user": events.user,
-                "item": events.item,
-                "second": events.moments.seconds(events.time),
-                "time": events.time,
+                "user": user,
+                "item": item,
+                "second": second,
+                "time": time,
                 **dict(zip(names, self._fields.codes, strict=True)),
             }
         )
         self._rows = _with_occurrence(table.sort(*_KEY, "time", *names).drop("time"))
         self._names = names
 
-    def of(self, histories: "Histories") -> EventFields:
+    def of(self, user: NDArray, item: NDArray, second: NDArray) -> EventFields:
         """Return the fields of the events that are left, in their order."""
         import polars as pl
 
-        wanted = _with_occurrence(
-            pl.DataFrame({"user": histories.user, "item": histories.item, "second": histories.time})
-        )
+        wanted = _with_occurrence(pl.DataFrame({"user": user, "item": item, "second": second}))
         found = wanted.join(
             self._rows, on=[*_KEY, "occurrence"], how="left", maintain_order="left"
         ).select(self._names)

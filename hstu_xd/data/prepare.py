@@ -159,7 +159,10 @@ def build_log(
         InputError: a domain called like a group of targets, or filters that leave nothing.
     """
     read = len(events.user)
-    rows = FieldRows(events) if events.fields is not None else None
+    rows = None
+    if events.fields is not None:
+        second = events.moments.seconds(events.time)
+        rows = FieldRows(events.fields, events.user, events.item, second, events.time)
     histories, tied = in_time_order(events)
     repeats = found = count_repeats(histories)
     if window is not None:
@@ -170,7 +173,8 @@ def build_log(
     num_users = len(events.users)
     histories, rounds = apply_filters(histories, filters, item_domain, num_users, len(names))
     log = _compact(events, histories)
-    log.fields = rows.of(histories) if rows is not None else None
+    if rows is not None:
+        log.fields = rows.of(histories.user, histories.item, histories.time)
     if len(histories.user) != read:
         repeats = count_repeats(histories)
     facts: dict[str, Any] = {

@@ -182,7 +182,7 @@ def level_paths(
     """
     names: Sequence[str] = ("item",)
     count = len(item_domains)
-    columns = [np.arange(count)]
+    columns: list[NDArray[Any]] = [np.arange(count)]
     if taxonomy is not None:
         names = (*names, *taxonomy.names)
         columns += [np.concatenate([[NO_NODE], level]) for level in taxonomy.nodes]
