@@ -1,7 +1,7 @@
 """States in a store: read again when another process has written, written only when none has."""
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from hashlib import blake2b
 from typing import Protocol
 

@@ -10,7 +10,7 @@ from log_cases import PostgresServer, postgres_server
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events import open_log
-from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, Keyed, Logged, LogError
+from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, Keyed, LogError, Logged
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_a_server_that_goes_away_is_found_again(server: PostgresServer) -> None:
     log.add(numbered(3))
     server.stop()
     for _ in range(2):
-        with pytest.raises(LogError, match="the event log: connection.*failed"):
+        with pytest.raises(LogError, match=r"the event log: connection.*failed"):
             log.read(["ann"])
         with pytest.raises(LogError):
             log.add(numbered(1))

@@ -14,9 +14,9 @@ from store_cases import Unsteady, redis_server
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.serving import EncoderSession
-from hstu_xd.serving.http import failover
 from hstu_xd.serving.events.event_log import Event, LogError
 from hstu_xd.serving.events.sqlite_log import SQLiteLog
+from hstu_xd.serving.http import failover
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.settings import StateSettings
 from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError

@@ -10,8 +10,8 @@ from service_client import Client, event, events, right, serving
 from store_cases import Unsteady
 
 from hstu_xd.errors import InputError
-from hstu_xd.serving.http import failover, service
 from hstu_xd.serving.events.sqlite_log import SQLiteLog
+from hstu_xd.serving.http import failover, service
 from hstu_xd.serving.http.settings import StateSettings
 from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError, Write
 

@@ -17,7 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 
 from hstu_xd.errors import InputError
-from hstu_xd.serving.events.event_log import Conflict, Event, Keyed, Logged, LogError, new_version
+from hstu_xd.serving.events.event_log import Conflict, Event, Keyed, LogError, Logged, new_version
 
 _log = logging.getLogger(__name__)
 
@@ -413,6 +413,7 @@ def _options(url: str) -> dict[str, Any]:
         InputError: the URL cannot be read, which is said without what it says: the password may be
             anywhere in it.
     """
+    options: dict[str, Any] = {}
     try:
         options = conninfo_to_dict(url, application_name="hstu-xd")
         port, name = str(options.get("port", "")), str(options.get("dbname", ""))

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hstu_xd.errors import InputError
-from hstu_xd.serving.events.event_log import Conflict, Event, Keyed, Logged, LogError, new_version
+from hstu_xd.serving.events.event_log import Conflict, Event, Keyed, LogError, Logged, new_version
 from hstu_xd.serving.stores import keep_private
 
 _FORMAT = 1

@@ -154,7 +154,8 @@ class BatchHandler:
 
     def _append_once(self, tickets: Tickets) -> None:
         new: list[tuple[Event, str | None]] = []
-        arrived = self._arrivals.begin([ticket.job for ticket in tickets])
+        jobs = [ticket.job for ticket in tickets if isinstance(ticket.job, Append)]
+        arrived = self._arrivals.begin(jobs)
         for ticket in tickets:
             job = ticket.job
             assert isinstance(job, Append)
@@ -188,7 +189,7 @@ class BatchHandler:
             assert isinstance(ticket.job, Recommend | Score)
             self._arrivals.check_request(ticket.job.timestamp)
         requests = [_request(ticket.job) for ticket in tickets]
-        self._histories.look(request.user for request in requests)
+        self._histories.look(str(request.user) for request in requests)
         answers = self._sessions.run(lambda session: session.answer(requests))
         for ticket, request, answer in zip(tickets, requests, answers):
             last, asked = answer.last_time, request.timestamp

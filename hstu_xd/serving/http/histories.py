@@ -144,8 +144,9 @@ class Histories:
     def count_prepared(self, event: Event) -> int:
         """Return how often the prepared store has an event."""
         found = self._items.find(event.item)
-        earlier = self._earlier(event.user, self._of(event.user)) if found else []
-        return earlier.count((found, event.timestamp))
+        if found is None:
+            return 0
+        return self._earlier(event.user, self._of(event.user)).count((found, event.timestamp))
 
     def last_time(self, user: str) -> int | None:
         """Return the time of a user's last event; None without events."""
