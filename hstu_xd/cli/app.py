@@ -16,6 +16,7 @@ COMMANDS = {
     "synth": ("data", "Data"),
     "requests": ("ranking", "Data"),
     "train": ("runs", "Models"),
+    "rank": ("ranking", "Models"),
     "evaluate": ("runs", "Models"),
     "recommend": ("runs", "Models"),
     "settings": ("runs", "Models"),

@@ -167,6 +167,14 @@ def synth(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal logs.")] = 0,
     mean_length: Annotated[float, typer.Option(help="Mean number of events of a user.")] = 40.0,
+    baskets: Annotated[
+        bool,
+        typer.Option(
+            "--baskets",
+            help="Shoppers with habits, a taxonomy and deals, for requests and rank; with "
+            "--mean-length 300 and more.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
 ) -> None:
     """Write a prepared store of synthetic users.
@@ -175,6 +183,7 @@ def synth(
     """
     from hstu_xd.data.statistics import print_summary
     from hstu_xd.data.synthetic import SynthOptions, synthesize
+    from hstu_xd.data.synthetic_baskets import synthesize_baskets
 
     options = SynthOptions(
         users=users,
@@ -184,4 +193,5 @@ def synth(
         seed=seed,
         mean_length=mean_length,
     )
-    print_summary(out, synthesize(out, options, force=force))
+    make = synthesize_baskets if baskets else synthesize
+    print_summary(out, make(out, options, force=force))

@@ -67,3 +67,34 @@ def requests(
             f"  {split:<5} {counts['requests']:>9,} requests of {counts['users']:,} users, "
             f"{counts['candidates']:,} candidates ({goals})"
         )
+
+
+def rank(
+    data: Annotated[Path, typer.Option("--data", help="Requests, of hstu-xd requests.")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder to write.")],
+    gin_config_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--gin_config_file",
+            help="File of settings; repeat to layer files. [default: TIN on the latest 50 events]",
+        ),
+    ] = None,
+    gin_bindings: Annotated[
+        list[str] | None,
+        typer.Option("--gin_bindings", help='Setting, "xd_search.k = 50"; repeat for several.'),
+    ] = None,
+) -> None:
+    """Train a model that ranks the candidates of requests.
+
+    It searches each user's history, reads what it found in the light of the candidate, and gives
+    the chance that the candidate is taken. Validation picks the epoch; test is read once.
+    """
+    from hstu_xd.evaluation.ranking import METRICS
+    from hstu_xd.ranking.run import train as run_training
+    from hstu_xd.ranking.settings import load_ranking_settings
+
+    settings = load_ranking_settings(gin_config_file or [], gin_bindings or [])
+    summary = run_training(data, settings, out)
+    test = summary["test"]
+    shown = (f"{m} {'undefined' if test[m] is None else f'{test[m]:.4f}'}" for m in METRICS)
+    typer.echo(f"{out}: best epoch {summary['best_epoch']}, test " + ", ".join(shown))

@@ -210,9 +210,10 @@ def settings(
     from hstu_xd.declaration import nearest_setting, rows, settings_of
     from hstu_xd.plugins.gr.research.settings import UpstreamSettings
     from hstu_xd.plugins.rec.settings import keys
+    from hstu_xd.ranking.settings import BLOCKS as RANKING
     from hstu_xd.training.settings import BLOCKS
 
-    blocks = {**BLOCKS, "xd_upstream": UpstreamSettings}
+    blocks = {**BLOCKS, **RANKING, "xd_upstream": UpstreamSettings}
     found = [
         row
         for block, declared in blocks.items()

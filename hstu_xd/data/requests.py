@@ -372,7 +372,7 @@ class _Maker:
             place = np.minimum(np.searchsorted(inside, key), len(inside) - 1)
             wanted[rows, columns] = (self._users[event] == users[rows]) | (inside[place] == key)
             wanted |= _repeats(drawn)
-        return drawn, np.logical_not(wanted).all(axis=1)
+        return drawn, np.asarray(wanted.sum(axis=1) == 0)
 
 
 def _repeats(drawn: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -114,7 +114,6 @@ class ItemFeatures:
         Raises:
             InputError: no item has a row.
         """
-        import polars as pl
 
         path, levels = self.options.path, self.options.levels
         known = items.is_in(self._table["item"].implode())
@@ -133,14 +132,25 @@ class ItemFeatures:
             .to_frame()
             .join(self._table, on="item", how="left", maintain_order="left")
         )
-        nodes, values = [], []
-        for at in range(len(levels)):
-            column = rows[str(at)]
-            names = column.drop_nulls().unique().sort()
-            ranks = column.cast(pl.Enum(names)).to_physical().cast(pl.Int32)
-            nodes.append(ranks.fill_null(NO_NODE).to_numpy())
-            values.append(names.to_list())
-        return Taxonomy(levels, np.stack(nodes), tuple(values))
+        names = {str(at): name for at, name in enumerate(levels)}
+        return numbered_levels(rows.select(*names).rename(names))
+
+
+def numbered_levels(nodes: "pl.DataFrame") -> Taxonomy:
+    """Give the nodes of each level their numbers.
+
+    Args:
+        nodes: a column of text for each level, finest first, and a row for each item.
+    """
+    import polars as pl
+
+    codes, values = [], []
+    for column in nodes.iter_columns():
+        names = column.drop_nulls().unique().sort()
+        ranks = column.cast(pl.Enum(names)).to_physical().cast(pl.Int32)
+        codes.append(ranks.fill_null(NO_NODE).to_numpy())
+        values.append(names.to_list())
+    return Taxonomy(tuple(nodes.columns), np.stack(codes), tuple(values))
 
 
 def _text(name: str) -> "pl.Expr":
