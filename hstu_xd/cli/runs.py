@@ -198,11 +198,12 @@ def settings(
     These are the bindings of gin files and the keys of HLLM and PerSRec.
     """
     from hstu_xd.declaration import nearest_setting, rows, settings_of
+    from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
     from hstu_xd.plugins.gr.research.settings import UpstreamSettings
     from hstu_xd.plugins.rec.settings import keys
     from hstu_xd.training.settings import BLOCKS
 
-    blocks = {**BLOCKS, "xd_upstream": UpstreamSettings}
+    blocks = {**BLOCKS, "xd_upstream": UpstreamSettings, "xd_dlrm": DlrmSettings}
     found = [
         row
         for block, declared in blocks.items()

@@ -31,6 +31,7 @@ def test_every_binding_and_key_is_listed(capsys: pytest.CaptureFixture[str]) -> 
         "xd_train",
         "xd_evaluate",
         "xd_upstream",
+        "xd_dlrm",
         "rec",
     }
 

@@ -79,14 +79,14 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
         return embeddings, payloads | domains, *lengths
 
     def _read_domains(self, features: Any, name: str) -> Tensor:
-        if name not in features.keys():
+        if name not in tuple(features.keys()):
             raise InputError(
                 f"xd_dlrm.domain_features: the batch has no feature {name!r} but "
                 f"{', '.join(features.keys())}; name those that hold the domains"
             )
         domains = features[name].values()
         num_domains = self._cross_domain.num_domains
-        if domains.numel() and not (0 <= domains.min() and domains.max() < num_domains):
+        if domains.numel() and (domains.min() < 0 or domains.max() >= num_domains):
             worst = domains.min() if domains.min() < 0 else domains.max()
             raise InputError(
                 f"feature {name!r} holds domain {int(worst)}, outside 0..{num_domains - 1}; "

@@ -17,7 +17,7 @@ KNOWN_SWITCHES = ("domain_mask",)
 @gin.configurable("xd_dlrm", module="hstu_xd")
 @dataclasses.dataclass(frozen=True)
 class DlrmSettings:
-    """What ``xd_dlrm.*`` bindings set; those of ``hstu_*`` are named as in upstream's configuration.
+    """What ``xd_dlrm.*`` bindings set; ``hstu_*`` are named as in upstream's configuration.
 
     Attributes:
         hstu_attn_num_layers: number of layers; None, as in all of these: what upstream's file says.
@@ -180,3 +180,14 @@ def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -
         )
     first, second = settings.domain_features
     return CrossDomain(switches, (first, second), settings.norm_length)
+
+
+def bound_value(name: str) -> Any:
+    """Return what a parameter is bound to, ``make_model.dataset``; None where it is not bound."""
+    try:
+        value = gin.query_parameter(name)
+    except ValueError:
+        return None
+    # A macro, %dataset, is bound as a reference to what the file says of it.
+    reference = getattr(value, "scoped_configurable_fn", None)
+    return reference() if reference else value

@@ -8,6 +8,7 @@ from torch import Tensor
 from upstream_dlrm import (
     CANDIDATES,
     DOMAINS,
+    HISTORY,
     answers,
     batch,
     build,
@@ -125,8 +126,8 @@ def test_with_a_norm_length_a_score_does_not_depend_on_the_batch(switches: dict)
     both = model(history, candidates)[3]
     users = [
         [
-            jagged(tuple(f.keys()), [[f[key].to_dense()[user].long()] for key in f.keys()])
-            for f in (history, candidates)
+            jagged(keys, [[f[key].to_dense()[user].long()] for key in keys])
+            for f, keys in ((history, HISTORY), (candidates, CANDIDATES))
         ]
         for user in range(5)
     ]
@@ -151,7 +152,7 @@ def test_a_domain_out_of_range_is_refused(worst: int, name: str) -> None:
 
 def test_a_missing_feature_is_refused() -> None:
     ours = build(extension=cross_domain(domain_mask=True))
-    history, candidates = batch(4)
+    history, _ = batch(4)
     with pytest.raises(InputError, match="no feature 'item_domain' but item_id"):
         ours(history, jagged(("item_id",), [[v.long() for v in history["item_id"].to_dense()]]))
 

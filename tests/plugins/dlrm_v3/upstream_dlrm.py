@@ -195,7 +195,7 @@ def dense_domain_mask(features: tuple[Any, Any], num_context: int) -> Iterator[N
     ]
     original = pt_hstu_attention._get_valid_attn_mask
 
-    def masked(*, N: int, **arguments: Any) -> Tensor:  # noqa: N803
+    def masked(*, N: int, **arguments: Any) -> Tensor:
         padded = torch.stack(
             [nn.functional.pad(row, (0, N - row.numel()), value=-2) for row in rows]
         )
