@@ -58,15 +58,12 @@ def with_tables(upstream: Callable[..., Any]) -> Callable[..., Any]:
         folder = store_folder(dataset)
         if folder:
             return tables(InteractionStore.open(folder), settings, width)
-        most = settings.table_rows
-        return {
-            name: dataclasses.replace(
-                config,
-                embedding_dim=settings.hstu_embedding_table_dim or config.embedding_dim,
-                num_embeddings=min(config.num_embeddings, most or config.num_embeddings),
-            )
-            for name, config in configs.items()
-        }
+        for config in configs.values():
+            rows = min(config.num_embeddings, settings.table_rows or config.num_embeddings)
+            if (rows, width) != (config.num_embeddings, config.embedding_dim):
+                changed = {"num_embeddings": rows, "embedding_dim": width, "init_fn": None}
+                configs[config.name] = dataclasses.replace(config, **changed)
+        return configs
 
     return xd_get_embedding_table_config
 

@@ -42,8 +42,6 @@ def run(argv: Sequence[str]) -> None:
         HstuXdError: upstream is not importable or not a verified version.
     """
     options = _parse(argv)
-    # Upstream logs its metrics, and nobody would see them where a library has set logging up.
-    logging.basicConfig(level=logging.INFO, force=True)
     if "" not in sys.path:  # as for a script in a checkout
         sys.path.insert(0, "")
     check_version(HOST)
@@ -182,6 +180,8 @@ def _start(file: Path, mode: str) -> None:
         sys.argv = [PROGRAM, "--dataset", _KEY, "--mode", mode]
         train_ranker.main()
         return
+    # Upstream logs its metrics, and nobody would see them where a library has set logging up.
+    logging.basicConfig(level=logging.INFO, force=True)
     logging.getLogger(__name__).warning("no GPU is visible: dlrm_v3 runs on CPU")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = (world, str(free_port()), str(file), mode)

@@ -30,6 +30,8 @@ class DlrmSettings:
         hstu_input_dropout_ratio: dropout on the layers' input.
         hstu_linear_dropout_rate: dropout before each layer's output projection.
         causal_multitask_weights: factor of the loss.
+        max_seq_len: rows of the longest sequence that upstream's data sets give; that of a prepared
+            store follows from max_history.
         table_rows: rows that an embedding table has at most; 0: as many as upstream says. The data
             sets of upstream that hash ids hash them into so many.
         domain_features: names of the features with the domain of every history event and of every
@@ -62,13 +64,14 @@ class DlrmSettings:
     hstu_input_dropout_ratio: float | None = setting(None, also=("dropout_rate",))
     hstu_linear_dropout_rate: float | None = setting(None, also=("linear_dropout_rate",))
     causal_multitask_weights: float | None = setting(None)
+    max_seq_len: int | None = setting(None)
     table_rows: int = setting(0, at_least=0, also=("hash_size",))
     domain_features: tuple[str, ...] = setting(("uih_domain", "item_domain"))
     num_domains: int = setting(0, at_least=0)
     norm_length: int = setting(0, at_least=0)
     kernel: str = setting("auto", allowed=("auto", "triton", "pytorch"))
     bf16: bool = setting(True)
-    max_history: int = setting(200, at_least=1, also=("max_sequence_length", "max_seq_len"))
+    max_history: int = setting(200, at_least=1, also=("max_sequence_length",))
     cut_points: int = setting(0, at_least=0)
     num_candidates: int = setting(10, at_least=2, also=("max_num_candidates", "num_negatives"))
     split: str = setting("valid", allowed=("valid", "test"))

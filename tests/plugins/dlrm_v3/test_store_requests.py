@@ -91,8 +91,8 @@ def test_evaluation_draws_the_same_every_time_and_training_does_not(tiny_store: 
     first, second = requests_of(tiny_store), requests_of(tiny_store)
     held_out = np.arange(first.num_train, len(first))
     train = np.arange(first.num_train)
-    assert torch.equal(first.batch(held_out).candidates, second.batch(held_out[:]).candidates)
-    reverse = second.batch(held_out[::-1]).candidates.view(-1, 5).flip(0).flatten()
+    assert torch.equal(first.batch(held_out).candidates, second.batch(held_out).candidates)
+    reverse = second.batch(held_out[::-1].copy()).candidates.view(-1, 5).flip(0).flatten()
     assert torch.equal(first.batch(held_out).candidates, reverse)
     assert not torch.equal(first.batch(train).candidates, first.batch(train).candidates)
     other = requests_of(tiny_store, seed=2).batch(held_out).candidates

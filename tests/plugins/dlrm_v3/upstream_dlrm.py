@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hstu_xd.model.settings import EncoderSettings
 try:
     import fbgemm_gpu  # noqa: F401  (registers the operators that upstream calls)
     from generative_recommenders.common import HammerKernel
-    from generative_recommenders.dlrm_v3.train import train_ranker  # noqa: F401
+    from generative_recommenders.dlrm_v3.train import train_ranker
     from generative_recommenders.modules.dlrm_hstu import DlrmHSTU, DlrmHSTUConfig
     from generative_recommenders.modules.multitask_module import MultitaskTaskType, TaskConfig
     from generative_recommenders.ops.pytorch import pt_hstu_attention
@@ -29,6 +30,7 @@ except (ImportError, OSError) as error:
 from hstu_xd.plugins.dlrm_v3.model import CrossDomainDlrmHSTU
 from hstu_xd.plugins.dlrm_v3.settings import CrossDomain
 
+CHECKOUT = Path(train_ranker.__file__).parents[3]
 ITEMS, USERS, DOMAINS, WIDTH = 60, 20, 4, 16
 HISTORY = ("user_id", "item_id", "action_time", "action_weight", "uih_domain")
 CANDIDATES = ("item_candidate_id", "item_query_time", "item_action_weight", "item_domain")
