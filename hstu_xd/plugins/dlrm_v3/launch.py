@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(argv)
     except HstuXdError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        # gin adds lines of its own to what its configurables raise.
+        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -54,8 +54,9 @@ def configure(config: Any, settings: DlrmSettings) -> Any:
     pairs = [(ITEM, CANDIDATE), (TIME, QUERY_TIME), (WEIGHT, LABEL)]
     embedded = [(ITEM, CANDIDATE)]
     if settings.domain_as_feature:
-        pairs.append(settings.domain_features)
-        embedded.append(settings.domain_features)
+        of_history, of_candidates = settings.domain_features
+        pairs.append((of_history, of_candidates))
+        embedded.append((of_history, of_candidates))
     return dataclasses.replace(
         config,
         max_seq_len=settings.max_history + settings.num_candidates + len(context),

@@ -53,7 +53,13 @@ def status() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
-@pytest.mark.parametrize("name", ["dlrm_xd", "dlrm_stock", "dlrm_feature"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dlrm_xd", *(pytest.param(name, marks=slow) for name in ("dlrm_stock", "dlrm_feature"))],
+)
 def test_every_recipe_trains_and_evaluates(workplace: Path, name: str) -> None:
     before = status()
     done = launch(workplace, f"gin/{name}.gin")
@@ -66,11 +72,13 @@ def test_every_recipe_trains_and_evaluates(workplace: Path, name: str) -> None:
     assert status() == before
 
 
+@slow
 def test_two_processes_train_together(workplace: Path) -> None:
     done = launch(workplace, "gin/dlrm_xd.gin", mode="train", WORLD_SIZE="2")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@slow
 def test_upstreams_own_gin_file_runs_unchanged(workplace: Path) -> None:
     theirs = CHECKOUT / "generative_recommenders" / "dlrm_v3" / "train" / "gin" / "debug.gin"
     (workplace / "mine.gin").write_text(
