@@ -33,27 +33,24 @@ class DomainGroups:
 
     @classmethod
     def build(
-        cls, layout: "RequestLayout", history_domains: Tensor, target_domains: Tensor, domains: int
+        cls, layout: "RequestLayout", row_domains: Tensor, num_domains: int
     ) -> "DomainGroups":
         """Regroup a batch.
 
         Args:
             layout: which rows are contextual, history and targets.
-            history_domains: (U,) int64 in ``0..domains - 1``, of the history rows, user by user.
-            target_domains: (T,) int64, of the targets, user by user.
-            domains: number of domains ``D``.
+            row_domains: (L,) int64 in ``0..num_domains - 1``, of every row.
+            num_domains: number of domains ``D``.
         """
-        own = layout.users * domains
-        own[layout.is_history] += history_domains
-        own[layout.is_target] += target_domains
+        own = layout.users * num_domains + row_domains
         # Numbered from 0 in the order of users and domains.
         groups, group_of_target = torch.unique(own[layout.is_target], return_inverse=True)
-        number = torch.full((layout.num_users * domains,), -1, device=own.device)
+        number = torch.full((layout.num_users * num_domains,), -1, device=own.device)
         number[groups] = torch.arange(groups.numel(), device=own.device)
         own_groups = number[own].masked_fill(layout.is_context, -1)
         members = (own_groups >= 0).nonzero().squeeze(1)
         prefix = torch.arange(layout.num_context, device=own.device)
-        prefixes = (layout.offsets[groups // domains].unsqueeze(1) + prefix).flatten()
+        prefixes = (layout.offsets[groups // num_domains].unsqueeze(1) + prefix).flatten()
         prefix_groups = torch.arange(groups.numel(), device=own.device).repeat_interleave(
             layout.num_context
         )
@@ -92,6 +89,7 @@ class RequestLayout:
         users: (L,) int64, the user of each row.
         is_context, is_history, is_target: (L,) bool.
         num_context: contextual rows of every user.
+        first_targets: (B,) int64, row of each user's first target, which the history ends before.
     """
 
     offsets: Tensor
@@ -100,6 +98,7 @@ class RequestLayout:
     is_history: Tensor
     is_target: Tensor
     num_context: int
+    first_targets: Tensor
 
     @classmethod
     def build(cls, lengths: Tensor, num_targets: Tensor, num_context: int) -> "RequestLayout":
@@ -115,7 +114,43 @@ class RequestLayout:
         position = torch.arange(users.numel(), device=users.device) - offsets[users]
         is_context = position < num_context
         is_target = position >= (lengths - num_targets)[users]
-        return cls(offsets, users, is_context, ~(is_context | is_target), is_target, num_context)
+        return cls(
+            offsets,
+            users,
+            is_context,
+            ~(is_context | is_target),
+            is_target,
+            num_context,
+            first_targets=offsets[1:] - num_targets,
+        )
+
+    def row_domains(self, history: Tensor, targets: Tensor) -> Tensor:
+        """Put domains to their rows, 0 to contextual ones: those of history and targets -> (L,)."""
+        domains = torch.zeros_like(self.users)
+        domains[self.is_history] = history
+        domains[self.is_target] = targets
+        return domains
+
+    def transitions(self, row_domains: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the domain that each row leaves, and the one that it enters.
+
+        A history row tells of the step to the next one. The last one stays where it is: it must not
+        know what is asked. A target tells of the step from the last history row to itself.
+
+        Args:
+            row_domains: (L,) int64.
+
+        Returns:
+            Two (L,) int64.
+        """
+        goes_on = torch.zeros_like(self.is_history)
+        same_user = self.users[1:] == self.users[:-1]
+        goes_on[:-1] = self.is_history[:-1] & self.is_history[1:] & same_user
+        entered = torch.where(goes_on, row_domains.roll(-1), row_domains)
+        last = (self.first_targets[self.users] - 1).clamp(min=0)
+        has_history = self.is_history[last] & (self.users[last] == self.users)
+        left = torch.where(self.is_target & has_history, row_domains[last], row_domains)
+        return left, entered
 
     @property
     def num_users(self) -> int:

@@ -8,6 +8,7 @@ from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from torch import Tensor, nn
 
 from hstu_xd.errors import InputError
+from hstu_xd.model.inputs import next_domain_modules, next_domain_signal
 from hstu_xd.plugins.dlrm_v3.domain_groups import DomainGroups, RequestLayout
 from hstu_xd.plugins.dlrm_v3.settings import CrossDomain
 from hstu_xd.plugins.rebinding import Rebinding, apply
@@ -98,6 +99,8 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
 class CrossDomainTransducer(HSTUTransducer):
     """Upstream's transducer that regroups its rows once around the stack of layers.
 
+    TAPE and the target-domain embedding are added to the input of the stack, behind its dropout.
+
     Args:
         stu_module: the stack.
         cross_domain: what is on.
@@ -123,18 +126,23 @@ class CrossDomainTransducer(HSTUTransducer):
         self._cross_domain = cross_domain
         self._num_context = num_context
         self._groups: DomainGroups | None = None
+        self._xd_tape, self._xd_target_domain_emb = next_domain_modules(cross_domain.settings)
 
     def _preprocess(self, *, seq_payloads: dict[str, Tensor], **others: Any) -> Any:
         found = super()._preprocess(seq_payloads=seq_payloads, **others)
+        if not self._cross_domain.reads_domains:
+            return found
+        *sizes, lengths, offsets, times, x, num_targets, payloads = found
+        layout = RequestLayout.build(lengths, num_targets, self._num_context)
+        domains = layout.row_domains(seq_payloads[_HISTORY_DOMAINS], seq_payloads[_TARGET_DOMAINS])
+        signal = next_domain_signal(
+            self._xd_tape, self._xd_target_domain_emb, *layout.transitions(domains)
+        )
+        if signal is not None:
+            x = x + (signal * ~layout.is_context.unsqueeze(1)).to(x.dtype)
         if self._cross_domain.settings.domain_mask:
-            _, _, _, lengths, _, _, _, num_targets, _ = found
-            self._groups = DomainGroups.build(
-                RequestLayout.build(lengths, num_targets, self._num_context),
-                seq_payloads[_HISTORY_DOMAINS],
-                seq_payloads[_TARGET_DOMAINS],
-                self._cross_domain.num_domains,
-            )
-        return found
+            self._groups = DomainGroups.build(layout, domains, self._cross_domain.num_domains)
+        return *sizes, lengths, offsets, times, x, num_targets, payloads
 
     def _hstu_compute(
         self, *, max_seq_len: int, seq_embeddings: Tensor, num_targets: Tensor, **others: Any

@@ -11,7 +11,7 @@ from hstu_xd.training import settings as shared
 
 STORE_PREFIX = "xd:"
 # The switches that are computed here; every other setting of the encoder is refused.
-KNOWN_SWITCHES = ("domain_mask",)
+KNOWN_SWITCHES = ("domain_mask", "tape", "target_domain_embedding")
 
 
 @gin.configurable("xd_dlrm", module="hstu_xd")

@@ -89,20 +89,56 @@ def test_one_domain_with_the_mask_is_the_stock_model(num_context: int) -> None:
                 torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_score_does_not_move_when_the_other_candidates_are_replaced() -> None:
-    ours = twin_of(stock_model(), cross_domain(domain_mask=True)).eval()
+def with_signals(model: Any) -> Any:
+    """Move what starts at zero away from there."""
+    transducer = model._hstu_transducer
+    torch.nn.init.normal_(transducer._xd_tape._scale)
+    torch.nn.init.normal_(transducer._xd_target_domain_emb.weight)
+    return model
+
+
+@with_and_without_context
+@pytest.mark.parametrize("domain_mask", [False, True])
+def test_signals_start_at_zero_and_then_tell_of_transitions(
+    num_context: int, domain_mask: bool
+) -> None:
+    stock = stock_model(num_context)
+    without = twin_of(stock, cross_domain(domain_mask=domain_mask), num_context=num_context)
+    options = {"tape": True, "target_domain_embedding": True, "domain_mask": domain_mask}
+    ours = twin_of(stock, cross_domain(**options), num_context=num_context)
+    for seed in range(20):
+        expected, found = answers(without, batch(seed)), answers(ours, batch(seed))
+        assert [n for n in expected if not torch.equal(found[n], expected[n])] == []
+        if (batch(seed)[0]["item_id"].lengths() > 1).any():
+            assert found["gradient _hstu_transducer._xd_tape._scale"].abs().max() > 0
+    assert not torch.equal(with_signals(ours)(*batch(0))[3], without(*batch(0))[3])
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"domain_mask": True},
+        {"domain_mask": True, "tape": True, "target_domain_embedding": True},
+        {"tape": True, "target_domain_embedding": True},
+    ],
+)
+@pytest.mark.parametrize("kept", ["first", "last"])
+def test_a_score_does_not_move_when_the_other_candidates_are_replaced(
+    switches: dict, kept: str
+) -> None:
+    ours = twin_of(stock_model(), cross_domain(**switches)).eval()
+    if "tape" in switches:
+        with_signals(ours)
     history, candidates = batch(2)
     first = ours(history, candidates)[3]
     lengths = candidates["item_candidate_id"].lengths()
-    is_first = torch.zeros(int(lengths.sum()), dtype=torch.bool)
-    is_first[lengths.cumsum(0) - lengths] = True
+    is_kept = torch.zeros(int(lengths.sum()), dtype=torch.bool)
+    is_kept[lengths.cumsum(0) - (lengths if kept == "first" else 1)] = True
     ids, domains = (candidates[name].values() for name in ("item_candidate_id", "item_domain"))
-    others = replaced(candidates, "item_candidate_id", torch.where(is_first, ids, 60 - ids))
-    others = replaced(
-        others, "item_domain", torch.where(is_first, domains, (domains + 1) % DOMAINS)
-    )
+    others = replaced(candidates, "item_candidate_id", torch.where(is_kept, ids, 60 - ids))
+    others = replaced(others, "item_domain", torch.where(is_kept, domains, (domains + 1) % DOMAINS))
     second = ours(history, others)[3]
-    assert torch.equal(first[:, is_first], second[:, is_first])
+    assert torch.equal(first[:, is_kept], second[:, is_kept])
     assert not torch.equal(first, second)
 
 
