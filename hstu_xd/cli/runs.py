@@ -208,12 +208,14 @@ def settings(
     These are the bindings of gin files and the keys of HLLM and PerSRec.
     """
     from hstu_xd.declaration import nearest_setting, rows, settings_of
+    from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
     from hstu_xd.plugins.gr.research.settings import UpstreamSettings
     from hstu_xd.plugins.rec.settings import keys
     from hstu_xd.ranking.settings import BLOCKS as RANKING
     from hstu_xd.training.settings import BLOCKS
 
-    blocks = {**BLOCKS, **RANKING, "xd_upstream": UpstreamSettings}
+    hosts = {"xd_upstream": UpstreamSettings, "xd_dlrm": DlrmSettings}
+    blocks = {**BLOCKS, **RANKING, **hosts}
     found = [
         row
         for block, declared in blocks.items()
