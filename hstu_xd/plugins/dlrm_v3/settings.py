@@ -164,7 +164,7 @@ def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -
             known.
     """
     bound = dict(gin.get_bindings("xd_encoder"))
-    shared.check_types("xd_encoder", bound)
+    shared.check_types(EncoderSettings, "xd_encoder", bound)
     defaults = defaults_of(EncoderSettings)
     for name, value in bound.items():
         if name not in KNOWN_SWITCHES and value != defaults[name]:
