@@ -54,6 +54,14 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
         "STULayer": ("db4db8d30683f623",),
         "STUStack": ("7d7126a141c68c03",),
     },
+    "ops/hstu_compute.py": {
+        "hstu_compute_uqvk": ("ed8b3af75d613c2f",),
+        "hstu_compute_output": ("a9d81d34a21a7975",),
+        "hstu_preprocess_and_attention": ("02454a0ea75ae656",),
+    },
+    "ops/pytorch/pt_hstu_attention.py": {
+        "pytorch_hstu_mha": ("81da63ffa0c18126",),
+    },
     "modules/multitask_module.py": {
         "TaskConfig": ("47abbc39b55d5a48",),
     },
