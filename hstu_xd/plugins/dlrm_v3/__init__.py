@@ -40,6 +40,11 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
         "MetricsLogger": ("763d213ba426d7da",),
         "get_dataset": ("ae4bf1d7f9635064",),
     },
+    "dlrm_v3/checkpoint.py": {
+        "save_dmp_checkpoint": ("e0d6229d5d15372e",),
+        "load_sparse_checkpoint": ("e00decd851f93e00",),
+        "load_dmp_checkpoint": ("7bd44f7a4c5e3b9f",),
+    },
     "modules/dlrm_hstu.py": {
         "DlrmHSTUConfig": ("133d26979d093a3b",),
         "DlrmHSTU": ("be29034510a97408",),

@@ -52,6 +52,8 @@ class DlrmSettings:
             reads neither.
         user_token: put a token with the user's own embedding before the history.
         domain_as_feature: embed the domain of events and candidates; the honest control.
+        warm_start: folder of a checkpoint of the stock model to start from, unless
+            load_dmp_checkpoint.path names one to continue from; empty: none.
         seed: of PyTorch's random numbers and of the candidates.
 
     Raises:
@@ -81,6 +83,7 @@ class DlrmSettings:
     split: str = setting("valid", allowed=("valid", "test"))
     user_token: bool = setting(True)
     domain_as_feature: bool = setting(False)
+    warm_start: str = setting("", also=("checkpoint",))
     seed: int = setting(42, also=("random_seed",))
 
     def __post_init__(self) -> None:
