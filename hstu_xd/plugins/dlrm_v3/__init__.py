@@ -40,6 +40,11 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
         "MetricsLogger": ("763d213ba426d7da",),
         "get_dataset": ("ae4bf1d7f9635064",),
     },
+    "dlrm_v3/checkpoint.py": {
+        "save_dmp_checkpoint": ("e0d6229d5d15372e",),
+        "load_sparse_checkpoint": ("e00decd851f93e00",),
+        "load_dmp_checkpoint": ("7bd44f7a4c5e3b9f",),
+    },
     "modules/dlrm_hstu.py": {
         "DlrmHSTUConfig": ("133d26979d093a3b",),
         "DlrmHSTU": ("be29034510a97408",),
@@ -53,6 +58,14 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "modules/stu.py": {
         "STULayer": ("db4db8d30683f623",),
         "STUStack": ("7d7126a141c68c03",),
+    },
+    "ops/hstu_compute.py": {
+        "hstu_compute_uqvk": ("ed8b3af75d613c2f",),
+        "hstu_compute_output": ("a9d81d34a21a7975",),
+        "hstu_preprocess_and_attention": ("02454a0ea75ae656",),
+    },
+    "ops/pytorch/pt_hstu_attention.py": {
+        "pytorch_hstu_mha": ("81da63ffa0c18126",),
     },
     "modules/multitask_module.py": {
         "TaskConfig": ("47abbc39b55d5a48",),

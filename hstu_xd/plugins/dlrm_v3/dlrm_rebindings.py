@@ -12,6 +12,7 @@ from generative_recommenders.dlrm_v3.datasets.dataset import Samples
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.plugins.bridge import Session
+from hstu_xd.plugins.dlrm_v3.checkpoints import with_fused_state_loaded, with_fused_state_saved
 from hstu_xd.plugins.dlrm_v3.model import CrossDomainDlrmHSTU
 from hstu_xd.plugins.dlrm_v3.settings import STORE_PREFIX, DlrmSettings, bound_value, cross_domain
 from hstu_xd.plugins.dlrm_v3.store_dataset import StoreDataset, configure, open_requests, tables
@@ -166,6 +167,18 @@ REBINDINGS = (
             _LOADERS,
             with_own_split,
             ("dataset_type", "train_split_percentage", "num_blocks"),
+        ),
+        Rebinding(
+            UTILS,
+            "save_dmp_checkpoint",
+            with_fused_state_saved,
+            ("model", "optimizer", "metric_logger", "rank", "batch_idx", "path"),
+        ),
+        Rebinding(
+            RANKER,
+            "load_dmp_checkpoint",
+            with_fused_state_loaded,
+            ("model", "optimizer", "metric_logger", "device", "path"),
         ),
     ),
 )

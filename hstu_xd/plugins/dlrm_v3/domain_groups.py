@@ -12,8 +12,8 @@ class DomainGroups:
     """A jagged batch [contextual | history | targets] of every user, cut into one of every domain.
 
     A group holds one user's rows of one domain in their order, behind a copy of the user's
-    contextual prefix. Only targets are read from a stack of layers, and no row reads one of another
-    group: groups without a target are left out.
+    contextual prefix; shorter groups come first. Only targets are read from a stack of layers, and
+    no row reads one of another group: groups without a target are left out.
 
     Attributes:
         rows: (R,) int64, the row of the batch that stands at each row of the groups.
@@ -43,9 +43,13 @@ class DomainGroups:
             num_domains: number of domains ``D``.
         """
         own = layout.users * num_domains + row_domains
-        # Numbered from 0 in the order of users and domains.
-        groups, group_of_target = torch.unique(own[layout.is_target], return_inverse=True)
-        number = torch.full((layout.num_users * num_domains,), -1, device=own.device)
+        places = layout.num_users * num_domains
+        asked = torch.bincount(own[layout.is_target], minlength=places)
+        members = torch.bincount(own[~layout.is_context], minlength=places)
+        groups = asked.nonzero().squeeze(1)
+        # Shortest first, then in the order of users and domains.
+        groups = groups[torch.argsort(members[groups], stable=True)]
+        number = torch.full((places,), -1, device=own.device)
         number[groups] = torch.arange(groups.numel(), device=own.device)
         own_groups = number[own].masked_fill(layout.is_context, -1)
         members = (own_groups >= 0).nonzero().squeeze(1)
@@ -64,7 +68,7 @@ class DomainGroups:
             rows=rows,
             lengths=lengths,
             offsets=pad(lengths.cumsum(0), (1, 0)),
-            num_targets=torch.bincount(group_of_target, minlength=groups.numel()),
+            num_targets=asked[groups],
             target_places=(layout.is_target[rows] & ~is_copy).nonzero().squeeze(1),
             num_rows=layout.num_rows,
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hstu_xd.errors import InputError
 from hstu_xd.model.inputs import next_domain_modules, next_domain_signal
+from hstu_xd.plugins.dlrm_v3.bucketed_layer import BucketedSTULayer
 from hstu_xd.plugins.dlrm_v3.domain_groups import DomainGroups, RequestLayout
 from hstu_xd.plugins.dlrm_v3.settings import CrossDomain
 from hstu_xd.plugins.rebinding import Rebinding, apply
@@ -55,7 +56,10 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
             cross_domain=cross_domain,
             num_context=sum(hstu_configs.contextual_feature_to_max_length.values()),
         )
-        with apply([Rebinding(_MODULE, "HSTUTransducer", lambda original: transducer)]):
+        rebindings = [Rebinding(_MODULE, "HSTUTransducer", lambda original: transducer)]
+        if cross_domain.in_buckets:
+            rebindings.append(Rebinding(_MODULE, "STULayer", lambda original: BucketedSTULayer))
+        with apply(rebindings):
             super().__init__(
                 hstu_configs=hstu_configs,
                 embedding_tables=embedding_tables,

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import torch
+
 import gin
 from hstu_xd.declaration import check, defaults_of, setting
 from hstu_xd.errors import InputError
@@ -39,7 +41,9 @@ class DlrmSettings:
         num_domains: number of domains; 0: that of the prepared store.
         norm_length: what attention is divided by in the place of the batch's longest history, so
             that a user's scores do not depend on who else is in the batch; 0: as upstream.
-        kernel: "triton" or "pytorch" for the layers; "auto": Triton where there is a GPU.
+        kernel: "triton" or "pytorch" for the layers, both upstream's own; "auto": Triton where
+            there is a GPU, else PyTorch, with groups of like length padded together under
+            domain_mask.
         bf16: whether layers compute in bfloat16 where there is a GPU.
         max_history: latest events of a user that a request of a prepared store reads.
         cut_points: latest events of a user that become training requests; 0: all.
@@ -48,6 +52,8 @@ class DlrmSettings:
             reads neither.
         user_token: put a token with the user's own embedding before the history.
         domain_as_feature: embed the domain of events and candidates; the honest control.
+        warm_start: folder of a checkpoint of the stock model to start from, unless
+            load_dmp_checkpoint.path names one to continue from; empty: none.
         seed: of PyTorch's random numbers and of the candidates.
 
     Raises:
@@ -77,6 +83,7 @@ class DlrmSettings:
     split: str = setting("valid", allowed=("valid", "test"))
     user_token: bool = setting(True)
     domain_as_feature: bool = setting(False)
+    warm_start: str = setting("", also=("checkpoint",))
     seed: int = setting(42, also=("random_seed",))
 
     def __post_init__(self) -> None:
@@ -114,11 +121,13 @@ class CrossDomain:
         settings: the switches.
         domain_features: names of the features with the domains of history and candidates.
         norm_length: what attention is divided by; 0: the batch's longest sequence.
+        in_buckets: pad groups of like length together, on a CPU.
     """
 
     settings: EncoderSettings
     domain_features: tuple[str, str] = ("uih_domain", "item_domain")
     norm_length: int = 0
+    in_buckets: bool = False
 
     @property
     def num_domains(self) -> int:
@@ -182,7 +191,10 @@ def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -
             'dataset = "xd:<folder>", or set xd_dlrm.num_domains'
         )
     first, second = settings.domain_features
-    return CrossDomain(switches, (first, second), settings.norm_length)
+    in_buckets = (
+        switches.domain_mask and settings.kernel == "auto" and not torch.cuda.is_available()
+    )
+    return CrossDomain(switches, (first, second), settings.norm_length, in_buckets)
 
 
 def bound_value(name: str) -> Any:

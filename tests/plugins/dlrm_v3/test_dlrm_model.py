@@ -76,6 +76,28 @@ def test_mask_is_the_dense_definition(num_context: int) -> None:
 
 
 @with_and_without_context
+def test_buckets_compute_the_same(num_context: int) -> None:
+    stock = stock_model(num_context)
+    switches = {"domain_mask": True, "tape": True}
+    whole = twin_of(stock, cross_domain(**switches), num_context=num_context)
+    ours = twin_of(stock, cross_domain(in_buckets=True, **switches), num_context=num_context)
+    assert list(ours.state_dict()) == list(whole.state_dict())
+    for seed in range(20):
+        expected, found = answers(whole, batch(seed)), answers(ours, batch(seed))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            limit = 1e-6 * max(1.0, float(value.abs().max()))
+            assert float((found[name] - value).abs().max()) <= limit, name
+
+
+def test_buckets_have_no_cache() -> None:
+    ours = build(extension=cross_domain(domain_mask=True, in_buckets=True))
+    (layer, *_) = ours._hstu_transducer._stu_module._stu_layers
+    with pytest.raises(NotImplementedError, match="cached_forward knows no domains"):
+        layer.cached_forward(delta_x=None)
+
+
+@with_and_without_context
 def test_one_domain_with_the_mask_is_the_stock_model(num_context: int) -> None:
     stock = stock_model(num_context)
     ours = twin_of(stock, cross_domain(domain_mask=True), num_context=num_context)

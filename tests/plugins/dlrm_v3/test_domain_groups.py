@@ -37,6 +37,7 @@ def test_groups_are_what_a_walk_over_users_and_domains_finds(batch, num_context)
             seen = [row for row, d in rows["history"] if d == domain]
             asked = [row for row, d in rows["target"] if d == domain]
             expected.append((prefix + seen + asked, len(asked)))
+            expected.sort(key=lambda group: len(group[0]))
         start += num_context + len(history) + len(targets)
     found = [
         groups.rows[groups.offsets[g] : groups.offsets[g + 1]].tolist()

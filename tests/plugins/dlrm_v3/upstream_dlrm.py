@@ -85,9 +85,9 @@ def tables() -> dict[str, EmbeddingConfig]:
     }
 
 
-def cross_domain(norm_length: int = 0, **switches: Any) -> CrossDomain:
+def cross_domain(norm_length: int = 0, in_buckets: bool = False, **switches: Any) -> CrossDomain:
     settings = EncoderSettings(num_domains=DOMAINS, norm_length=1, embedding_dim=WIDTH, **switches)
-    return CrossDomain(settings, norm_length=norm_length)
+    return CrossDomain(settings, norm_length=norm_length, in_buckets=in_buckets)
 
 
 def build(
