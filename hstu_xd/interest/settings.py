@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hstu_xd.declaration import check, setting
+from hstu_xd.errors import InputError
 
 KINDS = ("none", "mean", "din", "tin")
 _TIN = {"kind": "tin"}
@@ -28,6 +29,9 @@ class InterestSettings:
         form: how orders above 1 are made: "hop" (the candidate moves on with what it found) or
             "dense" (the events are crossed with the candidate before they are read again).
         norm: whether layers above the first normalise what they read.
+        groups: fields whose likeness weighs the events, a TIN for each group, as
+            ``("item+type", "all")``: levels by name, or "all". (): one TIN of all. As many "all"
+            are the control of several TINs that are alike.
         hidden: width of the MLP of DIN.
     """
 
@@ -42,7 +46,15 @@ class InterestSettings:
     order: int = setting(1, at_least=1, at_most=4, needs=_TIN, also=("stacked",))
     form: str = setting("hop", allowed=("hop", "dense"), needs=_TIN)
     norm: bool = setting(True, needs=_TIN)
+    groups: tuple[str, ...] = setting(
+        (), needs={"kind": "tin", "order": 1}, also=("side information", "heads")
+    )
     hidden: int = setting(32, at_least=1, needs={"kind": "din"})
 
     def __post_init__(self) -> None:
         check(self, "xd_interest.{name} = {value!r}; it must be {needed}")
+        if self.groups and self.order > 1:
+            raise InputError(
+                f"xd_interest.groups = {self.groups!r} and xd_interest.order = {self.order}: a "
+                "stack has one TIN a layer; leave one of them out"
+            )

@@ -12,22 +12,28 @@ from hstu_xd.interest.positions import Positions
 from hstu_xd.interest.settings import InterestSettings
 
 
-def target_attention(query: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def target_attention(
+    query: Tensor, values: Tensor, mask: Tensor, columns: Tensor | None = None
+) -> Tensor:
     """Weigh events by their likeness to each candidate: softmax(<q, v> / sqrt d) v.
 
     Args:
         query: (N, C, d).
         values: (N, K, d), or (N, C, K, d) where they differ by candidate; keys and values are one.
         mask: (N, K) bool, False for padding.
+        columns: of the d that likeness is told by; None: all. What is read is whole.
 
     Returns:
         (N, C, d); zeros where no event is there.
     """
+    asked, keys = query, values
+    if columns is not None:
+        asked, keys = query[..., columns], values[..., columns]
     if values.dim() == query.dim():
-        scores = query @ values.transpose(1, 2)
+        scores = asked @ keys.transpose(1, 2)
     else:
-        scores = (values @ query.unsqueeze(-1)).squeeze(-1)
-    scores = scores / query.shape[-1] ** 0.5
+        scores = (keys @ asked.unsqueeze(-1)).squeeze(-1)
+    scores = scores / asked.shape[-1] ** 0.5
     there = mask[:, None]
     weights = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-1) * there
     if values.dim() == query.dim():

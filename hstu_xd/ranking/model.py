@@ -1,5 +1,6 @@
 """The ranker: vectors of candidate and found events, the interest between them, chances by goal."""
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool
+from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
 from hstu_xd.ranking.batches import RequestBatch
 from hstu_xd.ranking.settings import RankingSettings
 
@@ -23,6 +24,7 @@ class ItemVectors(nn.Module):
         std: of the tables' beginning.
 
     Attributes:
+        widths: of each level's part of the result.
         width: of the result.
     """
 
@@ -41,6 +43,7 @@ class ItemVectors(nn.Module):
         rows = paths + 1  # row 0 is of what there is not
         rows[:, 0] = np.where(known, np.cumsum(known), 0)
         widths = [item_width] + [level_width] * (paths.shape[1] - 1)
+        self.widths = widths
         tables = [
             nn.Embedding(int(column.max()) + 1, width)
             for column, width in zip(rows.T, widths, strict=True)
@@ -59,15 +62,31 @@ class ItemVectors(nn.Module):
 
 
 def interest_of(
-    settings: InterestSettings, width: int, *, places: int, goals: int, std: float
-) -> MeanPool | DIN | TIN | None:
-    """Make what reads the events; None where none are read."""
+    settings: InterestSettings,
+    fields: Mapping[str, int],
+    *,
+    places: int,
+    goals: int,
+    std: float,
+) -> MeanPool | DIN | TIN | SideInformationTIN | None:
+    """Make what reads the events; None where none are read.
+
+    Args:
+        settings: of the stage.
+        fields: width of each field of an event's vector, in order.
+        places: most events.
+        goals: number of goals.
+        std: of the tables' beginning.
+    """
+    width = sum(fields.values())
     if settings.kind == "none":
         return None
     if settings.kind == "mean":
         return MeanPool(width)
     if settings.kind == "din":
         return DIN(width, settings.hidden)
+    if settings.groups:
+        return SideInformationTIN(fields, settings, places=places, goals=goals, std=std)
     return TIN(width, settings, places=places, goals=goals, std=std)
 
 
@@ -76,6 +95,7 @@ class Ranker(nn.Module):
 
     Args:
         paths: (I + 1, H + 1) nodes of every item id.
+        levels: names of the H + 1 levels.
         known: (I + 1,) items that have a vector of their own.
         goals: number of goals.
         counts: numbers a candidate has beside the vectors.
@@ -85,6 +105,7 @@ class Ranker(nn.Module):
     def __init__(
         self,
         paths: NDArray[np.int64],
+        levels: Sequence[str],
         known: NDArray[np.bool_],
         goals: int,
         counts: int,
@@ -95,9 +116,10 @@ class Ranker(nn.Module):
         self.items = ItemVectors(
             paths, known, item_width=rank.item_width, level_width=rank.level_width, std=std
         )
+        fields = dict(zip(levels, self.items.widths, strict=True))
         self.goals = nn.Embedding(goals, rank.goal_width)
         self.interest = interest_of(
-            settings.interest, self.items.width, places=settings.search.k, goals=goals, std=std
+            settings.interest, fields, places=settings.search.k, goals=goals, std=std
         )
         read = self.interest.out_features if self.interest is not None else self.items.width
         widths = [read + rank.goal_width + counts, *rank.hidden]
@@ -126,6 +148,6 @@ class Ranker(nn.Module):
     def tables(self) -> list[nn.Parameter]:
         """Return the parameters that are looked up rather than multiplied."""
         found = [*self.items.parameters(), *self.goals.parameters()]
-        if isinstance(self.interest, TIN):
+        if isinstance(self.interest, TIN | SideInformationTIN):
             found += list(self.interest.positions.parameters())
         return found

@@ -100,6 +100,7 @@ class RankTrainer:
         trained = np.bincount(store.item_ids[before_cut], minlength=store.num_items + 1)
         self._model = Ranker(
             index.paths,
+            index.level_names,
             trained >= rank.min_item_count,
             len(requests.goal_names),
             self._data.counts_width,

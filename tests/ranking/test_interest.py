@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_xd.errors import InputError
-from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool
+from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
 from hstu_xd.interest.positions import gap_buckets
 
 N, C, K, D, GOALS = 3, 4, 6, 5, 2
@@ -32,12 +32,20 @@ def tin(seed: int = 0, dtype: torch.dtype = torch.float64, **switches: Any) -> T
     return TIN(D, settings, places=K, goals=GOALS, std=0.5).to(dtype)
 
 
+def side(*groups: str, dtype: torch.dtype = torch.float64, **switches: Any) -> SideInformationTIN:
+    torch.manual_seed(0)
+    settings = InterestSettings(groups=groups, **switches)
+    fields = {"item": 2, "type": 1, "aisle": 2}
+    return SideInformationTIN(fields, settings, places=K, goals=GOALS, std=0.5).to(dtype)
+
+
 MODULES = {
     "tin": tin,
     "goals": lambda: tin(goal_positions="additive"),
     "hop": lambda: tin(order=4),
     "dense": lambda: tin(order=3, form="dense"),
     "plain": lambda: tin(rank_encoding=False, gap_encoding=False, target_product=False),
+    "groups": lambda: side("item", "type+aisle", "all"),
     "din": lambda: DIN(D, 7).double(),
     "mean": lambda: MeanPool(D).double(),
 }
@@ -176,6 +184,49 @@ def test_switches_take_away_what_they_say() -> None:
     assert not torch.equal(tin()(**given), tin()(**other))
     assert torch.equal(tin(gap_encoding=False)(**given), tin(gap_encoding=False)(**other))
     assert tin(target_product=False).out_features == 2 * D
+
+
+def test_one_group_of_all_fields_is_tin() -> None:
+    given = inputs(torch.float32)
+    for switches in ({}, {"goal_positions": "additive"}, {"target_product": False}):
+        plain = tin(dtype=torch.float32, **switches)
+        for groups in (("all",), ("item+type+aisle",)):
+            one = side(*groups, dtype=torch.float32, **switches)
+            assert torch.equal(one(**given), plain(**given))
+
+
+def test_a_group_weighs_events_by_its_own_fields() -> None:
+    """Likeness in another field changes nothing of the weights, but what is read is whole."""
+    switches = {"rank_encoding": False, "gap_encoding": False, "target_product": False}
+    given, model = inputs(), side("type", **switches)
+    found = model(**given)
+    weights = (given["candidates"][0, 1, 2] * given["events"][0, :, 2]).masked_fill(
+        ~given["mask"][0], -torch.inf
+    )
+    torch.testing.assert_close(found[0, 1, :D], weights.softmax(0) @ given["events"][0])
+    given["candidates"][..., [0, 1, 3, 4]] += 1
+    torch.testing.assert_close(model(**given)[..., :D], found[..., :D])
+
+
+def test_as_many_alike_have_as_many_parameters() -> None:
+    sizes = {
+        groups: sum(p.numel() for p in side(*groups).parameters())
+        for groups in (("item", "type", "all"), ("all", "all", "all"))
+    }
+    assert len(set(sizes.values())) == 1
+    assert side("all", "all").out_features == 5 * D
+
+
+def test_groups_are_checked() -> None:
+    for groups, message in (
+        (("item+tipe",), r"'tipe', which is no field .did you mean 'type'.*item, type, aisle"),
+        (("",), "no field"),
+        (("type+type",), "names 'type' twice"),
+    ):
+        with pytest.raises(InputError, match=message):
+            side(*groups)
+    with pytest.raises(InputError, match="a stack has one TIN a layer"):
+        InterestSettings(groups=("all",), order=2)
 
 
 def test_gaps_are_on_a_scale_of_powers_of_two() -> None:

@@ -62,6 +62,21 @@ def test_every_recipe_runs(recipe: str, cli: Cli, requests_path: Path, tmp_path:
     assert np.mean(users["auc"]) == pytest.approx(summary["test"]["gauc"])
 
 
+def test_groups_of_fields_are_levels(cli: Cli, requests_path: Path, tmp_path: Path) -> None:
+    command = ("rank", "--data", requests_path, "--gin_config_file", "gin/standalone/rank_tin.gin")
+    sizes = []
+    for name, groups in (("a", ("item", "type+aisle")), ("b", ("all", "all"))):
+        bindings = words(*QUICK, f"xd_interest.groups = {groups!r}")
+        assert cli(*command, "--out", tmp_path / name, *bindings).code == 0
+        sizes.append(json.loads((tmp_path / name / "summary.json").read_text())["parameters"])
+    assert sizes[0] == sizes[1]
+    said = cli(*command, "--out", tmp_path / "c", *words("xd_interest.groups = ('isle',)"))
+    assert (said.code, "names 'isle', which is no field (did you mean 'aisle'?)" in said.err) == (
+        2,
+        True,
+    )
+
+
 def test_what_users_did_before_is_learnt(
     requests_path: Path, store: InteractionStore, tmp_path: Path
 ) -> None:
