@@ -71,7 +71,7 @@ def ablate(
     stops the trainings, which save; the same command goes on.
     """
     from hstu_xd.experiments.ablation import ablate as run_ablation
-    from hstu_xd.experiments.ablation import parse_variants
+    from hstu_xd.experiments.variants import parse_variants
 
     table = run_ablation(
         data,
