@@ -26,6 +26,8 @@ from hstu_xd.training.extension import (
     refuse_lost_values,
 )
 from hstu_xd.training.optimization import SCHEDULES
+from hstu_xd.training.search_space import BLOCK as TUNE_BLOCK
+from hstu_xd.training.search_space import Dimension, TuneSettings, parse_space
 
 _logger = logging.getLogger(__name__)
 
@@ -144,6 +146,7 @@ BLOCKS: dict[str, type] = {
     "xd_encoder": EncoderSettings,
     "xd_train": TrainSettings,
     PROTOCOL_BLOCK: Protocol,
+    TUNE_BLOCK: TuneSettings,
 }
 # Block -> settings that a part of the user's own may be bound to.
 _PARTS = {
@@ -161,12 +164,35 @@ class RunSettings:
         train: the trainer's.
         protocol: of its evaluations.
         foreign: what the parts among them need that are not of this package.
+        tune: of a search over them, which a run does not store.
     """
 
     encoder: Mapping[str, Any]
     train: TrainSettings
     protocol: Protocol = dataclasses.field(default_factory=Protocol)
     foreign: ForeignCode = dataclasses.field(default_factory=ForeignCode)
+    tune: TuneSettings = dataclasses.field(default_factory=TuneSettings)
+
+    @property
+    def search_space(self) -> list[Dimension]:
+        """What a search tries."""
+        return parse_space(self.tune.space, BLOCKS)
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Every setting of a run by its full name, ``xd_train.learning_rate``."""
+        return {
+            f"{block}.{name}": values[name]
+            for block, values in self._blocks().items()
+            for name in _names(block)
+        }
+
+    def _blocks(self) -> dict[str, dict[str, Any]]:
+        return {
+            "xd_encoder": dataclasses.asdict(self.encoder_settings(num_domains=1)),
+            "xd_train": dataclasses.asdict(self.train),
+            PROTOCOL_BLOCK: dataclasses.asdict(self.protocol),
+        }
 
     @property
     def parts(self) -> dict[str, str]:
@@ -184,13 +210,8 @@ class RunSettings:
 
     def to_gin(self) -> str:
         """Write every setting, defaults included, as a gin file that reads back the same."""
-        encoder = dataclasses.asdict(self.encoder_settings(num_domains=1))
         lines = ["import hstu_xd.training.settings", *self.foreign.imports, ""]
-        for block, values in (
-            ("xd_encoder", encoder),
-            ("xd_train", dataclasses.asdict(self.train)),
-            (PROTOCOL_BLOCK, dataclasses.asdict(self.protocol)),
-        ):
+        for block, values in self._blocks().items():
             lines += [f"{block}.{name} = {values[name]!r}" for name in _names(block)] + [""]
         lines += [*self.foreign.bindings, ""] if self.foreign.bindings else []
         return "\n".join(lines)
@@ -250,7 +271,9 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
     check_layer(encoder.get("layer"))
     protocol = Protocol(**bound.blocks[PROTOCOL_BLOCK])
-    settings = RunSettings(encoder, train, protocol, bound.foreign)
+    tune = TuneSettings(**bound.blocks[TUNE_BLOCK])
+    settings = RunSettings(encoder, train, protocol, bound.foreign, tune)
+    parse_space(tune.space, BLOCKS)
     # Range checks, before any data are read.
     _check_together(settings.encoder_settings(num_domains=1), train)
     return settings
