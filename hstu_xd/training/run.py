@@ -55,6 +55,7 @@ def train(
     *,
     name: str | None = None,
     resume: bool = False,
+    read_test: bool = True,
     allow_imports: bool = False,
 ) -> dict[str, Any]:
     """Train one model into a run folder.
@@ -66,6 +67,7 @@ def train(
         name: what tables call the run; default: its switches.
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
             given and differ, a warning says so.
+        read_test: measure the picked epoch on the test split, too; a search on validation does not.
         allow_imports: to resume, import what the run names beside this package; what ``settings``
             have imported needs no permission.
 
@@ -106,7 +108,7 @@ def train(
             name = name or variant_name(settings)
             here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here))
         try:
-            return trainer.fit()
+            return trainer.fit(read_test=read_test)
         except Interrupted as stopped:
             command = _resume_command(data, out, settings, here)
             message = f"{stopped}; go on with: {command}" if here.is_main else ""

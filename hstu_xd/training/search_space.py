@@ -171,8 +171,9 @@ def _range(
         raise InputError(
             f"{told}: a range needs settings that are all float or all int; give a list of choices"
         )
-    ends = [[_checked(v, one, told) for one in declared][0] for v in given[:2]]
-    low, high, log = *ends, len(given) == 3
+    # All settings of the line must be able to have the value, which is of one type.
+    low, high = ([_checked(v, one, told) for one in declared][-1] for v in given[:2])
+    log = len(given) == 3
     if not low < high:
         raise InputError(f"{told}: {low!r} is not below {high!r}; give the lowest value first")
     if log and low <= 0:
