@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports, ExcludeSeen
+from hstu_xd.cli.runs import AllowImports, ExcludeSeen, Verify
 
 Runs = Annotated[
     list[Path],
@@ -64,6 +64,7 @@ def ablate(
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Runs at a time. [default: one per core]")
     ] = None,
+    verify: Verify = False,
 ) -> None:
     """Train variants under several seeds and compare them.
 
@@ -81,6 +82,7 @@ def ablate(
         files=gin_config_file or [],
         bindings=gin_bindings or [],
         jobs=jobs or os.cpu_count() or 1,
+        verify=verify,
         announce=lambda line: typer.echo(line, err=True),
     )
     typer.echo(table, nl=False)
@@ -95,6 +97,7 @@ def compare(
         Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -109,6 +112,7 @@ def compare(
         split=split,
         data=data,
         exclude_seen=exclude_seen,
+        verify=verify,
         allow_imports=allow_imports,
         announce=lambda line: typer.echo(line, err=True),
     )

@@ -192,13 +192,13 @@ def level_paths(
     """
     names: Sequence[str] = ("item",)
     count = len(item_domains)
-    columns: list[NDArray[Any]] = [np.arange(count)]
+    columns: list[Any] = [np.arange(count)]
     if taxonomy is not None:
         names = (*names, *taxonomy.names)
         columns += [np.concatenate([[NO_NODE], level]) for level in taxonomy.nodes]
     if num_domains > 1:
         names = (*names, "domain")
-        columns.append(np.asarray(item_domains))
+        columns += [np.asarray(item_domains)]
     paths = np.stack(columns, axis=1).astype(np.int64)
     paths[0] = NO_NODE
     return tuple(names), paths

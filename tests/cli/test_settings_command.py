@@ -34,6 +34,7 @@ def test_every_binding_and_key_is_listed(capsys: pytest.CaptureFixture[str]) -> 
         "xd_interest",
         "xd_rank",
         "xd_upstream",
+        "xd_dlrm",
         "rec",
     }
 
