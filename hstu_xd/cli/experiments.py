@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports, ExcludeSeen
+from hstu_xd.cli.runs import (
+    AllowImports,
+    Candidates,
+    ExcludeSeen,
+    Ks,
+    Ties,
+    protocol_changes,
+)
 
 Runs = Annotated[
     list[Path],
@@ -95,6 +102,9 @@ def compare(
         Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    candidates: Candidates = None,
+    ties: Ties = None,
+    ks: Ks = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -108,7 +118,7 @@ def compare(
         runs,
         split=split,
         data=data,
-        exclude_seen=exclude_seen,
+        changes=protocol_changes(exclude_seen, candidates, ties, ks),
         allow_imports=allow_imports,
         announce=lambda line: typer.echo(line, err=True),
     )

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,55 @@ ExcludeSeen = Annotated[
         "trained, xd_evaluate.exclude_seen]",
     ),
 ]
+
+Candidates = Annotated[
+    str | None,
+    typer.Option(
+        "--candidates",
+        metavar="domain|all|N",
+        help="Whom a target is ranked among: all items of its domain, those of all domains, or in "
+        "exact expectation N random ones of its domain. [default: as the run was trained]",
+    ),
+]
+Ties = Annotated[
+    str | None,
+    typer.Option(
+        "--ties",
+        metavar="against|favour",
+        help="Equal scores count against the target, or for it. [default: as the run was trained]",
+    ),
+]
+Ks = Annotated[
+    str | None,
+    typer.Option(
+        "--ks",
+        metavar="K,K,...",
+        help="Every k of hr@k and ndcg@k. [default: as the run was trained]",
+    ),
+]
+
+
+def protocol_changes(
+    exclude_seen: bool | None, candidates: str | None, ties: str | None, ks: str | None
+) -> dict[str, Any]:
+    """Read the options that change a protocol; None changes nothing.
+
+    Raises:
+        InputError: no numbers where some are needed.
+    """
+    cutoffs = None
+    if ks is not None:
+        try:
+            cutoffs = tuple(sorted({int(k) for k in ks.split(",")}))
+        except ValueError:
+            raise InputError(f"--ks {ks}: numbers with commas are needed, 5,10,50") from None
+    is_number = re.fullmatch(r"-?\d+", candidates or "")
+    return {
+        "exclude_seen": exclude_seen,
+        "candidates": int(candidates) if candidates and is_number else candidates,
+        "ties": ties,
+        "ks": cutoffs,
+    }
 
 
 def train(
@@ -55,7 +104,8 @@ def train(
     Start it with torchrun to use several processes. Ctrl-C or SIGTERM saves and stops it (exit code
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
-    from hstu_xd.evaluation.protocol import unreachable_note
+    from hstu_xd.evaluation.protocol import Protocol, unreachable_note
+    from hstu_xd.training.run import read_run
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.settings import load_settings
 
@@ -65,9 +115,10 @@ def train(
         data, settings, out, name=name, resume=resume, allow_imports=allow_imports
     )
     test = summary["test"]
+    shown = Protocol.from_run(read_run(out)).main_metrics
     typer.echo(
         f"{out}: best epoch {summary['best_epoch']}, test "
-        + ", ".join(f"{m} {100 * test[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
+        + ", ".join(f"{name} {100 * test[name]:.2f} %" for name in shown)
     )
     if note := unreachable_note(test):
         typer.echo(note)
@@ -79,18 +130,20 @@ def evaluate(
         Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    candidates: Candidates = None,
+    ties: Ties = None,
+    ks: Ks = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Rank every user's held-out events with a trained run."""
     from hstu_xd.data.batches import SequenceData, Split
-    from hstu_xd.evaluation.metrics import METRICS
     from hstu_xd.evaluation.protocol import unreachable_note
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
     from hstu_xd.training.run import load_trained, open_data, read_run
 
     facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
-    protocol = trained.protocol.but(exclude_seen=exclude_seen)
+    protocol = trained.protocol.but(**protocol_changes(exclude_seen, candidates, ties, ks))
     store = open_data(run, data)
     length = facts["max_sequence_length"]
     values = {
@@ -109,7 +162,7 @@ def evaluate(
         return
     groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
     # Metrics of one's own are shown in hundredths like the others.
-    names = [*METRICS, *trained.metrics]
+    names = [*protocol.metrics, *trained.metrics]
     for split, metrics in values.items():
         typer.echo(
             f"{split} (%)".ljust(24) + "".join(f" {m:>9}" for m in names) + "users".rjust(10)

@@ -20,6 +20,7 @@ from hstu_xd.training.extension import (
     RETRIEVAL,
     ForeignCode,
     check_layer,
+    check_metrics,
     check_parts,
     parts_of,
     read_bindings,
@@ -167,6 +168,9 @@ class RunSettings:
     train: TrainSettings
     protocol: Protocol = dataclasses.field(default_factory=Protocol)
     foreign: ForeignCode = dataclasses.field(default_factory=ForeignCode)
+
+    def __post_init__(self) -> None:
+        check_metrics(self.train, self.protocol)
 
     @property
     def parts(self) -> dict[str, str]:
