@@ -14,7 +14,9 @@ from hstu_xd.version import __version__
 COMMANDS = {
     "prepare": ("data", "Data"),
     "synth": ("data", "Data"),
+    "requests": ("ranking", "Data"),
     "train": ("runs", "Models"),
+    "rank": ("ranking", "Models"),
     "evaluate": ("runs", "Models"),
     "recommend": ("runs", "Models"),
     "settings": ("runs", "Models"),

@@ -14,6 +14,7 @@ from hstu_xd.cli.runs import (
     ExcludeSeen,
     Ks,
     Ties,
+    Verify,
     protocol_changes,
 )
 
@@ -71,6 +72,7 @@ def ablate(
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Runs at a time. [default: one per core]")
     ] = None,
+    verify: Verify = False,
 ) -> None:
     """Train variants under several seeds and compare them.
 
@@ -88,6 +90,7 @@ def ablate(
         files=gin_config_file or [],
         bindings=gin_bindings or [],
         jobs=jobs or os.cpu_count() or 1,
+        verify=verify,
         announce=lambda line: typer.echo(line, err=True),
     )
     typer.echo(table, nl=False)
@@ -105,6 +108,7 @@ def compare(
     candidates: Candidates = None,
     ties: Ties = None,
     ks: Ks = None,
+    verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -119,6 +123,7 @@ def compare(
         split=split,
         data=data,
         changes=protocol_changes(exclude_seen, candidates, ties, ks),
+        verify=verify,
         allow_imports=allow_imports,
         announce=lambda line: typer.echo(line, err=True),
     )

@@ -18,6 +18,10 @@ AllowImports = Annotated[
         "HSTU_XD_ALLOW_IMPORTS=1 says the same.",
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare the store's files with the hashes of its manifest."),
+]
 ExcludeSeen = Annotated[
     bool | None,
     typer.Option(
@@ -97,6 +101,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
+    verify: Verify = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Train a model on a prepared store.
@@ -105,14 +110,14 @@ def train(
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
     from hstu_xd.evaluation.protocol import Protocol, unreachable_note
-    from hstu_xd.training.run import read_run
     from hstu_xd.training.run import train as run_training
+    from hstu_xd.training.run_facts import read_run
     from hstu_xd.training.settings import load_settings
 
     given = gin_config_file or gin_bindings
     settings = load_settings(gin_config_file or [], gin_bindings or []) if given else None
     summary = run_training(
-        data, settings, out, name=name, resume=resume, allow_imports=allow_imports
+        data, settings, out, name=name, resume=resume, verify=verify, allow_imports=allow_imports
     )
     test = summary["test"]
     shown = Protocol.from_run(read_run(out)).main_metrics
@@ -133,6 +138,7 @@ def evaluate(
     candidates: Candidates = None,
     ties: Ties = None,
     ks: Ks = None,
+    verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -140,11 +146,12 @@ def evaluate(
     from hstu_xd.data.batches import SequenceData, Split
     from hstu_xd.evaluation.protocol import unreachable_note
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
-    from hstu_xd.training.run import load_trained, open_data, read_run
+    from hstu_xd.training.run import load_trained
+    from hstu_xd.training.run_facts import data_changes, open_data, read_run
 
     facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
     protocol = trained.protocol.but(**protocol_changes(exclude_seen, candidates, ties, ks))
-    store = open_data(run, data)
+    store = open_data(run, data, verify=verify, as_trained=True)
     length = facts["max_sequence_length"]
     values = {
         split.value: evaluate_split(
@@ -158,6 +165,7 @@ def evaluate(
     }
     if as_json:
         told = {"run": str(run), "data": str(store.path), "protocol": protocol.as_json()}
+        told["data_changes"] = data_changes(facts, store)
         typer.echo(json.dumps(told | values))
         return
     groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
@@ -192,14 +200,16 @@ def recommend(
         ),
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Recommend items of a domain to a user."""
     from hstu_xd.evaluation.ranks import recommend_items
-    from hstu_xd.training.run import load_trained, open_data, read_run
+    from hstu_xd.training.run import load_trained
+    from hstu_xd.training.run_facts import open_data, read_run
 
-    store = open_data(run, data)
+    store = open_data(run, data, verify=verify)
     user_index = store.user_index(user)
     trained = load_trained(run, allow_imports=allow_imports)
     model = trained.ranker
@@ -251,11 +261,14 @@ def settings(
     These are the bindings of gin files and the keys of HLLM and PerSRec.
     """
     from hstu_xd.declaration import nearest_setting, rows, settings_of
+    from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
     from hstu_xd.plugins.gr.research.settings import UpstreamSettings
     from hstu_xd.plugins.rec.settings import keys
+    from hstu_xd.ranking.settings import BLOCKS as RANKING
     from hstu_xd.training.settings import BLOCKS
 
-    blocks = {**BLOCKS, "xd_upstream": UpstreamSettings}
+    hosts = {"xd_upstream": UpstreamSettings, "xd_dlrm": DlrmSettings}
+    blocks = {**BLOCKS, **RANKING, **hosts}
     found = [
         row
         for block, declared in blocks.items()

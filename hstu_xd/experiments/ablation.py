@@ -33,6 +33,7 @@ from hstu_xd.training.interruption import (
     signal_name,
     stop_requests,
 )
+from hstu_xd.training.run_facts import data_changes
 from hstu_xd.training.settings import RunSettings, load_settings
 
 _MASK = ("xd_encoder.domain_mask = True",)
@@ -186,8 +187,8 @@ class AblationRun:
             return
         recorded = read_run(self.folder).info
         own = replace(settings, train=replace(settings.train, random_seed=self.seed))
-        if recorded["data_hashes"] != store.manifest["hashes"]:
-            apart = f"on other data than {store.path}"
+        if changes := data_changes(recorded, store):
+            apart = f"on other data than {store.path} now holds ({changes})"
         elif unlike := own.unlike(recorded):
             apart = f"with other settings ({unlike[0]})"
         else:
@@ -232,6 +233,7 @@ def ablate(
     files: Sequence[Path] = (),
     bindings: Sequence[str] = (),
     jobs: int = 1,
+    verify: bool = False,
     announce: Callable[[str], object] = lambda line: None,
 ) -> str:
     """Train every variant under every seed; finished runs in ``out`` are kept, stopped ones go on.
@@ -245,6 +247,7 @@ def ablate(
         files: gin files of the recipe that all variants share.
         bindings: gin bindings on top of the recipe.
         jobs: runs at a time; they share the processor's cores.
+        verify: compare the hash of every file of the store with its manifest first.
         announce: called with a line after every run.
 
     Returns:
@@ -258,7 +261,7 @@ def ablate(
         Interrupted: Ctrl-C or a signal asked to stop; the trainings have saved and ended, and the
             message says how to go on.
     """
-    store, failed = InteractionStore.open(data), []
+    store, failed = InteractionStore.open(data, verify=verify), []
     runs = [AblationRun(v, s, out) for s in seeds for v in variants]
 
     def note_end(run: AblationRun, error: str) -> None:

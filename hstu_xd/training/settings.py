@@ -18,6 +18,7 @@ from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.parts import importable_from
 from hstu_xd.training.extension import (
     RETRIEVAL,
+    Bound,
     ForeignCode,
     check_layer,
     check_metrics,
@@ -146,11 +147,6 @@ BLOCKS: dict[str, type] = {
     "xd_train": TrainSettings,
     PROTOCOL_BLOCK: Protocol,
 }
-# Block -> settings that a part of the user's own may be bound to.
-_PARTS = {
-    block: [name for name, each in settings_of(cls).items() if each.part]
-    for block, cls in BLOCKS.items()
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,14 +184,13 @@ class RunSettings:
 
     def to_gin(self) -> str:
         """Write every setting, defaults included, as a gin file that reads back the same."""
-        encoder = dataclasses.asdict(self.encoder_settings(num_domains=1))
         lines = ["import hstu_xd.training.settings", *self.foreign.imports, ""]
-        for block, values in (
-            ("xd_encoder", encoder),
-            ("xd_train", dataclasses.asdict(self.train)),
-            (PROTOCOL_BLOCK, dataclasses.asdict(self.protocol)),
+        for block, settings in (
+            ("xd_encoder", self.encoder_settings(num_domains=1)),
+            ("xd_train", self.train),
+            (PROTOCOL_BLOCK, self.protocol),
         ):
-            lines += [f"{block}.{name} = {values[name]!r}" for name in _names(block)] + [""]
+            lines += [*gin_lines(block, settings), ""]
         lines += [*self.foreign.bindings, ""] if self.foreign.bindings else []
         return "\n".join(lines)
 
@@ -232,6 +227,36 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
         InputError: a file that is not there, a line gin cannot parse, an unknown name (the message
             gives the nearest), a value of the wrong type, or a binding that nothing reads.
     """
+    bound = read_blocks(files, bindings, BLOCKS)
+    encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
+    check_layer(encoder.get("layer"))
+    protocol = Protocol(**bound.blocks[PROTOCOL_BLOCK])
+    settings = RunSettings(encoder, train, protocol, bound.foreign)
+    # Range checks, before any data are read.
+    _check_together(settings.encoder_settings(num_domains=1), train)
+    return settings
+
+
+def read_blocks(
+    files: Sequence[Path], bindings: Sequence[str], blocks: Mapping[str, type]
+) -> Bound:
+    """Read gin files in order, then bindings, of settings that :func:`register` has told gin of.
+
+    Args:
+        files: as :func:`load_settings` takes them.
+        bindings: single settings.
+        blocks: name of each block -> its dataclass of settings.
+
+    Returns:
+        What is bound, in the declared types.
+
+    Raises:
+        InputError: as :func:`load_settings`.
+    """
+    parts = {
+        block: [name for name, each in settings_of(cls).items() if each.part]
+        for block, cls in blocks.items()
+    }
     files = [_found(file) for file in files]
     gin = gin_library()
     gin.clear_config()
@@ -241,23 +266,17 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
                 _parse_file(gin, (file.absolute(),))
             gin.parse_config_files_and_bindings([], list(bindings))
             refuse_lost_values(gin, "\n".join(bindings))
-            bound = read_bindings(gin, _PARTS)
-        _refuse_unread(bound.unread)
+            bound = read_bindings(gin, parts)
+        _refuse_unread(bound.unread, blocks)
     except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(_explain(error, files, bindings)) from error
+        raise InputError(_explain(error, files, bindings, blocks)) from error
     finally:
         gin.clear_config()
     for name, values in bound.blocks.items():
-        check_types(name, values)
-    encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
-    check_layer(encoder.get("layer"))
-    protocol = Protocol(**bound.blocks[PROTOCOL_BLOCK])
-    settings = RunSettings(encoder, train, protocol, bound.foreign)
-    # Range checks, before any data are read.
-    _check_together(settings.encoder_settings(num_domains=1), train)
-    return settings
+        check_types(blocks[name], name, values)
+    return bound
 
 
 def _found(file: Path) -> Path:
@@ -362,19 +381,27 @@ def _included(name: str, files: Sequence[Path]) -> Path:
     return found
 
 
-def _register() -> dict[str, Any]:
-    register = gin_library().external_configurable
+def register(blocks: Mapping[str, type]) -> dict[str, Any]:
+    """Tell gin of blocks of settings; return them as gin sees them: called, they take the bound."""
+    make = gin_library().external_configurable
     return {
-        name: register(settings, name=name, module="hstu_xd", allowlist=_names(name))
-        for name, settings in BLOCKS.items()
+        name: make(settings, name=name, module="hstu_xd", allowlist=_names(settings))
+        for name, settings in blocks.items()
     }
 
 
-def _names(block: str) -> list[str]:
-    return [name for name, each in settings_of(BLOCKS[block]).items() if not each.from_data]
+def _names(cls: type) -> list[str]:
+    return [name for name, each in settings_of(cls).items() if not each.from_data]
 
 
-def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -> str:
+def gin_lines(block: str, settings: Any) -> list[str]:
+    """Write every setting of a block, defaults included, as lines of a gin file."""
+    return [f"{block}.{name} = {getattr(settings, name)!r}" for name in _names(type(settings))]
+
+
+def _explain(
+    error: Exception, files: Sequence[Path], bindings: Sequence[str], blocks: Mapping[str, type]
+) -> str:
     """Turn gin's error into one line, with the nearest name where a name is unknown."""
     text = " ".join(str(error).split())
     if "named" not in text and "matching" not in text:
@@ -388,35 +415,35 @@ def _explain(error: Exception, files: Sequence[Path], bindings: Sequence[str]) -
         text += " Import its module in the gin file, and register it there with @gin.configurable."
     near = None
     if wrong := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
-        near = nearest_setting(wrong[2], BLOCKS, wrong[1])
+        near = nearest_setting(wrong[2], blocks, wrong[1])
     elif wrong := re.search(r"matching '([\w./]+)'.* \1\.(\w+)\s*=", text):
-        block = nearest(wrong[1], BLOCKS)
-        near = block and (nearest_setting(wrong[2], BLOCKS, block) or block)
+        block = nearest(wrong[1], blocks)
+        near = block and (nearest_setting(wrong[2], blocks, block) or block)
     return f"gin: {text} Did you mean {near}?" if near else f"gin: {text}"
 
 
-def _refuse_unread(unread: Sequence[str]) -> None:
+def _refuse_unread(unread: Sequence[str], blocks: Mapping[str, type]) -> None:
     """Refuse macros and bindings, scoped or of somebody else's, that no setting refers to."""
     if unread:
         # A name without its block, or with that of another trainer, is most often of the training.
         name = unread[0].rpartition(".")[2]
-        near = "/" not in name and nearest_setting(name, dict(reversed(BLOCKS.items())))
+        near = "/" not in name and nearest_setting(name, dict(reversed([*blocks.items()])))
         raise InputError(
             f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope"
             + (f". Did you mean {near}?" if near else "")
         )
 
 
-def check_types(block: str, values: dict[str, Any]) -> None:
+def check_types(cls: type, block: str, values: dict[str, Any]) -> None:
     """Bring bound values to their declared types in place, lists to tuples and ints to floats.
 
     Raises:
         InputError: a value of another type.
     """
-    declared = settings_of(BLOCKS[block])
+    declared = settings_of(cls)
     for name, value in values.items():
         values[name] = declared[name].typed(value, f"gin: {block}.{name} = {value!r}")
 
 
 # The settings classes as gin sees them: called, they take what is bound.
-CONFIGURABLES = _register()
+CONFIGURABLES = register(BLOCKS)

@@ -63,7 +63,7 @@ def encoder_settings(
         InputError: a binding of the wrong type or out of range, or an HSTU that HSTU_XD cannot be.
     """
     bound = dict(gin.get_bindings("xd_encoder"))
-    shared.check_types("xd_encoder", bound)
+    shared.check_types(shared.BLOCKS["xd_encoder"], "xd_encoder", bound)
     theirs = bound_arguments(hstu_encoder)
     for name, needed in (("normalization", "rel_bias"), ("linear_config", "uvqk")):
         if theirs[name] != needed:
