@@ -53,6 +53,10 @@ def train(
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
     verify: Verify = False,
+    skip_test: Annotated[
+        bool,
+        typer.Option("--skip-test", help="Leave the test split unread; --resume alone reads it."),
+    ] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Train a model on a prepared store.
@@ -67,14 +71,22 @@ def train(
     given = gin_config_file or gin_bindings
     settings = load_settings(gin_config_file or [], gin_bindings or []) if given else None
     summary = run_training(
-        data, settings, out, name=name, resume=resume, verify=verify, allow_imports=allow_imports
+        data,
+        settings,
+        out,
+        name=name,
+        resume=resume,
+        read_test=not skip_test,
+        verify=verify,
+        allow_imports=allow_imports,
     )
-    test = summary["test"]
+    split = "test" if "test" in summary else "valid"
+    found = summary[split]
     typer.echo(
-        f"{out}: best epoch {summary['best_epoch']}, test "
-        + ", ".join(f"{m} {100 * test[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
+        f"{out}: best epoch {summary['best_epoch']}, {split} "
+        + ", ".join(f"{m} {100 * found[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
     )
-    if note := unreachable_note(test):
+    if note := unreachable_note(found):
         typer.echo(note)
 
 
@@ -208,11 +220,14 @@ def settings(
     These are the bindings of gin files and the keys of HLLM and PerSRec.
     """
     from hstu_xd.declaration import nearest_setting, rows, settings_of
+    from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
     from hstu_xd.plugins.gr.research.settings import UpstreamSettings
     from hstu_xd.plugins.rec.settings import keys
+    from hstu_xd.ranking.settings import BLOCKS as RANKING
     from hstu_xd.training.settings import BLOCKS
 
-    blocks = {**BLOCKS, "xd_upstream": UpstreamSettings}
+    hosts = {"xd_upstream": UpstreamSettings, "xd_dlrm": DlrmSettings}
+    blocks = {**BLOCKS, **RANKING, **hosts}
     found = [
         row
         for block, declared in blocks.items()

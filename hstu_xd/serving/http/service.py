@@ -21,10 +21,10 @@ from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.codec import fingerprint
+from hstu_xd.serving.events.open_log import open_log
 from hstu_xd.serving.http.arrivals import Arrivals
 from hstu_xd.serving.http.batch_handler import BatchHandler, Job, Probe, cost_of
 from hstu_xd.serving.http.batching import Batcher
-from hstu_xd.serving.http.event_log import EventLog
 from hstu_xd.serving.http.failover import FailoverSession
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
@@ -233,7 +233,7 @@ class Service:
     def _open(self) -> BatchHandler:
         states, served = self.settings.states, self._served
         torch.set_num_threads(states.threads or default_threads())
-        self._log = log = EventLog(self.settings.events)
+        self._log = log = open_log(self.settings.events)
         self._histories = histories = Histories(log, self.catalog, self.items, served.prepared)
 
         # All sessions share one index: of millions of items it takes long to build.
