@@ -83,6 +83,8 @@ class CrossDomainHSTU(nn.Module):
         catalog: item -> domain table.
         settings: sizes and switches of the encoder.
         dropout_rate: dropout on the input features.
+        window: most events of a history, a run's ``max_sequence_length``: later positions, for
+            which the model has room, were never trained; default: ``settings.norm_length``.
 
     Example:
         >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1, 1]), ["books", "films"])
@@ -95,7 +97,12 @@ class CrossDomainHSTU(nn.Module):
     """
 
     def __init__(
-        self, catalog: DomainCatalog, settings: EncoderSettings, *, dropout_rate: float = 0.2
+        self,
+        catalog: DomainCatalog,
+        settings: EncoderSettings,
+        *,
+        dropout_rate: float = 0.2,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         if settings.num_domains != catalog.num_domains:
@@ -106,6 +113,7 @@ class CrossDomainHSTU(nn.Module):
         width = settings.embedding_dim
         self.catalog = catalog
         self.settings = settings
+        self.window = settings.norm_length if window is None else window
         self._embedding_module = ItemEmbedding(catalog.num_items, width)
         self._input_features_preproc = PositionalInput(settings.norm_length, width, dropout_rate)
         self._hstu = CrossDomainEncoder(settings)
@@ -121,7 +129,7 @@ class CrossDomainHSTU(nn.Module):
         """Encode every token of a jagged batch, and questions that are put to some of them.
 
         Args:
-            batch: histories; no longer than ``settings.norm_length`` tokens each.
+            batch: histories; no longer than the model's window each.
             questions: tokens to be encoded once more, for another domain or time.
             caches: takes what each layer's rows leave behind for later ones, if given.
 
@@ -134,7 +142,7 @@ class CrossDomainHSTU(nn.Module):
                 in compiled code), or questions that do not fit.
         """
         if batch.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_lengths(batch)
+            self._check_lengths(batch.offsets.diff())
         rows = self.rows(batch, questions)
         item_ids, positions = batch.item_ids, rows.events.positions
         if questions is not None:
@@ -213,17 +221,20 @@ class CrossDomainHSTU(nn.Module):
         """Return user vectors for one requested domain each.
 
         Args:
-            item_ids: (B, N) int64, oldest first, padded with 0 at the end.
-            timestamps: (B, N) int64, in the log's unit.
+            item_ids: (B, N) int64, oldest first, padded with 0 at the end; at most the model's
+                window of events a row.
+            timestamps: (B, N) int64, in the log's unit, never falling from event to event; what
+                stands at padding is ignored.
             target_domains: (B,) int64, the domain to recommend from.
-            request_timestamps: (B,) int64, time of the request; default: that of the last event.
+            request_timestamps: (B,) int64, time of the request, not before the last event; default:
+                that of the last event.
 
         Returns:
             (B, K) float, unit vectors: score items by the dot product with ``item_vectors``.
 
         Raises:
-            InputError: shapes that do not fit, an empty history, ids out of range, or padding
-                before items.
+            InputError: shapes that do not fit, an empty history or one that is longer than the
+                window, ids out of range, padding before items, or times that are out of order.
         """
         self._check_request(item_ids, timestamps, target_domains, request_timestamps)
         following = self._following(item_ids, timestamps, target_domains, request_timestamps)
@@ -263,12 +274,12 @@ class CrossDomainHSTU(nn.Module):
         next_domains = self.catalog.domain_of(item_ids).roll(-1, 1)
         return request_timestamps, next_domains.scatter(1, last, target_domains.unsqueeze(1))
 
-    def _check_lengths(self, batch: JaggedBatch) -> None:
-        longest = max(batch.offsets.diff().tolist(), default=0)
-        if longest > self.settings.norm_length:
+    def _check_lengths(self, lengths: Tensor) -> None:
+        longest = max(lengths.tolist(), default=0)
+        if longest > self.window:
             raise InputError(
-                f"a history of {longest} events exceeds the model's window of "
-                f"{self.settings.norm_length}; pass the latest {self.settings.norm_length}"
+                f"a history of {longest} events exceeds the model's window of {self.window}; pass "
+                f"the latest {self.window}"
             )
 
     def _check_request(
@@ -296,11 +307,6 @@ class CrossDomainHSTU(nn.Module):
                 raise InputError(f"{name} is {tensor.dtype}; torch.int64 is needed: {name}.long()")
         if users and not columns:
             raise InputError("item_ids has no columns; at least one event a user is needed")
-        if item_ids.shape[1] > self.settings.norm_length:
-            raise InputError(
-                f"histories of {item_ids.shape[1]} events exceed the model's window of "
-                f"{self.settings.norm_length}; pass the latest {self.settings.norm_length}"
-            )
         for name, ids, bound in (
             ("item_ids", item_ids, self.catalog.num_items + 1),
             ("target_domains", target_domains, self.catalog.num_domains),
@@ -313,6 +319,8 @@ class CrossDomainHSTU(nn.Module):
         if bool(empty.any()):
             row = int(empty.nonzero()[0])
             raise InputError(f"item_ids row {row} is empty; at least one event is needed")
+        self._check_lengths((item_ids != 0).sum(1))
+        _check_times(item_ids != 0, timestamps, request_timestamps)
 
     def load_hstu(self, state: dict[str, Tensor]) -> list[str]:
         """Load a checkpoint of upstream's HSTU (DDP's ``module.`` prefix allowed).
@@ -327,3 +335,31 @@ class CrossDomainHSTU(nn.Module):
             InputError: sizes differ, a parameter of HSTU is missing, or unknown ones remain.
         """
         return load_hstu(self, state)
+
+
+def _check_times(present: Tensor, timestamps: Tensor, request_timestamps: Tensor | None) -> None:
+    """Refuse events that are not in the order of their times, and requests before the last event.
+
+    Args:
+        present: (B, N) bool, where events are.
+        timestamps: (B, N) int64.
+        request_timestamps: (B,) int64, if given.
+    """
+    falls = (timestamps[:, 1:] < timestamps[:, :-1]) & present[:, 1:] & present[:, :-1]
+    if bool(falls.any()):
+        row, column = falls.nonzero()[0].tolist()
+        before, after = timestamps[row, column : column + 2].tolist()
+        raise InputError(
+            f"timestamps row {row} falls from {before} to {after} at column {column + 1}; give the "
+            "events oldest first"
+        )
+    if request_timestamps is None:
+        return
+    last = timestamps.gather(1, (present.sum(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
+    early = request_timestamps < last
+    if bool(early.any()):
+        row = int(early.nonzero()[0])
+        raise InputError(
+            f"request_timestamps row {row} is {int(request_timestamps[row])}, before the last "
+            f"event at {int(last[row])}; ask for a later time, or leave them out"
+        )

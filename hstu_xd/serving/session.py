@@ -105,7 +105,7 @@ class EncoderSession:
         scorer: Scorer | None = None,
     ) -> None:
         check_model(model)
-        longest = model.settings.norm_length
+        longest = model.window
         if window is not None and not 4 <= window <= longest:
             raise InputError(f"window is {window}; 4..{longest} events, the model's positions")
         self.model = model.eval()

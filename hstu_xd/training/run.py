@@ -101,9 +101,7 @@ def train(
         if settings.train.baseline != NO_BASELINE:
             trainer = BaselineTrainer(store, settings, out, here)
         else:
-            model = CrossDomainHSTU(
-                store.catalog, encoder, dropout_rate=settings.train.dropout_rate
-            ).to(here.device)
+            model = _new_model(store.catalog, settings).to(here.device)
             trainer = Trainer(model, store, settings.train, out, here, protocol=settings.protocol)
         if resume:
             facts = read_run(out)
@@ -120,6 +118,16 @@ def train(
             command = _resume_command(data, out, settings, here)
             message = f"{stopped}; go on with: {command}" if here.is_main else ""
             raise Interrupted(message, stopped.signal) from None
+
+
+def _new_model(catalog: DomainCatalog, settings: RunSettings) -> CrossDomainHSTU:
+    train = settings.train
+    return CrossDomainHSTU(
+        catalog,
+        settings.encoder_settings(catalog.num_domains),
+        dropout_rate=train.dropout_rate,
+        window=train.max_sequence_length,
+    )
 
 
 @contextmanager
@@ -215,8 +223,7 @@ def load_trained(run: Path | str, *, allow_imports: bool = False) -> TrainedRun:
     if settings.train.baseline != NO_BASELINE:
         ranker = load_baseline(run, settings, catalog)
     else:
-        encoder = settings.encoder_settings(catalog.num_domains)
-        ranker = CrossDomainHSTU(catalog, encoder, dropout_rate=settings.train.dropout_rate)
+        ranker = _new_model(catalog, settings)
         weights, _ = load_checkpoint(run / MODEL_FILE)
         load_weights(ranker, weights, run / MODEL_FILE)
     return TrainedRun(

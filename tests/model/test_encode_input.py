@@ -13,6 +13,7 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.serving.session import EncoderSession
 
 
 def request_with(**changes: Any) -> dict[str, Tensor]:
@@ -75,13 +76,43 @@ def test_the_request_is_made_at_the_last_event_unless_told() -> None:
                 "item_ids": torch.ones(2, NORM_LENGTH + 1, dtype=torch.int64),
                 "timestamps": torch.ones(2, NORM_LENGTH + 1, dtype=torch.int64),
             },
-            "histories of 25 events exceed the model's window of 24; pass the latest 24",
+            "a history of 25 events exceeds the model's window of 24; pass the latest 24",
+        ),
+        (
+            {"timestamps": torch.tensor([[5, 9, 6], [7, 0, 0]])},
+            "timestamps row 0 falls from 9 to 6 at column 2; give the events oldest first",
+        ),
+        (
+            {"request_timestamps": torch.tensor([9, 6])},
+            "request_timestamps row 1 is 6, before the last event at 7; ask for a later time",
         ),
     ],
 )
 def test_messages(changes: dict[str, Tensor], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         tiny_model().encode(**request_with(**changes))
+
+
+def test_events_beyond_the_trained_window_are_refused() -> None:
+    """The model has room for outputs behind its window, at positions that nobody trained."""
+    tiny = tiny_model()
+    model = CrossDomainHSTU(tiny.catalog, tiny.settings, window=4).eval()
+    model.load_state_dict(tiny.state_dict())
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with pytest.raises(InputError, match="a history of 5 events exceeds the model's window of 4"):
+        model.encode(ids, ids, torch.tensor([0]))
+    with pytest.raises(InputError, match=r"window is 5; 4\.\.4 events"):
+        EncoderSession(model, window=5)
+    assert EncoderSession(model).window == 4
+    padded = torch.nn.functional.pad(ids[:, 1:], (0, 30))
+    vectors = model.encode(padded, padded, torch.tensor([0]))
+    torch.testing.assert_close(vectors, tiny.encode(ids[:, 1:], ids[:, 1:], torch.tensor([0])))
+
+
+def test_times_at_padding_are_ignored() -> None:
+    model = tiny_model()
+    other = model.encode(**request_with(timestamps=torch.tensor([[5, 6, 9], [7, 99, -3]])))
+    assert torch.equal(other, model.encode(**request_with()))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.stores import StateStore
 from hstu_xd.training.run import load_trained
-from hstu_xd.training.run_facts import open_data, read_run
+from hstu_xd.training.run_facts import open_data
 
 # Seconds and jobs.
 _LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -131,13 +131,12 @@ class Served:
         Raises:
             InputError: not a run folder, modules that it may not import, or a store of other data.
         """
-        trained, facts = load_trained(run, allow_imports=allow_imports), read_run(run)
+        trained = load_trained(run, allow_imports=allow_imports)
         model = trained.model
-        window = min(facts["max_sequence_length"], model.settings.norm_length)
         return cls(
             run.resolve().name,
             model,
-            window,
+            model.window,
             _prepared(run, settings),
             trained.scorer,
             trained.protocol.exclude_seen,
