@@ -16,7 +16,7 @@ COMMANDS = {
     "synth": ("data", "Data"),
     "train": ("runs", "Models"),
     "evaluate": ("runs", "Models"),
-    "recommend": ("runs", "Models"),
+    "recommend": ("recommend", "Models"),
     "settings": ("runs", "Models"),
     "ablate": ("experiments", "Experiments"),
     "compare": ("experiments", "Experiments"),
