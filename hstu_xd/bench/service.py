@@ -94,7 +94,8 @@ class _Served:
 
     def case(self, case: Case) -> Case:
         """Return the case with the sizes of this run's model."""
-        from hstu_xd.training.run import load, read_run
+        from hstu_xd.training.run import load
+        from hstu_xd.training.run_facts import read_run
 
         s = load(self.run).settings
         return replace(
@@ -116,7 +117,7 @@ class _Served:
             outcomes: outcomes of all calls.
             found: by user the items and their scores, for the user's domain by :func:`_domain`.
         """
-        from hstu_xd.serving.http.event_log import EventLog
+        from hstu_xd.serving.events.open_log import open_log
         from hstu_xd.serving.http.histories import Histories, Items
         from hstu_xd.serving.http.service import Served
         from hstu_xd.serving.http.settings import ServiceSettings
@@ -127,9 +128,11 @@ class _Served:
             if outcome.status == 200
             for event in (outcome.call.body or {}).get("events", ())
         )
-        log, served = EventLog(self.log), Served.from_run(self.run, ServiceSettings(self.log))
+        log, served = open_log(self.log), Served.from_run(self.run, ServiceSettings(self.log))
         names = {user for user, _ in accepted} | set(log.users_from("", sys.maxsize))
-        logged = Counter((user, event.item) for user in names for event in log.events(user))
+        logged = Counter(
+            (event.user, event.item) for known in log.read([*names]) for event in known.events
+        )
         items = Items(self.catalog)
         histories = Histories(log, self.catalog, items, served.prepared)
         fresh = EncoderSession(served.model, window=served.window, history=histories.all_of)

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports, ExcludeSeen
+from hstu_xd.cli.runs import AllowImports, ExcludeSeen, Verify
 from hstu_xd.errors import InputError
+
+if TYPE_CHECKING:
+    from hstu_xd.data.store import InteractionStore
 
 
 def recommend(
@@ -57,6 +60,7 @@ def recommend(
         ),
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    verify: Verify = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
@@ -72,14 +76,24 @@ def recommend(
         {"--users": users, "--domains": domains, "--format": format, "--force": force or None},
         out,
     )
+    from hstu_xd.serving.recommend_all import open_log, recommend_to_all
+
+    store = open_log(run, data=data, log=log, verify=verify)
     if not all_users:
         assert user is not None
         assert domain is not None
-        found = _of_one(run, user, domain, k, data, log, at, exclude_seen, allow_imports)
+        found = _of_one(
+            run,
+            user,
+            domain,
+            k,
+            store=store,
+            at=at,
+            exclude_seen=exclude_seen,
+            allow_imports=allow_imports,
+        )
         _print_one(user, domain, found, as_json=as_json)
         return
-    from hstu_xd.serving.recommend_all import recommend_to_all
-
     assert out is not None
     summary = recommend_to_all(
         run,
@@ -87,8 +101,7 @@ def recommend(
         k=k,
         users=users,
         domains=None if domains is None else [name.strip() for name in domains.split(",")],
-        data=data,
-        log=log,
+        store=store,
         at=at,
         exclude_seen=exclude_seen,
         file_format=format,
@@ -151,8 +164,8 @@ def _of_one(
     user: str,
     domain: str,
     k: int,
-    data: Path | None,
-    log: Path | None,
+    *,
+    store: "InteractionStore",
     at: int | None,
     exclude_seen: bool | None,
     allow_imports: bool,
@@ -162,10 +175,10 @@ def _of_one(
 
     from hstu_xd.evaluation.ranks import recommend_items
     from hstu_xd.serving.bulk import HistoryReader
-    from hstu_xd.serving.recommend_all import NO_KNOWN_ITEM, open_log
-    from hstu_xd.training.run import load_trained, read_run
+    from hstu_xd.serving.recommend_all import NO_KNOWN_ITEM
+    from hstu_xd.training.run import load_trained
+    from hstu_xd.training.run_facts import read_run
 
-    store = open_log(run, data=data, log=log)
     user_index = store.user_index(user)
     trained = load_trained(run, allow_imports=allow_imports)
     catalog = trained.ranker.catalog

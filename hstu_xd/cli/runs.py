@@ -18,6 +18,10 @@ AllowImports = Annotated[
         "HSTU_XD_ALLOW_IMPORTS=1 says the same.",
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare the store's files with the hashes of its manifest."),
+]
 ExcludeSeen = Annotated[
     bool | None,
     typer.Option(
@@ -48,6 +52,11 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
+    verify: Verify = False,
+    skip_test: Annotated[
+        bool,
+        typer.Option("--skip-test", help="Leave the test split unread; --resume alone reads it."),
+    ] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Train a model on a prepared store.
@@ -62,14 +71,22 @@ def train(
     given = gin_config_file or gin_bindings
     settings = load_settings(gin_config_file or [], gin_bindings or []) if given else None
     summary = run_training(
-        data, settings, out, name=name, resume=resume, allow_imports=allow_imports
+        data,
+        settings,
+        out,
+        name=name,
+        resume=resume,
+        read_test=not skip_test,
+        verify=verify,
+        allow_imports=allow_imports,
     )
-    test = summary["test"]
+    split = "test" if "test" in summary else "valid"
+    found = summary[split]
     typer.echo(
-        f"{out}: best epoch {summary['best_epoch']}, test "
-        + ", ".join(f"{m} {100 * test[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
+        f"{out}: best epoch {summary['best_epoch']}, {split} "
+        + ", ".join(f"{m} {100 * found[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
     )
-    if note := unreachable_note(test):
+    if note := unreachable_note(found):
         typer.echo(note)
 
 
@@ -79,6 +96,7 @@ def evaluate(
         Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -87,11 +105,12 @@ def evaluate(
     from hstu_xd.evaluation.metrics import METRICS
     from hstu_xd.evaluation.protocol import unreachable_note
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
-    from hstu_xd.training.run import load_trained, open_data, read_run
+    from hstu_xd.training.run import load_trained
+    from hstu_xd.training.run_facts import data_changes, open_data, read_run
 
     facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
     protocol = trained.protocol.but(exclude_seen=exclude_seen)
-    store = open_data(run, data)
+    store = open_data(run, data, verify=verify, as_trained=True)
     length = facts["max_sequence_length"]
     values = {
         split.value: evaluate_split(
@@ -105,6 +124,7 @@ def evaluate(
     }
     if as_json:
         told = {"run": str(run), "data": str(store.path), "protocol": protocol.as_json()}
+        told["data_changes"] = data_changes(facts, store)
         typer.echo(json.dumps(told | values))
         return
     groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
@@ -151,11 +171,14 @@ def settings(
     These are the bindings of gin files and the keys of HLLM and PerSRec.
     """
     from hstu_xd.declaration import nearest_setting, rows, settings_of
+    from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
     from hstu_xd.plugins.gr.research.settings import UpstreamSettings
     from hstu_xd.plugins.rec.settings import keys
+    from hstu_xd.ranking.settings import BLOCKS as RANKING
     from hstu_xd.training.settings import BLOCKS
 
-    blocks = {**BLOCKS, "xd_upstream": UpstreamSettings}
+    hosts = {"xd_upstream": UpstreamSettings, "xd_dlrm": DlrmSettings}
+    blocks = {**BLOCKS, **RANKING, **hosts}
     found = [
         row
         for block, declared in blocks.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports
+from hstu_xd.cli.runs import AllowImports, Verify
 from hstu_xd.errors import HstuXdError, InputError
 
 if TYPE_CHECKING:
@@ -26,8 +26,11 @@ Port = Annotated[
     int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any free one.")
 ]
 Events = Annotated[
-    Path | None,
-    typer.Option(help="Log of accepted events. [default: serving/events.sqlite in RUN]"),
+    str | None,
+    typer.Option(
+        help="Log of accepted events: a file, or postgresql://HOST:PORT/DATABASE. "
+        "[default: serving/events.sqlite in RUN]"
+    ),
 ]
 Data = Annotated[
     Path | None,
@@ -96,6 +99,7 @@ def serve(
     events: Events = None,
     data: Data = None,
     use_data: UseData = True,
+    verify: Verify = False,
     store: Store = "memory",
     store_ttl: StoreTtl = None,
     when_store_fails: WhenStoreFails = "refuse",
@@ -133,9 +137,10 @@ def serve(
 
     logging.basicConfig(level=log_level.upper(), format="hstu-xd: %(message)s")
     settings = ServiceSettings(
-        events=events or run / "serving" / "events.sqlite",
+        events=events or str(run / "serving" / "events.sqlite"),
         data=data,
         use_data=use_data,
+        verify_data=verify,
         token=_token(token_file),
         drain_seconds=drain,
         root_path=root_path,
@@ -149,10 +154,12 @@ def serve(
 
 def _listen(served: "Served", settings: "ServiceSettings", host: str, port: int) -> None:
     """Answer requests until the process is told to stop."""
+    from hstu_xd.serving.events.open_log import is_postgres, shown_log
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.service import Service
 
-    _make_folder(settings.events.parent)
+    if not is_postgres(settings.events):
+        _make_folder(Path(settings.events).parent)
     with server.listen(host, port) as sock:
         service = Service(served, settings)
         here = sock.getsockname()
@@ -167,7 +174,7 @@ def _listen(served: "Served", settings: "ServiceSettings", host: str, port: int)
 
         def announce() -> None:
             typer.echo(f"serving {service.model_name} on http://{address}:{here[1]}")
-            typer.echo(f"events in {settings.events}")
+            typer.echo(f"events in {shown_log(settings.events)}")
 
         server.serve(service, sock, announce)
 

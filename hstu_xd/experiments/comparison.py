@@ -29,7 +29,8 @@ from hstu_xd.experiments.report.tables import (
 )
 from hstu_xd.experiments.run_folders import Run, read_runs
 from hstu_xd.objectives.objective import Metric
-from hstu_xd.training.run import allowed_imports, load_trained, open_data
+from hstu_xd.training.run import allowed_imports, load_trained
+from hstu_xd.training.run_facts import open_data
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def pair_runs(
     split: str = "test",
     data: Path | None = None,
     exclude_seen: bool | None = None,
+    verify: bool = False,
     allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
 ) -> list[PairedResult]:
@@ -138,6 +140,7 @@ def pair_runs(
         data: the prepared store, if it has moved since training.
         exclude_seen: whether items that a user has met are no candidates; None: as the runs were
             trained.
+        verify: compare the hash of every file of the store with its manifest first.
         allow_imports: import the modules that runs name beside this package.
         announce: called with a line before every run.
 
@@ -151,7 +154,7 @@ def pair_runs(
     variants = _comparable_variants(runs)
     _check_parts(runs, allow_imports=allow_imports)
     protocol = _shared_protocol(runs, exclude_seen=exclude_seen)
-    store = open_data(runs[0].path, data)
+    store = open_data(runs[0].path, data, verify=verify, as_trained=True)
     ranks: dict[str, list[Tensor]] = {variant: [] for variant in variants}
     ranked: RankedTargets | None = None
     metrics: dict[str, Metric] = {}

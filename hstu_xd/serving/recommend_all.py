@@ -19,7 +19,8 @@ from hstu_xd.serving.bulk_files import (
     write_recommendations,
 )
 from hstu_xd.training.checkpoint import MODEL_FILE
-from hstu_xd.training.run import CONFIG_FILE, load_trained, open_data, read_run
+from hstu_xd.training.run import CONFIG_FILE, load_trained
+from hstu_xd.training.run_facts import open_data, read_run
 from hstu_xd.version import __version__
 
 # Why a user gets nothing.
@@ -52,11 +53,10 @@ def recommend_to_all(
     run: Path,
     out: Path,
     *,
+    store: InteractionStore,
     k: int,
     users: Path | None = None,
     domains: Sequence[str] | None = None,
-    data: Path | None = None,
-    log: Path | None = None,
     at: int | None = None,
     exclude_seen: bool | None = None,
     file_format: str | None = None,
@@ -69,11 +69,10 @@ def recommend_to_all(
     Args:
         run: a trained run.
         out: the file to write.
+        store: whose histories are read, of :func:`open_log`.
         k: items of each domain.
         users: file of user ids; None: all users of the log.
         domains: names; None: all domains that the run knows.
-        data: the store that the run was trained on, if it has moved.
-        log: another store, whose histories are read instead; its items are told by their ids.
         at: time of all requests; None: that of each user's last event.
         exclude_seen: whether items of a history are no candidates; None: as the run was evaluated.
         file_format: "parquet", "csv" or "jsonl"; None: by the suffix of ``out``.
@@ -87,8 +86,7 @@ def recommend_to_all(
     """
     named, wanted = format_of(out, file_format), None if users is None else read_users(users)
     check_output_file(out, force=force)
-    facts, store = read_run(run), open_log(run, data=data, log=log)
-    trained = load_trained(run, allow_imports=allow_imports)
+    facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
     catalog = trained.ranker.catalog
     names = list(dict.fromkeys(domains)) if domains else list(catalog.domain_names)
     protocol = trained.protocol.but(exclude_seen=exclude_seen)
@@ -130,17 +128,25 @@ def recommend_to_all(
     return BulkSummary(out, rows, len(served), names, unserved, listed)
 
 
-def open_log(run: Path, *, data: Path | None, log: Path | None) -> InteractionStore:
+def open_log(
+    run: Path, *, data: Path | None, log: Path | None, verify: bool = False
+) -> InteractionStore:
     """Open the store whose histories are read: the run's own, or another log.
+
+    Args:
+        run: the run folder.
+        data: the run's own store, where it has moved.
+        log: another store, whose items are told by their ids.
+        verify: compare the hash of every file with the manifest.
 
     Raises:
         InputError: both are given, or there is no store.
     """
     if log is None:
-        return open_data(run, data)
+        return open_data(run, data, verify=verify)
     if data is not None:
         raise InputError("--data and --log both name a store; --log alone reads newer histories")
-    return InteractionStore.open(log)
+    return InteractionStore.open(log, verify=verify)
 
 
 def read_users(file: Path) -> list[str]:

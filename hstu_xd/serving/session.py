@@ -68,8 +68,8 @@ class EncoderSession:
             them, see :mod:`hstu_xd.serving.stores`; users are strings then. Every ``append`` is
             stored before it returns; memory holds what was read of late. Without a store the
             states are in memory alone.
-        versions: of the histories that stored states are made of; a state of another version is
-            refused and rebuilt. None: a stored state of the same checkpoint is always believed.
+        versions: of the histories that states are made of; a state of another version, in memory or
+            in the store, is not used but rebuilt. None: a state of the same checkpoint is believed.
         retrieval: how ``recommend`` searches, "exact" or "approximate", see
             :class:`hstu_xd.serving.retrieval.ItemIndex`; or such an index of the same model, which
             several sessions may share.
@@ -110,7 +110,7 @@ class EncoderSession:
             raise InputError(f"window is {window}; 4..{longest} events, the model's positions")
         self.model = model.eval()
         self.window = window or longest
-        self._dtype, self._history = dtype, history
+        self._dtype, self._history, self._versions = dtype, history, versions
         self._cache = StateCache(max_bytes)
         with torch.inference_mode():
             self._incremental = IncrementalModel.from_model(model)
@@ -119,7 +119,7 @@ class EncoderSession:
         self.index = retrieval
         self._stored = None
         if store is not None:
-            self._stored = StoredStates(store, model, self.window, dtype, versions)
+            self._stored = StoredStates(store, model, self.window, dtype)
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -160,6 +160,8 @@ class EncoderSession:
                     check_order(user, states[user], events)
                 for user, events in arriving.items():
                     self._extend(states[user], events)
+                    if self._versions is not None:
+                        states[user].version = self._versions.following(str(user))
                 self._commit([state for state in states.values() if state.uncommitted >= _BLOCK])
                 self._keep(states)
                 arriving = {user: arriving[user] for user in self._save(states)}
@@ -307,16 +309,23 @@ class EncoderSession:
     def _load(self, users: Iterable[Hashable]) -> dict[Hashable, UserState]:
         """Return states of users, rebuilt or empty where there is none, as the most recent ones."""
         states: dict[Hashable, UserState] = {}
-        users = list(dict.fromkeys(users))
+        versions = {
+            user: b"" if self._versions is None else self._versions.present(str(user))
+            for user in users
+        }
+        for user, version in versions.items():
+            state = self._cache.get(user)
+            if state is not None and state.version != version:
+                self._cache.drop(user)
         refused: dict[Hashable, bytes] = {}
         if self._stored is not None:
-            refused = self._stored.refresh(users, self._cache)
-        for user in users:
+            refused = self._stored.refresh(versions, self._cache)
+        for user, version in versions.items():
             state = self._cache.get(user)
             if state is None:
                 state = UserState.empty(self.model.settings, self._dtype)
                 # What replaces a value that cannot be used.
-                state.revision = refused.get(user, b"")
+                state.revision, state.version = refused.get(user, b""), version
                 if self._history is not None:
                     self._extend(state, checked_events(self.model.catalog, *self._history(user)))
                     self._commit([state])

@@ -43,6 +43,7 @@ class UserState:
         state_times: (D * M,) int64, time of the event that wrote each state.
         state_counts: (D,) int64, states that each domain has written so far.
         revision: which of the user's values in a store this was; empty where it was none.
+        version: of the history that it was made of; empty where histories have no versions.
     """
 
     events: Tensor
@@ -56,6 +57,7 @@ class UserState:
     state_times: Tensor
     state_counts: Tensor
     revision: bytes = b""
+    version: bytes = b""
 
     @classmethod
     def empty(cls, settings: EncoderSettings, dtype: torch.dtype) -> "UserState":

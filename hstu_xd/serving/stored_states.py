@@ -1,7 +1,7 @@
 """States in a store: read again when another process has written, written only when none has."""
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from hashlib import blake2b
 from typing import Protocol
 
@@ -19,8 +19,8 @@ _log = logging.getLogger(__name__)
 class Versions(Protocol):
     """Names for what users' histories are now, kept beside the histories themselves.
 
-    By them a session tells a stored state that is ahead of its history, or behind it, after a
-    crash of one of the two.
+    By them a session tells a state that is ahead of its history, or behind it: after a crash of
+    one of the two, or because another process has written to the history.
     """
 
     def present(self, user: str) -> bytes:
@@ -40,7 +40,6 @@ class StoredStates:
         model: whose states; those of another are refused.
         window: of the session, likewise.
         dtype: of keys and values, likewise.
-        versions: of the histories, likewise; None: they are not compared.
     """
 
     def __init__(
@@ -49,14 +48,18 @@ class StoredStates:
         model: CrossDomainHSTU,
         window: int,
         dtype: torch.dtype,
-        versions: Versions | None = None,
     ) -> None:
         self._store, self._settings, self._dtype = store, model.settings, dtype
-        self._versions = versions
         self._checkpoint = fingerprint(model, window, dtype)
 
-    def refresh(self, users: Sequence[Hashable], residents: StateCache) -> dict[Hashable, bytes]:
+    def refresh(
+        self, versions: Mapping[Hashable, bytes], residents: StateCache
+    ) -> dict[Hashable, bytes]:
         """Make what is in memory of some users what the store has of them.
+
+        Args:
+            versions: of the users' histories now; a stored state of another one cannot be used.
+            residents: what is in memory.
 
         Returns:
             Revisions of values that cannot be used, by user; these users are not in memory.
@@ -65,7 +68,7 @@ class StoredStates:
             InputError: a user that is not a string.
             StoreError: the store failed.
         """
-        names = [_checked(user) for user in users]
+        names = [_checked(user) for user in versions]
         refused: dict[Hashable, bytes] = {}
         stale: dict[str, bytes] = {}
         for user, present in zip(names, self._store.revisions(names)):
@@ -78,11 +81,13 @@ class StoredStates:
             if value is None:
                 continue
             try:
-                state = decode_state(value, self._present(user), self._settings, self._dtype)
+                made_of = self._joined(versions[user])
+                state = decode_state(value, made_of, self._settings, self._dtype)
             except RefusedState as reason:
                 _log.warning("the stored state of user %r %s; it is not used", user, reason)
                 refused[user] = stale[user]
             else:
+                state.version = versions[user]
                 residents.keep(user, state)
         return refused
 
@@ -96,7 +101,7 @@ class StoredStates:
             StoreError: the store failed.
         """
         writes = [
-            Write(user, encode_state(state, self._following(user)), state.revision)
+            Write(user, encode_state(state, self._joined(state.version)), state.revision)
             for user, state in zip(map(_checked, states), states.values())
         ]
         lost: list[Hashable] = []
@@ -111,14 +116,10 @@ class StoredStates:
         """Remove a user from the store; returns whether there was one."""
         return self._store.delete(_checked(user))
 
-    def _present(self, user: str) -> bytes:
-        return self._joined(self._versions.present(user)) if self._versions else self._checkpoint
-
-    def _following(self, user: str) -> bytes:
-        return self._joined(self._versions.following(user)) if self._versions else self._checkpoint
-
     def _joined(self, version: bytes) -> bytes:
-        """Join the checkpoint's fingerprint and a history's version in one name."""
+        """Join the checkpoint's fingerprint and a history's version, if it has one, in one name."""
+        if not version:
+            return self._checkpoint
         return blake2b(version, key=self._checkpoint, digest_size=len(self._checkpoint)).digest()
 
 

@@ -15,7 +15,8 @@ from hstu_xd.errors import InputError
 from hstu_xd.evaluation.protocol import Protocol, protocol_notes
 from hstu_xd.evaluation.ranks import rank_targets, recommend_items
 from hstu_xd.experiments.ablation import ablate
-from hstu_xd.training.run import load_trained, read_run
+from hstu_xd.training.run import load_trained
+from hstu_xd.training.run_facts import read_run
 
 Say = Callable[..., str]
 

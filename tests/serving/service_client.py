@@ -159,11 +159,12 @@ def serving(
     prepared: InteractionStore | None = None,
     model: Any = MODEL,
     states: dict[str, Any] | None = None,
+    log: str | None = None,
     **settings: Any,
 ) -> Iterator[Client]:
-    """A client of a service whose log is in a folder; started again there it goes on."""
+    """A client of a service whose log is in a folder, or at a URL; started again it goes on."""
     folder.mkdir(exist_ok=True)
-    chosen = ServiceSettings(folder / "events.sqlite", **({"queue": PATIENT} | settings))
+    chosen = ServiceSettings(log or folder / "events.sqlite", **({"queue": PATIENT} | settings))
     chosen = replace(chosen, states=StateSettings(threads=1, **(states or {})))
     client = Client(Service(Served("tiny", model, WINDOW, prepared), chosen))
     try:

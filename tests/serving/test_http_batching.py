@@ -23,11 +23,11 @@ from service_client import (
 )
 
 from hstu_xd.errors import InputError
+from hstu_xd.serving.events.event_log import Event
 from hstu_xd.serving.http import batching
 from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batch_handler import BatchHandler, Recommend, cost_of
 from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
-from hstu_xd.serving.http.event_log import Event
 from hstu_xd.serving.http.settings import QueueSettings
 
 USERS = [f"u{number}" for number in range(6)]

@@ -14,8 +14,9 @@ from store_cases import Unsteady, redis_server
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.serving import EncoderSession
+from hstu_xd.serving.events.event_log import Event, LogError
+from hstu_xd.serving.events.sqlite_log import SQLiteLog
 from hstu_xd.serving.http import failover
-from hstu_xd.serving.http.event_log import Event, EventLog, LogError
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.settings import StateSettings
 from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError
@@ -56,7 +57,7 @@ def test_a_state_ahead_of_the_log_is_rebuilt(tmp_path: Path, store: Unsteady) ->
     """A service that was killed after it stored a state, and before it logged the event."""
     with serving(tmp_path) as client:
         client.append(*events(5))
-    log = EventLog(tmp_path / "events.sqlite")
+    log = SQLiteLog(tmp_path / "events.sqlite")
     histories = Histories(log, MODEL.catalog, Items(MODEL.catalog))
     session = EncoderSession(
         MODEL, window=WINDOW, store=store, history=histories.all_of, versions=histories
@@ -246,7 +247,7 @@ def test_a_disk_that_fails_takes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         client.append(*events(5))
         with monkeypatch.context() as broken:
             error = OSError(5, "Input/output error")
-            broken.setattr(EventLog, "_transaction", lambda log: (_ for _ in ()).throw(error))
+            broken.setattr(SQLiteLog, "_transaction", lambda log: (_ for _ in ()).throw(error))
             answer = client.append(event(5))
             assert answer.status_code == 503
             assert "Input/output error" in answer.json()["error"]
@@ -267,7 +268,7 @@ def test_what_a_log_takes_is_on_disk_when_it_says_so(
         return opened[-1]
 
     monkeypatch.setattr(sqlite3, "connect", observed)
-    log = EventLog(tmp_path / "events.sqlite")
+    log = SQLiteLog(tmp_path / "events.sqlite")
     log.add([Event("ann", "1", 1)])
     (connection,) = opened
     # FULL or more: in a write-ahead log, anything less leaves the last commits to the system.
@@ -277,26 +278,26 @@ def test_what_a_log_takes_is_on_disk_when_it_says_so(
 
 
 def test_a_log_belongs_to_one_process(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.sqlite")
+    log = SQLiteLog(tmp_path / "events.sqlite")
     with pytest.raises(InputError, match="another process serves from this log"):
-        EventLog(tmp_path / "events.sqlite")
+        SQLiteLog(tmp_path / "events.sqlite")
     log.close()
-    EventLog(tmp_path / "events.sqlite").close()
+    SQLiteLog(tmp_path / "events.sqlite").close()
 
 
 def test_what_is_no_log_is_said(tmp_path: Path) -> None:
     path = tmp_path / "events.sqlite"
     path.write_text("nothing of the kind" * 99)
     with pytest.raises(LogError, match=r"events\.sqlite: file is not a database"):
-        EventLog(path)
+        SQLiteLog(path)
     path.unlink()
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE other (x)")
     connection.close()
     with pytest.raises(InputError, match="not an event log of this hstu-xd"):
-        EventLog(path)
+        SQLiteLog(path)
     with pytest.raises(LogError, match="unable to open"):
-        EventLog(tmp_path / "none" / "events.sqlite")
+        SQLiteLog(tmp_path / "none" / "events.sqlite")
 
 
 def test_a_log_that_was_begun_and_not_finished_is_begun_again(
@@ -313,16 +314,16 @@ def test_a_log_that_was_begun_and_not_finished_is_begun_again(
     with monkeypatch.context() as broken:
         broken.setattr(sqlite3, "connect", lambda *_, **__: connection)
         with pytest.raises(LogError, match="disk I/O error"):
-            EventLog(path)
+            SQLiteLog(path)
     connection.close()
-    log = EventLog(path)
+    log = SQLiteLog(path)
     log.add([Event("ann", "1", 1)])
-    assert len(log.events("ann")) == 1
+    assert len(log.read(["ann"])[0].events) == 1
     log.close()
 
 
 def test_forgotten_events_leave_the_file(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.sqlite")
+    log = SQLiteLog(tmp_path / "events.sqlite")
     log.add([Event("ann", "confidential", number) for number in range(9)])
     log.forget("ann")
     # At once, not when the service ends.
@@ -334,7 +335,7 @@ def test_forgotten_events_leave_the_file(tmp_path: Path) -> None:
 def test_items_that_left_the_catalogue_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = EventLog(tmp_path / "events.sqlite")
+    log = SQLiteLog(tmp_path / "events.sqlite")
     log.add([Event("ann", "1", 1), Event("ann", "gone", 2), Event("ann", "2", 3)])
     histories = Histories(log, MODEL.catalog, Items(MODEL.catalog))
     for _ in range(2):

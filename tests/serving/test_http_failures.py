@@ -10,8 +10,8 @@ from service_client import Client, event, events, right, serving
 from store_cases import Unsteady
 
 from hstu_xd.errors import InputError
+from hstu_xd.serving.events.sqlite_log import SQLiteLog
 from hstu_xd.serving.http import failover, service
-from hstu_xd.serving.http.event_log import EventLog
 from hstu_xd.serving.http.settings import StateSettings
 from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError, Write
 
@@ -34,14 +34,14 @@ def test_health_tells_whether_the_disk_is_full(
         answer = client.ask("GET", "/healthz")
         return answer.status_code, answer.json()["status"], answer.json()["writes"]
 
-    def full(_: EventLog) -> Any:
+    def full(_: SQLiteLog) -> Any:
         raise sqlite3.OperationalError("database or disk is full")
 
     with serving(tmp_path) as client:
         assert health(client) == (200, "ready", "ok")
         with monkeypatch.context() as broken:
             # Nobody has written since: the probe itself has to find out.
-            broken.setattr(EventLog, "_transaction", full)
+            broken.setattr(SQLiteLog, "_transaction", full)
             assert health(client) == (503, "failing", "failing")
             assert client.append(event(0)).status_code == 503
         assert health(client) == (200, "ready", "ok")

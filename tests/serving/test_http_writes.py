@@ -12,7 +12,8 @@ from service_client import MODEL, Client, event, events, recommend, right, servi
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.serving.http.event_log import Event, EventLog
+from hstu_xd.serving.events.event_log import Event
+from hstu_xd.serving.events.sqlite_log import SQLiteLog
 from hstu_xd.serving.http.settings import WriteSettings
 
 
@@ -182,7 +183,7 @@ def test_what_was_trained_on_counts_once(tmp_path: Path, store: InteractionStore
         {"user": user, "item": store.catalog.token(item), "timestamp": time}
         for item, time in zip(items.tolist(), times.tolist())
     ]
-    log = EventLog(tmp_path / "events.sqlite")
+    log = SQLiteLog(tmp_path / "events.sqlite")
     log.add([Event(**row) for row in rows[-2:]])
     log.close()
     body = {"user": user, "domains": [store.domain_names[0]], "k": 8}
@@ -215,7 +216,7 @@ def test_a_prepared_event_is_removed(tmp_path: Path, store: InteractionStore) ->
 
 
 def test_a_log_of_before_takes_keys(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.sqlite")
+    log = SQLiteLog(tmp_path / "events.sqlite")
     log.add([Event("ann", row["item"], row["timestamp"]) for row in events(3)])
     for table in ("keys", "hidden"):
         log._connection.execute(f"DROP TABLE {table}")

@@ -15,7 +15,8 @@ from service_client import events, scores, write_run
 from service_process import ServiceProcess
 
 from hstu_xd.cli import app
-from hstu_xd.serving.http.event_log import Event, EventLog
+from hstu_xd.serving.events.event_log import Event
+from hstu_xd.serving.events.sqlite_log import SQLiteLog
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +25,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logged(path: Path, user: str) -> list[Event]:
-    log = EventLog(path)
-    found = log.events(user)
+    log = SQLiteLog(path)
+    (known,) = log.read([user])
     log.close()
-    return found
+    return list(known.events)
 
 
 def test_a_service_drains_and_goes_on_where_it_stopped(run: Path, tmp_path: Path) -> None:

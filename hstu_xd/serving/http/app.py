@@ -11,6 +11,7 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from hstu_xd.errors import InputError
+from hstu_xd.serving.events.event_log import Event, LogError
 from hstu_xd.serving.http import schemas
 from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batch_handler import (
@@ -22,7 +23,6 @@ from hstu_xd.serving.http.batch_handler import (
     Score,
 )
 from hstu_xd.serving.http.batching import Busy
-from hstu_xd.serving.http.event_log import Event, LogError
 from hstu_xd.serving.http.middleware import RETRY_AFTER, RequestGuard, page_files
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service

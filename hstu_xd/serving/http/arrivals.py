@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hstu_xd.errors import InputError
-from hstu_xd.serving.http.event_log import Event, EventLog
+from hstu_xd.serving.events.event_log import Event, EventLog
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.settings import WriteSettings
 
@@ -51,12 +51,12 @@ class Outcome:
 
 @dataclass
 class Arrived:
-    """Events of a batch that were accepted and are not in the log yet.
+    """Events of a batch that were accepted and are not in the log yet, and keys that are known.
 
     Attributes:
         last: time of a user's last event.
         events: how often each event came.
-        keys: the event of each user's key.
+        keys: the event of each user's key, those of the log included.
     """
 
     last: dict[str, int] = field(default_factory=dict)
@@ -102,6 +102,17 @@ class Arrivals:
         while self._last_prepared > _SECONDS_END * self._unit:
             self._unit *= 1000
 
+    def begin(self, jobs: Sequence[Append]) -> Arrived:
+        """Look at the users and keys of a batch's requests, none of whose events has arrived."""
+        self._histories.look(event.user for job in jobs for event in job.events)
+        keys = [
+            (event.user, key)
+            for job in jobs
+            for event, key in zip(job.events, job.keys)
+            if key is not None
+        ]
+        return Arrived(keys=self._log.events_of_keys(keys))
+
     def judge(self, job: Append, arrived: Arrived) -> Outcome:
         """Sort the events of a request; those that are new are added to what has arrived.
 
@@ -146,7 +157,7 @@ class Arrivals:
             InputError: neither.
         """
         if key is not None:
-            known = arrived.keys.get((event.user, key)) or self._log.event_of_key(event.user, key)
+            known = arrived.keys.get((event.user, key))
             if known is not None:
                 if known.item and known != event:
                     raise InputError(

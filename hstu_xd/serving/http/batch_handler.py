@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from hstu_xd.errors import InputError
-from hstu_xd.serving.http.arrivals import Append, Arrivals, Arrived
+from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, Keyed, LogError
+from hstu_xd.serving.http.arrivals import Append, Arrivals
 from hstu_xd.serving.http.batching import Ticket
-from hstu_xd.serving.http.event_log import Event, EventLog, LogError
 from hstu_xd.serving.http.failover import FailoverSession
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.requests import Answer, Request
@@ -95,6 +95,9 @@ def cost_of(job: Job) -> float:
 
 Tickets = Sequence[Ticket[Job]]
 
+# How often events are judged where other processes write to the same users meanwhile.
+_TRIES = 8
+
 
 class BatchHandler:
     """Handles batches; of one batch first what is forgotten, then all events, then all reads.
@@ -141,8 +144,18 @@ class BatchHandler:
         self._log.close()
 
     def _append(self, tickets: Tickets) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                self._append_once(tickets)
+                return
+            except Conflict:
+                if not left:
+                    raise
+
+    def _append_once(self, tickets: Tickets) -> None:
         new: list[tuple[Event, str | None]] = []
-        arrived = Arrived()
+        jobs = [ticket.job for ticket in tickets if isinstance(ticket.job, Append)]
+        arrived = self._arrivals.begin(jobs)
         for ticket in tickets:
             job = ticket.job
             assert isinstance(job, Append)
@@ -158,10 +171,11 @@ class BatchHandler:
         users = [event.user for event, _ in new]
         item_ids = [self._items.id_of(event.item) for event, _ in new]
         times = [event.timestamp for event, _ in new]
-        keys = [(event.user, key, *event[1:]) for event, key in new if key is not None]
+        keys = [Keyed(event.user, key, *event[1:]) for event, key in new if key is not None]
+        versions = self._histories.versions(users)
         try:
             self._sessions.run(lambda session: session.append(users, item_ids, times))
-            self._log.add([event for event, _ in new], keys)
+            self._log.add([event for event, _ in new], keys, versions)
         except InputError:
             raise  # No state has changed.
         except Exception:
@@ -175,6 +189,7 @@ class BatchHandler:
             assert isinstance(ticket.job, Recommend | Score)
             self._arrivals.check_request(ticket.job.timestamp)
         requests = [_request(ticket.job) for ticket in tickets]
+        self._histories.look(str(request.user) for request in requests)
         answers = self._sessions.run(lambda session: session.answer(requests))
         for ticket, request, answer in zip(tickets, requests, answers):
             last, asked = answer.last_time, request.timestamp

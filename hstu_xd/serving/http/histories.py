@@ -2,12 +2,12 @@
 
 import logging
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.serving.http.event_log import Event, EventLog
+from hstu_xd.serving.events.event_log import Event, EventLog, Logged
 
 _log = logging.getLogger(__name__)
 
@@ -88,17 +88,27 @@ class Histories:
         if prepared is not None:
             self._origin = b"merged " + repr(prepared.manifest["hashes"]).encode()
         self._unknown: set[str] = set()
+        self._looked: dict[str, Logged] = {}
         self.rebuilt = 0
+
+    def look(self, users: Iterable[str]) -> None:
+        """Read at once what the log has of users, for all that is asked of them until the next."""
+        names = list(dict.fromkeys(users))
+        self._looked = dict(zip(names, self._log.read(names, 1)))
+
+    def versions(self, users: Iterable[str]) -> Mapping[str, bytes]:
+        """Return the log's versions of users as they were looked at."""
+        return {user: self._of(user).version for user in users}
 
     def all_of(self, user: Hashable) -> tuple[list[int], list[int]]:
         """Return item ids and times of a user's events, oldest first: a session's ``history``."""
-        events = self._events(str(user))
+        events = self._events(self._read(str(user)))
         self.rebuilt += bool(events)
         return [item for item, _ in events], [time for _, time in events]
 
     def last_of(self, user: str, limit: int) -> list[Event]:
         """Return a user's last events, oldest first."""
-        events = self._events(user)[-limit:]
+        events = self._events(self._read(user))[-limit:]
         return [Event(user, self._catalog.token(item), time) for item, time in events]
 
     def users(self, prefix: str, limit: int) -> list[str]:
@@ -107,7 +117,8 @@ class Histories:
         start = prefix
         while self._prepared is not None:
             some = self._prepared.users_from(start, limit)
-            earlier += [name for name in some if not self._log.restarted(name)]
+            logged = zip(some, self._log.read(some, 0))
+            earlier += [name for name, known in logged if not known.restarted]
             if len(some) < limit or len(earlier) >= limit:
                 break
             start = some[-1] + "\0"
@@ -116,13 +127,15 @@ class Histories:
 
     def forget(self, user: str) -> bool:
         """Remove a user from the log, hide the prepared history, and say whether one was there."""
-        known = bool(self._earlier(user) or self._log.events(user, 1))
+        (logged,) = self._log.read([user], 1)
+        known = bool(self._earlier(user, logged) or logged.events)
         if known:
             self._log.forget(user)
         return known
 
     def remove(self, event: Event) -> int:
         """Remove one event of a user, prepared or logged; returns how often it was there."""
+        self.look([event.user])
         prepared = self.count_prepared(event)
         if not prepared and not self._log.count(event):
             return 0
@@ -131,16 +144,19 @@ class Histories:
     def count_prepared(self, event: Event) -> int:
         """Return how often the prepared store has an event."""
         found = self._items.find(event.item)
-        return self._earlier(event.user).count((found, event.timestamp)) if found else 0
+        if found is None:
+            return 0
+        return self._earlier(event.user, self._of(event.user)).count((found, event.timestamp))
 
     def last_time(self, user: str) -> int | None:
         """Return the time of a user's last event; None without events."""
-        logged = self._log.events(user, 1)
-        if logged and self._items.find(logged[0].item) is None:
+        logged = self._of(user)
+        last = logged.events[-1:]
+        if last and self._items.find(last[0].item) is None:
             # Its item left the catalogue: what counts is before it.
-            return max((time for _, time in self._events(user)), default=None)
-        earlier = self._earlier(user)
-        times = [event.timestamp for event in logged] + [time for _, time in earlier[-1:]]
+            return max((time for _, time in self._events(self._read(user))), default=None)
+        earlier = self._earlier(user, logged)
+        times = [event.timestamp for event in last] + [time for _, time in earlier[-1:]]
         return max(times, default=None)
 
     def last_prepared(self) -> int:
@@ -152,19 +168,27 @@ class Histories:
 
     def present(self, user: str) -> bytes:
         """Return a user's version, see :class:`hstu_xd.serving.stored_states.Versions`."""
-        return self._log.version(user) + self._origin
+        return self._of(user).version + self._origin
 
     def following(self, user: str) -> bytes:
         """Return the version of a user's history after the next batch of events."""
         return self._log.upcoming + self._origin
 
-    def _events(self, user: str) -> list[tuple[int, int]]:
+    def _of(self, user: str) -> Logged:
+        """Return what was looked at; of a user who was not, what there is now."""
+        return self._looked.get(user) or self._log.read([user], 1)[0]
+
+    def _read(self, user: str) -> tuple[str, Logged]:
+        """Return the user with all that is logged."""
+        return user, self._log.read([user])[0]
+
+    def _events(self, known: tuple[str, Logged]) -> list[tuple[int, int]]:
         """Return (item id, timestamp) pairs of a user's events, oldest first.
 
         After a training on what the service has taken, the log and the prepared store have the
         same events; each counts as often as where it is more often.
         """
-        earlier, logged = self._earlier(user), self._logged(user)
+        earlier, logged = self._earlier(*known), self._logged(known[1])
         if not earlier or not logged:
             return earlier or logged
         both, new = Counter(earlier), []
@@ -179,23 +203,26 @@ class Histories:
             events.sort(key=lambda event: event[1])
         return events
 
-    def _earlier(self, user: str) -> list[tuple[int, int]]:
+    def _earlier(self, user: str, logged: Logged) -> list[tuple[int, int]]:
+        """Return the same pairs of the prepared store, without those that were removed."""
         prepared = self._prepared
         index = None if prepared is None else prepared.find_user(user)
-        if prepared is None or index is None or self._log.restarted(user):
+        if prepared is None or index is None or logged.restarted:
             return []
         items, times = prepared.history(index)
         events = list(zip(items.tolist(), times.tolist()))
-        hidden = self._log.hidden(user)
-        if not hidden:
+        if not logged.hidden:
             return events
         return [
-            event for event in events if (self._catalog.token(event[0]), event[1]) not in hidden
+            (item, time)
+            for item, time in events
+            if (self._catalog.token(item), time) not in logged.hidden
         ]
 
-    def _logged(self, user: str) -> list[tuple[int, int]]:
+    def _logged(self, logged: Logged) -> list[tuple[int, int]]:
+        """Return the same pairs of the log, without items that the catalogue does not have."""
         known: list[tuple[int, int]] = []
-        for event in self._log.events(user):
+        for event in logged.events:
             found = self._items.find(event.item)
             if found is not None:
                 known.append((found, event.timestamp))

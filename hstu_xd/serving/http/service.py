@@ -21,10 +21,10 @@ from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.codec import fingerprint
+from hstu_xd.serving.events.open_log import open_log
 from hstu_xd.serving.http.arrivals import Arrivals
 from hstu_xd.serving.http.batch_handler import BatchHandler, Job, Probe, cost_of
 from hstu_xd.serving.http.batching import Batcher
-from hstu_xd.serving.http.event_log import EventLog
 from hstu_xd.serving.http.failover import FailoverSession
 from hstu_xd.serving.http.histories import Histories, Items
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
@@ -32,7 +32,8 @@ from hstu_xd.serving.requests import Request
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.stores import StateStore
-from hstu_xd.training.run import load_trained, open_data, read_run
+from hstu_xd.training.run import load_trained
+from hstu_xd.training.run_facts import open_data, read_run
 
 # Seconds and jobs.
 _LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -233,7 +234,7 @@ class Service:
     def _open(self) -> BatchHandler:
         states, served = self.settings.states, self._served
         torch.set_num_threads(states.threads or default_threads())
-        self._log = log = EventLog(self.settings.events)
+        self._log = log = open_log(self.settings.events)
         self._histories = histories = Histories(log, self.catalog, self.items, served.prepared)
 
         # All sessions share one index: of millions of items it takes long to build.
@@ -281,9 +282,11 @@ def _prepared(run: Path, settings: ServiceSettings) -> InteractionStore | None:
     if not settings.use_data:
         if settings.data is not None:
             raise InputError(f"--data {settings.data} with --no-data; drop one of them")
+        if settings.verify_data:
+            raise InputError("--verify with --no-data; drop one of them")
         return None
-    if settings.data is not None:
-        return open_data(run, settings.data)
+    if settings.data is not None or settings.verify_data:
+        return open_data(run, settings.data, verify=settings.verify_data)
     try:
         return open_data(run)
     except HstuXdError as error:

@@ -1,14 +1,13 @@
-"""The events that the service has accepted, in one SQLite file: what states are rebuilt from."""
+"""A log of events in one SQLite file, which one process owns."""
 
-import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
-from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.errors import InputError
+from hstu_xd.serving.events.event_log import Conflict, Event, Keyed, LogError, Logged, new_version
 from hstu_xd.serving.stores import keep_private
 
 _FORMAT = 1
@@ -27,43 +26,29 @@ _LATER_TABLES = (
     "CREATE TABLE IF NOT EXISTS hidden (user TEXT NOT NULL, item TEXT NOT NULL, "
     "timestamp INTEGER NOT NULL, PRIMARY KEY (user, item, timestamp)) WITHOUT ROWID",
 )
-# Bytes of a version: two batches of events never get the same.
-_VERSION = 16
+_RENEW = (
+    "INSERT INTO users VALUES (?, ?, 0) ON CONFLICT (user) DO UPDATE SET version = excluded.version"
+)
 
 
-class LogError(HstuXdError):
-    """The log cannot be read or written; nothing was taken."""
-
-
-class Event(NamedTuple):
-    """An event as it is logged: the item is the catalogue's raw token."""
-
-    user: str
-    item: str
-    timestamp: int
-
-
-class EventLog:
-    """Append-only but for users who are forgotten; safe on disk before :meth:`add` returns.
+class SQLiteLog:
+    """An :class:`EventLog` in a file.
 
     One process at a time owns the file, and one thread at a time uses it.
 
     Args:
         path: the file, on a local disk; made where it is not there.
 
-    Attributes:
-        upcoming: the version that users of the next :meth:`add` will have.
-        fails: whether the last write failed.
-        written_at: when that was, by ``time.monotonic``; None before the first write.
-
     Raises:
         InputError: another process owns the file, or it is no such log.
         LogError: the file cannot be opened.
     """
 
+    is_shared = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.upcoming = secrets.token_bytes(_VERSION)
+        self.upcoming = new_version()
         self.fails = False
         self.written_at: float | None = None
         with self._explained():
@@ -73,89 +58,66 @@ class EventLog:
             )
             self._prepare()
 
-    def add(self, events: Sequence[Event], keys: Sequence[tuple[str, str, str, int]] = ()) -> None:
-        """Write events and the new versions of their users: all of them, or none.
-
-        Args:
-            events: in order.
-            keys: (user, key, item, timestamp) of those events that have a key.
-
-        Raises:
-            LogError: there is no room, or the disk fails.
-        """
-        version, self.upcoming = self.upcoming, secrets.token_bytes(_VERSION)
+    def add(
+        self,
+        events: Sequence[Event],
+        keys: Sequence[Keyed] = (),
+        versions: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Write events and the new versions of their users: all of them, or none."""
+        version, self.upcoming = self.upcoming, new_version()
+        users = {event.user for event in events}
         with self._written():
-            self._connection.executemany(
-                "INSERT INTO events (user, item, timestamp) VALUES (?, ?, ?)", events
-            )
-            self._connection.executemany("INSERT INTO keys VALUES (?, ?, ?, ?)", keys)
-            self._connection.executemany(
-                "INSERT INTO users VALUES (?, ?, 0) "
-                "ON CONFLICT (user) DO UPDATE SET version = excluded.version",
-                [(user, version) for user in {event.user for event in events}],
-            )
+            run = self._connection.executemany
+            run("INSERT INTO events (user, item, timestamp) VALUES (?, ?, ?)", events)
+            run("INSERT INTO keys VALUES (?, ?, ?, ?)", keys)
+            rows = [(user, version) for user in users]
+            if versions is None:
+                run(_RENEW, rows)
+                return
+            expected = [(*row, versions[row[0]]) for row in rows]
+            if run(f"{_RENEW} WHERE version = ?", expected).rowcount < len(users):
+                raise Conflict(f"the event log {self.path}: a user's events have changed")
 
     def forget(self, user: str) -> None:
         """Remove a user's events; their bytes are overwritten, on disk too.
 
         The name stays, with the note that histories from elsewhere are hidden.
-
-        Raises:
-            LogError: as :meth:`add`.
         """
         with self._written():
             for table in ("events", "keys", "hidden"):
                 self._connection.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
-            row = user, secrets.token_bytes(_VERSION)
+            row = user, new_version()
             self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?, 1)", row)
         self._merge()
 
     def remove(self, event: Event, *, hide: bool) -> int:
-        """Remove one event, as often as it is there; its keys stay known, without what they were.
-
-        Args:
-            event: what to remove.
-            hide: note that the prepared store has it too.
-
-        Returns:
-            How often it was there.
-
-        Raises:
-            LogError: as :meth:`add`.
-        """
+        """Remove one event, as often as it is there, and return how often it was."""
         same = "WHERE user = ? AND item = ? AND timestamp = ?"
         with self._written():
             found = self._connection.execute(f"DELETE FROM events {same}", event).rowcount
             self._connection.execute(f"UPDATE keys SET item = '', timestamp = 0 {same}", event)
             if hide:
                 self._connection.execute("INSERT OR IGNORE INTO hidden VALUES (?, ?, ?)", event)
-            row = event.user, secrets.token_bytes(_VERSION)
-            self._connection.execute(
-                "INSERT INTO users VALUES (?, ?, 0) "
-                "ON CONFLICT (user) DO UPDATE SET version = excluded.version",
-                row,
-            )
+            self._connection.execute(_RENEW, (event.user, new_version()))
         self._merge()
         return found
 
     def probe(self) -> None:
-        """Write something, which changes nothing.
-
-        Raises:
-            LogError: as :meth:`add`.
-        """
+        """Write something, which changes nothing."""
         with self._written():
             self._connection.execute(f"PRAGMA user_version = {_FORMAT}")
 
-    def event_of_key(self, user: str, key: str) -> Event | None:
-        """Return the user's event that came with a key; None where the key is new.
+    def read(self, users: Sequence[str], last: int | None = None) -> list[Logged]:
+        """Return what is known of users, with all of their events or the last ones."""
+        # Nobody else writes, so that these queries see the same.
+        return [self._logged(user, -1 if last is None else last) for user in users]
 
-        The item is empty where the event was removed.
-        """
-        rows = self._rows(
-            "SELECT user, item, timestamp FROM keys WHERE user = ? AND key = ?", user, key
-        )
-        return Event(*rows[0]) if rows else None
+    def events_of_keys(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Event]:
+        """Return the events that came with keys of users; keys that are new are left out."""
+        query = "SELECT user, item, timestamp FROM keys WHERE user = ? AND key = ?"
+        found = {key: self._rows(query, *key) for key in keys}
+        return {key: Event(*rows[0]) for key, rows in found.items() if rows}
 
     def count(self, event: Event) -> int:
         """Return how often the log has an event."""
@@ -163,28 +125,6 @@ class EventLog:
             "SELECT count(*) FROM events WHERE user = ? AND item = ? AND timestamp = ?", *event
         )
         return found
-
-    def hidden(self, user: str) -> set[tuple[str, int]]:
-        """Return items and times of a user's events in the prepared store that were removed."""
-        return set(self._rows("SELECT item, timestamp FROM hidden WHERE user = ?", user))
-
-    def events(self, user: str, last: int = -1) -> list[Event]:
-        """Return a user's events, oldest first; all of them, or the last ones."""
-        rows = self._rows(
-            "SELECT user, item, timestamp FROM events WHERE user = ? ORDER BY number DESC LIMIT ?",
-            user,
-            last,
-        )
-        return [Event(*row) for row in reversed(rows)]
-
-    def version(self, user: str) -> bytes:
-        """Return the version of the user's events; empty where there never were any."""
-        rows = self._rows("SELECT version FROM users WHERE user = ?", user)
-        return rows[0][0] if rows else b""
-
-    def restarted(self, user: str) -> bool:
-        """Return whether the user was ever forgotten."""
-        return bool(self._rows("SELECT 1 FROM users WHERE user = ? AND restarted", user))
 
     def users_from(self, user: str, limit: int) -> list[str]:
         """Return the names of at most ``limit`` users with events, in order, from a text on."""
@@ -244,12 +184,30 @@ class EventLog:
         with suppress(sqlite3.Error):
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
+    def _logged(self, user: str, last: int) -> Logged:
+        known = self._rows("SELECT version, restarted FROM users WHERE user = ?", user)
+        if not known:
+            return Logged(b"", False, frozenset(), ())
+        ((version, restarted),) = known
+        hidden = self._rows("SELECT item, timestamp FROM hidden WHERE user = ?", user)
+        rows = self._rows(
+            "SELECT user, item, timestamp FROM events WHERE user = ? ORDER BY number DESC LIMIT ?",
+            user,
+            last,
+        )
+        events = [Event(*row) for row in reversed(rows)]
+        return Logged(version, bool(restarted), frozenset(hidden), events)
+
     @contextmanager
     def _written(self) -> Iterator[None]:
         """Write all of it or nothing, and remember whether it could be written."""
         self.written_at, self.fails = time.monotonic(), True
-        with self._explained(), self._transaction():
-            yield
+        try:
+            with self._explained(), self._transaction():
+                yield
+        except Conflict:
+            self.fails = False
+            raise
         self.fails = False
 
     def _rows(self, query: str, *values: str | int) -> list[tuple]:
@@ -272,5 +230,7 @@ class EventLog:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.IntegrityError as error:
+            raise Conflict(f"the event log {self.path}: {error}") from error
         except (sqlite3.Error, OSError) as error:
             raise LogError(f"the event log {self.path}: {error}") from error

@@ -1,0 +1,386 @@
+"""Every log of events does the same, in a file and in PostgreSQL; several writers lose nothing."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from log_cases import PostgresServer, postgres_server
+
+from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.serving.events import open_log
+from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, Keyed, LogError, Logged
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    with postgres_server() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The name of an empty log."""
+    if request.param == "sqlite":
+        return str(tmp_path / "events.sqlite")
+    return request.getfixturevalue("server").database()
+
+
+@pytest.fixture
+def log(place: str) -> Iterator[EventLog]:
+    opened = open_log.open_log(place)
+    yield opened
+    opened.close()
+
+
+def known(log: EventLog, user: str = "ann", last: int | None = None) -> Logged:
+    (found,) = log.read([user], last)
+    return found
+
+
+def numbered(count: int, user: str = "ann") -> list[Event]:
+    return [Event(user, str(number), number) for number in range(count)]
+
+
+def test_events_are_found_again_in_order(place: str) -> None:
+    log = open_log.open_log(place)
+    # Of equal times and items, too: the order is that of the writes.
+    written = [Event("ann", item, 7) for item in ("b", "a", "b", "c")]
+    log.add(written[:3])
+    log.add([*numbered(2, "bob"), written[3]])
+    log.close()
+    log = open_log.open_log(place)
+    assert known(log).events == written
+    assert known(log, last=2).events == written[2:]
+    assert list(known(log, last=0).events) == []
+    some = log.read(["bob", "nobody", "ann"])
+    assert [len(each.events) for each in some] == [2, 0, 4]
+    assert some[1] == Logged(b"", False, frozenset(), some[1].events)
+    assert log.count(Event("ann", "b", 7)) == 2
+    log.close()
+
+
+def test_a_version_changes_with_every_write(log: EventLog) -> None:
+    upcoming, versions = log.upcoming, {b""}
+    log.add(numbered(1))
+    assert known(log).version == upcoming
+    versions.add(upcoming)
+    for write in (
+        lambda: log.add(numbered(1)),
+        lambda: log.remove(Event("ann", "0", 0), hide=False),
+        lambda: log.forget("ann"),
+    ):
+        write()
+        assert known(log).version not in versions
+        versions.add(known(log).version)
+    before = known(log)
+    log.add(numbered(3, "bob"))
+    log.probe()
+    assert known(log) == before
+
+
+def test_who_judged_by_another_version_writes_nothing(log: EventLog) -> None:
+    log.add(numbered(2))
+    old = known(log).version
+    log.add([Event("ann", "x", 9)], versions={"ann": old})
+    for versions in ({"ann": old, "bob": b""}, {"ann": b"", "bob": b""}):
+        with pytest.raises(Conflict):
+            log.add([*numbered(1, "bob"), Event("ann", "y", 9)], versions=versions)
+    assert not log.fails
+    assert [event.item for event in known(log).events] == ["0", "1", "x"]
+    assert known(log, "bob") == Logged(b"", False, frozenset(), known(log, "bob").events)
+    log.add(numbered(1, "bob"), versions={"bob": b""})
+    assert len(known(log, "bob").events) == 1
+
+
+def test_keys_are_known_until_their_user_is_forgotten(log: EventLog) -> None:
+    first, other = Keyed("ann", "k", "1", 1), Keyed("bob", "k", "2", 2)
+    log.add([Event("ann", "1", 1), Event("bob", "2", 2)], [first, other])
+    asked = [("ann", "k"), ("bob", "k"), ("ann", "new")]
+    assert log.events_of_keys([]) == {}
+    assert log.events_of_keys(asked) == {
+        ("ann", "k"): Event("ann", "1", 1),
+        ("bob", "k"): Event("bob", "2", 2),
+    }
+    with pytest.raises(Conflict):
+        log.add([Event("ann", "1", 1)], [first])
+    assert len(known(log).events) == 1
+    log.remove(Event("ann", "1", 1), hide=False)
+    assert log.events_of_keys(asked[:1]) == {("ann", "k"): Event("ann", "", 0)}
+    log.forget("bob")
+    assert ("bob", "k") not in log.events_of_keys(asked)
+
+
+def test_events_and_users_are_removed(log: EventLog) -> None:
+    log.add([Event("ann", "1", 1), Event("ann", "1", 1), Event("ann", "2", 1)])
+    log.add(numbered(3, "bob"))
+    assert log.remove(Event("ann", "1", 1), hide=True) == 2
+    assert log.remove(Event("ann", "1", 1), hide=True) == 0
+    assert known(log).events == [Event("ann", "2", 1)]
+    assert known(log).hidden == {("1", 1)}
+    assert not known(log).restarted
+    log.forget("ann")
+    assert known(log)[1:3] == (True, frozenset())
+    assert list(known(log).events) == []
+    log.add([Event("ann", "3", 3)])
+    assert known(log).restarted
+    assert len(known(log, "bob").events) == 3
+
+
+def test_names_come_in_the_order_of_their_bytes(log: EventLog) -> None:
+    names = ["", "B", "Z", "a", "a b", "a%", "b", "\u00e4", "\u4e00", "\U0001f600"]
+    for name in reversed(names):
+        log.add([Event(name, "1", 1), Event(name, "2", 2)])
+    log.forget("b")
+    names.remove("b")
+    assert log.users_from("", 99) == names
+    assert log.users_from("a", 3) == ["a", "a b", "a%"]
+    assert log.users_from("a ", 1) == ["a b"]
+    assert log.users_from("\U0001ffff", 9) == []
+
+
+def test_text_is_kept_as_it_came(log: EventLog) -> None:
+    item = "it''em\n\t\\ \"%s\" {} ; DROP TABLE \U0001f600"
+    log.add([Event(item, item, 2**53 - 1)], [Keyed(item, item, item, 2**53 - 1)])
+    assert known(log, item).events == [Event(item, item, 2**53 - 1)]
+    assert log.events_of_keys([(item, item)]) == {(item, item): Event(item, item, 2**53 - 1)}
+
+
+def test_many_writers_lose_nothing_and_keep_their_order(server: PostgresServer) -> None:
+    """Each adds to the same users what it has judged by their versions, as workers do."""
+    url, writers, each = server.database(), 4, 25
+    users = ["ann", "bob", "eve"]
+    conflicts = [0] * writers
+
+    def write(writer: int) -> None:
+        log = open_log.open_log(url)
+        for number in range(each):
+            while True:
+                some = dict(zip(users, log.read(users, 1)))
+                events = [
+                    Event(user, f"{writer} {number}", len(seen.events) and seen.events[-1][2] + 1)
+                    for user, seen in some.items()
+                ]
+                # In any order of the users: nobody waits for who waits for him.
+                events = events[writer % 3 :] + events[: writer % 3]
+                try:
+                    log.add(events, versions={u: seen.version for u, seen in some.items()})
+                    break
+                except Conflict:
+                    conflicts[writer] += 1
+        log.close()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(conflicts)
+    log = open_log.open_log(url)
+    for found in log.read(users):
+        assert [event.timestamp for event in found.events] == list(range(writers * each))
+        assert len({event.item for event in found.events}) == writers * each
+    log.close()
+
+
+def test_a_server_that_goes_away_is_found_again(server: PostgresServer) -> None:
+    log = open_log.open_log(server.database())
+    log.add(numbered(3))
+    server.stop()
+    for _ in range(2):
+        with pytest.raises(LogError, match=r"the event log: connection.*failed"):
+            log.read(["ann"])
+        with pytest.raises(LogError):
+            log.add(numbered(1))
+        assert log.fails
+    server.start()
+    _wait_for(log)
+    assert len(known(log).events) == 3
+    # A restart between two calls is not even noticed by who reads.
+    server.stop("fast")
+    server.start()
+    assert len(known(log).events) == 3
+    log.add(numbered(1), versions={"ann": known(log).version})
+    assert not log.fails
+    log.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_given_up(server: PostgresServer) -> None:
+    log = open_log.open_log(server.database())
+    log.add(numbered(3))
+    server.pause(signal.SIGSTOP)
+    try:
+        for _ in range(2):
+            with pytest.raises(LogError, match="timeout"):
+                log.read(["ann"])
+        with pytest.raises(LogError, match="timeout"):
+            log.add(numbered(1))
+    finally:
+        server.pause(signal.SIGCONT)
+    _wait_for(log)
+    assert len(known(log).events) == 3
+    log.close()
+
+
+def _wait_for(log: EventLog) -> None:
+    """Until a call finds the server."""
+    from threading import Event as Sign
+
+    for _ in range(100):
+        try:
+            log.read(["ann"])
+            return
+        except LogError:
+            Sign().wait(0.1)
+    raise AssertionError("the log did not come back")
+
+
+@pytest.mark.parametrize(("happens", "counts"), [("committed", True), ("rolled back", False)])
+def test_a_connection_that_breaks_while_it_commits(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch, happens: str, counts: bool
+) -> None:
+    """The server says afterwards what became of the transaction: it counts once, or is refused."""
+    import psycopg
+
+    log = open_log.open_log(server.database())
+    execute = psycopg.Connection.execute
+
+    def breaking(connection: psycopg.Connection, query: str, *values: object) -> object:
+        if query != "COMMIT":
+            return execute(connection, query, *values)
+        if counts:
+            execute(connection, query)
+        connection.close()
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(psycopg.Connection, "execute", breaking)
+        if counts:
+            log.add(numbered(2))
+        else:
+            with pytest.raises(LogError, match="closed the connection"):
+                log.add(numbered(2))
+    assert len(known(log).events) == (2 if counts else 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(psycopg.Connection, "execute", breaking)
+        broken.setattr(type(log), "_state_of", lambda *_: None)
+        with pytest.raises(LogError, match="same id or Idempotency-Key"):
+            log.add(numbered(2, "bob"))
+    log.close()
+
+
+def test_a_database_that_cannot_be_written_to(server: PostgresServer) -> None:
+    url = server.database()
+    name = url.partition("?")[0].rpartition("/")[2]
+    log = open_log.open_log(url)
+    log.add(numbered(3))
+    server.run_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on", "postgres")
+    log.close()
+    log = open_log.open_log(url)
+    assert len(known(log).events) == 3
+    for write in (lambda: log.add(numbered(1)), log.probe, lambda: log.forget("ann")):
+        with pytest.raises(LogError, match="in a read-only transaction"):
+            write()
+        assert log.fails
+    server.run_sql(f"ALTER DATABASE {name} RESET default_transaction_read_only", "postgres")
+    log.close()
+    log = open_log.open_log(url)
+    log.probe()
+    assert log.num_bytes() > 0
+    log.close()
+
+
+def test_what_is_accepted_is_on_disk(server: PostgresServer) -> None:
+    """Whatever the database is set to; what is stronger than needed stays."""
+    url = server.database()
+    for chosen, used in (("off", "on"), ("local", "on"), ("remote_apply", "remote_apply")):
+        name = url.partition("?")[0].rpartition("/")[2]
+        server.run_sql(f"ALTER DATABASE {name} SET synchronous_commit = {chosen}", "postgres")
+        log = open_log.open_log(url)
+        assert log._fetch("SHOW synchronous_commit", ()) == [(used,)]
+        log.close()
+
+
+def test_a_migration_that_was_cut_short_goes_on(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hstu_xd.serving.events import postgres_log
+
+    url, (first, *_) = server.database(), postgres_log.MIGRATIONS
+    with monkeypatch.context() as broken:
+        broken.setattr(postgres_log, "MIGRATIONS", (f"{first} SELECT 1 / 0;",))
+        with pytest.raises(HstuXdError, match="division by zero"):
+            open_log.open_log(url)
+    # Several that start at once: one of them migrates.
+    failed: list[Exception] = []
+
+    def start() -> None:
+        try:
+            open_log.open_log(url).close()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    log = open_log.open_log(url)
+    log.add(numbered(1))
+    log.close()
+    with monkeypatch.context() as later:
+        later.setattr(postgres_log, "MIGRATIONS", (first, "CREATE TABLE hstu_xd.later (x int);"))
+        log = open_log.open_log(url)
+        assert len(known(log).events) == 1
+        log.close()
+    with pytest.raises(InputError, match="of a later hstu-xd"):
+        open_log.open_log(url)
+
+
+def test_what_postgres_cannot_keep_is_said(server: PostgresServer) -> None:
+    log = open_log.open_log(server.database())
+    for ask in (lambda: log.read(["a\0b"]), lambda: log.add([Event("ann", "a\0b", 1)])):
+        with pytest.raises(InputError, match="PostgreSQL cannot keep it"):
+            ask()
+    assert not log.fails
+    log.add(numbered(1))
+    log.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://ann:s3/cret@host/db",
+        "postgresql://ann:s3c@ret@host/db",
+        "postgresql://ann:s3cret@host:port/db",
+        "postgresql://host/db?passwd=s3cret",
+        "postgresql://ann:s3cret@[host/db",
+        "mysql://ann:s3cret@host/db",
+    ],
+)
+def test_a_bad_url_is_told_without_its_password(url: str) -> None:
+    pytest.importorskip("psycopg", reason="no psycopg here: logs in PostgreSQL are NOT covered")
+    with pytest.raises(InputError, match="postgresql://") as told:
+        open_log.open_log(url)
+    assert "s3" not in str(told.value)
+    assert told.value.__cause__ is None
+    assert open_log.shown_log("postgresql://ann:s3cret@host/db") == "PostgreSQL"
+
+
+def test_a_server_that_is_not_there_is_told_without_the_password(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg", reason="no psycopg here: logs in PostgreSQL are NOT covered")
+    with pytest.raises(LogError, match="connection") as told:
+        open_log.open_log(f"postgresql://ann:s3cret@/db?host={tmp_path}")
+    assert "s3cret" not in str(told.value)
+    assert not isinstance(told.value, InputError)
+
+
+def test_psycopg_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "hstu_xd.serving.events.postgres_log", None)
+    with pytest.raises(HstuXdError, match=r"psycopg is not installed; pip install"):
+        open_log.open_log("postgresql://host/db")
