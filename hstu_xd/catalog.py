@@ -130,6 +130,37 @@ class DomainCatalog(nn.Module):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"unknown domain {name!r}; known: {', '.join(self.domain_names)}{hint}")
 
+    def ids_in(self, other: "DomainCatalog") -> Tensor:
+        """Find these items in another catalogue, by their ids in the log.
+
+        Args:
+            other: a catalogue of an earlier or a later log.
+
+        Returns:
+            (num_items + 1,) int64: the id in ``other`` of each id here; 0 where it has none.
+
+        Raises:
+            InputError: an item that is in another domain there.
+        """
+        ours, theirs = self.item_domains.cpu(), other.item_domains.cpu()
+        known = {other.token(item): item for item in theirs.ge(0).nonzero().squeeze(1).tolist()}
+        ids = torch.zeros_like(ours)
+        present = ours.ge(0).nonzero().squeeze(1)
+        ids[present] = torch.tensor([known.get(self.token(item), 0) for item in present.tolist()])
+        # By name, and -1 for a name that the other catalogue lacks: its items are not there.
+        numbers = {name: number for number, name in enumerate(other.domain_names)}
+        renamed = torch.tensor([*(numbers.get(name, -1) for name in self.domain_names), -1])
+        moved = (ids > 0) & (renamed[ours] != theirs[ids])
+        if bool(moved.any()):
+            item = int(moved.nonzero()[0])
+            here = self.domain_names[int(self.item_domains[item])]
+            there = other.domain_names[int(other.item_domains[ids[item]])]
+            raise InputError(
+                f"item {self.token(item)!r} is of domain {here!r} in one catalogue and of "
+                f"{there!r} in the other; prepare both logs with the same domains"
+            )
+        return ids
+
     def save(self, path: Path) -> None:
         """Write the catalogue as Parquet: row ``r`` is item ``r + 1`` with its token and domain.
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "train": ("runs", "Models"),
     "rank": ("ranking", "Models"),
     "evaluate": ("runs", "Models"),
-    "recommend": ("runs", "Models"),
+    "recommend": ("recommend", "Models"),
     "settings": ("runs", "Models"),
     "ablate": ("experiments", "Experiments"),
     "tune": ("experiments", "Experiments"),

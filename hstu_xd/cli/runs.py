@@ -1,4 +1,4 @@
-"""Commands of one run: train, evaluate, recommend and export; and the settings of one."""
+"""Commands of one run: train, evaluate and export; and the settings of one."""
 
 import json
 import re
@@ -194,55 +194,6 @@ def evaluate(
             typer.echo(note)
     for sentence in protocol.sentences():
         typer.echo(sentence)
-
-
-def recommend(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    user: Annotated[str, typer.Option("--user", help="User id as in the log.")],
-    domain: Annotated[str, typer.Option("--domain", help="Domain to recommend from.")],
-    k: Annotated[int, typer.Option("--k", min=1, help="Number of items to recommend.")] = 10,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
-    ] = None,
-    at: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Time of the request, in seconds as the store's. [default: the last event's]",
-        ),
-    ] = None,
-    exclude_seen: ExcludeSeen = None,
-    verify: Verify = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    allow_imports: AllowImports = False,
-) -> None:
-    """Recommend items of a domain to a user."""
-    from hstu_xd.evaluation.ranks import recommend_items
-    from hstu_xd.training.run import load_trained
-    from hstu_xd.training.run_facts import open_data, read_run
-
-    store = open_data(run, data, verify=verify)
-    user_index = store.user_index(user)
-    trained = load_trained(run, allow_imports=allow_imports)
-    model = trained.ranker
-    domain_id = model.catalog.domain_index(domain)
-    window = read_run(run)["max_sequence_length"]
-    found = recommend_items(
-        model,
-        *store.history(user_index),
-        domain_id,
-        k,
-        window=window,
-        protocol=trained.protocol.but(exclude_seen=exclude_seen),
-        scorer=trained.scorer,
-        at=at,
-    )
-    rows = [{"item": model.catalog.token(item), "score": score} for item, score in found]
-    if as_json:
-        typer.echo(json.dumps({"user": user, "domain": domain, "items": rows}))
-        return
-    for rank, row in enumerate(rows, start=1):
-        typer.echo(f"{rank:4d}  {row['item']:32s} {row['score']:.4f}")
 
 
 def export(

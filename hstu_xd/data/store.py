@@ -3,7 +3,7 @@
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
@@ -193,6 +193,19 @@ class InteractionStore:
     def users_from(self, token: str, limit: int) -> list[str]:
         """Return ids of at most ``limit`` users, in order, from the first not below a text."""
         return self._users.slice(self._place(token), limit).to_list()
+
+    def users_at(self, tokens: Sequence[str]) -> NDArray[np.int64]:
+        """Return the number of each user with one of these ids; -1 where there is none."""
+        import polars as pl
+
+        wanted = pl.DataFrame({"user": pl.Series(tokens, dtype=pl.String)})
+        known = pl.DataFrame({"user": self._users}).with_row_index("number")
+        found = wanted.join(known, on="user", how="left", maintain_order="left")["number"]
+        return found.cast(pl.Int64).fill_null(-1).to_numpy()
+
+    def user_tokens(self, indices: NDArray[np.int64]) -> "pl.Series":
+        """Return the ids in the log of the users with these numbers."""
+        return self._users.gather(indices)
 
     def user_token(self, index: int) -> str:
         """Id in the log of the user with this number.

@@ -1,0 +1,230 @@
+"""Files of recommendations for many users: written in parts, so that a killed run goes on.
+
+The parts lie in a hidden folder beside the output, with what was asked for. The output itself
+appears whole, when the last part is there.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from pyarrow import parquet
+
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import HstuXdError, InputError, Interrupted
+from hstu_xd.files import only_writer
+from hstu_xd.serving.bulk import BestItems, BulkRecommender, HistoryReader
+from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
+
+FORMATS = ("parquet", "csv", "jsonl")
+# Rows of a part, and so of a row group: some 30 MB in memory.
+PART_ROWS = 400_000
+_PLAN = "plan.json"
+
+
+def format_of(out: Path, asked: str | None) -> str:
+    """Tell the format of an output: what was asked for, else what its suffix says.
+
+    Raises:
+        InputError: neither names a format.
+    """
+    named = asked or out.suffix.removeprefix(".")
+    if named not in FORMATS:
+        raise InputError(
+            f"{f'--format {asked}' if asked else out}: the format is one of {', '.join(FORMATS)}; "
+            "name one by --format or by the suffix of --out"
+        )
+    return named
+
+
+def check_output_file(out: Path, *, force: bool) -> None:
+    """Refuse an output that cannot be written, before anything is computed.
+
+    Raises:
+        InputError: it exists and ``force`` is off, is a folder, or its folder takes no files.
+    """
+    if out.is_dir():
+        raise InputError(f"{out}: is a folder; give the name of a file as --out")
+    if out.exists() and not force:
+        raise InputError(f"{out}: exists; add --force to replace it, or choose another --out")
+    trial = _partial(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); choose another --out"
+        ) from error
+
+
+@dataclass(frozen=True)
+class BulkRequest:
+    """Who is to get recommendations, and where they go.
+
+    Attributes:
+        users: (U,) user indices of the reader's store, in the order of the output.
+        domains: names of the domains, in the order of the output.
+        k: items of each domain.
+        out: the file to write.
+        file_format: one of :data:`FORMATS`.
+        facts: all that decides about the numbers; parts made from other facts are not used.
+    """
+
+    users: np.ndarray
+    domains: Sequence[str]
+    k: int
+    out: Path
+    file_format: str
+    facts: Mapping[str, Any]
+
+    @property
+    def users_per_part(self) -> int:
+        """How many users share a part."""
+        return max(1, PART_ROWS // (len(self.domains) * self.k))
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts lie until all are there."""
+        return self.out.with_name(f".{self.out.name}.parts")
+
+    def parts(self) -> Iterator[tuple[Path, np.ndarray]]:
+        """Yield the file of every part and its users."""
+        size = self.users_per_part
+        for number, start in enumerate(range(0, len(self.users), size)):
+            yield self.folder / f"{number:06d}.parquet", self.users[start : start + size]
+
+
+def write_recommendations(
+    request: BulkRequest,
+    recommender: BulkRecommender,
+    reader: HistoryReader,
+    catalog: DomainCatalog,
+    *,
+    announce: Callable[[str], object] = lambda line: None,
+) -> int:
+    """Write the best items of every domain for every user.
+
+    Args:
+        request: who and where.
+        recommender: ranks the items of the request's domains.
+        reader: of the users' histories.
+        catalog: of the model.
+        announce: called with a line after every part.
+
+    Returns:
+        How many rows were written: user, domain, rank from 1, item and score.
+
+    Raises:
+        InputError: another process writes the same file.
+        HstuXdError: the disk is full, or the model gives no numbers.
+        Interrupted: Ctrl-C or a signal asked to stop; the parts stay.
+    """
+    with only_writer(request.out.with_name(f".{request.out.name}.lock"), f"writes {request.out}"):
+        try:
+            _begin(request, announce)
+            _write_parts(request, recommender, reader, catalog, announce)
+            rows = _join(request)
+        except OSError as error:
+            raise HstuXdError(
+                f"{request.out}: cannot be written ({error.strerror or error}); make room, and "
+                "the same command goes on where it stopped"
+            ) from error
+    shutil.rmtree(request.folder)
+    return rows
+
+
+def _begin(request: BulkRequest, announce: Callable[[str], object]) -> None:
+    """Make the folder of the parts; one that was made for something else is emptied."""
+    plan = json.dumps(
+        {**request.facts, "domains": list(request.domains), "k": request.k}, sort_keys=True
+    )
+    file = request.folder / _PLAN
+    if request.folder.exists() and not (file.is_file() and file.read_text() == plan):
+        announce(f"{request.folder} holds parts of another request; begins anew")
+        shutil.rmtree(request.folder)
+    request.folder.mkdir(exist_ok=True)
+    file.write_text(plan)
+
+
+def _write_parts(
+    request: BulkRequest,
+    recommender: BulkRecommender,
+    reader: HistoryReader,
+    catalog: DomainCatalog,
+    announce: Callable[[str], object],
+) -> None:
+    """Compute the parts that are missing."""
+    missing = [(file, users) for file, users in request.parts() if not file.is_file()]
+    total, left = len(request.users), sum(len(users) for _, users in missing)
+    if left < total:
+        announce(f"goes on: {total - left:,} of {total:,} users are done")
+    tokens = pa.array([catalog.token(item) for item in range(1, catalog.num_items + 1)])
+    began, todo, stop = time.perf_counter(), left, StopRequest()
+    with stop_requests(stop):
+        for file, users in missing:
+            best = recommender.best(reader.read(users))
+            table = _table(best, reader.store.user_tokens(users), request.domains, tokens)
+            parquet.write_table(table, file.with_suffix(".partial"), compression="zstd")
+            file.with_suffix(".partial").replace(file)
+            left -= len(users)
+            rate = (todo - left) / max(1e-9, time.perf_counter() - began)
+            announce(
+                f"{total - left:,} of {total:,} users, {rate:,.0f} users/s, "
+                f"{left / rate:,.0f} s left"
+            )
+            if stop.signal and left:
+                raise Interrupted(
+                    f"stopped by {signal_name(stop.signal)}, {total - left:,} of {total:,} users "
+                    "are done; the same command goes on",
+                    stop.signal,
+                )
+
+
+def _table(best: BestItems, users: pl.Series, domains: Sequence[str], tokens: pa.Array) -> pa.Table:
+    """Lay out what was found, a row an item."""
+    found = best.items > 0
+    user, domain, rank = (x.numpy() for x in found.nonzero(as_tuple=True))
+    return pa.table(
+        {
+            "user": users.to_arrow().cast(pa.string()).take(pa.array(user)),
+            "domain": pa.array(list(domains)).take(pa.array(domain)),
+            "rank": pa.array(rank.astype(np.int32) + 1),
+            "item": tokens.take(pa.array(best.items[found].numpy() - 1)),
+            "score": pa.array(best.scores[found].numpy()),
+        }
+    )
+
+
+def _join(request: BulkRequest) -> int:
+    """Write the parts into one file, which then takes the place of the output."""
+    partial, rows = _partial(request.out), 0
+    with partial.open("wb") as stream:
+        writer = None
+        for number, (file, _) in enumerate(request.parts()):
+            table = parquet.read_table(file)
+            rows += table.num_rows
+            if request.file_format == "parquet":
+                writer = writer or parquet.ParquetWriter(stream, table.schema, compression="zstd")
+                writer.write_table(table)
+                continue
+            frame = pl.DataFrame(table)
+            if request.file_format == "csv":
+                frame.write_csv(stream, include_header=number == 0)
+            else:
+                frame.write_ndjson(stream)
+        if writer is not None:
+            writer.close()
+    partial.replace(request.out)
+    return rows
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")

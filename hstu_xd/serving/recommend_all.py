@@ -1,0 +1,230 @@
+"""Recommendations for everybody: from a run and a log to one file, see :func:`recommend_to_all`."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
+from hstu_xd.files import check_readable, sha256_of
+from hstu_xd.serving.bulk import BulkRecommender, HistoryReader
+from hstu_xd.serving.bulk_files import (
+    BulkRequest,
+    check_output_file,
+    format_of,
+    write_recommendations,
+)
+from hstu_xd.training.checkpoint import MODEL_FILE
+from hstu_xd.training.run import CONFIG_FILE, load_trained
+from hstu_xd.training.run_facts import open_data, read_run
+from hstu_xd.version import __version__
+
+# Why a user gets nothing.
+NOT_IN_LOG = "is not in the log"
+NO_KNOWN_ITEM = "has no event of an item that the model knows"
+
+
+@dataclass(frozen=True)
+class BulkSummary:
+    """What was written.
+
+    Attributes:
+        out: the file.
+        rows: its rows.
+        users: users in it.
+        domains: names of the domains.
+        unserved: users without recommendations, with the reason.
+        unserved_file: where they are listed; None where there are none.
+    """
+
+    out: Path
+    rows: int
+    users: int
+    domains: Sequence[str]
+    unserved: dict[str, str]
+    unserved_file: Path | None
+
+
+def recommend_to_all(
+    run: Path,
+    out: Path,
+    *,
+    store: InteractionStore,
+    k: int,
+    users: Path | None = None,
+    domains: Sequence[str] | None = None,
+    at: int | None = None,
+    exclude_seen: bool | None = None,
+    file_format: str | None = None,
+    force: bool = False,
+    allow_imports: bool = False,
+    announce: Callable[[str], object] = lambda line: None,
+) -> BulkSummary:
+    """Write the best items of domains for many users: user, domain, rank, item, score.
+
+    Args:
+        run: a trained run.
+        out: the file to write.
+        store: whose histories are read, of :func:`open_log`.
+        k: items of each domain.
+        users: file of user ids; None: all users of the log.
+        domains: names; None: all domains that the run knows.
+        at: time of all requests; None: that of each user's last event.
+        exclude_seen: whether items of a history are no candidates; None: as the run was evaluated.
+        file_format: "parquet", "csv" or "jsonl"; None: by the suffix of ``out``.
+        force: replace an existing file.
+        allow_imports: import the modules that the run names beside this package.
+        announce: called with a line now and then.
+
+    Raises:
+        InputError: unknown domains, no known user, an output that cannot be written, a time before
+            an event, or a log that contradicts the run's catalogue.
+    """
+    named, wanted = format_of(out, file_format), None if users is None else read_users(users)
+    check_output_file(out, force=force)
+    facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
+    catalog = trained.ranker.catalog
+    names = list(dict.fromkeys(domains)) if domains else list(catalog.domain_names)
+    protocol = trained.protocol.but(exclude_seen=exclude_seen)
+    recommender = BulkRecommender(
+        trained,
+        [catalog.domain_index(name) for name in names],
+        k,
+        window=facts["max_sequence_length"],
+        protocol=protocol,
+        at=at,
+    )
+    reader = HistoryReader(store, catalog)
+    served, unserved = find_users(reader, wanted)
+    if at is not None:
+        refuse_earlier(reader, at, served)
+    request = BulkRequest(
+        served,
+        names,
+        recommender.k,
+        out,
+        named,
+        {
+            "version": __version__,
+            "run": [sha256_of(run / name) for name in (MODEL_FILE, CONFIG_FILE)],
+            "data": store.manifest["hashes"],
+            "users": hashlib.sha256(served.tobytes()).hexdigest(),
+            "protocol": protocol.as_json(),
+            "at": at,
+        },
+    )
+    listed = _list_unserved(out, unserved)
+    if reader.unknown_items:
+        announce(
+            f"{reader.unknown_items:,} of {store.num_items:,} items of {store.path} are unknown "
+            "to the model; their events are left out"
+        )
+    announce(f"{len(served):,} users x {len(names)} domains, {recommender.k} items each")
+    rows = write_recommendations(request, recommender, reader, catalog, announce=announce)
+    return BulkSummary(out, rows, len(served), names, unserved, listed)
+
+
+def open_log(
+    run: Path, *, data: Path | None, log: Path | None, verify: bool = False
+) -> InteractionStore:
+    """Open the store whose histories are read: the run's own, or another log.
+
+    Args:
+        run: the run folder.
+        data: the run's own store, where it has moved.
+        log: another store, whose items are told by their ids.
+        verify: compare the hash of every file with the manifest.
+
+    Raises:
+        InputError: both are given, or there is no store.
+    """
+    if log is None:
+        return open_data(run, data, verify=verify)
+    if data is not None:
+        raise InputError("--data and --log both name a store; --log alone reads newer histories")
+    return InteractionStore.open(log, verify=verify)
+
+
+def read_users(file: Path) -> list[str]:
+    """Read ids of users, each once: a line each, or the column ``user`` of a Parquet file.
+
+    Raises:
+        InputError: no such file, no such column, or no id.
+    """
+    check_readable(file)
+    try:
+        if file.suffix == ".parquet":
+            ids = pl.read_parquet(file, columns=["user"])["user"].cast(pl.String).drop_nulls()
+            users = ids.to_list()
+        else:
+            users = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"--users {file}: cannot be read ({reason}); give a text file with an id on every "
+            "line, or a Parquet file with a column user"
+        ) from error
+    found = list(dict.fromkeys(filter(None, users)))
+    if not found:
+        raise InputError(f"--users {file}: holds no id; put one on every line")
+    return found
+
+
+def find_users(
+    reader: HistoryReader, wanted: Sequence[str] | None
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Find those who can be served, in the order of the list or of the log.
+
+    Args:
+        reader: of the log.
+        wanted: ids; None: all users.
+
+    Returns:
+        Their user indices, and the others with the reason.
+
+    Raises:
+        InputError: nobody can be served.
+    """
+    store, unserved = reader.store, {}
+    users = np.arange(store.num_users)
+    if wanted is not None:
+        users = store.users_at(wanted)
+        unserved = {wanted[i]: NOT_IN_LOG for i in np.flatnonzero(users < 0).tolist()}
+        users = users[users >= 0]
+    known = reader.has_known_items(users)
+    unserved |= dict.fromkeys(store.user_tokens(users[~known]).to_list(), NO_KNOWN_ITEM)
+    if not known.any():
+        user, reason = next(iter(unserved.items()))
+        raise InputError(
+            f"none of {len(unserved):,} users can be served: {user!r} {reason}, {store.path}"
+        )
+    return users[known], unserved
+
+
+def refuse_earlier(reader: HistoryReader, at: int, users: np.ndarray) -> None:
+    """Refuse a time of the request that lies before events of users.
+
+    Raises:
+        InputError: the message names the first of them.
+    """
+    later = reader.users_after(at, users)
+    if later.size:
+        token = reader.store.user_token(int(later[0]))
+        raise InputError(
+            f"--at {at} is before the last event of {later.size:,} users, {token!r} the first; ask "
+            "for a later time, or leave it out"
+        )
+
+
+def _list_unserved(out: Path, unserved: dict[str, str]) -> Path | None:
+    """Write who gets nothing beside the output; a list of an earlier call is removed."""
+    file = out.with_name(f"{out.stem}.unserved.csv")
+    if not unserved:
+        file.unlink(missing_ok=True)
+        return None
+    pl.DataFrame({"user": list(unserved), "reason": list(unserved.values())}).write_csv(file)
+    return file

@@ -1,0 +1,257 @@
+"""``recommend --all-users``: what each user would get alone, whole or resumed, in every format."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from tiny_models import SWITCHES, draw_histories, encode, tiny_model
+
+from hstu_xd.catalog import DomainCatalog
+from hstu_xd.cli import app
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.synthetic import SynthOptions, synthesize
+from hstu_xd.errors import InputError
+from hstu_xd.serving import bulk_files
+from hstu_xd.serving.bulk import Histories, user_vectors
+
+RECIPE = (
+    "xd_encoder.num_heads = 2",
+    "xd_encoder.dqk = 4",
+    "xd_encoder.dv = 4",
+    "xd_encoder.domain_mask = True",
+    "xd_encoder.tape = True",
+    "xd_encoder.ddsr = True",
+    "xd_train.item_embedding_dim = 8",
+    "xd_train.num_epochs = 1",
+    "xd_train.num_negatives = 20",
+    "xd_train.max_sequence_length = 12",
+)
+Call = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> InteractionStore:
+    path = tmp_path_factory.mktemp("synth") / "store"
+    synthesize(path, SynthOptions(users=120, domains=3, items_per_domain=40, mean_length=14))
+    return InteractionStore.open(path)
+
+
+@pytest.fixture(scope="module")
+def trained(store: InteractionStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    line = ["train", "--data", str(store.path), "--out", str(run)]
+    assert app.run([*line, *(x for each in RECIPE for x in ("--gin_bindings", each))]) == 0
+    return run
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command that ends with an exit code; returns what it printed, errors included."""
+
+    def said(*words: object, code: int = 0) -> str:
+        capsys.readouterr()
+        assert app.run([str(word) for word in words]) == code
+        return "".join(capsys.readouterr())
+
+    return said
+
+
+def alone(call: Call, *words: object) -> list[dict[str, Any]]:
+    return json.loads(call("recommend", *words, "--json"))["items"]
+
+
+@pytest.mark.parametrize("seen", ["--exclude-seen", "--include-seen"])
+def test_everybody_gets_what_each_would_get_alone(
+    store: InteractionStore, trained: Path, tmp_path: Path, call: Call, seen: str
+) -> None:
+    file = tmp_path / "all.parquet"
+    call("recommend", trained, "--all-users", "--k", "25", "--out", file, seen)
+    table = pl.read_parquet(file)
+    assert table.columns == ["user", "domain", "rank", "item", "score"]
+    assert table["user"].n_unique() == store.num_users
+    for index in range(0, store.num_users, 11):
+        user = store.user_token(index)
+        for domain in store.domain_names:
+            own = table.filter((pl.col("user") == user) & (pl.col("domain") == domain))
+            wanted = alone(call, trained, "--user", user, "--domain", domain, "--k", "25", seen)
+            assert own["rank"].to_list() == list(range(1, len(wanted) + 1))
+            scores = [row["score"] for row in wanted]
+            assert own["score"].to_list() == pytest.approx(scores, abs=1e-5)
+            for place, (item, row) in enumerate(zip(own["item"], wanted)):
+                tied = [x["item"] for x in wanted if abs(x["score"] - scores[place]) < 2e-5]
+                assert item in tied or scores[-1] > row["score"] - 2e-5
+
+
+@pytest.mark.parametrize("name", [*SWITCHES, "softmax"])
+def test_one_encoding_answers_as_one_for_each_domain(name: str) -> None:
+    switches = {"tape": True, "normalization": "softmax"} if name == "softmax" else SWITCHES[name]
+    model, histories = tiny_model(**switches), draw_histories([9, 1, 20, 5])
+    windows = Histories(
+        torch.tensor([item for each in histories for item in each.items]),
+        torch.tensor([time for each in histories for time in each.times]),
+        torch.tensor([0, 9, 10, 30, 35]),
+    )
+    with torch.no_grad():
+        found = user_vectors(model, windows, [2, 0, 1], at=10**8)
+        for place, domain in enumerate([2, 0, 1]):
+            asked = [type(h)(h.items, h.times, domain, 10**8) for h in histories]
+            torch.testing.assert_close(found[:, place], encode(model, asked), rtol=0, atol=1e-5)
+
+
+def test_a_stopped_run_goes_on_and_formats_agree(
+    trained: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ("recommend", trained, "--all-users", "--k", "5", "--domains", "films,books")
+    call(*ask, "--out", tmp_path / "whole.parquet")
+    monkeypatch.setattr(bulk_files, "PART_ROWS", 200)
+    written, real = [], bulk_files.parquet.write_table
+
+    def dies(table: Any, file: Path, **options: Any) -> None:
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(file)
+        real(table, file, **options)
+
+    for suffix in ("parquet", "csv", "jsonl"):
+        file = tmp_path / f"parts.{suffix}"
+        written.clear()
+        monkeypatch.setattr(bulk_files.parquet, "write_table", dies)
+        assert "the same command goes on" in call(*ask, "--out", file, code=1)
+        assert not file.exists()
+        monkeypatch.setattr(bulk_files.parquet, "write_table", real)
+        assert "goes on: 60 of 120 users are done" in call(*ask, "--out", file)
+        assert sorted(x.name for x in tmp_path.iterdir() if x.name.startswith(".")) == []
+    whole = pl.read_parquet(tmp_path / "whole.parquet")
+    assert whole["domain"].unique(maintain_order=True).to_list() == ["films", "books"]
+    for table in (
+        pl.read_parquet(tmp_path / "parts.parquet"),
+        pl.read_csv(tmp_path / "parts.csv"),
+        pl.read_ndjson(tmp_path / "parts.jsonl"),
+    ):
+        assert table.drop("score", "rank").equals(whole.drop("score", "rank"))
+        assert table["score"].to_list() == pytest.approx(whole["score"].to_list(), abs=1e-6)
+
+
+def test_parts_of_another_request_are_not_used(trained: Path, tmp_path: Path, call: Call) -> None:
+    parts = tmp_path / ".some.csv.parts"
+    parts.mkdir()
+    (parts / "plan.json").write_text("{}")
+    (parts / "000000.parquet").write_text("of something else")
+    said = call("recommend", trained, "--all-users", "--k", "3", "--out", tmp_path / "some.csv")
+    assert "parts of another request; begins anew" in said
+    assert not parts.exists()
+
+
+def test_users_of_a_file_and_those_who_get_nothing(
+    store: InteractionStore, trained: Path, tmp_path: Path, call: Call
+) -> None:
+    tokens = [store.user_token(i) for i in (7, 3)]
+    (tmp_path / "users.txt").write_text("\n".join([tokens[0], "nobody", tokens[1], tokens[0]]))
+    pl.DataFrame({"user": [*tokens, "nobody"]}).write_parquet(tmp_path / "users.parquet")
+    for name in ("users.txt", "users.parquet"):
+        out = tmp_path / "some.csv"
+        ask = ("recommend", trained, "--all-users", "--users", tmp_path / name, "--k", "2")
+        said = call(*ask, "--out", out, "--force")
+        assert "1 users get nothing: 'nobody' is not in the log" in said
+        assert pl.read_csv(out)["user"].unique(maintain_order=True).to_list() == tokens
+        assert pl.read_csv(tmp_path / "some.unserved.csv")["user"].to_list() == ["nobody"]
+    told = json.loads(call(*ask, "--out", tmp_path / "b.csv", "--json").splitlines()[0])
+    assert told["unserved"] == {"nobody": "is not in the log"}
+
+
+def test_a_newer_log_is_read_by_the_ids_of_its_items(
+    store: InteractionStore, trained: Path, tmp_path: Path, call: Call
+) -> None:
+    """New items shift the numbers of the others, and are left out of the histories."""
+    token = store.user_token(5)
+    rows = []
+    for index in (5, 6):
+        items, times = store.history(index)
+        for item, time in zip(items.tolist(), times.tolist()):
+            domain = store.domain_names[int(store.catalog.item_domains[item])]
+            rows.append((store.user_token(index), store.catalog.token(item), domain, time))
+    rows += [(token, "a new item", "films", rows[-1][3] + 10**8)]
+    rows += [("newcomer", "a new item", "films", 10**9), ("newcomer", "other", "books", 10**9)]
+    (tmp_path / "log.csv").write_text(
+        "user,item,domain,time\n" + "".join(f"{u},{i},{d},{t}\n" for u, i, d, t in rows)
+    )
+    call("prepare", tmp_path / "log.csv", "--out", tmp_path / "newer", "--time-unit", "s")
+    out = tmp_path / "new.csv"
+    said = call(
+        "recommend", trained, "--all-users", "--log", tmp_path / "newer", "--k", "4", "--out", out
+    )
+    assert "are unknown to the model; their events are left out" in said
+    assert "'newcomer' has no event of an item that the model knows" in said
+    own = pl.read_csv(out).filter((pl.col("user") == token) & (pl.col("domain") == "books"))
+    ask = ("--user", token, "--domain", "books", "--k", "4")
+    wanted = alone(call, trained, *ask)
+    assert own["score"].to_list() == pytest.approx([row["score"] for row in wanted], abs=1e-5)
+    assert alone(call, trained, *ask, "--log", tmp_path / "newer") == [
+        {"item": row["item"], "score": pytest.approx(row["score"], abs=1e-5)} for row in wanted
+    ]
+    said = call(
+        "recommend", trained, *ask[2:], "--user", "newcomer", "--log", tmp_path / "newer", code=2
+    )
+    assert "user 'newcomer' has no event of an item that the model knows" in said
+
+
+def test_a_catalogue_that_contradicts_is_refused() -> None:
+    ours = DomainCatalog(torch.tensor([0, 0, 1, -1]), ["books", "films"], ["a", "b", ""])
+    theirs = DomainCatalog(torch.tensor([0, 0, 1, 0]), ["films", "books"], ["b", "a", "c"])
+    assert ours.ids_in(theirs).tolist() == [0, 2, 1, 0]
+    moved = DomainCatalog(torch.tensor([0, 0, 1]), ["films", "books"], ["a", "b"])
+    with pytest.raises(InputError, match=r"item 'a' is of domain 'books' in one .*'films'"):
+        ours.ids_in(moved)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--all-users"], "--out is missing"),
+        (["--user", "u"], "--domain is missing"),
+        (["--all-users", "--out", "OUT.parquet", "--user", "u"], "--user .*without --all-users"),
+        (["--user", "u", "--domain", "books", "--domains", "books"], "--domains .*with --all"),
+        (["--all-users", "--out", "OUT.xls"], "parquet, csv, jsonl"),
+        (["--all-users", "--out", "OUT.csv", "--format", "xls"], "--format xls"),
+        (["--all-users", "--out", "OUT.csv", "--domains", "boks"], "did you mean 'books'"),
+        (
+            ["--all-users", "--out", "OUT.csv", "--at", "5"],
+            "--at 5 is before the last event of 120",
+        ),
+        (["--all-users", "--out", "RUN/run.json/a.csv"], "cannot be written"),
+        (["--all-users", "--out", "RUN", "--format", "csv"], "is a folder"),
+        (["--all-users", "--out", "RUN/run.json", "--format", "csv"], "add --force"),
+        (["--all-users", "--out", "OUT.csv", "--users", "RUN/absent"], "cannot be read"),
+        (["--all-users", "--out", "OUT.csv", "--users", "EMPTY"], "holds no id"),
+        (["--all-users", "--out", "OUT.csv", "--users", "NOBODY"], "none of 1 users can be served"),
+        (["--all-users", "--out", "OUT.csv", "--data", "RUN", "--log", "RUN"], "both name a store"),
+    ],
+)
+def test_bad_input_is_said_before_anything_is_computed(
+    trained: Path, tmp_path: Path, call: Call, words: list[str], message: str
+) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "nobody").write_text("nobody\n")
+    places = {"OUT": tmp_path / "out", "RUN": trained, "EMPTY": tmp_path / "empty"}
+    places["NOBODY"] = tmp_path / "nobody"
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    said = call("recommend", trained, *words, code=2)
+    assert len(said.splitlines()) == 1
+    assert re.search(message, said), said
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_domain_without_items_is_refused(trained: Path, tmp_path: Path) -> None:
+    from hstu_xd.serving.bulk import BulkRecommender
+    from hstu_xd.training.run import load_trained
+
+    best = load_trained(trained)
+    best.ranker.catalog = DomainCatalog(torch.tensor([0, 0, 0]), ["books", "films"])
+    with pytest.raises(InputError, match="domain 'films' has no items to recommend"):
+        BulkRecommender(best, [1], 3, window=4, protocol=best.protocol)
