@@ -210,7 +210,8 @@ def _training() -> dict[str, Any]:
     catalog = DomainCatalog(torch.tensor([0, 0, 1, 0]), ["a", "b"])
     model = CrossDomainHSTU(catalog, settings).to(device)
     ids = torch.tensor([[1, 2, 3], [2, 1, 0]], device=device)
-    vectors = model.encode(ids, ids.clone(), torch.tensor([0, 1], device=device))
+    times = torch.tensor([[1, 2, 3], [1, 2, 0]], device=device)
+    vectors = model.encode(ids, times, torch.tensor([0, 1], device=device))
     vectors.sum().backward()
     gradients = [each.grad for each in model.parameters() if each.grad is not None]
     if not all(bool(x.isfinite().all()) for x in (vectors, *gradients)):
