@@ -268,6 +268,10 @@ _COLUMNS = {
     "seconds": ("seconds", "{:.2f}".format),
     "events/s": ("events_per_second", "{:,}".format),
     "peak MiB": ("peak_bytes", lambda value: f"{value / 2**20:.0f}"),
+    "us a candidate": ("us_per_candidate", _tenth),
+    "bytes an event": ("bytes_per_event", _tenth),
+    "append us": ("append_us", _tenth),
+    "open ms": ("open_ms", _tenth),
     "absent": ("absent", str),
     "failed": ("failed", str),
 }

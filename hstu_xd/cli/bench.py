@@ -324,6 +324,32 @@ def sampler(
     )
 
 
+@bench.command(rich_help_panel=_DATA)
+def search(
+    events: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=100,
+            help="Events of the searched user; repeat for several. "
+            "[default: 10000, 100000, 1000000]",
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Events to find for a candidate.")] = 50,
+    candidates: Annotated[int, typer.Option(min=1, help="Candidates of a request.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed requests of each provider.")] = 20,
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Time hard search in a long history against a scan of it."""
+    from hstu_xd.bench.search import LENGTHS, measure_search
+
+    _show(
+        lambda: measure_search(events or LENGTHS, k=k, candidates=candidates, repeats=repeats),
+        as_json,
+        out,
+    )
+
+
 @bench.command(rich_help_panel=_ROWS)
 def suite(
     device: Annotated[

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hstu_xd.search.runs import Ints, Runs
 
@@ -57,12 +56,10 @@ class AppendedEvents:
     def count_before(self, users: Ints, times: Ints) -> Ints:
         """Return how many appended events each user has strictly before a time: (Q,) int64."""
         mine = self._times
+        if not mine:
+            return np.zeros_like(users)
         pairs = zip(users.tolist(), times.tolist())
         return np.array([bisect_left(mine.get(user, ()), time) for user, time in pairs], np.int64)
-
-    def has_any(self, users: Ints) -> NDArray[np.bool_]:
-        """Return which users have appended events: (Q,) bool."""
-        return np.array([user in self._times for user in users.tolist()], bool)
 
     def runs(
         self, users: Ints, nodes: Ints, levels: Sequence[int], counts: Ints, depth: int | None

@@ -27,7 +27,7 @@ from hstu_xd.search.runs import Ints, Runs, lower_bound
 MANIFEST = "hard_index.json"
 FORMAT_VERSION = 1
 # Queries are answered so many collected rows at a time, which stay in a processor's cache.
-CELLS = 1 << 16
+CELLS = 1 << 17
 _ARRAYS = ("keys", "starts", "events", "offsets", "times")
 
 

@@ -98,7 +98,7 @@ def test_a_usage_error_says_where_the_usage_is_described(
     ("typed", "offered"),
     [
         ("hstu-xd upstream-", {"upstream-train", "upstream-evaluate"}),
-        ("hstu-xd bench s", {"serving", "service", "sampler", "suite"}),
+        ("hstu-xd bench s", {"serving", "service", "sampler", "search", "suite"}),
         ("hstu-xd bench encoder --dtype b", {"bfloat16"}),
     ],
 )
