@@ -25,7 +25,8 @@ from hstu_xd.model.ddsr import attend_states_in_tiles
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct
 from hstu_xd.training.checkpoint import MODEL_FILE
-from hstu_xd.training.run import load_trained, read_run
+from hstu_xd.training.run import load_trained
+from hstu_xd.training.run_facts import read_run
 from hstu_xd.version import __version__
 
 _logger = logging.getLogger(__name__)

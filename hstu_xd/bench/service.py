@@ -94,7 +94,8 @@ class _Served:
 
     def case(self, case: Case) -> Case:
         """Return the case with the sizes of this run's model."""
-        from hstu_xd.training.run import load, read_run
+        from hstu_xd.training.run import load
+        from hstu_xd.training.run_facts import read_run
 
         s = load(self.run).settings
         return replace(

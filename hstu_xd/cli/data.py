@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hstu_xd.errors import InputError
+
 
 def prepare(
     inputs: Annotated[
@@ -70,6 +72,21 @@ def prepare(
     min_user_total: Annotated[
         int, typer.Option(help="Fewest events of a user over all domains (k-core).")
     ] = 0,
+    event_cols: Annotated[
+        str | None,
+        typer.Option(help="Columns to keep as fields of the events: on_discount,store."),
+    ] = None,
+    item_features: Annotated[
+        Path | None,
+        typer.Option(help="Parquet or CSV file with one row an item, for --levels."),
+    ] = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of the item features that are levels of a taxonomy, finest first: "
+            "type,category,department."
+        ),
+    ] = None,
     write_upstream: Annotated[
         bool,
         typer.Option(
@@ -89,7 +106,13 @@ def prepare(
     from hstu_xd.data.prepare import prepare_logs
     from hstu_xd.data.sources.columns import ColumnOptions
     from hstu_xd.data.statistics import print_summary
+    from hstu_xd.data.taxonomy import FeatureOptions
 
+    if levels is not None and item_features is None:
+        raise InputError(f"--levels {levels}: name the file they are in with --item-features")
+    features = None
+    if item_features is not None:
+        features = FeatureOptions(item_features, _listed(levels, "--levels"), item_col)
     notes: list[str] = []
     warnings: list[str] = []
     manifest = prepare_logs(
@@ -103,18 +126,34 @@ def prepare(
             time=time_col,
             order=order_col,
             names=None if columns is None else tuple(columns.split(",")),
+            fields=_listed(event_cols, "--event-cols"),
         ),
         time_unit=time_unit,
         quote=quote,
         ids=IdOptions(exact_ids, prefix_items, skip_faulty),
         drop_repeats=drop_repeats,
         filters=Filters(min_user=min_user, min_item=min_item, min_user_total=min_user_total),
+        features=features,
         write_upstream=write_upstream,
         force=force,
         tell=notes.append,
         warn=warnings.append,
     )
     print_summary(out, manifest, notes=notes, warnings=warnings)
+
+
+def _listed(text: str | None, option: str) -> tuple[str, ...]:
+    """Split a list of columns at its commas.
+
+    Raises:
+        InputError: an empty name, or one that comes twice.
+    """
+    names = () if text is None else tuple(name.strip() for name in text.split(","))
+    wrong = next((name for name in names if not name or names.count(name) > 1), None)
+    if wrong is not None:
+        state = f"names {wrong!r} twice" if wrong else "holds an empty name"
+        raise InputError(f"{option} {text!r} {state}; name every column once, with commas between")
+    return names
 
 
 def synth(
@@ -128,6 +167,14 @@ def synth(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal logs.")] = 0,
     mean_length: Annotated[float, typer.Option(help="Mean number of events of a user.")] = 40.0,
+    baskets: Annotated[
+        bool,
+        typer.Option(
+            "--baskets",
+            help="Shoppers with habits, a taxonomy and deals, for requests and rank; with "
+            "--mean-length 300 and more.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
 ) -> None:
     """Write a prepared store of synthetic users.
@@ -136,6 +183,7 @@ def synth(
     """
     from hstu_xd.data.statistics import print_summary
     from hstu_xd.data.synthetic import SynthOptions, synthesize
+    from hstu_xd.data.synthetic_baskets import synthesize_baskets
 
     options = SynthOptions(
         users=users,
@@ -145,4 +193,5 @@ def synth(
         seed=seed,
         mean_length=mean_length,
     )
-    print_summary(out, synthesize(out, options, force=force))
+    make = synthesize_baskets if baskets else synthesize
+    print_summary(out, make(out, options, force=force))

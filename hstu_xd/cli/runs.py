@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ AllowImports = Annotated[
         "HSTU_XD_ALLOW_IMPORTS=1 says the same.",
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare the store's files with the hashes of its manifest."),
+]
 ExcludeSeen = Annotated[
     bool | None,
     typer.Option(
@@ -26,6 +30,55 @@ ExcludeSeen = Annotated[
         "trained, xd_evaluate.exclude_seen]",
     ),
 ]
+
+Candidates = Annotated[
+    str | None,
+    typer.Option(
+        "--candidates",
+        metavar="domain|all|N",
+        help="Whom a target is ranked among: all items of its domain, those of all domains, or in "
+        "exact expectation N random ones of its domain. [default: as the run was trained]",
+    ),
+]
+Ties = Annotated[
+    str | None,
+    typer.Option(
+        "--ties",
+        metavar="against|favour",
+        help="Equal scores count against the target, or for it. [default: as the run was trained]",
+    ),
+]
+Ks = Annotated[
+    str | None,
+    typer.Option(
+        "--ks",
+        metavar="K,K,...",
+        help="Every k of hr@k and ndcg@k. [default: as the run was trained]",
+    ),
+]
+
+
+def protocol_changes(
+    exclude_seen: bool | None, candidates: str | None, ties: str | None, ks: str | None
+) -> dict[str, Any]:
+    """Read the options that change a protocol; None changes nothing.
+
+    Raises:
+        InputError: no numbers where some are needed.
+    """
+    cutoffs = None
+    if ks is not None:
+        try:
+            cutoffs = tuple(sorted({int(k) for k in ks.split(",")}))
+        except ValueError:
+            raise InputError(f"--ks {ks}: numbers with commas are needed, 5,10,50") from None
+    is_number = re.fullmatch(r"-?\d+", candidates or "")
+    return {
+        "exclude_seen": exclude_seen,
+        "candidates": int(candidates) if candidates and is_number else candidates,
+        "ties": ties,
+        "ks": cutoffs,
+    }
 
 
 def train(
@@ -48,6 +101,11 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
+    verify: Verify = False,
+    skip_test: Annotated[
+        bool,
+        typer.Option("--skip-test", help="Leave the test split unread; --resume alone reads it."),
+    ] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Train a model on a prepared store.
@@ -55,21 +113,31 @@ def train(
     Start it with torchrun to use several processes. Ctrl-C or SIGTERM saves and stops it (exit code
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
-    from hstu_xd.evaluation.protocol import unreachable_note
+    from hstu_xd.evaluation.protocol import Protocol, unreachable_note
     from hstu_xd.training.run import train as run_training
+    from hstu_xd.training.run_facts import read_run
     from hstu_xd.training.settings import load_settings
 
     given = gin_config_file or gin_bindings
     settings = load_settings(gin_config_file or [], gin_bindings or []) if given else None
     summary = run_training(
-        data, settings, out, name=name, resume=resume, allow_imports=allow_imports
+        data,
+        settings,
+        out,
+        name=name,
+        resume=resume,
+        read_test=not skip_test,
+        verify=verify,
+        allow_imports=allow_imports,
     )
-    test = summary["test"]
+    split = "test" if "test" in summary else "valid"
+    found = summary[split]
+    shown = Protocol.from_run(read_run(out)).main_metrics
     typer.echo(
-        f"{out}: best epoch {summary['best_epoch']}, test "
-        + ", ".join(f"{m} {100 * test[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
+        f"{out}: best epoch {summary['best_epoch']}, {split} "
+        + ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
     )
-    if note := unreachable_note(test):
+    if note := unreachable_note(found):
         typer.echo(note)
 
 
@@ -79,19 +147,23 @@ def evaluate(
         Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    candidates: Candidates = None,
+    ties: Ties = None,
+    ks: Ks = None,
+    verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Rank every user's held-out events with a trained run."""
     from hstu_xd.data.batches import SequenceData, Split
-    from hstu_xd.evaluation.metrics import METRICS
     from hstu_xd.evaluation.protocol import unreachable_note
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
-    from hstu_xd.training.run import load_trained, open_data, read_run
+    from hstu_xd.training.run import load_trained
+    from hstu_xd.training.run_facts import data_changes, open_data, read_run
 
     facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
-    protocol = trained.protocol.but(exclude_seen=exclude_seen)
-    store = open_data(run, data)
+    protocol = trained.protocol.but(**protocol_changes(exclude_seen, candidates, ties, ks))
+    store = open_data(run, data, verify=verify, as_trained=True)
     length = facts["max_sequence_length"]
     values = {
         split.value: evaluate_split(
@@ -105,11 +177,12 @@ def evaluate(
     }
     if as_json:
         told = {"run": str(run), "data": str(store.path), "protocol": protocol.as_json()}
+        told["data_changes"] = data_changes(facts, store)
         typer.echo(json.dumps(told | values))
         return
     groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
     # Metrics of one's own are shown in hundredths like the others.
-    names = [*METRICS, *trained.metrics]
+    names = [*protocol.metrics, *trained.metrics]
     for split, metrics in values.items():
         typer.echo(
             f"{split} (%)".ljust(24) + "".join(f" {m:>9}" for m in names) + "users".rjust(10)
@@ -139,14 +212,16 @@ def recommend(
         ),
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Recommend items of a domain to a user."""
     from hstu_xd.evaluation.ranks import recommend_items
-    from hstu_xd.training.run import load_trained, open_data, read_run
+    from hstu_xd.training.run import load_trained
+    from hstu_xd.training.run_facts import open_data, read_run
 
-    store = open_data(run, data)
+    store = open_data(run, data, verify=verify)
     user_index = store.user_index(user)
     trained = load_trained(run, allow_imports=allow_imports)
     model = trained.ranker
@@ -198,11 +273,14 @@ def settings(
     These are the bindings of gin files and the keys of HLLM and PerSRec.
     """
     from hstu_xd.declaration import nearest_setting, rows, settings_of
+    from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
     from hstu_xd.plugins.gr.research.settings import UpstreamSettings
     from hstu_xd.plugins.rec.settings import keys
+    from hstu_xd.ranking.settings import BLOCKS as RANKING
     from hstu_xd.training.settings import BLOCKS
 
-    blocks = {**BLOCKS, "xd_upstream": UpstreamSettings}
+    hosts = {"xd_upstream": UpstreamSettings, "xd_dlrm": DlrmSettings}
+    blocks = {**BLOCKS, **RANKING, **hosts}
     found = [
         row
         for block, declared in blocks.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports
+from hstu_xd.cli.runs import AllowImports, Verify
 from hstu_xd.errors import HstuXdError, InputError
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def serve(
     events: Events = None,
     data: Data = None,
     use_data: UseData = True,
+    verify: Verify = False,
     store: Store = "memory",
     store_ttl: StoreTtl = None,
     when_store_fails: WhenStoreFails = "refuse",
@@ -149,6 +150,7 @@ def serve(
         events=events or str(run / "serving" / "events.sqlite"),
         data=data,
         use_data=use_data,
+        verify_data=verify,
         token=_token(token_file),
         drain_seconds=drain,
         root_path=root_path,

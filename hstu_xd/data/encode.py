@@ -17,6 +17,7 @@ from hstu_xd.data.error_location import (
     raise_first_fault,
     raise_item_in_two_domains,
 )
+from hstu_xd.data.event_fields import EventFields, numbered
 from hstu_xd.data.ids import (
     LONGEST_ID,
     TokenDictionary,
@@ -27,6 +28,7 @@ from hstu_xd.data.ids import (
 )
 from hstu_xd.data.reading import FileFacts
 from hstu_xd.data.sources import Source
+from hstu_xd.data.sources.base import FIELD
 from hstu_xd.data.times import Moments, order_events
 from hstu_xd.errors import InputError
 
@@ -51,6 +53,7 @@ class Events:
             otherwise.
         moments: how seconds follow from ``time``.
         warnings: what a user should know about the ids.
+        fields: of the events, in the order of ``user``; None where none were asked for.
     """
 
     users: "pl.Series"
@@ -60,6 +63,7 @@ class Events:
     time: NDArray[np.int64]
     moments: Moments = field(default_factory=Moments)
     warnings: list[str] = field(default_factory=list)
+    fields: EventFields | None = None
 
     def release(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
         """Hand over user, item and time and keep none of them, so that memory can be reused."""
@@ -134,6 +138,7 @@ class EventReader:
         self.seconds: list[NDArray[np.int64]] = []
         self.nanoseconds: list[NDArray[np.int32] | None] = []
         self.order: list[tuple[NDArray[np.int64], NDArray[np.int32] | None]] = []
+        self.fields: list[pl.DataFrame] = []
         self.facts: list[FileFacts] = []
         self.skipped = 0
         self.faulty_lines = io.StringIO()
@@ -151,7 +156,9 @@ class EventReader:
         if self.options.skip_faulty or source.only_records:
             self._read_slowly(source)
             return
-        columns = (self.user, self.item, self.seconds, self.nanoseconds, self.order)
+        columns = (
+            *(self.user, self.item, self.seconds, self.nanoseconds, self.order, self.fields),
+        )
         marks = [len(column) for column in columns]
         try:
             with ThreadPoolExecutor(1) as pool:
@@ -216,6 +223,10 @@ class EventReader:
         self.user.append(user.result())
         self.seconds.append(seconds.to_numpy())
         self.nanoseconds.append(nanoseconds)
+        if source.fields:
+            self.fields.append(
+                batch.select(pl.col(FIELD + name).alias(name) for name in source.fields)
+            )
         self.facts[-1].add(batch["user_hash"], batch["item_hash"], self.seconds[-1])
 
     def finish(self) -> Events:
@@ -224,6 +235,8 @@ class EventReader:
         Raises:
             InputError: no event, an id of white space only, or an item in two domains.
         """
+        import polars as pl
+
         if not sum(map(len, self.user)):
             files = ", ".join(str(source.path) for source in self.sources)
             left = f"{self.skipped:,} faulty lines" if self.skipped else "only a header"
@@ -247,9 +260,9 @@ class EventReader:
             time, moments = order_events(self.seconds, self.nanoseconds, self.order)
             user = user_codes.result()
         warnings = _missing_ids(users["user"], items, user, item)
-        return Events(
-            users["user"], items.select("item", "domain"), user, item, time, moments, warnings
-        )
+        fields = numbered(pl.concat(self.fields)) if self.fields else None
+        catalogue = items.select("item", "domain")
+        return Events(users["user"], catalogue, user, item, time, moments, warnings, fields)
 
     def _check(self, tokens: "pl.Series") -> None:
         """Refuse ids that are blank, endless or no ids at all.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hstu_xd.data.ids import LONGEST_ID
 from hstu_xd.data.sources import Record, Source
+from hstu_xd.data.sources.base import FIELD
 from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def checked_events(source: Source) -> "Iterator[tuple[pl.DataFrame, list[tuple[R
     import polars as pl
 
     roles = ["user", "item", "domain", "time"] + ["order"] * (source.order is not None)
+    roles += [FIELD + name for name in source.fields]
     records = source.records()
     while chunk := list(islice(records, CHUNK)):
         readable = [record for record in chunk if record.problem is None]
-        columns = {role: [getattr(record, role) for record in readable] for role in roles}
+        columns = {role: [record.value(role) for record in readable] for role in roles}
         frame = pl.DataFrame(columns, schema=dict.fromkeys(roles, pl.String))
         sound = _are_sound(frame, source)
         problems: dict[int, str | None] = {

@@ -9,6 +9,7 @@ import numpy as np
 
 from hstu_xd.data import store_files
 from hstu_xd.data.encode import EventReader, Events, IdOptions, read_log
+from hstu_xd.data.event_fields import FieldRows
 from hstu_xd.data.filters import Filters, apply_filters, offsets_of
 from hstu_xd.data.ids import alike_without_case, strangers
 from hstu_xd.data.order import Histories, in_time_order
@@ -20,6 +21,7 @@ from hstu_xd.data.sources.columns import ColumnOptions
 from hstu_xd.data.statistics import DIGITS
 from hstu_xd.data.store import is_store
 from hstu_xd.data.store_files import Log, domains_of, write_store
+from hstu_xd.data.taxonomy import FeatureOptions, ItemFeatures
 from hstu_xd.data.upstream_csv import MIN_EVENTS, SEQUENCES, write_upstream_csv
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder
@@ -42,6 +44,7 @@ def prepare_logs(
     ids: IdOptions | None = None,
     drop_repeats: str | None = None,
     filters: Filters | None = None,
+    features: FeatureOptions | None = None,
     write_upstream: bool = False,
     force: bool = False,
     tell: Callable[[str], object] = logger.info,
@@ -63,6 +66,7 @@ def prepare_logs(
         drop_repeats: ``exact`` or a number of seconds within which the same item of a user counts
             once; by default repeats are kept and counted.
         filters: least numbers of events; nothing is dropped by default.
+        features: where the items' taxonomy is; None: the store has none.
         write_upstream: also write the CSV files of
             :func:`hstu_xd.data.upstream_csv.write_upstream_csv`.
         force: replace an existing prepared store.
@@ -83,11 +87,14 @@ def prepare_logs(
         out, force=force, ours=is_store, kind="prepared store", parts=store_files.ALL_FILES
     )
     window = parse_rule(drop_repeats)
+    table = ItemFeatures(features) if features is not None else None
     options = ReadOptions(columns or ColumnOptions(), time_unit, quote)
     sources = open_sources(inputs, file_format=file_format, options=options, tell=tell)
     events, reader = read_log(sources, ids or IdOptions(), tell=tell)
     _tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
     log, facts = build_log(events, filters, window=window)
+    if table is not None:
+        log.taxonomy = table.of(log.items["item"], facts["warnings"].append)
     if options.columns.order is not None:
         facts["ties"]["order"] = "column, then hash"
     if reader.skipped:
@@ -152,6 +159,10 @@ def build_log(
         InputError: a domain called like a group of targets, or filters that leave nothing.
     """
     read = len(events.user)
+    rows = None
+    if events.fields is not None:
+        second = events.moments.seconds(events.time)
+        rows = FieldRows(events.fields, events.user, events.item, second, events.time)
     histories, tied = in_time_order(events)
     repeats = found = count_repeats(histories)
     if window is not None:
@@ -162,6 +173,8 @@ def build_log(
     num_users = len(events.users)
     histories, rounds = apply_filters(histories, filters, item_domain, num_users, len(names))
     log = _compact(events, histories)
+    if rows is not None:
+        log.fields = rows.of(histories.user, histories.item, histories.time)
     if len(histories.user) != read:
         repeats = count_repeats(histories)
     facts: dict[str, Any] = {

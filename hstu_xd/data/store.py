@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_xd.data import store_files
+from hstu_xd.data.event_fields import NO_FIELDS, EventFields
+from hstu_xd.data.taxonomy import Taxonomy
 from hstu_xd.errors import InputError
 from hstu_xd.files import sha256_of
 
@@ -75,7 +77,7 @@ class InteractionStore:
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
-        for name in store_files.DATA_FILES:
+        for name in _files_of(manifest):
             _check_size(folder / name, manifest)
         if verify:
             _check_hashes(folder, manifest)
@@ -125,6 +127,30 @@ class InteractionStore:
         if list(catalog.domain_names) != self.domain_names:
             raise _damaged(file, f"has domains {list(catalog.domain_names)}")
         return catalog
+
+    @cached_property
+    def fields(self) -> EventFields:
+        """Fields of the events, their codes mapped; none where the log was prepared without."""
+        described = self.manifest.get("event_fields")
+        if described is None:
+            return NO_FIELDS
+        shape = (len(described), self.num_interactions)
+        codes = _map(self.path / store_files.EVENT_FIELDS, shape, np.dtype("<i4"))
+        counts = [each["values"] for each in described.values()]
+        values = _values(self.path / store_files.EVENT_VALUES, list(described), counts)
+        return EventFields(tuple(described), codes, values)
+
+    @cached_property
+    def taxonomy(self) -> Taxonomy | None:
+        """Levels of the items; None where the log was prepared without."""
+        described = self.manifest.get("levels")
+        if described is None:
+            return None
+        shape = (len(described), self.num_items)
+        nodes = _map(self.path / store_files.ITEM_LEVELS, shape, np.dtype("<i4"))
+        counts = [each["nodes"] for each in described.values()]
+        values = _values(self.path / store_files.LEVEL_VALUES, list(described), counts)
+        return Taxonomy(tuple(described), nodes, values)
 
     @cached_property
     def _users(self) -> "pl.Series":
@@ -283,7 +309,7 @@ def _check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
     Raises:
         InputError: a file was changed.
     """
-    for name in store_files.DATA_FILES:
+    for name in _files_of(manifest):
         with _damage_named(folder / name):
             digest = sha256_of(folder / name)
         if not isinstance(manifest["hashes"], dict) or manifest["hashes"].get(name) != digest:
@@ -364,16 +390,41 @@ def _unreadable(file: Path, error: OSError) -> InputError:
     return InputError(f"{file}: cannot be read ({reason}); check the store")
 
 
-def _map(file: Path, length: int, dtype: np.dtype) -> NDArray:
+def _files_of(manifest: dict[str, Any]) -> list[str]:
+    """Name the files of a store: those of every store, and those of what this one has beside."""
+    asked = [name for name in store_files.SIDE_FILES if name in manifest["sizes"]]
+    return [*store_files.DATA_FILES, *asked]
+
+
+def _values(file: Path, names: list[str], counts: list[int]) -> tuple[list[str], ...]:
+    """Read the values of fields or levels.
+
+    Raises:
+        InputError: they are not those that the manifest counts.
+    """
+    from pyarrow import parquet
+
+    with _damage_named(file):
+        table = parquet.read_table(file).to_pydict()
+        rows: dict[str, list[str]] = {name: [] for name in names}
+        for name, value in zip(table["name"], table["value"], strict=True):
+            rows[name].append(value)
+    if [len(values) for values in rows.values()] != counts:
+        raise _damaged(file, "does not hold the values that the manifest counts")
+    return tuple(rows.values())
+
+
+def _map(file: Path, shape: int | tuple[int, ...], dtype: np.dtype) -> NDArray:
     try:
         array = np.load(file, mmap_mode="r")
     except PermissionError as error:
         raise _unreadable(file, error) from error
     except Exception as error:  # a damaged header makes numpy raise nearly anything
         raise InputError(f"{file}: damaged ({error}); prepare the log again") from error
-    if not isinstance(array, np.ndarray) or array.shape != (length,) or array.dtype != dtype:
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
         raise InputError(
             f"{file}: holds {getattr(array, 'dtype', 'no array')} {getattr(array, 'shape', '')} "
-            f"where the manifest says {dtype} ({length},); prepare the log again"
+            f"where the manifest says {dtype} {shape}; prepare the log again"
         )
     return array

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hstu_xd.data.event_fields import EventFields
 from hstu_xd.data.statistics import describe
+from hstu_xd.data.taxonomy import Taxonomy
 from hstu_xd.files import sha256_of
 from hstu_xd.version import __version__
 
@@ -28,11 +30,17 @@ TIMESTAMPS = "timestamps.npy"
 SEQUENCES = "sasrec_format.csv"
 ITEM_DOMAINS = "item_domains.csv"
 DATA_FILES = (CATALOG, USERS, OFFSETS, ITEM_IDS, TIMESTAMPS)
+# Where such were asked for: fields of events, and levels of the items' taxonomy.
+EVENT_FIELDS = "event_fields.npy"
+EVENT_VALUES = "event_values.parquet"
+ITEM_LEVELS = "item_levels.npy"
+LEVEL_VALUES = "level_values.parquet"
+SIDE_FILES = (EVENT_FIELDS, EVENT_VALUES, ITEM_LEVELS, LEVEL_VALUES)
 # What generative-recommenders reads, where it was asked for.
 UPSTREAM_FILES = (SEQUENCES, ITEM_DOMAINS)
 # The lines that --skip-faulty left out.
 FAULTY_LINES = "faulty_lines.csv"
-ALL_FILES = (MANIFEST, *DATA_FILES, *UPSTREAM_FILES, FAULTY_LINES)
+ALL_FILES = (MANIFEST, *DATA_FILES, *SIDE_FILES, *UPSTREAM_FILES, FAULTY_LINES)
 
 
 ROW_GROUP = 1 << 18
@@ -48,6 +56,8 @@ class Log:
         offsets: (U + 1,) int64, start of each user's events.
         item: (L,) int32, row of ``items`` of each event, in time order within a user.
         time: (L,) int64, seconds.
+        fields: of the events, in the order of ``item``; None without such.
+        taxonomy: of ``items``; None without one.
     """
 
     users: "pl.Series"
@@ -55,6 +65,8 @@ class Log:
     offsets: NDArray[np.int64]
     item: NDArray[np.int32]
     time: NDArray[np.int64]
+    fields: EventFields | None = None
+    taxonomy: Taxonomy | None = None
 
 
 def domains_of(items: "pl.DataFrame") -> tuple[list[str], NDArray[np.int32]]:
@@ -86,7 +98,9 @@ def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]
         ITEM_IDS: (log.item + np.int32(1)).astype("<i4", copy=False),
         TIMESTAMPS: log.time.astype("<i8", copy=False),
     }
-    files = [folder / name for name in DATA_FILES]
+    side = _write_side(folder, log, arrays)
+    files = [folder / name for name in (*DATA_FILES, *(n for n in SIDE_FILES if n in arrays))]
+    files += [folder / name for name in (EVENT_VALUES, LEVEL_VALUES) if (folder / name).exists()]
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(_save_and_hash, arrays, files)
         description = describe(log.offsets, log.item, item_domain, names)
@@ -95,6 +109,7 @@ def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]
         "format_version": FORMAT_VERSION,
         "version": __version__,
         **description,
+        **side,
         **facts,
         "sizes": {file.name: file.stat().st_size for file in files},
         "hashes": {file.name: digest for file, digest in zip(files, digests)},
@@ -102,6 +117,29 @@ def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
+
+
+def _write_side(folder: Path, log: Log, arrays: dict[str, NDArray]) -> dict[str, Any]:
+    """Write the values of fields and levels, add their codes to ``arrays``; return the facts."""
+    facts: dict[str, Any] = {}
+    if log.fields is not None:
+        arrays[EVENT_FIELDS] = log.fields.codes.astype("<i4", copy=False)
+        _write_values(folder / EVENT_VALUES, log.fields.names, log.fields.values)
+        facts["event_fields"] = log.fields.described()
+    if log.taxonomy is not None:
+        arrays[ITEM_LEVELS] = log.taxonomy.nodes.astype("<i4", copy=False)
+        _write_values(folder / LEVEL_VALUES, log.taxonomy.names, log.taxonomy.values)
+        facts["levels"] = log.taxonomy.described()
+    return facts
+
+
+def _write_values(file: Path, names: Sequence[str], values: Sequence[Sequence[str]]) -> None:
+    """Write the values of fields or levels: a row each, in the order of their codes."""
+    import polars as pl
+
+    rows = [(name, value) for name, known in zip(names, values, strict=True) for value in known]
+    schema = {"name": pl.String, "value": pl.String}
+    pl.DataFrame(rows, schema=schema, orient="row").write_parquet(file, row_group_size=ROW_GROUP)
 
 
 def _save_and_hash(arrays: dict[str, NDArray], files: Sequence[Path]) -> list[str]:

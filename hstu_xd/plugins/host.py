@@ -40,6 +40,7 @@ OVERRIDE = "HSTU_XD_ALLOW_UNVERIFIED"
 REGISTERED = [
     "hstu_xd.plugins.gr.research",
     "hstu_xd.plugins.rec",
+    "hstu_xd.plugins.dlrm_v3",
 ]
 
 

@@ -62,7 +62,10 @@ class TreeState:
 
 def codebases() -> dict[str, Codebase]:
     """Return the codebases of all hosts by name. Of those that fit a checkout the first counts."""
-    return {codebase.name: codebase for host in hosts() for codebase in host.codebases}
+    found: dict[str, Codebase] = {}
+    for codebase in (each for host in hosts() for each in host.codebases):
+        found.setdefault(codebase.name, codebase)
+    return found
 
 
 def patches_of(codebase: Codebase) -> Path:

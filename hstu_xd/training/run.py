@@ -1,14 +1,11 @@
 """Run folders: make one by training, continue one, load the model of one."""
 
-import json
 import logging
 import os
 import shlex
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
 from hstu_xd.evaluation.protocol import Protocol
-from hstu_xd.files import LOCK_FILE, check_readable, locked_folder, sha256_of
+from hstu_xd.files import LOCK_FILE, locked_folder, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.objectives.objective import Objective, Scorer
@@ -37,15 +34,23 @@ from hstu_xd.training.baseline_runs import BaselineTrainer, load_baseline
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import foreign_names, metrics_of, objective_of
-from hstu_xd.training.settings import RunSettings, TrainSettings, gin_library, load_settings
+from hstu_xd.training.gin_files import gin_library
+from hstu_xd.training.run_facts import (
+    PARTIAL_FILE,
+    RUN_FILE,
+    check_same_data,
+    facts_of_data,
+    facts_of_start,
+    note_resumption,
+    read_run,
+    write_facts,
+)
+from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
 from hstu_xd.training.trainer import Trainer
-from hstu_xd.version import __version__
 
 _logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.gin"
-RUN_FILE = "run.json"
-_PARTIAL_FILE = "run.partial"
 
 
 def train(
@@ -55,6 +60,8 @@ def train(
     *,
     name: str | None = None,
     resume: bool = False,
+    verify: bool = False,
+    read_test: bool = True,
     allow_imports: bool = False,
 ) -> dict[str, Any]:
     """Train one model into a run folder.
@@ -66,6 +73,8 @@ def train(
         name: what tables call the run; default: its switches.
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
             given and differ, a warning says so.
+        verify: compare the hash of every file of the store with its manifest first.
+        read_test: measure the picked epoch on the test split, too; a search on validation does not.
         allow_imports: to resume, import what the run names beside this package; what ``settings``
             have imported needs no permission.
 
@@ -79,7 +88,7 @@ def train(
         Interrupted: Ctrl-C or a signal asked to stop; the run can be resumed from the step that was
             finished then, and the message says how.
     """
-    store = InteractionStore.open(data)
+    store = InteractionStore.open(data, verify=verify)
     with world() as here, _held(out, here, resume=resume):
         given, settings = settings, settings or load_settings([])
         if resume:
@@ -106,7 +115,7 @@ def train(
             name = name or variant_name(settings)
             here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here))
         try:
-            return trainer.fit()
+            return trainer.fit(read_test=read_test)
         except Interrupted as stopped:
             command = _resume_command(data, out, settings, here)
             message = f"{stopped}; go on with: {command}" if here.is_main else ""
@@ -147,7 +156,7 @@ def _check_new(out: Path) -> None:
     found = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if RUN_FILE in found:
         raise InputError(f"{out} exists; resume it with --resume or give another --out")
-    begun = {CONFIG_FILE, CATALOG_FILE, LOCK_FILE, _PARTIAL_FILE}
+    begun = {CONFIG_FILE, CATALOG_FILE, LOCK_FILE, PARTIAL_FILE}
     if found - begun or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} exists and is not a run folder; give another --out")
 
@@ -273,37 +282,6 @@ def stored_settings(
     return settings
 
 
-def read_run(run: Path) -> dict[str, Any]:
-    """Read what run.json says.
-
-    Raises:
-        InputError: not a run folder, or its run.json cannot be read.
-    """
-    check_readable(run / RUN_FILE)
-    if not (run / RUN_FILE).is_file():
-        raise InputError(f"{run}: not a run folder ({RUN_FILE} is missing); train one first")
-    try:
-        return json.loads((run / RUN_FILE).read_text())
-    except ValueError as error:
-        raise InputError(f"{run / RUN_FILE}: not JSON ({error}); restore the file") from error
-
-
-def open_data(run: Path, data: Path | None = None) -> InteractionStore:
-    """Open the store of a run, or another one with the same catalogue.
-
-    Raises:
-        InputError: no store there, or its catalogue is not the run's.
-    """
-    facts = read_run(run)
-    store = InteractionStore.open(data or Path(facts["data"]))
-    if store.manifest["hashes"][CATALOG_FILE] != facts["data_hashes"][CATALOG_FILE]:
-        raise InputError(
-            f"{store.path}: its catalogue is not the one {run} was trained on; pass the store of "
-            f"the run, {facts['data']}, or train on this one"
-        )
-    return store
-
-
 def variant_name(settings: RunSettings) -> str:
     """Name a run after what its model is trained as: "HSTU", "HSTU + mask + TAPE", ...
 
@@ -347,12 +325,9 @@ def lay_out(
     (out / CONFIG_FILE).write_text(settings.to_gin())
     store.catalog.save(out / CATALOG_FILE)
     encoder = asdict(model.settings)
-    manifest = store.manifest
     facts = {
-        **_start(here),
-        "data": str(store.path.resolve()),
-        "data_hashes": manifest["hashes"],
-        "data_summary": {k: manifest[k] for k in _MANIFEST_FACTS if k in manifest},
+        **facts_of_start(here),
+        **facts_of_data(store),
         "variant_name": name,
         "seed": settings.train.random_seed,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -364,67 +339,19 @@ def lay_out(
     }
     if settings.parts or settings.foreign.modules:
         facts |= {"parts": settings.parts, "modules": settings.foreign.described()}
-    _write_facts(out, facts)
-
-
-def _start(here: World) -> dict[str, Any]:
-    """Describe the process that starts or resumes a run."""
-    return {
-        "version": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processes": here.size,
-        "device": str(here.device),
-    }
+    write_facts(out, facts)
 
 
 def _note_resumption(out: Path, trainer: Trainer | BaselineTrainer) -> None:
-    """Record who goes on with a run: "processes" are those of today, "starts" tells of all."""
-    if trainer.is_trained:
-        return
-    facts, here = read_run(out), trainer.world
-    now, before = _start(here), facts.get("processes", 1)
-    first = {name: facts.get(name) for name in now} | {"step": 0}
-    starts = [*facts.get("starts", [first]), now | {"step": trainer.progress.step}]
-    _write_facts(out, facts | {"processes": here.size, "starts": starts})
-    if here.size != before:
-        size = trainer.settings.local_batch_size
-        _logger.warning(
-            "%s was trained by %d process%s and goes on with %d: a step takes %d users instead of "
-            "%d; those who are left of the epoch are trained once each",
-            *(out, before, "" if before == 1 else "es", here.size),
-            *(size * here.size, size * before),
-        )
-
-
-def _write_facts(out: Path, facts: dict[str, Any]) -> None:
-    partial = out / _PARTIAL_FILE
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
-    partial.replace(out / RUN_FILE)
-
-
-_MANIFEST_FACTS = (
-    "users",
-    "items",
-    "interactions",
-    "domains",
-    "delta",
-    "synthetic",
-    "switch_share",
-)
+    if not trainer.is_trained:
+        step, batch_size = trainer.progress.step, trainer.settings.local_batch_size
+        note_resumption(out, trainer.world, step=step, batch_size=batch_size)
 
 
 def _settings_to_resume(
     out: Path, store: InteractionStore, given: RunSettings | None, *, allow_imports: bool
 ) -> RunSettings:
-    facts = read_run(out)
-    if facts["data_hashes"] != store.manifest["hashes"]:
-        raise InputError(
-            f"{out} was trained on other data than {store.path} (hashes differ); resume it with "
-            f"--data {facts['data']}"
-        )
+    check_same_data(out, store)
     trusted = given.foreign.modules if given is not None else ()
     return stored_settings(out, allow_imports=allow_imports, trusted=trusted)
 

@@ -87,7 +87,7 @@ def test_a_usage_error_says_where_the_usage_is_described(
 ) -> None:
     assert run(["trian"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("hstu-xd: No such command 'trian'. Did you mean 'train'?")
+    assert said.startswith("hstu-xd: No such command 'trian'. Did you mean 'train'")
     assert said.endswith("? See hstu-xd --help\n")
     assert run(["synth", "--skew", "0"]) == 2
     said = capsys.readouterr().err

@@ -30,7 +30,12 @@ def test_every_binding_and_key_is_listed(capsys: pytest.CaptureFixture[str]) -> 
         "xd_encoder",
         "xd_train",
         "xd_evaluate",
+        "xd_tune",
+        "xd_search",
+        "xd_interest",
+        "xd_rank",
         "xd_upstream",
+        "xd_dlrm",
         "rec",
     }
 
@@ -67,9 +72,9 @@ def test_word_is_looked_for_in_names_meanings_and_synonyms(
 
 
 def test_text_is_what_a_gin_file_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["settings", "patience"]) == 0
+    assert run(["settings", "checkpoint_every"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "xd_train.early_stop_patience = 2  (int)"
+    assert lines[0] == "xd_train.checkpoint_every = 1000  (int)"
     assert all(line.startswith("    ") for line in lines[1:])
 
 

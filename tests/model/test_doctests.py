@@ -12,6 +12,8 @@ WITH_EXAMPLES = [
     "ops.state_attention.api",
     "ops.state_attention.state_reads",
     "model.hstu",
+    "evaluation.ranking",
+    "interest.positions",
     "serving.session",
 ]
 

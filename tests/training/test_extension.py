@@ -203,7 +203,7 @@ def test_what_nothing_refers_to_is_still_refused(desk: Path) -> None:
         (["xd_train.objective = @Margin"], "is the class Margin; an object with loss"),
         (["xd_train.objective = 'ranking'"], "'ranking'; it must be 'retrieval' or a reference"),
         (["xd_encoder.layer = @NoLayer"], "@brought_parts.NoLayer is no torch.nn.Module; derive"),
-        (["xd_encoder.layer = 'dense'"], "layer is 'dense'; 'hstu', or a reference to a class"),
+        (["xd_encoder.layer = 'dense'"], "layer is 'dense'; 'hstu', 'sasrec', or a reference"),
         (["xd_encoder.layer = @shape()", "shape.power = 3"], "is a int; give the class itself"),
         (["xd_train.negatives = @shape()", "shape.power = 3"], "is a int; a function (catalog"),
         (["xd_train.negatives = 'all'"], "xd_train.negatives = 'all'; it must be"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hstu_xd.data.sources.base import Record, Source
+from hstu_xd.data.sources.base import FIELD, Record, Source
 from hstu_xd.data.sources.columns import ColumnOptions, find_column, missing_column
 from hstu_xd.data.sources.content import (
     BYTE_ORDER_MARK,
@@ -91,22 +91,31 @@ class JsonLinesSource(Source):
         if not isinstance(event, dict):
             return Record(line, problem=f"not a JSON object: {text.strip()[:60]!r}; mend the line")
         values = {role: self._value(event, keys) for role, keys in self.keys.items()}
-        nested = next((v for v in values.values() if isinstance(v, dict | list | bool)), None)
+        nested = next((v for role, v in values.items() if _is_unfit(v, role)), None)
         if nested is not None:
             problem = f"{json.dumps(nested)[:60]} is neither text nor a number; mend the line"
             return Record(line, problem=problem)
         texts = {role: None if v is None else _text(v) for role, v in values.items()}
         if any("\ud800" <= letter <= "\udfff" for letter in "".join(filter(None, texts.values()))):
             return Record(line, problem="half of a surrogate pair, which is no text; mend the line")
-        return Record(line, **{"domain": self.domain, **texts})
+        return Record.of(line, {"domain": self.domain, **texts})
 
     @staticmethod
     def _value(event: dict[str, Any], keys: tuple[str, ...]) -> Any:
         return next((event[key] for key in keys if event.get(key) is not None), None)
 
 
+def _is_unfit(value: Any, role: str) -> bool:
+    """Tell what is neither text nor a number; a field may be true or false, an id may not."""
+    if isinstance(value, bool):
+        return not role.startswith(FIELD)
+    return isinstance(value, dict | list)
+
+
 def _text(value: Any) -> str:
-    """Write a value as polars does: a whole float without its fraction."""
+    """Write a value as polars does: a whole float without its fraction, truth in small letters."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
@@ -125,6 +134,11 @@ def amazon_ratings(
             not tell reviewers from products.
     """
     path = one.path
+    if options.fields:
+        raise InputError(
+            f"{path}: an Amazon ratings file has no fields of events; leave out --event-cols "
+            f"{','.join(options.fields)}, or name the columns with --columns and --format csv"
+        )
     rows = [fields for fields in csv.reader(lines) if fields]
     for line, fields in enumerate(rows, start=1):
         if len(fields) != RATINGS_WIDTH:
@@ -232,7 +246,14 @@ def amazon_reviews(
     ):
         keys["item"] = ("parent_asin", "asin")
     told = ", ".join(f"{role}={' else '.join(names)}" for role, names in keys.items())
-    return JsonLinesSource(path=path, domain=None, form="JSON lines", roles=told, keys=keys)
+    return JsonLinesSource(
+        path=path,
+        domain=None,
+        form="JSON lines",
+        roles=told,
+        fields=options.fields,
+        keys=keys,
+    )
 
 
 def _names_of(path: Path, lines: Sequence[str]) -> tuple[int, list[str]]:

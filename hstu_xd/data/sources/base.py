@@ -1,7 +1,7 @@
 """What every kind of input file offers: a fast scan, and slow records that know their line."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 BATCH_ROWS = 1 << 19
+# Roles of optional fields of events: this and the name of the column.
+FIELD = "field:"
 
 
 class Record(NamedTuple):
@@ -24,6 +26,18 @@ class Record(NamedTuple):
     time: str | None = None
     order: str | None = None
     problem: str | None = None
+    fields: Mapping[str, str | None] = {}
+
+    @classmethod
+    def of(cls, line: int, values: Mapping[str, str | None]) -> "Record":
+        """Make a record of values by role."""
+        fields = {role: value for role, value in values.items() if role.startswith(FIELD)}
+        rest = {role: value for role, value in values.items() if role not in fields}
+        return cls(line, fields=fields, **rest)
+
+    def value(self, role: str) -> str | None:
+        """Return the value of a role, one of a field's too."""
+        return self.fields.get(role) if role.startswith(FIELD) else getattr(self, role)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +51,7 @@ class Source(ABC):
         roles: which column plays which role, in words.
         time: what its times are.
         order: what the column is that breaks ties in time; None without one.
+        fields: names of the columns that are fields of its events.
     """
 
     path: Path
@@ -45,12 +60,14 @@ class Source(ABC):
     roles: str = ""
     time: TimeKind = KINDS["s"]
     order: TimeKind | None = None
+    fields: tuple[str, ...] = ()
 
     @abstractmethod
     def frames(self) -> "Iterator[pl.LazyFrame]":
         """Yield the events as text columns user, item, domain (if not constant), time, order.
 
-        Time and order may be of any type. Together the frames are the file, in any cut.
+        A field's column is called after its role. Time and order may be of any type. Together the
+        frames are the file, in any cut.
         """
 
     @abstractmethod

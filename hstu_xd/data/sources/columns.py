@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from hstu_xd.data.sources.base import FIELD
 from hstu_xd.data.times import is_date, is_number
 from hstu_xd.errors import InputError
 
@@ -30,6 +31,7 @@ class ColumnOptions:
     Attributes:
         order: of the column that breaks ties in time.
         names: of all columns of files without a header line, from ``--columns``.
+        fields: of the columns that are kept as fields of the events, from ``--event-cols``.
     """
 
     user: str | None = None
@@ -38,10 +40,11 @@ class ColumnOptions:
     time: str | None = None
     order: str | None = None
     names: tuple[str, ...] | None = None
+    fields: tuple[str, ...] = ()
 
     def named(self, role: str) -> str | None:
         """Return the option's value for a role."""
-        return getattr(self, role)
+        return role.removeprefix(FIELD) if role.startswith(FIELD) else getattr(self, role)
 
 
 def find_column(
@@ -52,7 +55,7 @@ def find_column(
     Args:
         path: the file, for messages.
         header: the names of all columns.
-        role: ``user``, ``item``, ``domain`` or ``time``.
+        role: ``user``, ``item``, ``domain`` or ``time``, or one of a field.
         options: the names the user gave.
         line: the header's line number, for messages; None for files without lines.
 
@@ -168,12 +171,13 @@ def missing_column(
     close = (get_close_matches(name.lower(), originals, n=1, cutoff=0.6) for name in tries)
     near = next((originals[match[0]] for match in close if match), None)
     where = path if line is None else f"{path}:{line}"
-    mend = f"--{role}-col {near or 'NAME'}"
+    is_field = role.startswith(FIELD)
+    mend = f"{'--event-cols' if is_field else f'--{role}-col'} {near or 'NAME'}"
     if role == "domain":
         mend += ", or give the file one domain as NAME=PATH"
     found = ", ".join(header) if header else "none"
     did_you_mean = f" (did you mean {near!r}?)" if near else ""
     return InputError(
-        f"{where}: no {role} column {wanted!r}{did_you_mean}; the columns named there are: "
-        f"{found}; use {mend}"
+        f"{where}: no {'field' if is_field else role} column {wanted!r}{did_you_mean}; the columns "
+        f"named there are: {found}; use {mend}"
     )

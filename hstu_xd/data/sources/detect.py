@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from hstu_xd.data.sources.amazon import amazon_ratings, amazon_reviews, is_ratings, user_and_item
-from hstu_xd.data.sources.base import Source
+from hstu_xd.data.sources.base import FIELD, Source
 from hstu_xd.data.sources.columns import (
     ColumnOptions,
     find_column,
@@ -157,7 +157,8 @@ def _roles(one: Input, columns: ColumnOptions) -> list[str]:
     by_partition = one.partition is not None and columns.domain is not None
     if not one.domain and not by_partition:
         roles.insert(2, "domain")
-    return roles + ["order"] * (columns.order is not None)
+    roles += ["order"] * (columns.order is not None)
+    return roles + [FIELD + name for name in columns.fields]
 
 
 def _constant_domain(one: Input, found: object) -> str | None:
@@ -209,6 +210,7 @@ def _delimited(
         form=f"{'RecBole ' if recbole else ''}{form}, "
         f"{'a' if header else 'no'} header, {quoting.meaning}",
         roles=", ".join(f"{role}={called[at].strip()}" for role, at in positions.items()),
+        fields=options.columns.fields,
         separator=separator,
         quoting=quoting,
         header=header,
@@ -259,6 +261,7 @@ def _parquet(one: Input, options: ColumnOptions, *, alone: bool) -> Source:
         domain=_constant_domain(one, columns),
         form="Parquet",
         roles=", ".join(f"{role}={name}" for role, name in columns.items()),
+        fields=options.fields,
         time=_kind_of_dates(time) or KINDS["s"],
         order=_kind_of_dates(order),
         columns=columns,

@@ -297,7 +297,7 @@ class DelimitedSource(Source):
             )
             return Record(line, problem=problem)
         values = {role: fields[at] for role, at in self.positions.items()}
-        return Record(line, **{"domain": self.domain, **values})
+        return Record.of(line, {"domain": self.domain, **values})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +335,7 @@ class ParquetSource(Source):
                 frame.with_columns(pl.all().cast(pl.String)).collect().iter_rows(named=True)
             ):
                 row += 1
-                yield Record(row, **{"domain": self.domain, **values})
+                yield Record.of(row, {"domain": self.domain, **values})
 
     def at(self, line: int) -> str:
         """Where a row is, for messages."""

@@ -32,7 +32,8 @@ from hstu_xd.serving.requests import Request
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.stores import StateStore
-from hstu_xd.training.run import load_trained, open_data, read_run
+from hstu_xd.training.run import load_trained
+from hstu_xd.training.run_facts import open_data, read_run
 
 # Seconds and jobs.
 _LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -281,9 +282,11 @@ def _prepared(run: Path, settings: ServiceSettings) -> InteractionStore | None:
     if not settings.use_data:
         if settings.data is not None:
             raise InputError(f"--data {settings.data} with --no-data; drop one of them")
+        if settings.verify_data:
+            raise InputError("--verify with --no-data; drop one of them")
         return None
-    if settings.data is not None:
-        return open_data(run, settings.data)
+    if settings.data is not None or settings.verify_data:
+        return open_data(run, settings.data, verify=settings.verify_data)
     try:
         return open_data(run)
     except HstuXdError as error:

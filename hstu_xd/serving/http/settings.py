@@ -128,6 +128,7 @@ class ServiceSettings:
         events: file of the event log, or postgresql://...
         data: prepared store with earlier histories; None: the run's own, where it is there.
         use_data: whether earlier histories are read at all.
+        verify_data: compare the hash of every file of the store with its manifest first.
         token: what clients must present; None: nothing.
         drain_seconds: how long accepted requests may take once the service is to stop.
         root_path: prefix under which a proxy shows the service; empty: none.
@@ -136,6 +137,7 @@ class ServiceSettings:
     events: Path | str
     data: Path | None = None
     use_data: bool = True
+    verify_data: bool = False
     token: str | None = None
     drain_seconds: float = 5.0
     root_path: str = ""

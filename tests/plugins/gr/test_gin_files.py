@@ -14,7 +14,11 @@ from hstu_xd.plugins.gr.research.upstream_trainer import upstream_train
 from hstu_xd.plugins.host import activate
 
 ROOT = Path(__file__).parents[3]
-FILES = [p for p in sorted((ROOT / "gin").rglob("*.gin")) if "standalone" not in p.parts]
+FILES = [
+    path
+    for path in sorted((ROOT / "gin").rglob("*.gin"))
+    if "standalone" not in path.parts and not path.name.startswith("dlrm_")
+]
 
 SMALL = [
     "train_fn.num_epochs = 1",

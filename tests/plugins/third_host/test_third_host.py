@@ -60,7 +60,7 @@ def change(root: Path) -> None:
 
 
 def test_the_package_is_found_and_verified_without_being_imported(checkout: Path) -> None:
-    assert [host.name for host in hosts()] == ["generative_recommenders", "rec", "toy"]
+    assert [host.name for host in hosts()] == ["generative_recommenders", "rec", "dlrm_v3", "toy"]
     status = inspect_host(declared_host(FOLDER))
     assert (status.path, status.verified) == (str(checkout / "toy_upstream"), True)
     assert status.commit == git(checkout, "rev-parse", "HEAD").strip()

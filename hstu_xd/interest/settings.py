@@ -1,0 +1,60 @@
+"""Settings of the interest stage."""
+
+from dataclasses import dataclass
+
+from hstu_xd.declaration import check, setting
+from hstu_xd.errors import InputError
+
+KINDS = ("none", "mean", "din", "tin")
+_TIN = {"kind": "tin"}
+
+
+@dataclass(frozen=True)
+class InterestSettings:
+    """What ``xd_interest.*`` bindings set.
+
+    Attributes:
+        kind: how found events are read: "tin" (temporal interest network), "din" (an MLP weighs
+            them), "mean" (all alike) or "none" (no events are read).
+        counts: whether the ranker gets, of every level of the taxonomy, how often the user met the
+            candidate's node and how long ago; no found events are needed for it.
+        rank_encoding: whether events and candidate carry a vector of their place in what was found.
+        gap_encoding: whether events carry a vector of the time since then, on a scale of powers of
+            two.
+        target_product: whether the interest is also multiplied with the candidate (the
+            target-aware representation).
+        goal_positions: "shared" (one table of places for all goals) or "additive" (each goal adds
+            one of its own, which begins as zero).
+        order: how many times the candidate is crossed with its interest, 1 to 4; 1 is TIN.
+        form: how orders above 1 are made: "hop" (the candidate moves on with what it found) or
+            "dense" (the events are crossed with the candidate before they are read again).
+        norm: whether layers above the first normalise what they read.
+        groups: fields whose likeness weighs the events, a TIN for each group, as
+            ``("item+type", "all")``: levels by name, or "all". (): one TIN of all. As many "all"
+            are the control of several TINs that are alike.
+        hidden: width of the MLP of DIN.
+    """
+
+    kind: str = setting("tin", allowed=KINDS)
+    counts: bool = setting(False, also=("hand-made counts",))
+    rank_encoding: bool = setting(True, needs=_TIN, also=("tte",))
+    gap_encoding: bool = setting(True, needs=_TIN, also=("time",))
+    target_product: bool = setting(True, needs=_TIN, also=("tr",))
+    goal_positions: str = setting(
+        "shared", allowed=("shared", "additive"), needs=_TIN, also=("target-decoupled",)
+    )
+    order: int = setting(1, at_least=1, at_most=4, needs=_TIN, also=("stacked",))
+    form: str = setting("hop", allowed=("hop", "dense"), needs=_TIN)
+    norm: bool = setting(True, needs=_TIN)
+    groups: tuple[str, ...] = setting(
+        (), needs={"kind": "tin", "order": 1}, also=("side information", "heads")
+    )
+    hidden: int = setting(32, at_least=1, needs={"kind": "din"})
+
+    def __post_init__(self) -> None:
+        check(self, "xd_interest.{name} = {value!r}; it must be {needed}")
+        if self.groups and self.order > 1:
+            raise InputError(
+                f"xd_interest.groups = {self.groups!r} and xd_interest.order = {self.order}: a "
+                "stack has one TIN a layer; leave one of them out"
+            )

@@ -1,0 +1,127 @@
+"""Upstream's STU layer on a CPU, with groups of like length padded together."""
+
+from typing import Any
+
+import torch
+from generative_recommenders.modules.stu import STULayer
+from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_compute_uqvk
+from generative_recommenders.ops.pytorch.pt_hstu_attention import pytorch_hstu_mha
+from torch import Tensor
+
+# Upstream's own, in both of its layer norms.
+_EPS = 1e-6
+# A bucket ends before a group that is this much longer than the bucket's first one.
+_GROWTH, _SLACK = 1.25, 8
+
+
+class BucketedSTULayer(STULayer):
+    """STULayer whose attention pads a group to the longest of its bucket and not of the batch.
+
+    The PyTorch kernel of upstream pads every group to the length that scores are divided by. The
+    results are the same up to rounding; parameters have the same names.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        x_lengths: Tensor,
+        x_offsets: Tensor,
+        max_seq_len: int,
+        num_targets: Tensor,
+        max_kv_caching_len: int = 0,
+        kv_caching_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the layer.
+
+        Args:
+            x: (R, K) float, rows of all groups.
+            x_lengths: (G,) int64, ascending.
+            x_offsets: (G + 1,) int64.
+            max_seq_len: what scores are divided by, at least the longest group.
+            num_targets: (G,) int64, the last rows of each group.
+            max_kv_caching_len, kv_caching_lengths: of upstream's cache, which is not kept here.
+        """
+        sizes = {"num_heads": self._num_heads, "attn_dim": self._attention_dim}
+        u, q, k, v = hstu_compute_uqvk(
+            x=x,
+            norm_weight=self._input_norm_weight.to(x.dtype),
+            norm_bias=self._input_norm_bias.to(x.dtype),
+            norm_eps=_EPS,
+            hidden_dim=self._hidden_dim,
+            uvqk_weight=self._uvqk_weight.to(x.dtype),
+            uvqk_bias=self._uvqk_beta.to(x.dtype),
+            kernel=self.hammer_kernel(),
+            **sizes,
+        )
+        attended = _attend(
+            (q, k, v), x_lengths, x_offsets, num_targets, alpha=self._attn_alpha, norm=max_seq_len
+        )
+        return hstu_compute_output(
+            attn=attended.flatten(1),
+            u=u,
+            x=x,
+            norm_weight=self._output_norm_weight.to(x.dtype),
+            norm_bias=self._output_norm_bias.to(x.dtype),
+            norm_eps=_EPS,
+            dropout_ratio=self._output_dropout_ratio,
+            output_weight=self._output_weight.to(x.dtype),
+            group_norm=self._use_group_norm,
+            num_heads=self._num_heads,
+            linear_dim=self._hidden_dim,
+            concat_u=True,
+            concat_x=True,
+            mul_u_activation_type="none",
+            training=self.training,
+            kernel=self.hammer_kernel(),
+            recompute_y_in_backward=self._recompute_y,
+        )
+
+    def cached_forward(self, **arguments: Any) -> Tensor:
+        """Refuse upstream's incremental mode, which knows no domains."""
+        raise NotImplementedError("cached_forward knows no domains; encode whole histories instead")
+
+
+def _attend(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    lengths: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor,
+    *,
+    alpha: float,
+    norm: int,
+) -> Tensor:
+    """Attend inside groups, bucket by bucket: (R, H, dv)."""
+    scale = torch.tensor(1 / norm, dtype=qkv[0].dtype)
+    parts = []
+    for first, end in buckets(lengths.tolist()):
+        rows = slice(int(offsets[first]), int(offsets[end]))
+        q, k, v = (each[rows] for each in qkv)
+        parts.append(
+            pytorch_hstu_mha(
+                max_seq_len=int(lengths[end - 1]),
+                alpha=alpha,
+                q=q,
+                k=k,
+                v=v,
+                seq_offsets=offsets[first : end + 1] - offsets[first],
+                num_targets=num_targets[first:end],
+                attn_scale=scale,
+                training=False,
+            )
+        )
+    return torch.cat(parts) if parts else qkv[2]
+
+
+def buckets(lengths: list[int]) -> list[tuple[int, int]]:
+    """Cut ascending lengths into runs ``[first, end)`` that do not grow too much.
+
+    Example:
+        >>> buckets([3, 9, 11, 40, 41])
+        [(0, 3), (3, 5)]
+    """
+    found, first = [], 0
+    for at, length in enumerate(lengths):
+        if length > lengths[first] * _GROWTH + _SLACK:
+            found.append((first, at))
+            first = at
+    return [*found, (first, len(lengths))] if lengths else []

@@ -1,0 +1,175 @@
+"""Ranking requests of a prepared store: histories, the true next item, and drawn candidates."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
+from hstu_xd.plugins.bridge import draw_places
+
+_logger = logging.getLogger(__name__)
+
+# Events of a user that evaluation keeps from training: the last is "test", the one before "valid".
+_HELD_OUT = {"valid": 2, "test": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class RequestBatch:
+    """Requests of several users, their histories and candidates one after the other.
+
+    Attributes:
+        users: (B,) int64, number of each request's user.
+        history_lengths: (B,) int64.
+        items, times, domains: (sum of the lengths,) int64, of the histories, oldest first.
+        candidate_lengths: (B,) int64.
+        candidates, candidate_domains: int64; the true next item comes first in each request.
+        request_times: int64, when the true next event took place, for every candidate.
+        labels: int64, 1 for the true next item and 0 for the drawn ones.
+    """
+
+    users: Tensor
+    history_lengths: Tensor
+    items: Tensor
+    times: Tensor
+    domains: Tensor
+    candidate_lengths: Tensor
+    candidates: Tensor
+    candidate_domains: Tensor
+    request_times: Tensor
+    labels: Tensor
+
+
+class StoreRequests:
+    """Several requests of every user, those of evaluation after all those of training.
+
+    A request asks for one event of a user: it shows the events before it, at most the latest
+    ``max_history``, and candidates of the event's domain. Training asks for all events of a user
+    but the last two, evaluation for one of those two. Candidates are drawn uniformly, the same ones
+    every time in evaluation, new ones every time in training.
+
+    Args:
+        store: prepared by ``hstu-xd prepare``.
+        split: "valid" or "test".
+        max_history: longest history.
+        cut_points: latest events of a user that training asks for; 0: all.
+        num_candidates: the true item and the drawn ones together.
+        seed: of the candidates in evaluation; those of training are PyTorch's.
+
+    Attributes:
+        num_train: requests ``0..num_train - 1`` are of training.
+
+    Raises:
+        InputError: no user has enough events.
+    """
+
+    def __init__(
+        self,
+        store: InteractionStore,
+        *,
+        split: str,
+        max_history: int,
+        cut_points: int,
+        num_candidates: int,
+        seed: int,
+    ) -> None:
+        self.store = store
+        self._max_history = max_history
+        self._num_drawn = num_candidates - 1
+        self._domains = store.catalog.item_domains.numpy()
+        starts, ends = store.offsets[:-1], store.offsets[1:]
+        held_out = _HELD_OUT[split]
+        # The first event of a user has no history to be ranked by.
+        last = ends - max(_HELD_OUT.values())
+        first = np.maximum(starts + 1, last - cut_points if cut_points else starts + 1)
+        train = _runs(first, np.maximum(last - first, 0))
+        evaluated = (ends - held_out)[ends - held_out > starts]
+        train, evaluated = self._rankable(train), self._rankable(evaluated)
+        self._places = np.concatenate([train, evaluated])
+        self.num_train = train.size
+        short = int((last <= first).sum())
+        if short:
+            _logger.warning(
+                "%s: %d of %d users have fewer than 4 events and give no training request",
+                store.path,
+                short,
+                store.num_users,
+            )
+        if not 0 < self.num_train < len(self):
+            raise InputError(
+                f"{store.path}: {self.num_train} requests of training and "
+                f"{len(self) - self.num_train} of evaluation; users with four events and domains "
+                "of two items are needed"
+            )
+        asked = store.catalog.item_domains[torch.from_numpy(store.item_ids[evaluated]).long()]
+        self._evaluated = self._draw(asked, torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return self._places.size
+
+    def _rankable(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Leave out events whose item is alone in its domain."""
+        counts = self.store.catalog.domain_offsets.diff().numpy()
+        return places[counts[self._domains[self.store.item_ids[places]]] > 1]
+
+    def batch(self, requests: NDArray[np.int64]) -> RequestBatch:
+        """Read requests by their numbers."""
+        asked = self._places[requests]
+        users = np.searchsorted(self.store.offsets, asked, side="right") - 1
+        first = np.maximum(self.store.offsets[users], asked - self._max_history)
+        rows = _runs(first, asked - first)
+        items = torch.from_numpy(self.store.item_ids[rows].astype(np.int64))
+        targets = torch.from_numpy(self.store.item_ids[asked].astype(np.int64))
+        domains = self.store.catalog.item_domains
+        candidates = self._candidates(requests, targets)
+        width = candidates.shape[1]
+        labels = torch.zeros_like(candidates)
+        labels[:, 0] = 1
+        return RequestBatch(
+            users=torch.from_numpy(users),
+            history_lengths=torch.from_numpy(asked - first),
+            items=items,
+            times=torch.from_numpy(self.store.timestamps[rows].astype(np.int64)),
+            domains=domains[items],
+            candidate_lengths=torch.full((len(asked),), width),
+            candidates=candidates.flatten(),
+            candidate_domains=domains[candidates].flatten(),
+            request_times=torch.from_numpy(
+                self.store.timestamps[asked].astype(np.int64)
+            ).repeat_interleave(width),
+            labels=labels.flatten(),
+        )
+
+    def _draw(self, domains: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw places in the table of items of all domains: (B,) -> (B, R).
+
+        As if every domain lacked its last item: whoever draws the target itself gets that one, and
+        so all others are equally likely.
+        """
+        offsets = self.store.catalog.domain_offsets
+        shortened = offsets - torch.arange(offsets.numel())
+        places = draw_places(domains, shortened, self._num_drawn, generator)
+        return places + domains.unsqueeze(1)
+
+    def _candidates(self, requests: NDArray[np.int64], targets: Tensor) -> Tensor:
+        """Return the target of each request and what it is ranked against: (B, 1 + R)."""
+        catalog = self.store.catalog
+        domains = catalog.item_domains[targets]
+        places = self._draw(domains)
+        numbers = torch.from_numpy(requests)
+        is_evaluated = numbers >= self.num_train
+        places[is_evaluated] = self._evaluated[numbers[is_evaluated] - self.num_train]
+        drawn = catalog.domain_items[places]
+        last = catalog.domain_items[catalog.domain_offsets[domains + 1] - 1].unsqueeze(1)
+        others = torch.where(drawn == targets.unsqueeze(1), last, drawn)
+        return torch.cat([targets.unsqueeze(1), others], dim=1)
+
+
+def _runs(first: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return ``first[i], first[i] + 1, ...`` of every run, ``lengths[i]`` numbers of each."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(first - before, lengths) + np.arange(lengths.sum())

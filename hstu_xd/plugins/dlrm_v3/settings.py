@@ -1,0 +1,209 @@
+"""gin settings of the plug-in: ``xd_dlrm.*``, and the switches of ``xd_encoder.*``."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+import gin
+from hstu_xd.declaration import check, defaults_of, setting
+from hstu_xd.errors import InputError
+from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.training import settings as shared
+from hstu_xd.training.gin_files import check_types
+
+STORE_PREFIX = "xd:"
+# The switches that are computed here; every other setting of the encoder is refused.
+KNOWN_SWITCHES = ("domain_mask", "tape", "target_domain_embedding")
+
+
+@gin.configurable("xd_dlrm", module="hstu_xd")
+@dataclasses.dataclass(frozen=True)
+class DlrmSettings:
+    """What ``xd_dlrm.*`` bindings set; ``hstu_*`` are named as in upstream's configuration.
+
+    Attributes:
+        hstu_attn_num_layers: number of layers; None, as in all of these: what upstream's file says.
+        hstu_num_heads: attention heads of a layer.
+        hstu_attn_qk_dim: width of each head's queries and keys.
+        hstu_attn_linear_dim: width of each head's values.
+        hstu_transducer_embedding_dim: model width.
+        hstu_embedding_table_dim: width of the embedding tables, a multiple of 4.
+        hstu_preprocessor_hidden_dim: width between the two layers of the preprocessor.
+        hstu_input_dropout_ratio: dropout on the layers' input.
+        hstu_linear_dropout_rate: dropout before each layer's output projection.
+        causal_multitask_weights: factor of the loss.
+        max_seq_len: rows of the longest sequence that upstream's data sets give; that of a prepared
+            store follows from max_history.
+        table_rows: rows that an embedding table has at most; 0: as many as upstream says. The data
+            sets of upstream that hash ids hash them into so many.
+        domain_features: names of the features with the domain of every history event and of every
+            candidate.
+        num_domains: number of domains; 0: that of the prepared store.
+        norm_length: what attention is divided by in the place of the batch's longest history, so
+            that a user's scores do not depend on who else is in the batch; 0: as upstream.
+        kernel: "triton" or "pytorch" for the layers, both upstream's own; "auto": Triton where
+            there is a GPU, else PyTorch, with groups of like length padded together under
+            domain_mask.
+        bf16: whether layers compute in bfloat16 where there is a GPU.
+        max_history: latest events of a user that a request of a prepared store reads.
+        cut_points: latest events of a user that become training requests; 0: all.
+        num_candidates: the next item and how many drawn from its domain, together.
+        split: whom evaluation reads: "valid", the last event but one, or "test", the last. Training
+            reads neither.
+        user_token: put a token with the user's own embedding before the history.
+        domain_as_feature: embed the domain of events and candidates; the honest control.
+        warm_start: folder of a checkpoint of the stock model to start from, unless
+            load_dmp_checkpoint.path names one to continue from; empty: none.
+        seed: of PyTorch's random numbers and of the candidates.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    hstu_attn_num_layers: int | None = setting(None, also=("num_blocks", "layers"))
+    hstu_num_heads: int | None = setting(None, also=("num_heads",))
+    hstu_attn_qk_dim: int | None = setting(None, also=("dqk",))
+    hstu_attn_linear_dim: int | None = setting(None, also=("dv",))
+    hstu_transducer_embedding_dim: int | None = setting(None, also=("embedding_dim",))
+    hstu_embedding_table_dim: int | None = setting(None, also=("item_embedding_dim",))
+    hstu_preprocessor_hidden_dim: int | None = setting(None)
+    hstu_input_dropout_ratio: float | None = setting(None, also=("dropout_rate",))
+    hstu_linear_dropout_rate: float | None = setting(None, also=("linear_dropout_rate",))
+    causal_multitask_weights: float | None = setting(None)
+    max_seq_len: int | None = setting(None)
+    table_rows: int = setting(0, at_least=0, also=("hash_size",))
+    domain_features: tuple[str, ...] = setting(("uih_domain", "item_domain"))
+    num_domains: int = setting(0, at_least=0)
+    norm_length: int = setting(0, at_least=0)
+    kernel: str = setting("auto", allowed=("auto", "triton", "pytorch"))
+    bf16: bool = setting(True)
+    max_history: int = setting(200, at_least=1, also=("max_sequence_length",))
+    cut_points: int = setting(0, at_least=0)
+    num_candidates: int = setting(10, at_least=2, also=("max_num_candidates", "num_negatives"))
+    split: str = setting("valid", allowed=("valid", "test"))
+    user_token: bool = setting(True)
+    domain_as_feature: bool = setting(False)
+    warm_start: str = setting("", also=("checkpoint",))
+    seed: int = setting(42, also=("random_seed",))
+
+    def __post_init__(self) -> None:
+        check(self, "xd_dlrm.{name} = {value!r}; {needed} is needed")
+        for name, value in self.sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise InputError(f"xd_dlrm.{name} = {value!r}; a number above 0 is needed")
+        if len(self.domain_features) != 2:
+            raise InputError(
+                f"xd_dlrm.domain_features = {self.domain_features!r}; two names are needed, of the "
+                "history's and of the candidates' domains"
+            )
+        if (self.hstu_embedding_table_dim or 0) % 4:
+            raise InputError(
+                f"xd_dlrm.hstu_embedding_table_dim = {self.hstu_embedding_table_dim}; a multiple "
+                "of 4 is needed by the tables' kernels"
+            )
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What takes the place of the numbers in upstream's configuration of the model."""
+        found = {
+            name: getattr(self, name)
+            for name, default in defaults_of(type(self)).items()
+            if default is None
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossDomain:
+    """What a model of this plug-in computes beyond the stock one.
+
+    Attributes:
+        settings: the switches.
+        domain_features: names of the features with the domains of history and candidates.
+        norm_length: what attention is divided by; 0: the batch's longest sequence.
+        in_buckets: pad groups of like length together, on a CPU.
+    """
+
+    settings: EncoderSettings
+    domain_features: tuple[str, str] = ("uih_domain", "item_domain")
+    norm_length: int = 0
+    in_buckets: bool = False
+
+    @property
+    def num_domains(self) -> int:
+        """Number of domains ``D``."""
+        return self.settings.num_domains
+
+    @property
+    def reads_domains(self) -> bool:
+        """Whether anything is on that needs the domains of the rows."""
+        return self.settings.is_cross_domain
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the stock model computes the same."""
+        return not self.reads_domains and not self.norm_length
+
+    def norm_length_for(self, longest: int) -> int:
+        """Return what attention is divided by in a batch with a longest sequence.
+
+        Raises:
+            InputError: the sequence is longer than ``norm_length``.
+        """
+        if not self.norm_length:
+            return longest
+        if longest > self.norm_length:
+            raise InputError(
+                f"xd_dlrm.norm_length = {self.norm_length}, but a batch's longest sequence with "
+                f"its candidates has {longest} rows; raise it"
+            )
+        return self.norm_length
+
+
+def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -> CrossDomain:
+    """Build what the bindings of ``xd_encoder.*`` and ``xd_dlrm.*`` switch on.
+
+    Args:
+        settings: of ``xd_dlrm.*``.
+        num_domains: of the data set; 0: it is not known.
+        embedding_dim: model width.
+
+    Raises:
+        InputError: a switch that is not computed here, or one that is on while no domains are
+            known.
+    """
+    bound = dict(gin.get_bindings("xd_encoder"))
+    check_types(EncoderSettings, "xd_encoder", bound)
+    defaults = defaults_of(EncoderSettings)
+    for name, value in bound.items():
+        if name not in KNOWN_SWITCHES and value != defaults[name]:
+            raise InputError(
+                f"xd_encoder.{name} = {value!r}: the host dlrm_v3 computes "
+                f"{', '.join(KNOWN_SWITCHES)} only; remove the binding (sizes are xd_dlrm.hstu_*)"
+            )
+    known = settings.num_domains or num_domains
+    switches = shared.CONFIGURABLES["xd_encoder"](
+        num_domains=known or 1, norm_length=1, embedding_dim=embedding_dim
+    )
+    if switches.is_cross_domain and not known:
+        raise InputError(
+            "xd_encoder has switches on but no domains are known; open a prepared store with "
+            'dataset = "xd:<folder>", or set xd_dlrm.num_domains'
+        )
+    first, second = settings.domain_features
+    in_buckets = (
+        switches.domain_mask and settings.kernel == "auto" and not torch.cuda.is_available()
+    )
+    return CrossDomain(switches, (first, second), settings.norm_length, in_buckets)
+
+
+def bound_value(name: str) -> Any:
+    """Return what a parameter is bound to, ``make_model.dataset``; None where it is not bound."""
+    try:
+        value = gin.query_parameter(name)
+    except ValueError:
+        return None
+    # A macro, %dataset, is bound as a reference to what the file says of it.
+    reference = getattr(value, "scoped_configurable_fn", None)
+    return reference() if reference else value

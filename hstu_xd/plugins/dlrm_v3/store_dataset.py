@@ -1,0 +1,163 @@
+"""A prepared store as a data set of upstream's trainer: features, tables, whole batches."""
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from generative_recommenders.dlrm_v3.datasets.dataset import Dataset, Samples
+from generative_recommenders.modules.multitask_module import MultitaskTaskType, TaskConfig
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.plugins.dlrm_v3.requests import StoreRequests
+from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
+
+# Upstream compares the first one by identity: every mention has to be this object.
+ITEM, CANDIDATE = "item_id", "item_candidate_id"
+TIME, QUERY_TIME = "action_time", "item_query_time"
+WEIGHT, LABEL = "action_weight", "item_action_weight"
+USER = "user_id"
+TASK = "next_item"
+
+
+@cache
+def open_requests(folder: Path, settings: DlrmSettings) -> StoreRequests:
+    """Open the requests of a prepared store, once in a process.
+
+    Raises:
+        InputError: no store there, or one without a request.
+    """
+    return StoreRequests(
+        InteractionStore.open(folder),
+        split=settings.split,
+        max_history=settings.max_history,
+        cut_points=settings.cut_points,
+        num_candidates=settings.num_candidates,
+        seed=settings.seed,
+    )
+
+
+def configure(config: Any, settings: DlrmSettings) -> Any:
+    """Return a DlrmHSTUConfig with the features of a store in the place of its own.
+
+    Args:
+        config: with upstream's sizes.
+        settings: of ``xd_dlrm.*``.
+    """
+    history, candidates = _features(settings)
+    context = {USER: 1} if settings.user_token else {}
+    pairs = [(ITEM, CANDIDATE), (TIME, QUERY_TIME), (WEIGHT, LABEL)]
+    embedded = [(ITEM, CANDIDATE)]
+    if settings.domain_as_feature:
+        of_history, of_candidates = settings.domain_features
+        pairs.append((of_history, of_candidates))
+        embedded.append((of_history, of_candidates))
+    return dataclasses.replace(
+        config,
+        max_seq_len=settings.max_history + settings.num_candidates + len(context),
+        max_num_candidates=settings.num_candidates,
+        contextual_feature_to_max_length=context,
+        contextual_feature_to_min_uih_length={},
+        candidates_weight_feature_name=LABEL,
+        # No task reads it; upstream looks it up all the same.
+        candidates_watchtime_feature_name=LABEL,
+        candidates_querytime_feature_name=QUERY_TIME,
+        multitask_configs=[TaskConfig(TASK, 1, MultitaskTaskType.BINARY_CLASSIFICATION)],
+        user_embedding_feature_names=[*(first for first, _ in embedded), *context],
+        item_embedding_feature_names=[second for _, second in embedded],
+        uih_post_id_feature_name=ITEM,
+        uih_action_time_feature_name=TIME,
+        uih_weight_feature_name=WEIGHT,
+        hstu_uih_feature_names=history,
+        hstu_candidate_feature_names=candidates,
+        merge_uih_candidate_feature_mapping=pairs,
+        action_weights=[1],
+    )
+
+
+def tables(store: InteractionStore, settings: DlrmSettings, width: int) -> dict[str, Any]:
+    """Return the embedding tables of a store: items, and users and domains where they are on."""
+    wanted = {ITEM: (store.num_items + 1, [ITEM, CANDIDATE])}
+    if settings.user_token:
+        wanted[USER] = (store.num_users, [USER])
+    if settings.domain_as_feature:
+        wanted["domain"] = (store.num_domains, list(settings.domain_features))
+    return {
+        name: EmbeddingConfig(
+            num_embeddings=rows, embedding_dim=width, name=name, feature_names=features
+        )
+        for name, (rows, features) in wanted.items()
+    }
+
+
+def _features(settings: DlrmSettings) -> tuple[list[str], list[str]]:
+    of_history, of_candidates = settings.domain_features
+    user = [USER] if settings.user_token else []
+    return [*user, ITEM, TIME, WEIGHT, of_history], [CANDIDATE, QUERY_TIME, LABEL, of_candidates]
+
+
+class StoreDataset(Dataset):
+    """Requests of a prepared store, as upstream's trainer reads data sets.
+
+    Args:
+        hstu_config: of the model.
+        requests: what is read.
+        settings: of ``xd_dlrm.*``.
+        is_inference, embedding_config: upstream's; not read.
+    """
+
+    def __init__(
+        self,
+        hstu_config: Any,
+        requests: StoreRequests,
+        settings: DlrmSettings,
+        is_inference: bool = False,
+        embedding_config: Any = None,
+    ) -> None:
+        super().__init__(hstu_config=hstu_config)
+        self._requests = requests
+        self._user_token = settings.user_token
+        self._history, self._candidates = _features(settings)
+
+    def get_item_count(self) -> int:
+        """Return the number of requests, those of evaluation included."""
+        return len(self._requests)
+
+    def load_query_samples(self, sample_list: list[int]) -> None:
+        """Do nothing: the store is mapped from disk."""
+
+    def unload_query_samples(self, sample_list: list[int]) -> None:
+        """Do nothing: the store is mapped from disk."""
+
+    def get_sample(self, id: int) -> tuple[KeyedJaggedTensor, KeyedJaggedTensor]:
+        """Return the features of one request's history and candidates."""
+        samples = self.get_samples([id])
+        return samples.uih_features_kjt, samples.candidates_features_kjt
+
+    def get_samples(self, id_list: list[int]) -> Samples:
+        """Return a batch of requests: what upstream's collate makes of them, without its loops."""
+        batch = self._requests.batch(np.asarray(id_list))
+        lengths, values = [batch.history_lengths] * 4, [batch.items, batch.times]
+        values += [torch.ones_like(batch.items), batch.domains]
+        if self._user_token:
+            lengths.insert(0, torch.ones_like(batch.history_lengths))
+            values.insert(0, batch.users)
+        of_candidates = [
+            batch.candidates,
+            batch.request_times,
+            batch.labels,
+            batch.candidate_domains,
+        ]
+        return Samples(
+            _jagged(self._history, lengths, values),
+            _jagged(self._candidates, [batch.candidate_lengths] * 4, of_candidates),
+        )
+
+
+def _jagged(keys: list[str], lengths: list[Tensor], values: list[Tensor]) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(keys=keys, lengths=torch.cat(lengths), values=torch.cat(values))

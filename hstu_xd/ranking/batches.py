@@ -1,0 +1,129 @@
+"""Requests as tensors: candidates in a row a request, with the events that are read for them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hstu_xd.data.requests import RequestSet
+from hstu_xd.interest.positions import gap_buckets
+from hstu_xd.ranking.histories import HistoryIndex, Questions
+from hstu_xd.ranking.settings import RankingSettings
+
+
+@dataclass(frozen=True)
+class RequestBatch:
+    """R requests of up to C candidates. Events are found for N = R groups, or for N = R C.
+
+    Attributes:
+        candidates: (R, C) int64 item ids; 0 pads.
+        labels: (R, C) float32.
+        goals: (R,) int64.
+        counts: (R, C, W) float32; W is 0 where counts are not asked for.
+        events: (N, K) int64 item ids; 0 pads.
+        buckets: (N, K) int64 of :func:`hstu_xd.interest.positions.gap_buckets`.
+    """
+
+    candidates: Tensor
+    labels: Tensor
+    goals: Tensor
+    counts: Tensor
+    events: Tensor
+    buckets: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(R, C) bool, False for padding."""
+        return self.candidates > 0
+
+
+class RequestData:
+    """Makes batches of requests.
+
+    Args:
+        index: of the histories.
+        requests: of all splits.
+        settings: which events are read and whether counts are.
+
+    Raises:
+        InputError: the settings name a level that the store does not have.
+    """
+
+    def __init__(
+        self, index: HistoryIndex, requests: RequestSet, settings: RankingSettings
+    ) -> None:
+        self._index, self.requests, self._settings = index, requests, settings
+        for name in settings.search.levels:
+            index.level(name)
+        counts = np.diff(requests.offsets)
+        request = np.repeat(np.arange(len(counts)), counts)
+        self.asked = Questions(
+            requests.users[request], requests.candidates, requests.times[request]
+        )
+        width = len(requests.candidates) if settings.interest.counts else 0
+        self._counts = index.counts(Questions(*(column[:width] for column in self.asked)))
+
+    @property
+    def counts_width(self) -> int:
+        """How many counts a candidate has; 0 where they are not asked for."""
+        return self._counts.shape[1] if self._settings.interest.counts else 0
+
+    def batch(self, chosen: NDArray[np.int64]) -> RequestBatch:
+        """Make the batch of some requests.
+
+        Args:
+            chosen: (R,) int64 numbers of requests.
+        """
+        requests, rows = self.requests, self.requests.rows(chosen)
+        sizes = np.diff(requests.offsets)[chosen]
+        inside = np.arange(sizes.max(initial=0)) < sizes[:, None]
+        events, times = self._events(chosen, rows, inside)
+        at = requests.times[chosen]
+        if len(events) != len(chosen):
+            at = np.repeat(at, inside.shape[1])
+        gaps = np.maximum(at[:, None] - times, 1)
+        return RequestBatch(
+            candidates=torch.from_numpy(_laid_out(requests.candidates[rows], inside)),
+            labels=torch.from_numpy(_laid_out(requests.labels[rows], inside)),
+            goals=torch.from_numpy(requests.goals[chosen]),
+            counts=torch.from_numpy(
+                _laid_out(self._counts[rows], inside)
+                if self.counts_width
+                else np.zeros((*inside.shape, 0), np.float32)
+            ),
+            events=torch.from_numpy(events),
+            buckets=gap_buckets(torch.from_numpy(gaps)),
+        )
+
+    def _events(
+        self, chosen: NDArray[np.int64], rows: NDArray[np.int64], inside: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the events that are read: item ids and times, (N, K) each."""
+        search, requests = self._settings.search, self.requests
+        if self._settings.interest.kind == "none":
+            nothing = np.zeros((len(chosen), 0), np.int64)
+            return nothing, nothing
+        if search.kind == "recent":
+            users, times = requests.users[chosen], requests.times[chosen]
+            return self._index.read(
+                self._index.recent(Questions(users, np.zeros_like(users), times), search.k)
+            )
+        found = self._index.hard(
+            Questions(*(column[rows] for column in self.asked)),
+            search.k,
+            levels=search.levels,
+            skip_recent=search.skip_recent,
+            fill=search.fill,
+        )
+        whole = np.full((inside.size, search.k), -1, np.int64)
+        whole[inside.ravel()] = found
+        return self._index.read(whole)
+
+
+def _laid_out(values: NDArray, inside: NDArray[np.bool_]) -> NDArray:
+    """Lay values of candidates side by side out in a row a request, zeros behind."""
+    whole = np.zeros((*inside.shape, *values.shape[1:]), values.dtype)
+    whole[inside] = values
+    return whole

@@ -1,0 +1,153 @@
+"""The ranker: vectors of candidate and found events, the interest between them, chances by goal."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
+from hstu_xd.ranking.batches import RequestBatch
+from hstu_xd.ranking.settings import RankingSettings
+
+
+class ItemVectors(nn.Module):
+    """Tables of items and of the nodes of each level; an item's vector is all of them, end to end.
+
+    Args:
+        paths: (I + 1, H + 1) int64 nodes of every item id, the item itself first; -1: none.
+        known: (I + 1,) bool, items that have a vector of their own; the others share one.
+        item_width: of the items' table.
+        level_width: of the tables of levels.
+        std: of the tables' beginning.
+
+    Attributes:
+        widths: of each level's part of the result.
+        width: of the result.
+    """
+
+    rows: Tensor
+
+    def __init__(
+        self,
+        paths: NDArray[np.int64],
+        known: NDArray[np.bool_],
+        *,
+        item_width: int,
+        level_width: int,
+        std: float,
+    ) -> None:
+        super().__init__()
+        rows = paths + 1  # row 0 is of what there is not
+        rows[:, 0] = np.where(known, np.cumsum(known), 0)
+        widths = [item_width] + [level_width] * (paths.shape[1] - 1)
+        self.widths = widths
+        tables = [
+            nn.Embedding(int(column.max()) + 1, width)
+            for column, width in zip(rows.T, widths, strict=True)
+        ]
+        for table in tables:
+            nn.init.normal_(table.weight, std=std)
+        self.tables = nn.ModuleList(tables)
+        self.register_buffer("rows", torch.from_numpy(rows), persistent=False)
+        self.width = sum(widths)
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Return vectors of item ids, of any shape: (..., width)."""
+        rows = self.rows[items].unbind(-1)
+        vectors = [table(row) for table, row in zip(self.tables, rows, strict=True)]
+        return torch.cat(vectors, -1)
+
+
+def interest_of(
+    settings: InterestSettings,
+    fields: Mapping[str, int],
+    *,
+    places: int,
+    goals: int,
+    std: float,
+) -> MeanPool | DIN | TIN | SideInformationTIN | None:
+    """Make what reads the events; None where none are read.
+
+    Args:
+        settings: of the stage.
+        fields: width of each field of an event's vector, in order.
+        places: most events.
+        goals: number of goals.
+        std: of the tables' beginning.
+    """
+    width = sum(fields.values())
+    if settings.kind == "none":
+        return None
+    if settings.kind == "mean":
+        return MeanPool(width)
+    if settings.kind == "din":
+        return DIN(width, settings.hidden)
+    if settings.groups:
+        return SideInformationTIN(fields, settings, places=places, goals=goals, std=std)
+    return TIN(width, settings, places=places, goals=goals, std=std)
+
+
+class Ranker(nn.Module):
+    """Gives each candidate of a request the chance that it is taken, for the request's goal.
+
+    Args:
+        paths: (I + 1, H + 1) nodes of every item id.
+        levels: names of the H + 1 levels.
+        known: (I + 1,) items that have a vector of their own.
+        goals: number of goals.
+        counts: numbers a candidate has beside the vectors.
+        settings: all of the run.
+    """
+
+    def __init__(
+        self,
+        paths: NDArray[np.int64],
+        levels: Sequence[str],
+        known: NDArray[np.bool_],
+        goals: int,
+        counts: int,
+        settings: RankingSettings,
+    ) -> None:
+        super().__init__()
+        rank, std = settings.rank, settings.rank.init_std
+        self.items = ItemVectors(
+            paths, known, item_width=rank.item_width, level_width=rank.level_width, std=std
+        )
+        fields = dict(zip(levels, self.items.widths, strict=True))
+        self.goals = nn.Embedding(goals, rank.goal_width)
+        self.interest = interest_of(
+            settings.interest, fields, places=settings.search.k, goals=goals, std=std
+        )
+        read = self.interest.out_features if self.interest is not None else self.items.width
+        widths = [read + rank.goal_width + counts, *rank.hidden]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.head = nn.Sequential(*layers, nn.Linear(widths[-1], goals))
+
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Return the logits of the requests' candidates for their goals: (R, C)."""
+        candidates = self.items(batch.candidates)
+        read = candidates
+        if self.interest is not None:
+            per_group = candidates
+            goals = batch.goals
+            if len(batch.events) != len(candidates):  # every candidate has events of its own
+                per_group = candidates.flatten(0, 1).unsqueeze(1)
+                goals = goals.repeat_interleave(candidates.shape[1])
+            read = self.interest(
+                per_group, self.items(batch.events), batch.events > 0, batch.buckets, goals
+            ).view(*candidates.shape[:2], -1)
+        of_goal = self.goals(batch.goals)[:, None].expand(-1, candidates.shape[1], -1)
+        logits = self.head(torch.cat([read, of_goal, batch.counts], -1))
+        return logits.gather(-1, batch.goals[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+
+    def tables(self) -> list[nn.Parameter]:
+        """Return the parameters that are looked up rather than multiplied."""
+        found = [*self.items.parameters(), *self.goals.parameters()]
+        if isinstance(self.interest, TIN | SideInformationTIN):
+            found += list(self.interest.positions.parameters())
+        return found

@@ -1,0 +1,141 @@
+"""Settings of a ranking run: the search, the interest stage, and the ranker with its training."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hstu_xd.declaration import check, inert, setting
+from hstu_xd.errors import InputError
+from hstu_xd.interest.settings import InterestSettings
+from hstu_xd.training.gin_files import gin_lines, read_blocks, register
+
+_logger = logging.getLogger(__name__)
+_HARD = {"kind": "hard"}
+# Metrics that a better model has higher.
+SELECTABLE = ("gauc", "auc", "ndcg@10", "mrr")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What ``xd_search.*`` bindings set.
+
+    Attributes:
+        kind: which events of a history are read: "recent" (the latest) or "hard" (those nearest to
+            the candidate in the taxonomy, the latest of these first).
+        k: how many events.
+        levels: levels of the taxonomy that "hard" searches, by name; (): all.
+        skip_recent: latest events that "hard" leaves out.
+        fill: whether "hard" fills up with the latest events where fewer match.
+    """
+
+    kind: str = setting("recent", allowed=("recent", "hard"))
+    k: int = setting(50, at_least=1, also=("window", "max_len"))
+    levels: tuple[str, ...] = setting((), needs=_HARD)
+    skip_recent: int = setting(0, at_least=0, needs=_HARD)
+    fill: bool = setting(True, needs=_HARD)
+
+    def __post_init__(self) -> None:
+        check(self, "xd_search.{name} = {value!r}; it must be {needed}")
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What ``xd_rank.*`` bindings set.
+
+    Attributes:
+        item_width: width of the items' vectors.
+        level_width: width of the vectors of each level's nodes.
+        goal_width: width of the goals' vectors.
+        hidden: widths of the layers that read all of it.
+        init_std: of the tables' beginning; too small, likeness is not seen (0.1 left the AUC at
+            0.56 where 0.5 gave 0.75).
+        min_item_count: items with fewer training events have no vector of their own.
+        table_learning_rate: rate of AdamW for the tables.
+        learning_rate: rate of AdamW for the rest.
+        weight_decay: of the rest; tables have none.
+        batch_requests: requests in a step.
+        num_epochs: passes over the training requests at most.
+        early_stop_patience: epochs without a better ``select_metric`` before stopping.
+        select_metric: the validation metric that picks the best epoch.
+        random_seed: seed of weights and order.
+    """
+
+    item_width: int = setting(16, at_least=1)
+    level_width: int = setting(16, at_least=1)
+    goal_width: int = setting(8, at_least=1)
+    hidden: tuple[int, ...] = setting((64, 32))
+    init_std: float = setting(0.5, above=0, also=("initialisation",))
+    min_item_count: int = setting(5, at_least=1)
+    table_learning_rate: float = setting(0.02, above=0)
+    learning_rate: float = setting(3e-3, above=0, also=("lr",))
+    weight_decay: float = setting(1e-4, at_least=0)
+    batch_requests: int = setting(64, at_least=1, also=("batch_size",))
+    num_epochs: int = setting(3, at_least=1, also=("max_epochs",))
+    early_stop_patience: int = setting(1, at_least=1)
+    select_metric: str = setting("gauc", allowed=SELECTABLE)
+    random_seed: int = setting(42, at_least=0, at_most=2**64 - 1)
+
+    def __post_init__(self) -> None:
+        check(self, "xd_rank.{name} = {value!r}; it must be {needed}")
+        if any(width < 1 for width in self.hidden):
+            raise InputError(f"xd_rank.hidden = {self.hidden!r}; it must be widths of at least 1")
+
+
+BLOCKS: dict[str, type] = {
+    "xd_search": SearchSettings,
+    "xd_interest": InterestSettings,
+    "xd_rank": RankSettings,
+}
+
+
+@dataclass(frozen=True)
+class RankingSettings:
+    """All bindings of a ranking run.
+
+    Attributes:
+        search: which events are read.
+        interest: how they are read.
+        rank: the ranker and its training.
+    """
+
+    search: SearchSettings = field(default_factory=SearchSettings)
+    interest: InterestSettings = field(default_factory=InterestSettings)
+    rank: RankSettings = field(default_factory=RankSettings)
+
+    def to_gin(self) -> str:
+        """Write every setting, defaults included, as a gin file that reads back the same."""
+        parts = zip(BLOCKS, (self.search, self.interest, self.rank), strict=True)
+        blocks = ["\n".join(gin_lines(block, settings)) for block, settings in parts]
+        return "\n\n".join(["import hstu_xd.ranking.settings", *blocks]) + "\n"
+
+
+def load_ranking_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RankingSettings:
+    """Read gin files in order, then bindings; later ones win.
+
+    Args:
+        files: as :func:`hstu_xd.training.settings.load_settings` takes them.
+        bindings: single settings, ``xd_search.k = 50``.
+
+    Raises:
+        InputError: as there.
+    """
+    bound = read_blocks(files, bindings, BLOCKS).blocks
+    settings = RankingSettings(
+        SearchSettings(**bound["xd_search"]),
+        InterestSettings(**bound["xd_interest"]),
+        RankSettings(**bound["xd_rank"]),
+    )
+    parts = zip(BLOCKS, (settings.search, settings.interest, settings.rank), strict=True)
+    for block, each in parts:
+        for name, needed in inert(type(each), vars(each)):
+            _logger.warning(
+                "%s.%s = %r does nothing while %s.%s is %r",
+                *(block, name, getattr(each, name)),
+                *(block, needed, getattr(each, needed)),
+            )
+    return settings
+
+
+# The settings classes as gin sees them.
+CONFIGURABLES = register(BLOCKS)

@@ -1,0 +1,213 @@
+"""What run.json tells of a run, and whether a store is still the one that it was trained on."""
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hstu_xd.catalog import CATALOG_FILE
+from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.store_files import ITEM_IDS, OFFSETS, TIMESTAMPS, USERS
+from hstu_xd.errors import InputError
+from hstu_xd.files import check_readable
+from hstu_xd.training.distributed import World
+from hstu_xd.version import __version__
+
+_logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+PARTIAL_FILE = "run.partial"
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Read what run.json says.
+
+    Raises:
+        InputError: not a run folder, or its run.json cannot be read.
+    """
+    check_readable(run / RUN_FILE)
+    if not (run / RUN_FILE).is_file():
+        raise InputError(f"{run}: not a run folder ({RUN_FILE} is missing); train one first")
+    try:
+        return json.loads((run / RUN_FILE).read_text())
+    except ValueError as error:
+        raise InputError(f"{run / RUN_FILE}: not JSON ({error}); restore the file") from error
+
+
+def write_facts(out: Path, facts: Mapping[str, Any]) -> None:
+    """Write run.json, which appears whole or not at all."""
+    partial = out / PARTIAL_FILE
+    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.replace(out / RUN_FILE)
+
+
+def facts_of_start(here: World) -> dict[str, Any]:
+    """Describe the process that starts or resumes a run."""
+    return {
+        "version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": here.size,
+        "device": str(here.device),
+    }
+
+
+_MANIFEST_FACTS = (
+    "users",
+    "items",
+    "interactions",
+    "domains",
+    "delta",
+    "synthetic",
+    "switch_share",
+)
+
+
+def facts_of_data(store: InteractionStore) -> dict[str, Any]:
+    """Describe the store that a run is trained on."""
+    manifest = store.manifest
+    return {
+        "data": str(store.path.resolve()),
+        "data_hashes": manifest["hashes"],
+        "data_summary": {k: manifest[k] for k in _MANIFEST_FACTS if k in manifest},
+    }
+
+
+def note_resumption(out: Path, here: World, *, step: int, batch_size: int) -> None:
+    """Record who goes on with a run: "processes" are those of today, "starts" tells of all.
+
+    Args:
+        out: the run folder.
+        here: the process that goes on.
+        step: optimiser steps that were done before.
+        batch_size: users that a process takes a step.
+    """
+    facts = read_run(out)
+    now, before = facts_of_start(here), facts.get("processes", 1)
+    first = {name: facts.get(name) for name in now} | {"step": 0}
+    starts = [*facts.get("starts", [first]), now | {"step": step}]
+    write_facts(out, facts | {"processes": here.size, "starts": starts})
+    if here.size != before:
+        _logger.warning(
+            "%s was trained by %d process%s and goes on with %d: a step takes %d users instead of "
+            "%d; those who are left of the epoch are trained once each",
+            *(out, before, "" if before == 1 else "es", here.size),
+            *(batch_size * here.size, batch_size * before),
+        )
+
+
+# What is another one where a file's hash is another one.
+_CONTENTS = {
+    CATALOG_FILE: "items or domains",
+    USERS: "users",
+    OFFSETS: "events",
+    ITEM_IDS: "events",
+    TIMESTAMPS: "events",
+}
+
+
+def data_changes(facts: Mapping[str, Any], store: InteractionStore) -> str:
+    """Say in what a store differs from the one that a run was trained on.
+
+    Args:
+        facts: of the run, as :func:`read_run` gives them.
+        store: to be compared by the hashes of its files.
+
+    Returns:
+        "other users, events; 40 users instead of 60; 900 events instead of 1,200", without counts
+        that are equal; empty where the store holds what it held.
+    """
+    then, now = facts["data_hashes"], store.manifest["hashes"]
+    contents = dict.fromkeys(
+        content for name, content in _CONTENTS.items() if then.get(name) != now[name]
+    )
+    if not contents:
+        return ""
+    summary = facts.get("data_summary") or {}
+    counts = [
+        f"; {store.manifest[key]:,} {noun} instead of {before:,}"
+        for key, noun in _COUNTED.items()
+        if (before := summary.get(key)) not in (None, store.manifest[key])
+    ]
+    return f"other {', '.join(contents)}{''.join(counts)}"
+
+
+_COUNTED = {"users": "users", "items": "items", "interactions": "events"}
+
+
+def check_same_data(run: Path, store: InteractionStore) -> None:
+    """Refuse to go on with a run on other data than those that it began with.
+
+    Raises:
+        InputError: the store holds other data; the message says where those of the run are, or that
+            they are no more.
+    """
+    facts = read_run(run)
+    changes = data_changes(facts, store)
+    if not changes:
+        return
+    trained_on = Path(facts["data"])
+    if store.path.resolve() == trained_on:
+        raise InputError(
+            f"{store.path} was prepared again since {run} was trained on it ({changes}); prepare "
+            "the old log there again, or train into a new --out"
+        )
+    mend = f"resume it with --data {trained_on}"
+    if not _still_holds(trained_on, facts):
+        mend = f"{trained_on} no longer holds them: prepare the old log again, or give a new --out"
+    raise InputError(f"{run} was trained on other data than {store.path} ({changes}); {mend}")
+
+
+def _still_holds(folder: Path, facts: Mapping[str, Any]) -> bool:
+    try:
+        return not data_changes(facts, InteractionStore.open(folder))
+    except InputError:
+        return False
+
+
+def open_data(
+    run: Path, data: Path | None = None, *, verify: bool = False, as_trained: bool = False
+) -> InteractionStore:
+    """Open the store of a run, or another one with the same catalogue.
+
+    A warning says so where its histories are not those that the run was trained on.
+
+    Args:
+        run: the run folder.
+        data: the store; None: where the run's own was.
+        verify: compare the hash of every file with the store's manifest.
+        as_trained: without ``data``, refuse histories that have changed since the training.
+
+    Raises:
+        InputError: no store there, a damaged one, or not the catalogue or histories of the run.
+    """
+    facts = read_run(run)
+    store = InteractionStore.open(data or Path(facts["data"]), verify=verify)
+    changes = data_changes(facts, store)
+    if store.manifest["hashes"][CATALOG_FILE] != facts["data_hashes"][CATALOG_FILE]:
+        mend = f"pass the store of the run, {facts['data']}, or train on this one"
+        if store.path.resolve() == Path(facts["data"]):
+            mend = "it was prepared again since; train on it, or prepare the old log there again"
+        raise InputError(
+            f"{store.path}: its catalogue is not the one {run} was trained on ({changes}); {mend}"
+        )
+    if changes and data is None and as_trained:
+        raise InputError(
+            f"{store.path} was prepared again since {run} was trained on it ({changes}); prepare "
+            f"the old log there again, or add --data {store.path} to take it as it is now"
+        )
+    if changes:
+        _logger.warning(
+            "%s does not hold the histories that %s was trained on (%s); its held-out events may "
+            "be among those",
+            *(store.path, run, changes),
+        )
+    return store

@@ -1,0 +1,167 @@
+"""A run that continues from a checkpoint takes the steps of one that was never interrupted."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import upstream_dlrm  # noqa: F401  (skips where upstream is not importable)
+from generative_recommenders.dlrm_v3.train import train_ranker
+from generative_recommenders.dlrm_v3.train import utils as train_utils
+from generative_recommenders.dlrm_v3.utils import MetricsLogger
+
+import gin
+from hstu_xd.errors import InputError
+from hstu_xd.plugins.bridge import free_port
+from hstu_xd.plugins.dlrm_v3 import HOST
+from hstu_xd.plugins.dlrm_v3.checkpoints import FUSED
+from hstu_xd.plugins.dlrm_v3.cpu_worker import cpu_rebindings
+from hstu_xd.plugins.host import activate
+from hstu_xd.plugins.rebinding import apply
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def in_one_process(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    recipe = (Path(__file__).parents[3] / "gin" / "dlrm_stock.gin").read_text()
+    text = "\n".join(line for line in recipe.splitlines() if not line.startswith("import"))
+    handle = activate(HOST)
+    gin.parse_config(text)
+    gin.parse_config(
+        f'dataset = "xd:{tiny_store}"\nxd_encoder.domain_mask = True\nxd_encoder.tape = True\n'
+        "xd_dlrm.hstu_input_dropout_ratio = 0.0\nxd_dlrm.hstu_linear_dropout_rate = 0.0\n"
+    )
+    with apply(cpu_rebindings()):
+        train_ranker.setup(rank=0, world_size=1, master_port=free_port(), device=CPU)
+        yield
+        dist.destroy_process_group()
+    handle.revert()
+    gin.clear_config()
+
+
+class Run:
+    """A model with its optimisers, as upstream builds them."""
+
+    def __init__(self) -> None:
+        model, self.config, tables = train_utils.make_model()
+        self.model, self.optimizer = train_utils.make_optimizer_and_shard(model, CPU, 1)
+        loader, _ = train_ranker.make_train_test_dataloaders(
+            hstu_config=self.config, embedding_table_configs=tables, batch_size=4
+        )
+        self.requests = loader.dataset.dataset.dataset
+        self.metrics = MetricsLogger(self.config.multitask_configs, 4, 10, CPU, 0)
+
+    def train(self, batches: range) -> None:
+        for number in batches:
+            torch.manual_seed(number)
+            sample = self.requests.get_samples(list(range(4 * number, 4 * number + 4)))
+            self.optimizer.zero_grad()
+            losses = self.model(sample.uih_features_kjt, sample.candidates_features_kjt)[2]
+            sum(losses.values()).backward()
+            self.optimizer.step()
+
+    def save(self, folder: Path) -> None:
+        train_utils.save_dmp_checkpoint(
+            model=self.model,
+            optimizer=self.optimizer,
+            metric_logger=self.metrics,
+            rank=0,
+            batch_idx=3,
+            path=str(folder),
+        )
+
+    def start(self) -> None:
+        self.load(Path())
+
+    def load(self, folder: Path) -> None:
+        train_ranker.load_dmp_checkpoint(
+            model=self.model,
+            optimizer=self.optimizer,
+            metric_logger=self.metrics,
+            device=CPU,
+            path="" if folder == Path() else str(folder),
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            name: (value.local_shards()[0].tensor if hasattr(value, "local_shards") else value)
+            .detach()
+            .clone()
+            for name, value in self.model.state_dict().items()
+        }
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = Run()
+    whole.train(range(3))
+    whole.save(tmp_path)
+    whole.train(range(3, 6))
+    resumed = Run()
+    resumed.load(tmp_path / "3")
+    resumed.train(range(3, 6))
+    expected, found = whole.parameters(), resumed.parameters()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+    (tmp_path / "3" / FUSED).rename(tmp_path / "away")
+    without = Run()
+    with caplog.at_level(logging.WARNING):
+        without.load(tmp_path / "3")
+    assert "holds no state of the tables' optimiser, which starts anew" in caplog.text
+    without.train(range(3, 6))
+    tables = [name for name in expected if "embedding_collection" in name]
+    assert any(not torch.equal(without.parameters()[name], expected[name]) for name in tables)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint there; name the folder of a step"):
+        Run().load(tmp_path)
+
+
+STOCK = "xd_encoder.domain_mask = False\nxd_encoder.tape = False"
+
+
+def predictions(run: Run) -> torch.Tensor:
+    numbers = list(range(run.requests.get_item_count() - 4, run.requests.get_item_count()))
+    sample = run.requests.get_samples(numbers)
+    run.model.eval()
+    with torch.no_grad():
+        return run.model(sample.uih_features_kjt, sample.candidates_features_kjt)[3]
+
+
+def test_a_stock_model_continues_with_equal_scores(tmp_path: Path) -> None:
+    gin.parse_config(STOCK)
+    stock = Run()
+    stock.train(range(3))
+    stock.save(tmp_path)
+    expected = predictions(stock)
+    gin.parse_config("xd_encoder.tape = True")
+    assert not torch.equal(predictions(Run()), expected)
+    gin.parse_config(f"xd_dlrm.warm_start = '{tmp_path / '3'}'")
+    warm = Run()
+    warm.start()
+    new = set(warm.parameters()) - set(stock.parameters())
+    assert new
+    assert all("_xd_tape" in name for name in new)
+    assert torch.equal(predictions(warm), expected)
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("xd_dlrm.hstu_num_heads = 2", "a checkpoint of another model, which differs in "),
+        ("xd_dlrm.hstu_attn_num_layers = 1", "a checkpoint of another model, which differs in "),
+        ("xd_dlrm.warm_start = 'gone'", "xd_dlrm.warm_start = 'gone': no checkpoint there"),
+    ],
+)
+def test_a_warm_start_that_cannot_be_is_refused(tmp_path: Path, binding: str, message: str) -> None:
+    gin.parse_config(STOCK)
+    Run().save(tmp_path)
+    gin.parse_config(f"xd_dlrm.warm_start = '{tmp_path / '3'}'\n{binding}")
+    with pytest.raises(InputError, match=message):
+        Run().start()

@@ -1,0 +1,172 @@
+"""The command as a user types it, in processes of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from upstream_dlrm import CHECKOUT
+
+from hstu_xd.plugins.dlrm_v3 import HOST
+from hstu_xd.plugins.dlrm_v3.launch import main
+from hstu_xd.plugins.host import activate
+
+ROOT = Path(__file__).parents[3]
+SMALL = (
+    "make_train_test_dataloaders.batch_size = 8",
+    "train_loop.num_batches = 3",
+    "train_eval_loop.num_train_batches = 3",
+    "train_eval_loop.eval_frequency = 3",
+    "train_eval_loop.num_eval_batches = 2",
+    "train_eval_loop.metric_log_frequency = 1",
+)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_store: Path) -> Path:
+    (tmp_path / "gin").symlink_to(ROOT / "gin")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "amazon").symlink_to(tiny_store)
+    return tmp_path
+
+
+def launch(
+    folder: Path, file: str, *bindings: str, mode: str = "train-eval", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hstu_xd.plugins.dlrm_v3", "--gin_config_file", file]
+    for binding in (*SMALL, *bindings) if "dlrm_" in file else bindings:
+        command += ["--gin_bindings", binding]
+    return subprocess.run(
+        [*command, "--mode", mode],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+    )
+
+
+def status() -> str:
+    command = ["git", "-C", str(CHECKOUT), "status", "--porcelain"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dlrm_xd", *(pytest.param(name, marks=slow) for name in ("dlrm_stock", "dlrm_feature"))],
+)
+def test_every_recipe_trains_and_evaluates(workplace: Path, name: str) -> None:
+    before = status()
+    done = launch(workplace, f"gin/{name}.gin")
+    assert done.returncode == 0, done.stderr[-2000:]
+    gauc = re.search(r"metric/lifetime_gauc/next_item: ([\d.]+)", done.stdout)
+    assert gauc is not None
+    assert 0 < float(gauc[1]) < 1
+    assert "train - Step 3 metrics" in done.stderr
+    assert list((workplace / "exps" / "dlrm").glob("events.*"))
+    assert status() == before
+
+
+@slow
+def test_two_processes_train_together(workplace: Path) -> None:
+    done = launch(workplace, "gin/dlrm_xd.gin", mode="train", WORLD_SIZE="2")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@slow
+def test_upstreams_own_gin_file_runs_unchanged(workplace: Path) -> None:
+    theirs = CHECKOUT / "generative_recommenders" / "dlrm_v3" / "train" / "gin" / "debug.gin"
+    (workplace / "mine.gin").write_text(
+        f'import hstu_xd.plugins.dlrm_v3.activated\ninclude "{theirs}"\n'
+        "xd_dlrm.hstu_attn_num_layers = 1\nxd_dlrm.table_rows = 1000\n"
+        "xd_dlrm.hstu_embedding_table_dim = 8\nxd_dlrm.hstu_transducer_embedding_dim = 8\n"
+        "xd_dlrm.max_seq_len = 40\ntrain_loop.output_trace = False\n"
+        "make_train_test_dataloaders.batch_size = 2\n"
+        "train_loop.num_batches = 1\nMetricsLogger.tensorboard_log_path = 'exps'\n"
+    )
+    done = launch(workplace, "mine.gin", mode="train")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+BAD = {
+    "no_file": (None, ("gone.gin",), "no such file"),
+    "misspelt": ("gin/dlrm_xd.gin", ("xd_dlrm.cut_point = 3",), "cut_point"),
+    "no_store": ("gin/dlrm_xd.gin", ('dataset = "xd:data/nowhere"',), "no prepared store here"),
+    "two_data_sets": (
+        "gin/dlrm_xd.gin",
+        ('make_model.dataset = "debug"',),
+        "bind both to the same",
+    ),
+    "no_tensorboard": (
+        "gin/dlrm_xd.gin",
+        ('MetricsLogger.tensorboard_log_path = ""',),
+        "bind MetricsLogger.tensorboard_log_path",
+    ),
+    "endless_evaluation": (
+        "gin/dlrm_xd.gin",
+        ("train_eval_loop.num_eval_batches = None",),
+        "bind train_eval_loop.num_eval_batches",
+    ),
+    "sparse_adam": (
+        "gin/dlrm_xd.gin",
+        ('sparse_optimizer_factory_and_class.optimizer_name = "Adam"',),
+        "fails in upstream; take 'RowWiseAdagrad' or 'SGD'",
+    ),
+    "not_computed": ("gin/dlrm_xd.gin", ("xd_encoder.num_blocks = 4",), "sizes are xd_dlrm.hstu_"),
+    "out_of_range": ("gin/dlrm_xd.gin", ("xd_dlrm.max_history = 0",), "at least 1 is needed"),
+}
+
+
+@pytest.mark.parametrize(("file", "bindings", "message"), BAD.values(), ids=list(BAD))
+def test_bad_input_is_one_line_and_exit_code_2(
+    workplace: Path,
+    file: str | None,
+    bindings: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workplace)
+    command = ["--gin_config_file", file or bindings[0], "--mode", "train-eval"]
+    for binding in bindings if file else ():
+        command += ["--gin_bindings", binding]
+    try:
+        assert main(command) == 2
+    finally:
+        activate(HOST).revert()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m hstu_xd.plugins.dlrm_v3: ")
+    assert message in line
+
+
+def test_what_goes_wrong_while_it_runs_is_one_line_too(workplace: Path) -> None:
+    done = launch(workplace, "gin/dlrm_xd.gin", "xd_dlrm.norm_length = 5")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "python -m hstu_xd.plugins.dlrm_v3: xd_dlrm.norm_length = 5, but" in done.stderr
+
+
+def test_a_file_without_the_import_says_so(workplace: Path) -> None:
+    (workplace / "mine.gin").write_text(
+        'make_model.dataset = "xd:data/amazon"\nMetricsLogger.tensorboard_log_path = "exps"\n'
+    )
+    done = launch(workplace, "mine.gin", mode="train")
+    assert done.returncode == 2
+    assert "must import hstu_xd.plugins.dlrm_v3.activated" in done.stderr
+
+
+def test_a_store_has_no_stream(workplace: Path) -> None:
+    done = launch(workplace, "gin/dlrm_xd.gin", mode="streaming-train-eval")
+    assert done.returncode == 2
+    assert "a prepared store has no stream; take train-eval" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["dlrm_xd", "dlrm_stock", "dlrm_feature"])
+def test_header_names_the_command_to_run(name: str) -> None:
+    text = (ROOT / "gin" / f"{name}.gin").read_text()
+    command = f"python -m hstu_xd.plugins.dlrm_v3 --gin_config_file gin/{name}.gin --mode"
+    assert f"# {command} train-eval\n" in text
