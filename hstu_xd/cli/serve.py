@@ -13,8 +13,9 @@ from hstu_xd.cli.runs import AllowImports, Verify
 from hstu_xd.errors import HstuXdError, InputError
 
 if TYPE_CHECKING:
-    from hstu_xd.serving.http.service import Served
-    from hstu_xd.serving.http.settings import ServiceSettings
+    from collections.abc import Callable
+
+    from hstu_xd.serving.http.workers import Work
 
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 _TOKEN = "HSTU_XD_TOKEN"
@@ -49,7 +50,9 @@ WhenStoreFails = Annotated[
     Literal["refuse", "rebuild"],
     typer.Option(help="Answer 503, or rebuild states in memory until the store is back."),
 ]
-MaxBytes = Annotated[int, typer.Option(min=1 << 20, help="Most bytes of states in memory.")]
+MaxBytes = Annotated[
+    int, typer.Option(min=1 << 20, help="Most bytes of states in a worker's memory.")
+]
 Retrieval = Annotated[
     Literal["exact", "approximate"],
     typer.Option(help="Search large domains by all dot products, or by FAISS lists."),
@@ -87,8 +90,14 @@ LogLevel = Annotated[
     typer.Option(help="What is written to stderr; info adds a line for every request."),
 ]
 Drain = Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")]
+NumWorkers = Annotated[
+    int, typer.Option(min=1, help="Processes that serve; more than one need PostgreSQL's log.")
+]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of PyTorch. [default: all cores but one]")
+    int | None,
+    typer.Option(
+        min=1, help="Threads of PyTorch. [default: all cores but one; of workers, their share]"
+    ),
 ]
 
 
@@ -118,6 +127,7 @@ def serve(
     root_path: RootPath = "",
     log_level: LogLevel = "warning",
     drain: Drain = 5.0,
+    workers: NumWorkers = 1,
     threads: Threads = None,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -126,7 +136,6 @@ def serve(
     Takes events of users and recommends items of any domain.
     """
     check_packages()
-    from hstu_xd.serving.http.service import Served
     from hstu_xd.serving.http.settings import (
         Limits,
         QueueSettings,
@@ -134,6 +143,7 @@ def serve(
         StateSettings,
         WriteSettings,
     )
+    from hstu_xd.serving.http.workers import Work
 
     logging.basicConfig(level=log_level.upper(), format="hstu-xd: %(message)s")
     settings = ServiceSettings(
@@ -149,20 +159,35 @@ def serve(
         writes=WriteSettings(repeats, unknown_items, max_clock_skew),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
-    _listen(Served.from_run(run, settings, allow_imports=allow_imports), settings, host, port)
+    work = Work(run, settings, allow_imports, log_level)
+    _listen(work if workers == 1 else work.share(workers), workers, host, port)
 
 
-def _listen(served: "Served", settings: "ServiceSettings", host: str, port: int) -> None:
+def _listen(work: "Work", workers: int, host: str, port: int) -> None:
     """Answer requests until the process is told to stop."""
     from hstu_xd.serving.events.open_log import is_postgres, shown_log
     from hstu_xd.serving.http import server
-    from hstu_xd.serving.http.service import Service
+    from hstu_xd.serving.http.service import Served, Service
+    from hstu_xd.serving.http.workers import Workers
 
+    settings = work.settings
+    served = None
+    if workers == 1:
+        served = Served.from_run(work.run, settings, allow_imports=work.allow_imports)
     if not is_postgres(settings.events):
         _make_folder(Path(settings.events).parent)
     with server.listen(host, port) as sock:
-        service = Service(served, settings)
         here = sock.getsockname()
+        address = f"[{here[0]}]" if ":" in here[0] else here[0]
+
+        def announce(name: str) -> "Callable[[], None]":
+            def said() -> None:
+                typer.echo(f"serving {name} on http://{address}:{here[1]}")
+                typer.echo(f"events in {shown_log(settings.events)}")
+
+            return said
+
+        service = None if served is None else Service(served, settings)
         if settings.token is None and not is_loopback(here[0]):
             logging.getLogger(__name__).warning(
                 "whoever reaches %s can read, change and delete what is known of users: ask for a "
@@ -170,13 +195,11 @@ def _listen(served: "Served", settings: "ServiceSettings", host: str, port: int)
                 host,
                 _TOKEN,
             )
-        address = f"[{here[0]}]" if ":" in here[0] else here[0]
-
-        def announce() -> None:
-            typer.echo(f"serving {service.model_name} on http://{address}:{here[1]}")
-            typer.echo(f"events in {shown_log(settings.events)}")
-
-        server.serve(service, sock, announce)
+        if service is None:
+            name = f"{work.run.resolve().name} with {workers} workers"
+            Workers(work, workers, sock).run(announce(name))
+        else:
+            server.serve(service, sock, announce(service.model_name))
 
 
 def is_loopback(address: str) -> bool:

@@ -1,0 +1,141 @@
+"""``serve --workers``: any takes any user, any may be killed, and all end with their parent."""
+
+import http.client
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from log_cases import PostgresServer, postgres_server
+from service_client import events, scores, write_run
+from service_process import ServiceProcess
+
+from hstu_xd.cli import app
+
+WORKERS = 2
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    with postgres_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def workers_of(process: ServiceProcess) -> list[int]:
+    """Process ids of the workers, which are the children that lead a session of their own."""
+    parent = process._process.pid
+    found = subprocess.run(
+        ["ps", "-o", "pid=,sid=,stat=", "--ppid", str(parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = [line.split() for line in found.stdout.splitlines()]
+    return [int(pid) for pid, session, state in rows if pid == session and state[0] != "Z"]
+
+
+class Writer(threading.Thread):
+    """Sends a user's events in order, each until it is taken."""
+
+    def __init__(self, process: ServiceProcess, user: str, count: int) -> None:
+        super().__init__(daemon=True)
+        self._process, self._user, self._rows = process, user, events(count, user)
+        self.refused = 0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            for number, row in enumerate(self._rows):
+                self._send(row | {"id": str(number)})
+        except BaseException as error:
+            self.error = error
+
+    def _send(self, row: dict) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                status, answer = self._process.ask("POST", "/v1/events", {"events": [row]})
+            except (OSError, http.client.HTTPException):
+                status, answer = 503, None
+            if status == 200:
+                return
+            assert status == 503, answer
+            self.refused += 1
+            time.sleep(0.02)
+        raise AssertionError("nobody takes the event")
+
+
+@pytest.mark.slow
+def test_workers_are_killed_and_nothing_is_lost_or_doubled(
+    run: Path, tmp_path: Path, server: PostgresServer
+) -> None:
+    log, count, users = server.database(), 60, ["ann", "bob", "eve", "joe"]
+    with ServiceProcess(run, "--events", log, "--workers", str(WORKERS)) as process:
+        assert len(workers_of(process)) == WORKERS
+        writers = [Writer(process, user, count) for user in users]
+        for writer in writers:
+            writer.start()
+        for victim in range(2):
+            time.sleep(0.3)
+            os.kill(workers_of(process)[victim % WORKERS], signal.SIGKILL)
+            deadline = time.monotonic() + 60
+            while len(workers_of(process)) < WORKERS and time.monotonic() < deadline:
+                time.sleep(0.05)
+        for writer in writers:
+            writer.join()
+            assert writer.error is None, writer.error
+        wanted = scores(events(count), 0)
+        for user in users:
+            # Several connections: whichever worker answers, it answers the same.
+            for _ in range(4):
+                path = f"/v1/users/{user}/history?limit=1000"
+                status, answer = process.ask("GET", path)
+                assert status == 200
+                times = [row["timestamp"] for row in answer["events"]]
+                assert times == [1000 * number for number in range(count)]
+                body = {"user": user, "domain": "books", "items": list(wanted)}
+                status, answer = process.ask("POST", "/v1/score", body)
+                assert status == 200
+                assert answer["scores"] == pytest.approx(list(wanted.values()), abs=1e-5)
+        began = time.monotonic()
+        code, said = process.end()
+        assert time.monotonic() - began < 10
+    assert code == 0, said
+    assert "ended with status -9; it is started again" in said
+    assert "Traceback" not in said
+
+
+def test_workers_end_with_the_process_that_watches_them(run: Path, server: PostgresServer) -> None:
+    with ServiceProcess(run, "--events", server.database(), "--workers", "2") as process:
+        found = workers_of(process)
+        process.end(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in found):
+        time.sleep(0.05)
+    assert len(found) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+
+
+def test_workers_need_a_log_that_they_can_share(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["serve", str(run), "--workers", "2", "--events", str(tmp_path / "e")]) == 2
+    said = capsys.readouterr().err
+    assert "which one process owns; give --events postgresql://" in said
+
+
+def test_a_worker_that_cannot_start_stops_the_command(
+    run: Path, server: PostgresServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--events", server.database(), "--workers", "2", "--port", "0", "--store", "disk"]
+    assert app.run(["serve", str(run), *options]) == 1
+    assert "a worker did not start; it says why above" in capsys.readouterr().err
