@@ -25,7 +25,7 @@ from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import NO_BASELINE
-from hstu_xd.experiments.ablation import parse_variants, recipe_of
+from hstu_xd.experiments.variants import parse_variants, recipe_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.training.distributed import World
 from hstu_xd.training.extension import objective_of
@@ -102,7 +102,7 @@ def measure_on_store(
 
     Args:
         data: folder of the store.
-        variants: names of :data:`hstu_xd.experiments.ablation.VARIANTS` and gin files, separated
+        variants: names of :data:`hstu_xd.experiments.variants.VARIANTS` and gin files, separated
             by commas.
         recipe: gin files and bindings that the variants share.
         sizes: further bindings; the variants take turns under each of them.

@@ -21,6 +21,7 @@ COMMANDS = {
     "recommend": ("runs", "Models"),
     "settings": ("runs", "Models"),
     "ablate": ("experiments", "Experiments"),
+    "tune": ("experiments", "Experiments"),
     "compare": ("experiments", "Experiments"),
     "report": ("experiments", "Experiments"),
     "demo": ("experiments", "Experiments"),

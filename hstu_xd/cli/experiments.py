@@ -1,4 +1,4 @@
-"""Commands over many runs: ablate, compare, report and demo."""
+"""Commands over many runs: ablate, tune, compare, report and demo."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def ablate(
     stops the trainings, which save; the same command goes on.
     """
     from hstu_xd.experiments.ablation import ablate as run_ablation
-    from hstu_xd.experiments.ablation import parse_variants
+    from hstu_xd.experiments.variants import parse_variants
 
     table = run_ablation(
         data,
@@ -91,6 +91,54 @@ def ablate(
         bindings=gin_bindings or [],
         jobs=jobs or os.cpu_count() or 1,
         verify=verify,
+        announce=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(table, nl=False)
+
+
+def tune(
+    data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the search; may be continued.")],
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, help="Trials of each variant, those done included.")
+    ],
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            "--variants",
+            help="Names and gin files of variants, a,mine.gin. [default: the recipe as it is]",
+        ),
+    ] = None,
+    gin_config_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--gin_config_file",
+            help="The recipe, and in xd_tune.space what is tried; repeat to layer files.",
+        ),
+    ] = None,
+    gin_bindings: Annotated[
+        list[str] | None,
+        typer.Option("--gin_bindings", help="One more setting; repeat for several."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trials at a time.")] = 1,
+) -> None:
+    """Search settings on validation, as long for every variant.
+
+    Needs Optuna. The test split stays unread. Ctrl-C or SIGTERM stops the search; the same command
+    goes on, and with more trials it searches further. It writes trials.json and best.gin, which
+    train takes; each variant has a best.gin of its own.
+    """
+    from hstu_xd.experiments.tuning import tune as run_search
+    from hstu_xd.experiments.variants import parse_variants
+
+    table = run_search(
+        data,
+        [] if variants is None else parse_variants(variants),
+        trials,
+        out,
+        files=gin_config_file or [],
+        bindings=gin_bindings or [],
+        jobs=jobs,
         announce=lambda line: typer.echo(line, err=True),
     )
     typer.echo(table, nl=False)

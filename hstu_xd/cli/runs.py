@@ -102,6 +102,10 @@ def train(
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
     verify: Verify = False,
+    skip_test: Annotated[
+        bool,
+        typer.Option("--skip-test", help="Leave the test split unread; --resume alone reads it."),
+    ] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Train a model on a prepared store.
@@ -117,15 +121,23 @@ def train(
     given = gin_config_file or gin_bindings
     settings = load_settings(gin_config_file or [], gin_bindings or []) if given else None
     summary = run_training(
-        data, settings, out, name=name, resume=resume, verify=verify, allow_imports=allow_imports
+        data,
+        settings,
+        out,
+        name=name,
+        resume=resume,
+        read_test=not skip_test,
+        verify=verify,
+        allow_imports=allow_imports,
     )
-    test = summary["test"]
+    split = "test" if "test" in summary else "valid"
+    found = summary[split]
     shown = Protocol.from_run(read_run(out)).main_metrics
     typer.echo(
-        f"{out}: best epoch {summary['best_epoch']}, test "
-        + ", ".join(f"{name} {100 * test[name]:.2f} %" for name in shown)
+        f"{out}: best epoch {summary['best_epoch']}, {split} "
+        + ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
     )
-    for note in count_notes(test):
+    for note in count_notes(found):
         typer.echo(note)
 
 

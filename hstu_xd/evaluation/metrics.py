@@ -55,7 +55,7 @@ class RankedTargets:
         """Count targets, the unreachable ones, and those that are right by necessity at each k."""
         unreachable = int((self.ranks == UNREACHABLE).sum())
         trivial = {k: int(self.right_by_necessity(k, protocol).sum()) for k in protocol.ks}
-        counts = {"count": self.ranks.numel(), "count_unreachable": unreachable}
+        counts: dict[str, float] = {"count": self.ranks.numel(), "count_unreachable": unreachable}
         return counts | {f"count_trivial@{k}": number for k, number in trivial.items() if number}
 
 

@@ -263,7 +263,7 @@ def read_run(folder: Path) -> Run:
     summary = None
     if (folder / SUMMARY_FILE).is_file():
         summary = _read_object(folder / SUMMARY_FILE)
-    rows, notes = _read_metrics(folder / METRICS_FILE)
+    rows, notes = read_metrics(folder / METRICS_FILE)
     valid = {row["epoch"]: row for row in rows if row["split"] == "valid"}
     train = {row["step"]: row for row in rows if row["split"] == "train"}
     if summary is None:
@@ -280,8 +280,11 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _read_metrics(path: Path) -> tuple[list[Row], list[str]]:
-    """Rows of metrics.jsonl and notes; a last line still being written is left out with a note."""
+def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
+    """Return the rows of a metrics.jsonl, and notes.
+
+    A last line that is still being written is left out with a note.
+    """
     if not path.is_file():
         return [], [f"has no {METRICS_FILE}: no learning curves"]
     rows: list[Row] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from hstu_xd.declaration import check, inert, setting
 from hstu_xd.errors import InputError
 from hstu_xd.interest.settings import InterestSettings
-from hstu_xd.training.settings import gin_lines, read_blocks, register
+from hstu_xd.training.gin_files import gin_lines, read_blocks, register
 
 _logger = logging.getLogger(__name__)
 _HARD = {"kind": "hard"}

@@ -53,16 +53,20 @@ class BaselineTrainer:
         log.rewind(0, 0)
         log.close()
 
-    def fit(self) -> dict[str, Any]:
-        """Evaluate and write the run's model, metrics and summary; returns the summary."""
-        self.world.in_main(self._write)
+    def fit(self, *, read_test: bool = True) -> dict[str, Any]:
+        """Evaluate and write the run's model, metrics and summary; returns the summary.
+
+        Args:
+            read_test: measure on the test split, too.
+        """
+        self.world.in_main(lambda: self._write(read_test=read_test))
         return json.loads((self.run / SUMMARY_FILE).read_text())
 
-    def _write(self) -> None:
+    def _write(self, *, read_test: bool) -> None:
         began = time.perf_counter()
         log, metrics = MetricsLog(self.run, enabled=True), metrics_of(self.settings)
         values = {}
-        for split in (Split.VALID, Split.TEST):
+        for split in (Split.VALID, *[Split.TEST] * read_test):
             values[split.value] = evaluate(
                 self.model,
                 self._data[split],

@@ -34,6 +34,7 @@ from hstu_xd.training.baseline_runs import BaselineTrainer, load_baseline
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import foreign_names, metrics_of, objective_of
+from hstu_xd.training.gin_files import gin_library
 from hstu_xd.training.run_facts import (
     PARTIAL_FILE,
     RUN_FILE,
@@ -44,7 +45,7 @@ from hstu_xd.training.run_facts import (
     read_run,
     write_facts,
 )
-from hstu_xd.training.settings import RunSettings, TrainSettings, gin_library, load_settings
+from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
 from hstu_xd.training.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def train(
     name: str | None = None,
     resume: bool = False,
     verify: bool = False,
+    read_test: bool = True,
     allow_imports: bool = False,
 ) -> dict[str, Any]:
     """Train one model into a run folder.
@@ -72,6 +74,7 @@ def train(
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
             given and differ, a warning says so.
         verify: compare the hash of every file of the store with its manifest first.
+        read_test: measure the picked epoch on the test split, too; a search on validation does not.
         allow_imports: to resume, import what the run names beside this package; what ``settings``
             have imported needs no permission.
 
@@ -112,7 +115,7 @@ def train(
             name = name or variant_name(settings)
             here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here))
         try:
-            return trainer.fit()
+            return trainer.fit(read_test=read_test)
         except Interrupted as stopped:
             command = _resume_command(data, out, settings, here)
             message = f"{stopped}; go on with: {command}" if here.is_main else ""

@@ -2,32 +2,28 @@
 
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from hstu_xd.declaration import check, inert, nearest_setting, setting, settings_of
-from hstu_xd.errors import InputError, nearest
+from hstu_xd.declaration import check, inert, setting
+from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
 from hstu_xd.evaluation.protocol import BLOCK as PROTOCOL_BLOCK
 from hstu_xd.evaluation.protocol import Protocol
-from hstu_xd.files import gin_folder
 from hstu_xd.model.settings import EncoderSettings
-from hstu_xd.parts import importable_from
 from hstu_xd.training.extension import (
     RETRIEVAL,
-    Bound,
     ForeignCode,
     check_layer,
     check_metrics,
     check_parts,
     parts_of,
-    read_bindings,
-    refuse_lost_values,
 )
+from hstu_xd.training.gin_files import gin_lines, names_in_gin, read_blocks, register
 from hstu_xd.training.optimization import SCHEDULES
+from hstu_xd.training.search_space import BLOCK as TUNE_BLOCK
+from hstu_xd.training.search_space import Dimension, TuneSettings, parse_space
 
 _logger = logging.getLogger(__name__)
 
@@ -146,6 +142,7 @@ BLOCKS: dict[str, type] = {
     "xd_encoder": EncoderSettings,
     "xd_train": TrainSettings,
     PROTOCOL_BLOCK: Protocol,
+    TUNE_BLOCK: TuneSettings,
 }
 
 
@@ -158,12 +155,35 @@ class RunSettings:
         train: the trainer's.
         protocol: of its evaluations.
         foreign: what the parts among them need that are not of this package.
+        tune: of a search over them, which a run does not store.
     """
 
     encoder: Mapping[str, Any]
     train: TrainSettings
     protocol: Protocol = dataclasses.field(default_factory=Protocol)
     foreign: ForeignCode = dataclasses.field(default_factory=ForeignCode)
+    tune: TuneSettings = dataclasses.field(default_factory=TuneSettings)
+
+    @property
+    def search_space(self) -> list[Dimension]:
+        """What a search tries."""
+        return parse_space(self.tune.space, BLOCKS)
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Every setting of a run by its full name, ``xd_train.learning_rate``."""
+        return {
+            f"{block}.{name}": getattr(settings, name)
+            for block, settings in self._blocks().items()
+            for name in names_in_gin(type(settings))
+        }
+
+    def _blocks(self) -> dict[str, Any]:
+        return {
+            "xd_encoder": self.encoder_settings(num_domains=1),
+            "xd_train": self.train,
+            PROTOCOL_BLOCK: self.protocol,
+        }
 
     def __post_init__(self) -> None:
         check_metrics(self.train, self.protocol)
@@ -185,11 +205,7 @@ class RunSettings:
     def to_gin(self) -> str:
         """Write every setting, defaults included, as a gin file that reads back the same."""
         lines = ["import hstu_xd.training.settings", *self.foreign.imports, ""]
-        for block, settings in (
-            ("xd_encoder", self.encoder_settings(num_domains=1)),
-            ("xd_train", self.train),
-            (PROTOCOL_BLOCK, self.protocol),
-        ):
+        for block, settings in self._blocks().items():
             lines += [*gin_lines(block, settings), ""]
         lines += [*self.foreign.bindings, ""] if self.foreign.bindings else []
         return "\n".join(lines)
@@ -231,66 +247,12 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
     check_layer(encoder.get("layer"))
     protocol = Protocol(**bound.blocks[PROTOCOL_BLOCK])
-    settings = RunSettings(encoder, train, protocol, bound.foreign)
+    tune = TuneSettings(**bound.blocks[TUNE_BLOCK])
+    settings = RunSettings(encoder, train, protocol, bound.foreign, tune)
+    parse_space(tune.space, BLOCKS)
     # Range checks, before any data are read.
     _check_together(settings.encoder_settings(num_domains=1), train)
     return settings
-
-
-def read_blocks(
-    files: Sequence[Path], bindings: Sequence[str], blocks: Mapping[str, type]
-) -> Bound:
-    """Read gin files in order, then bindings, of settings that :func:`register` has told gin of.
-
-    Args:
-        files: as :func:`load_settings` takes them.
-        bindings: single settings.
-        blocks: name of each block -> its dataclass of settings.
-
-    Returns:
-        What is bound, in the declared types.
-
-    Raises:
-        InputError: as :func:`load_settings`.
-    """
-    parts = {
-        block: [name for name, each in settings_of(cls).items() if each.part]
-        for block, cls in blocks.items()
-    }
-    files = [_found(file) for file in files]
-    gin = gin_library()
-    gin.clear_config()
-    try:
-        with importable_from([*(file.parent for file in files), Path.cwd()]):
-            for file in files:
-                _parse_file(gin, (file.absolute(),))
-            gin.parse_config_files_and_bindings([], list(bindings))
-            refuse_lost_values(gin, "\n".join(bindings))
-            bound = read_bindings(gin, parts)
-        _refuse_unread(bound.unread, blocks)
-    except (ValueError, TypeError, SyntaxError, OSError, ImportError, NameError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(_explain(error, files, bindings, blocks)) from error
-    finally:
-        gin.clear_config()
-    for name, values in bound.blocks.items():
-        check_types(blocks[name], name, values)
-    return bound
-
-
-def _found(file: Path) -> Path:
-    if file.is_file():
-        return file
-    shipped = gin_folder().parent
-    if (shipped / file).is_file():
-        return shipped / file
-    recipes = sorted(
-        x.relative_to(shipped).as_posix() for x in shipped.glob("gin/standalone/*.gin")
-    )
-    raise InputError(
-        f"--gin_config_file {file}: no such file in {Path.cwd()} (of hstu-xd: {', '.join(recipes)})"
-    )
 
 
 def _check_together(encoder: EncoderSettings, train: TrainSettings) -> None:
@@ -320,129 +282,6 @@ def _check_together(encoder: EncoderSettings, train: TrainSettings) -> None:
             "xd_encoder.domain_mask = True does nothing: every %s",
             "layer keeps full attention" if own_heads else "head reads the target domain",
         )
-
-
-def gin_library() -> Any:
-    """Import gin-config, or say that it is missing."""
-    import gin
-
-    # Run from a folder that has a subfolder gin/, an absent gin-config would import as that folder.
-    if not hasattr(gin, "parse_config_files_and_bindings"):
-        raise InputError("gin-config is not installed; pip install gin-config")
-    return gin
-
-
-_INCLUDE = re.compile(r"""\s*include\s+(["'])(?P<name>.+?)\1""")
-
-
-def _parse_file(gin: Any, files: tuple[Path, ...]) -> None:
-    """Parse a gin file, and what it includes where it includes it.
-
-    An included file is looked up beside the file that names it, beside those that included that
-    one, in the working folder, and among the recipes of this package, ``gin/standalone/xd.gin``;
-    gin itself would look into the working folder first.
-
-    Args:
-        gin: the library.
-        files: the file, behind those that include it.
-
-    Raises:
-        InputError: an included file that is not there or that includes itself.
-    """
-    file = files[-1]
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    begin = 0
-    for number, line in enumerate(lines):
-        if include := _INCLUDE.match(line):
-            _parse_lines(gin, file, lines, begin, number)
-            _parse_file(gin, (*files, _included(include["name"], files)))
-            begin = number + 1
-    _parse_lines(gin, file, lines, begin, len(lines))
-
-
-def _parse_lines(gin: Any, file: Path, lines: Sequence[str], begin: int, end: int) -> None:
-    """Parse a part of a file so that gin's errors name the file and the line."""
-    part = StringIO("\n" * begin + "".join(lines[begin:end]))
-    part.name = str(file)
-    gin.parse_config(part)
-    refuse_lost_values(gin, part.getvalue())
-
-
-def _included(name: str, files: Sequence[Path]) -> Path:
-    folders = [*(file.parent for file in reversed(files)), Path.cwd(), gin_folder().parent]
-    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if found is None:
-        raise InputError(
-            f"{files[-1]} includes {name!r}: no such file beside it, in {Path.cwd()} or among the "
-            "recipes of hstu-xd"
-        )
-    if found.resolve() in (file.resolve() for file in files):
-        raise InputError(f"{files[-1]} includes {name!r}, which includes it in turn")
-    return found
-
-
-def register(blocks: Mapping[str, type]) -> dict[str, Any]:
-    """Tell gin of blocks of settings; return them as gin sees them: called, they take the bound."""
-    make = gin_library().external_configurable
-    return {
-        name: make(settings, name=name, module="hstu_xd", allowlist=_names(settings))
-        for name, settings in blocks.items()
-    }
-
-
-def _names(cls: type) -> list[str]:
-    return [name for name, each in settings_of(cls).items() if not each.from_data]
-
-
-def gin_lines(block: str, settings: Any) -> list[str]:
-    """Write every setting of a block, defaults included, as lines of a gin file."""
-    return [f"{block}.{name} = {getattr(settings, name)!r}" for name in _names(type(settings))]
-
-
-def _explain(
-    error: Exception, files: Sequence[Path], bindings: Sequence[str], blocks: Mapping[str, type]
-) -> str:
-    """Turn gin's error into one line, with the nearest name where a name is unknown."""
-    text = " ".join(str(error).split())
-    if "named" not in text and "matching" not in text:
-        # A syntax error gives a line number and no text.
-        text = f"{', '.join([*map(str, files), *bindings])}: {text}"
-    if isinstance(error, ImportError):
-        text += (
-            "; run the command where the module lies, add its folder to PYTHONPATH, or install it"
-        )
-    elif "matching reference" in text:
-        text += " Import its module in the gin file, and register it there with @gin.configurable."
-    near = None
-    if wrong := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
-        near = nearest_setting(wrong[2], blocks, wrong[1])
-    elif wrong := re.search(r"matching '([\w./]+)'.* \1\.(\w+)\s*=", text):
-        block = nearest(wrong[1], blocks)
-        near = block and (nearest_setting(wrong[2], blocks, block) or block)
-    return f"gin: {text} Did you mean {near}?" if near else f"gin: {text}"
-
-
-def _refuse_unread(unread: Sequence[str], blocks: Mapping[str, type]) -> None:
-    """Refuse macros and bindings, scoped or of somebody else's, that no setting refers to."""
-    if unread:
-        # A name without its block, or with that of another trainer, is most often of the training.
-        name = unread[0].rpartition(".")[2]
-        near = "/" not in name and nearest_setting(name, dict(reversed([*blocks.items()])))
-        raise InputError(
-            f"gin: nothing reads the binding {unread[0]!r}; remove it or its scope"
-            + (f". Did you mean {near}?" if near else "")
-        )
-
-
-def check_types(cls: type, block: str, values: dict[str, Any]) -> None:
-    """Bring bound values to their declared types in place, lists to tuples and ints to floats.
-
-    Raises:
-        InputError: a value of another type.
-    """
-    declared = settings_of(cls)
-    for name, value in values.items():
-        values[name] = declared[name].typed(value, f"gin: {block}.{name} = {value!r}")
 
 
 # The settings classes as gin sees them: called, they take what is bound.

@@ -201,8 +201,11 @@ class Trainer:
                 self.progress.loss_sum = 0.0  # the first process has taken over all of it
         self._log.rewind(self.progress.metrics_bytes, self.progress.step)
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, *, read_test: bool = True) -> dict[str, Any]:
         """Train until the epochs or the patience run out; returns the run's summary.
+
+        Args:
+            read_test: measure the picked epoch on the test split, too.
 
         Raises:
             Interrupted: one of the processes was asked to stop; :meth:`resume` goes on there.
@@ -216,7 +219,7 @@ class Trainer:
                 self._save()
                 self._log.close()
                 raise
-            summary = self._summarise()
+            summary = self._summarise(read_test=read_test)
             self._agreed.finish()
             return summary
 
@@ -409,22 +412,22 @@ class Trainer:
         progress = asdict(self.progress) | {"loss_sum": total}
         save_checkpoint(self.run / STATE_FILE, tensors, {"progress": progress})
 
-    def _summarise(self) -> dict[str, Any]:
-        """Read the test split once, with the epoch that validation picked."""
+    def _summarise(self, *, read_test: bool) -> dict[str, Any]:
+        """Read the test split once, with the epoch that validation picked, or not at all."""
         self.world.barrier()
         weights, metadata = load_checkpoint(self.run / MODEL_FILE)
         load_weights(self.model, weights, self.run / MODEL_FILE)
         self._judged = self.model
-        valid, test = self.evaluate(Split.VALID), self.evaluate(Split.TEST)
-        progress = self.progress
+        measured, progress = {"valid": self.evaluate(Split.VALID)}, self.progress
+        if read_test:
+            measured["test"] = self.evaluate(Split.TEST)
+            self._log.write(Split.TEST, metadata["epoch"], progress.step, measured["test"])
         cost = attention_cost(self.model, self._data[Split.TEST])
-        self._log.write(Split.TEST, metadata["epoch"], progress.step, test)
         self._log.close()
         summary = {
             "best_epoch": metadata["epoch"],
             "epochs": progress.epoch,
-            "valid": valid,
-            "test": test,
+            **measured,
             "seconds_per_step": progress.train_seconds / max(1, progress.step),
             "events_per_second": progress.train_events / max(1e-9, progress.train_seconds),
             "parameters": sum(p.numel() for p in self.model.parameters()),

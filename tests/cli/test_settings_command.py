@@ -30,6 +30,7 @@ def test_every_binding_and_key_is_listed(capsys: pytest.CaptureFixture[str]) -> 
         "xd_encoder",
         "xd_train",
         "xd_evaluate",
+        "xd_tune",
         "xd_search",
         "xd_interest",
         "xd_rank",

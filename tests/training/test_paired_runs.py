@@ -9,7 +9,7 @@ from quick_runs import QUICK
 
 from hstu_xd.cli.app import run
 from hstu_xd.data.synthetic import SynthOptions, synthesize
-from hstu_xd.experiments.ablation import variant_bindings
+from hstu_xd.experiments.variants import variant_bindings
 from hstu_xd.training.run import train
 from hstu_xd.training.settings import load_settings
 

@@ -10,6 +10,7 @@ from hstu_xd.declaration import check, defaults_of, setting
 from hstu_xd.errors import InputError
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.training import settings as shared
+from hstu_xd.training.gin_files import check_types
 
 STORE_PREFIX = "xd:"
 # The switches that are computed here; every other setting of the encoder is refused.
@@ -173,7 +174,7 @@ def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -
             known.
     """
     bound = dict(gin.get_bindings("xd_encoder"))
-    shared.check_types(EncoderSettings, "xd_encoder", bound)
+    check_types(EncoderSettings, "xd_encoder", bound)
     defaults = defaults_of(EncoderSettings)
     for name, value in bound.items():
         if name not in KNOWN_SWITCHES and value != defaults[name]:

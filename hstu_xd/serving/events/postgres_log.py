@@ -20,7 +20,6 @@ from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Conflict, Event, Keyed, LogError, Logged, new_version
 
 _log = logging.getLogger(__name__)
-
 # Seconds that a statement may take, and that a connection may take to open: requests wait for it.
 _PATIENCE = 2.0
 # Seconds that a server gone in the middle of a commit gets to say what became of it.

@@ -11,6 +11,7 @@ from hstu_xd.errors import InputError
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.plugins.gr.research.dataset import SPLITS
 from hstu_xd.training import settings as shared
+from hstu_xd.training.gin_files import check_types
 
 
 @gin.configurable("xd_upstream", module="hstu_xd")
@@ -63,7 +64,7 @@ def encoder_settings(
         InputError: a binding of the wrong type or out of range, or an HSTU that HSTU_XD cannot be.
     """
     bound = dict(gin.get_bindings("xd_encoder"))
-    shared.check_types(shared.BLOCKS["xd_encoder"], "xd_encoder", bound)
+    check_types(shared.BLOCKS["xd_encoder"], "xd_encoder", bound)
     theirs = bound_arguments(hstu_encoder)
     for name, needed in (("normalization", "rel_bias"), ("linear_config", "uvqk")):
         if theirs[name] != needed:
