@@ -13,6 +13,7 @@ from functools import cache
 from hashlib import blake2b
 from inspect import cleandoc
 from string import Formatter
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hstu_xd.errors import InputError, nearest
@@ -29,8 +30,8 @@ class Setting:
     """One setting: what :func:`setting` declares, completed with what its field says.
 
     Attributes:
-        allowed: the only values; empty: any.
-        at_least, above, at_most, below: bounds of a number.
+        allowed: the only values, or the only words where there are bounds for a number; empty: any.
+        at_least, above, at_most, below: bounds of a number, or of each number of several.
         needs: other settings -> their values, one or a tuple, `...` for all but off (0, False),
             without which this one does nothing.
         reads: what the model must be given while this is on, "time" or "target_domain"; or values
@@ -90,19 +91,26 @@ class Setting:
         """Say what a value out of range would have to be; None for one in range, and for parts."""
         if self.part and isinstance(value, Part):
             return None
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(not _is_finite(n) for n in numbers if self.type is float or isinstance(n, float)):
+        each = value if isinstance(value, tuple) else (value,)
+        if any(not _is_finite(n) for n in each if self.type is float or isinstance(n, float)):
             return "a finite number"
-        if self.allowed and value not in self.allowed:
-            return f"one of {', '.join(map(str, self.allowed))}"
+        bounded = {self.at_least, self.above, self.at_most, self.below} != {None}
+        if self.allowed and not (bounded and not isinstance(value, str)):
+            known = ", ".join(map(str, self.allowed))
+            named = f"one of {known}" + ", or a number" * bounded
+            return None if value in self.allowed else named
+        return next(filter(None, map(self._outside, each)), None)
+
+    def _outside(self, number: Any) -> str | None:
+        """Say what a number out of bounds would have to be; None for one inside."""
         if None not in (self.at_least, self.below):
-            holds = self.at_least <= value < self.below
+            holds = self.at_least <= number < self.below
             return None if holds else f"{self.at_least} <= rate < {self.below}"
-        if self.at_least is not None and not value >= self.at_least:
+        if self.at_least is not None and not number >= self.at_least:
             return f"at least {self.at_least}" if self.at_least else "0 or more"
-        if self.above is not None and not value > self.above:
+        if self.above is not None and not number > self.above:
             return f"above {self.above}"
-        if self.at_most is not None and not value <= self.at_most:
+        if self.at_most is not None and not number <= self.at_most:
             return f"at most {self.at_most}"
         return None
 
@@ -141,8 +149,10 @@ class Setting:
             return tuple(value)
         if wanted is float and type(value) is int:
             return float(value) if _is_finite(value) else value  # which is no value in range
-        if type(value) is not wanted:
-            raise InputError(f"{told} is a {type(value).__name__}; a {wanted.__name__} is needed")
+        choices = get_args(self.type) if wanted is UnionType else (wanted,)
+        if type(value) not in choices:
+            needed = " or a ".join(choice.__name__ for choice in choices)
+            raise InputError(f"{told} is a {type(value).__name__}; a {needed} is needed")
         return value
 
 

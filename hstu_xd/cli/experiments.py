@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports, ExcludeSeen, Verify
+from hstu_xd.cli.runs import (
+    AllowImports,
+    Candidates,
+    ExcludeSeen,
+    Ks,
+    Ties,
+    Verify,
+    protocol_changes,
+)
 
 Runs = Annotated[
     list[Path],
@@ -145,6 +153,9 @@ def compare(
         Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    candidates: Candidates = None,
+    ties: Ties = None,
+    ks: Ks = None,
     verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     allow_imports: AllowImports = False,
@@ -159,7 +170,7 @@ def compare(
         runs,
         split=split,
         data=data,
-        exclude_seen=exclude_seen,
+        changes=protocol_changes(exclude_seen, candidates, ties, ks),
         verify=verify,
         allow_imports=allow_imports,
         announce=lambda line: typer.echo(line, err=True),

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,55 @@ ExcludeSeen = Annotated[
         "trained, xd_evaluate.exclude_seen]",
     ),
 ]
+
+Candidates = Annotated[
+    str | None,
+    typer.Option(
+        "--candidates",
+        metavar="domain|all|N",
+        help="Whom a target is ranked among: all items of its domain, those of all domains, or in "
+        "exact expectation N random ones of its domain. [default: as the run was trained]",
+    ),
+]
+Ties = Annotated[
+    str | None,
+    typer.Option(
+        "--ties",
+        metavar="against|favour",
+        help="Equal scores count against the target, or for it. [default: as the run was trained]",
+    ),
+]
+Ks = Annotated[
+    str | None,
+    typer.Option(
+        "--ks",
+        metavar="K,K,...",
+        help="Every k of hr@k and ndcg@k. [default: as the run was trained]",
+    ),
+]
+
+
+def protocol_changes(
+    exclude_seen: bool | None, candidates: str | None, ties: str | None, ks: str | None
+) -> dict[str, Any]:
+    """Read the options that change a protocol; None changes nothing.
+
+    Raises:
+        InputError: no numbers where some are needed.
+    """
+    cutoffs = None
+    if ks is not None:
+        try:
+            cutoffs = tuple(sorted({int(k) for k in ks.split(",")}))
+        except ValueError:
+            raise InputError(f"--ks {ks}: numbers with commas are needed, 5,10,50") from None
+    is_number = re.fullmatch(r"-?\d+", candidates or "")
+    return {
+        "exclude_seen": exclude_seen,
+        "candidates": int(candidates) if candidates and is_number else candidates,
+        "ties": ties,
+        "ks": cutoffs,
+    }
 
 
 def train(
@@ -64,8 +113,9 @@ def train(
     Start it with torchrun to use several processes. Ctrl-C or SIGTERM saves and stops it (exit code
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
-    from hstu_xd.evaluation.protocol import unreachable_note
+    from hstu_xd.evaluation.protocol import Protocol, unreachable_note
     from hstu_xd.training.run import train as run_training
+    from hstu_xd.training.run_facts import read_run
     from hstu_xd.training.settings import load_settings
 
     given = gin_config_file or gin_bindings
@@ -82,9 +132,10 @@ def train(
     )
     split = "test" if "test" in summary else "valid"
     found = summary[split]
+    shown = Protocol.from_run(read_run(out)).main_metrics
     typer.echo(
         f"{out}: best epoch {summary['best_epoch']}, {split} "
-        + ", ".join(f"{m} {100 * found[m]:.2f} %" for m in ("hr@10", "hr@100", "ndcg@100", "mrr"))
+        + ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
     )
     if note := unreachable_note(found):
         typer.echo(note)
@@ -96,20 +147,22 @@ def evaluate(
         Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
     ] = None,
     exclude_seen: ExcludeSeen = None,
+    candidates: Candidates = None,
+    ties: Ties = None,
+    ks: Ks = None,
     verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Rank every user's held-out events with a trained run."""
     from hstu_xd.data.batches import SequenceData, Split
-    from hstu_xd.evaluation.metrics import METRICS
     from hstu_xd.evaluation.protocol import unreachable_note
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
     from hstu_xd.training.run import load_trained
     from hstu_xd.training.run_facts import data_changes, open_data, read_run
 
     facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
-    protocol = trained.protocol.but(exclude_seen=exclude_seen)
+    protocol = trained.protocol.but(**protocol_changes(exclude_seen, candidates, ties, ks))
     store = open_data(run, data, verify=verify, as_trained=True)
     length = facts["max_sequence_length"]
     values = {
@@ -129,7 +182,7 @@ def evaluate(
         return
     groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
     # Metrics of one's own are shown in hundredths like the others.
-    names = [*METRICS, *trained.metrics]
+    names = [*protocol.metrics, *trained.metrics]
     for split, metrics in values.items():
         typer.echo(
             f"{split} (%)".ljust(24) + "".join(f" {m:>9}" for m in names) + "users".rjust(10)

@@ -1,31 +1,71 @@
 """HR, NDCG and MRR of ranks, overall, per domain, and for targets after a domain switch or not."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
 
 # The rank of a target that is no candidate: every metric counts it as a miss.
 UNREACHABLE = torch.iinfo(torch.int64).max
-
-METRICS = ("hr@1", "hr@10", "hr@100", "ndcg@10", "ndcg@100", "mrr")
 
 # Further functions of (Q,) ranks by name, each to (Q,) numbers.
 Metrics = Mapping[str, Callable[[Tensor], Tensor]]
 
 
-def user_metrics(ranks: Tensor, more: Metrics | None = None) -> dict[str, Tensor]:
-    """Compute metrics of each rank by itself, as fractions in 0..1.
+# Shares of places that are in memory at once (float64: 64 MB).
+_BLOCK_SHARES = 8_000_000
+
+
+@dataclass(frozen=True)
+class RankedTargets:
+    """One entry a user.
+
+    Attributes:
+        ranks: (Q,) int64 from 1 among all candidates, or UNREACHABLE.
+        domains: (Q,) int64, domain of the target.
+        switched: (Q,) bool, whether it differs from that of the event before the target.
+        others: (Q,) int64, number of candidates beside the target.
+    """
+
+    ranks: Tensor
+    domains: Tensor
+    switched: Tensor
+    others: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence["RankedTargets"]) -> "RankedTargets":
+        """Put targets one after the other."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def to(self, device: torch.device | str) -> "RankedTargets":
+        """Move all tensors."""
+        return RankedTargets(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def counts(self) -> dict[str, float]:
+        """Return how many targets there are, and how many of them are unreachable."""
+        unreachable = int((self.ranks == UNREACHABLE).sum())
+        return {"count": self.ranks.numel(), "count_unreachable": unreachable}
+
+
+def user_metrics(
+    ranked: RankedTargets, protocol: Protocol = DEFAULTS, more: Metrics | None = None
+) -> dict[str, Tensor]:
+    """Compute metrics of each target by itself, as fractions in 0..1.
 
     ``hr@k`` is 1 where the rank is at most k, ``ndcg@k`` is ``1 / log2(rank + 1)`` there (one
     relevant item a query), both 0 elsewhere; ``mrr`` is ``1 / rank``. All are 0 for a target
-    without a rank.
+    without a rank. Under a protocol with sampled candidates they are expectations of that, see
+    :func:`sampled_ranks`.
 
     Args:
-        ranks: (Q,) int64 from 1, or :data:`UNREACHABLE`.
-        more: further metrics, beside those of :data:`METRICS`.
+        ranked: the targets.
+        protocol: which k, and whether candidates are sampled.
+        more: further metrics, beside those of the protocol; they see one rank a number.
 
     Returns:
         (Q,) float64 for every name.
@@ -33,12 +73,65 @@ def user_metrics(ranks: Tensor, more: Metrics | None = None) -> dict[str, Tensor
     Raises:
         InputError: one of the further metrics does not return a number for each rank.
     """
+    if not protocol.sampled:
+        return _metrics_of_ranks(ranked.ranks, protocol, more)
+    num_sampled = min(protocol.sampled, int(ranked.others.max()))
+    places = torch.arange(1, num_sampled + 2, device=ranked.ranks.device)
+    miss = places.new_tensor([UNREACHABLE])
+    at_place = _metrics_of_ranks(torch.cat([places, miss]), protocol, more)
+    *table, of_miss = torch.stack(list(at_place.values()), 1)
+    values = of_miss.repeat(ranked.ranks.numel(), 1)
+    reached = torch.nonzero(ranked.ranks != UNREACHABLE).squeeze(1)
+    for rows in reached.split(max(1, _BLOCK_SHARES // places.numel())):
+        shares = sampled_ranks(ranked.ranks[rows], ranked.others[rows], num_sampled)
+        values[rows] = shares @ torch.stack(table)
+    return dict(zip(at_place, values.unbind(1)))
+
+
+def sampled_ranks(ranks: Tensor, others: Tensor, num_sampled: int) -> Tensor:
+    """Tell how likely each rank is among random candidates, given the rank among all.
+
+    Of ``M`` other candidates ``b = rank - 1`` are before the target. Among ``n`` of the others
+    drawn without replacement the number of those is hypergeometric:
+    ``P(k) = C(b, k) C(M - b, n - k) / C(M, n)``, and the target's rank is ``k + 1``. Where there
+    are fewer than ``n`` others, all are taken.
+
+    Args:
+        ranks: (Q,) int64 from 1, the rank among all candidates.
+        others: (Q,) int64, ``M``.
+        num_sampled: ``n``.
+
+    Returns:
+        (Q, n + 1) float64, shares of the ranks 1..n + 1.
+
+    Example:
+        >>> sampled_ranks(torch.tensor([2]), torch.tensor([3]), 1)  # one of three is before it
+        tensor([[0.6667, 0.3333]], dtype=torch.float64)
+    """
+    size = int(others.max()) + 1
+    log_factorials = torch.arange(1, size + 1, device=ranks.device, dtype=torch.float64).lgamma()
+    k = torch.arange(num_sampled + 1, device=ranks.device)
+    before, behind = (ranks - 1)[:, None], (others - ranks + 1)[:, None]
+    rest = others.clamp(max=num_sampled)[:, None] - k
+
+    def log_choose(n: Tensor, k: Tensor) -> Tensor:
+        inside = (k >= 0) & (k <= n)
+        k = torch.where(inside, k, 0)
+        chosen = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
+        return chosen.masked_fill(~inside, -torch.inf)
+
+    # The shares of a row add up to one, so C(M, n) need not be known.
+    return (log_choose(before, k.expand_as(rest)) + log_choose(behind, rest)).softmax(1)
+
+
+def _metrics_of_ranks(ranks: Tensor, protocol: Protocol, more: Metrics | None) -> dict[str, Tensor]:
+    """Compute every metric of (Q,) int64 ranks: (Q,) float64 each."""
     rank = ranks.double().masked_fill(ranks == UNREACHABLE, torch.inf)
     gain = 1 / torch.log2(rank + 1)
-    values = {f"hr@{k}": (rank <= k).double() for k in (1, 10, 100)}
-    values |= {f"ndcg@{k}": gain * (rank <= k) for k in (10, 100)}
+    values = {f"hr@{k}": (rank <= k).double() for k in protocol.ks}
+    values |= {f"ndcg@{k}": gain * (rank <= k) for k in protocol.ks}
     values |= {"mrr": 1 / rank}
-    return values | {
+    return {name: values[name] for name in protocol.metrics} | {
         name: _numbers(name, metric(ranks), ranks) for name, metric in (more or {}).items()
     }
 
@@ -52,16 +145,6 @@ def _numbers(name: str, found: object, ranks: Tensor) -> Tensor:
         f"the metric {name} returned {given} for {len(ranks)} ranks; a tensor of shape "
         f"{tuple(ranks.shape)} is needed, a number for each rank: 1 / ranks, (ranks <= 5).double()"
     )
-
-
-def ranking_metrics(ranks: Tensor, more: Metrics | None = None) -> dict[str, float]:
-    """Take the means of :func:`user_metrics` over one set of ranks.
-
-    Args:
-        ranks: (Q,) int64 from 1, Q at least 1.
-        more: further metrics.
-    """
-    return {name: float(values.mean()) for name, values in user_metrics(ranks, more).items()}
 
 
 def target_groups(
@@ -83,19 +166,17 @@ def target_groups(
 
 
 def grouped_metrics(
-    ranks: Tensor,
-    domains: Tensor,
-    switched: Tensor,
+    ranked: RankedTargets,
     domain_names: Sequence[str],
+    protocol: Protocol = DEFAULTS,
     more: Metrics | None = None,
 ) -> dict[str, float]:
     """Take metrics overall (``name``), a domain (``name[domain]``), of switch and stay targets.
 
     Args:
-        ranks: (Q,) int64 from 1.
-        domains: (Q,) int64, domain of each target.
-        switched: (Q,) bool, the target's domain differs from that of the event before it.
+        ranked: the targets, at least one.
         domain_names: names by domain id.
+        protocol: which k, and whether candidates are sampled.
         more: further metrics.
 
     Returns:
@@ -103,9 +184,10 @@ def grouped_metrics(
         there are targets without a rank.
     """
     values: dict[str, float] = {}
-    for suffix, members in target_groups(domains, switched, domain_names).items():
-        values |= {f"{k}{suffix}": v for k, v in ranking_metrics(ranks[members], more).items()}
+    of_users = user_metrics(ranked, protocol, more)
+    for suffix, members in target_groups(ranked.domains, ranked.switched, domain_names).items():
+        values |= {f"{k}{suffix}": float(v[members].mean()) for k, v in of_users.items()}
         values[f"count{suffix}"] = int(members.sum())
-        if unreachable := int((ranks[members] == UNREACHABLE).sum()):
+        if unreachable := int((ranked.ranks[members] == UNREACHABLE).sum()):
             values[f"count_unreachable{suffix}"] = unreachable
     return values

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from hstu_xd.declaration import check, setting
+from hstu_xd.declaration import check, setting, settings_of
+from hstu_xd.errors import InputError
 
 BLOCK = "xd_evaluate"
+DOMAIN, ALL = "domain", "all"
+AGAINST, FAVOUR = "against", "favour"
 
 
 @dataclass(frozen=True)
@@ -20,18 +23,67 @@ class Protocol:
     Attributes:
         exclude_seen: whether items that a user has met are no candidates, in evaluation as in
             recommendation; a target that was met before is then a miss, and counted as such.
+        candidates: whom a target is ranked among: "domain" (all items of its domain), "all" (all
+            items of all domains), or a number N: metrics are then their exact expectation over N
+            random ones of its domain, and nothing is drawn.
+        ties: whether items of the target's own score count "against" it, as ranked before it, or
+            in its "favour".
+        ks: the k of hr@k and ndcg@k, ascending; hr@1 is ndcg@1, which is left out.
     """
 
     exclude_seen: bool = setting(True, also=("filter_seen", "remove_seen", "repeats"))
+    candidates: str | int = setting(
+        DOMAIN, allowed=(DOMAIN, ALL), at_least=1, also=("catalogue", "sampled", "negatives")
+    )
+    ties: str = setting(AGAINST, allowed=(AGAINST, FAVOUR))
+    ks: tuple[int, ...] = setting((1, 10, 100), at_least=1, also=("cutoffs", "topk"))
 
     def __post_init__(self) -> None:
         check(self, BLOCK + ".{name} = {value!r}; it must be {needed}")
+        if not self.ks or list(self.ks) != sorted(set(self.ks)):
+            raise InputError(
+                f"{BLOCK}.ks = {self.ks!r}; numbers in ascending order are needed, each once"
+            )
+
+    @property
+    def sampled(self) -> int:
+        """Number of random candidates beside the target; 0: none are drawn, all are ranked."""
+        return self.candidates if isinstance(self.candidates, int) else 0
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics: hr@k of every k, ndcg@k of all but 1, mrr."""
+        hits = [f"hr@{k}" for k in self.ks]
+        return (*hits, *(f"ndcg@{k}" for k in self.ks if k > 1), "mrr")
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """Names of those of the largest k, and mrr."""
+        k = self.ks[-1]
+        return (f"hr@{k}", *([f"ndcg@{k}"] if k > 1 else []), "mrr")
+
+    @property
+    def main_metrics(self) -> tuple[str, ...]:
+        """Names of those that tell variants apart at a glance."""
+        return (*(f"hr@{k}" for k in self.ks[-2:-1]), *self.headlines)
+
+    @property
+    def main_columns(self) -> tuple[str, ...]:
+        """Names of the columns of a table of variants."""
+        hits = self.headlines[0]
+        return (*self.main_metrics, f"{hits}[switch]", f"{hits}[stay]")
 
     @classmethod
     def from_run(cls, facts: Mapping[str, Any]) -> "Protocol":
         """Read what a run's ``run.json`` records; what it does not know has its default."""
         recorded = facts.get("protocol") or {}
-        return cls(**{f.name: recorded[f.name] for f in fields(cls) if f.name in recorded})
+        return cls(
+            **{
+                name: each.typed(recorded[name], f"run.json: protocol.{name} = {recorded[name]!r}")
+                for name, each in settings_of(cls).items()
+                if name in recorded
+            }
+        )
 
     def but(self, **changes: Any) -> "Protocol":
         """Return the protocol with what is given changed; None changes nothing."""
@@ -43,7 +95,17 @@ class Protocol:
 
     def sentences(self) -> Iterator[str]:
         """Say in words what the numbers of a table mean."""
-        yield "Candidates are all items of the target's domain; ties count against the target."
+        if self.sampled:
+            among = (
+                f"Metrics are the exact expectation over {self.sampled:,} random candidates of the "
+                "target's domain beside the target, or over all where there are no more"
+            )
+        elif self.candidates == ALL:
+            among = "Candidates are all items of all domains"
+        else:
+            among = "Candidates are all items of the target's domain"
+        side = "against the target" if self.ties == AGAINST else "in the target's favour"
+        yield f"{among}; ties count {side}."
         if self.exclude_seen:
             yield (
                 "Items that the user has met are no candidates (exclude_seen on); a target that "
@@ -54,6 +116,7 @@ class Protocol:
 
 
 DEFAULTS = Protocol()
+METRICS = DEFAULTS.metrics
 
 
 def protocol_notes(runs: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> list[str]:

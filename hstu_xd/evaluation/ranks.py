@@ -1,11 +1,10 @@
-"""Evaluate a model on a split: the rank of each target among the candidates of its domain.
+"""Evaluate a model on a split: the rank of each target among its candidates.
 
 Scores are computed in blocks of bounded memory. :func:`recommend_items` returns the top of the same
 ranking for one history: both ask the same :class:`hstu_xd.evaluation.protocol.Protocol`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import SequenceData
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.evaluation.baselines import Baseline
-from hstu_xd.evaluation.metrics import UNREACHABLE, Metrics, grouped_metrics
-from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
+from hstu_xd.evaluation.metrics import UNREACHABLE, Metrics, RankedTargets, grouped_metrics
+from hstu_xd.evaluation.protocol import AGAINST, ALL, DEFAULTS, Protocol
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct, Scorer
 
@@ -32,12 +31,14 @@ def target_ranks(
     catalog: DomainCatalog,
     scorer: Scorer,
     *,
+    protocol: Protocol = DEFAULTS,
     block_scores: int = BLOCK_SCORES,
-) -> Tensor:
-    """Rank every target among the items of its domain that the user has not seen.
+) -> tuple[Tensor, Tensor]:
+    """Rank every target among the items that the user has not seen.
 
-    Candidates are all items of the target's domain, less the seen ones. Ties count against the
-    target: ``rank = #{candidates whose score >= the target's}``. A target that the user has seen is
+    Candidates are all items of the target's domain, or of the catalogue, less the seen ones. Ties
+    count against the target, ``rank = #{candidates whose score >= the target's}``, or for it,
+    ``1 + #{candidates whose score > the target's}``. A target that the user has seen is
     no candidate and has no rank: it is :data:`hstu_xd.evaluation.metrics.UNREACHABLE`.
 
     Args:
@@ -47,21 +48,20 @@ def target_ranks(
             allowed.
         seen_offsets: (Q + 1,) int64.
         catalog: domain of every item, on the device of the tensors.
-        scorer: scores users against the items of a domain.
+        scorer: scores users against the candidates.
+        protocol: whose candidates, and how ties count; what is sampled is ranked among all of its
+            domain here.
         block_scores: scores held at once, at least one query's row.
 
     Returns:
-        (Q,) int64 ranks from 1, or UNREACHABLE.
+        (Q,) int64 ranks from 1, or UNREACHABLE; (Q,) int64 numbers of candidates beside the target.
 
     Raises:
         HstuXdError: a score is not finite.
     """
-    ranks = torch.zeros_like(target_ids)
-    domains = catalog.domain_of(target_ids)
-    for domain in domains.unique().tolist():
-        items = catalog.items_of(domain)
+    ranks, others = torch.zeros_like(target_ids), torch.zeros_like(target_ids)
+    for items, queries in _pools(target_ids, catalog, protocol):
         score = scorer(items)
-        queries = torch.nonzero(domains == domain).squeeze(1)
         for rows in queries.split(max(1, block_scores // items.numel())):
             scores = score(user_vectors[rows])
             # The extremes are one pass, and not a number if any score is none.
@@ -72,25 +72,47 @@ def target_ranks(
                 )
             column = torch.searchsorted(items, target_ids[rows]).unsqueeze(1)
             target_scores = scores.gather(1, column)
-            row, seen = _seen_columns(rows, seen_ids, seen_offsets, catalog, domain)
+            row, seen = _seen_columns(rows, seen_ids, seen_offsets, items)
             scores[row, seen] = float("-inf")
             scores.scatter_(1, column, target_scores)
-            ranks[rows] = (scores >= target_scores).sum(1, dtype=torch.int32).long()
-            ranks[rows[row[seen == column[row, 0]]]] = UNREACHABLE
-    return ranks
+            if protocol.ties == AGAINST:
+                ranks[rows] = (scores >= target_scores).sum(1, dtype=torch.int32).long()
+            else:
+                ranks[rows] = (scores > target_scores).sum(1, dtype=torch.int32).long() + 1
+            is_target = seen == column[row, 0]
+            ranks[rows[row[is_target]]] = UNREACHABLE
+            left_out = row[~is_target].bincount(minlength=rows.numel())
+            others[rows] = items.numel() - 1 - left_out
+    return ranks, others
+
+
+def _pools(
+    target_ids: Tensor, catalog: DomainCatalog, protocol: Protocol
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (C,) ascending ids of items with the numbers of the targets that are among them."""
+    if protocol.candidates == ALL:
+        yield (
+            catalog.domain_items.sort().values,
+            torch.arange(target_ids.numel(), device=target_ids.device),
+        )
+        return
+    domains = catalog.domain_of(target_ids)
+    for domain in domains.unique().tolist():
+        yield catalog.items_of(domain), torch.nonzero(domains == domain).squeeze(1)
 
 
 def _seen_columns(
-    rows: Tensor, seen_ids: Tensor, seen_offsets: Tensor, catalog: DomainCatalog, domain: int
+    rows: Tensor, seen_ids: Tensor, seen_offsets: Tensor, items: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Row and column of every seen item of the domain in a block of queries."""
+    """Row and column of every seen item in a block of queries, each pair once."""
     lengths = seen_offsets[rows + 1] - seen_offsets[rows]
     row = torch.repeat_interleave(torch.arange(rows.numel(), device=rows.device), lengths)
     within = torch.arange(row.numel(), device=rows.device)
     first = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1]
-    items = seen_ids[within - first[row] + seen_offsets[rows][row]]
-    inside = catalog.domain_of(items) == domain
-    return row[inside], torch.searchsorted(catalog.items_of(domain), items[inside])
+    seen = seen_ids[within - first[row] + seen_offsets[rows][row]]
+    column = torch.searchsorted(items, seen).clamp_(max=items.numel() - 1)
+    cells = (row * items.numel() + column)[items[column] == seen].unique()
+    return cells // items.numel(), cells % items.numel()
 
 
 def _nothing(users: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -99,9 +121,9 @@ def _nothing(users: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def _preparing_once(scorer: Scorer) -> Scorer:
-    """Let a scorer prepare the items of each domain once for all batches of an evaluation.
+    """Let a scorer prepare each pool of candidates once for all batches of an evaluation.
 
-    Domains have no item in common, so the first one of its items tells a domain.
+    Its pools have no item in common, so the first one of its items tells a pool.
     """
     prepared: dict[int, Callable[[Tensor], Tensor]] = {}
 
@@ -112,26 +134,6 @@ def _preparing_once(scorer: Scorer) -> Scorer:
         return prepared[first]
 
     return prepare
-
-
-@dataclass(frozen=True)
-class RankedTargets:
-    """One entry a user.
-
-    Attributes:
-        ranks: (Q,) int64 from 1, or UNREACHABLE.
-        domains: (Q,) int64, domain of the target.
-        switched: (Q,) bool, whether it differs from that of the event before the target.
-    """
-
-    ranks: Tensor
-    domains: Tensor
-    switched: Tensor
-
-    def counts(self) -> dict[str, float]:
-        """Return how many targets there are, and how many of them are unreachable."""
-        unreachable = int((self.ranks == UNREACHABLE).sum())
-        return {"count": self.ranks.numel(), "count_unreachable": unreachable}
 
 
 @torch.no_grad()
@@ -151,7 +153,7 @@ def rank_targets(
         model: put into evaluation mode for the time of the call; or a baseline.
         data: the split.
         users: (Q,) user indices out of ``data.users``.
-        protocol: which candidates.
+        protocol: which candidates, and how ties count.
         scorer: of the objective that the model was trained for; None: dot products.
         batch_size: users encoded at once.
         progress: called with the number of users done after every batch.
@@ -160,7 +162,7 @@ def rank_targets(
     model.eval()
     device = model.catalog.item_domains.device
     scorer = _preparing_once(scorer or DotProduct(model.item_vectors))
-    ranks, domains, switched = [], [], []
+    parts = []
     for start in range(0, users.size, batch_size):
         some = users[start : start + batch_size]
         batch, targets = data.batch(some)
@@ -168,21 +170,21 @@ def rank_targets(
         batch, targets = batch.to(device), targets.to(device)
         last = batch.offsets[1:] - 1
         vectors = model(batch)[last]
-        ranks.append(
-            target_ranks(
-                vectors,
-                targets[last],
-                seen_ids.to(device),
-                seen_offsets.to(device),
-                model.catalog,
-                scorer,
-            )
+        ranks, others = target_ranks(
+            vectors,
+            targets[last],
+            seen_ids.to(device),
+            seen_offsets.to(device),
+            model.catalog,
+            scorer,
+            protocol=protocol,
         )
-        domains.append(batch.target_domains[last])
-        switched.append(model.catalog.domain_of(batch.item_ids[last]) != domains[-1])
+        domains = batch.target_domains[last]
+        switched = model.catalog.domain_of(batch.item_ids[last]) != domains
+        parts.append(RankedTargets(ranks, domains, switched, others))
         progress(some.size)
     model.train(was_training)
-    return RankedTargets(torch.cat(ranks), torch.cat(domains), torch.cat(switched))
+    return RankedTargets.joined(parts)
 
 
 def evaluate(
@@ -200,7 +202,7 @@ def evaluate(
     Args:
         model: put into evaluation mode for the time of the call; or a baseline.
         data: the split.
-        protocol: which candidates.
+        protocol: which candidates and metrics.
         scorer: of the objective that the model was trained for; None: dot products.
         metrics: further functions of ranks by name.
         batch_size: users encoded at once.
@@ -215,9 +217,7 @@ def evaluate(
         batch_size=batch_size,
         progress=progress,
     )
-    return grouped_metrics(
-        ranked.ranks, ranked.domains, ranked.switched, model.catalog.domain_names, metrics
-    )
+    return grouped_metrics(ranked, model.catalog.domain_names, protocol, metrics)
 
 
 @torch.no_grad()

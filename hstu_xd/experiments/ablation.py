@@ -11,8 +11,8 @@ from pathlib import Path
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
-from hstu_xd.evaluation.protocol import protocol_notes
-from hstu_xd.experiments.report.tables import MAIN_METRICS, markdown_table
+from hstu_xd.evaluation.protocol import Protocol, protocol_notes
+from hstu_xd.experiments.report.tables import markdown_table
 from hstu_xd.experiments.run_folders import (
     ABLATION_FILE,
     RUN_FILE,
@@ -209,8 +209,11 @@ def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> s
     rows = [run.row() for run in done]
     order = list(dict.fromkeys(run.variant for run in runs))
     rows.sort(key=lambda row: order.index(row["variant"]))
+    protocol = Protocol.from_run(done[0].info if done else {})
     table = markdown_table(
-        aggregate(rows), metrics=MAIN_METRICS, synthetic=bool(store.manifest.get("synthetic"))
+        aggregate(rows),
+        metrics=protocol.main_columns,
+        synthetic=bool(store.manifest.get("synthetic")),
     )
     if done:
         table += "\n" + "\n".join(protocol_notes([run.info for run in done], done[0].test)) + "\n"

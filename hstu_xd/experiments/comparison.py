@@ -6,21 +6,21 @@ its error is below that of two metrics taken apart.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.metrics import Metrics, target_groups, user_metrics
+from hstu_xd.evaluation.metrics import Metrics, RankedTargets, target_groups, user_metrics
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol, measured_notes
-from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
+from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.experiments.report.shared_data import group_by_data, variant_notes
 from hstu_xd.experiments.report.tables import (
-    MAIN_METRICS,
     MISSING,
     escape,
     markdown_lines,
@@ -54,11 +54,10 @@ class Difference:
 
 
 def paired_differences(
-    base: Sequence[Tensor],
-    other: Sequence[Tensor],
-    domains: Tensor,
-    switched: Tensor,
+    base: Sequence[RankedTargets],
+    other: Sequence[RankedTargets],
     domain_names: Sequence[str],
+    protocol: Protocol = DEFAULTS,
     more: Metrics | None = None,
 ) -> dict[str, Difference]:
     """Metrics of one model minus those of another, a user's mean over seeds first.
@@ -67,18 +66,18 @@ def paired_differences(
     in it, but for what they do to each user alone.
 
     Args:
-        base: (Q,) int64 ranks from 1 for each seed of one model.
+        base: the users' targets as each seed of one model ranks them.
         other: the same of the other model; as many seeds or not.
-        domains: (Q,) int64, domain of each target.
-        switched: (Q,) bool, the target's domain differs from that of the event before it.
         domain_names: names by domain id.
+        protocol: which metrics.
         more: further metrics that both models are measured by.
 
     Returns:
         Names as :func:`hstu_xd.evaluation.metrics.grouped_metrics` has them.
     """
-    found, of_base = _over_seeds(other, more), _over_seeds(base, more)
+    found, of_base = (_over_seeds(each, protocol, more) for each in (other, base))
     differences = {name: found[name] - of_base[name] for name in found}
+    domains, switched = base[0].domains, base[0].switched
     return {
         f"{name}{suffix}": _difference(values[members])
         for suffix, members in target_groups(domains, switched, domain_names).items()
@@ -86,8 +85,10 @@ def paired_differences(
     }
 
 
-def _over_seeds(ranks: Sequence[Tensor], more: Metrics | None) -> dict[str, Tensor]:
-    each = [user_metrics(one, more) for one in ranks]
+def _over_seeds(
+    ranked: Sequence[RankedTargets], protocol: Protocol, more: Metrics | None
+) -> dict[str, Tensor]:
+    each = [user_metrics(one, protocol, more) for one in ranked]
     return {name: torch.stack([values[name] for values in each]).mean(0) for name in each[0]}
 
 
@@ -126,7 +127,7 @@ def pair_runs(
     *,
     split: str = "test",
     data: Path | None = None,
-    exclude_seen: bool | None = None,
+    changes: Mapping[str, Any] | None = None,
     verify: bool = False,
     allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
@@ -138,8 +139,7 @@ def pair_runs(
             The first variant is what the others are compared with.
         split: "valid" or "test".
         data: the prepared store, if it has moved since training.
-        exclude_seen: whether items that a user has met are no candidates; None: as the runs were
-            trained.
+        changes: of the protocol by which the runs were measured in training, by name.
         verify: compare the hash of every file of the store with its manifest first.
         allow_imports: import the modules that runs name beside this package.
         announce: called with a line before every run.
@@ -153,10 +153,9 @@ def pair_runs(
     runs = read_runs(paths)
     variants = _comparable_variants(runs)
     _check_parts(runs, allow_imports=allow_imports)
-    protocol = _shared_protocol(runs, exclude_seen=exclude_seen)
+    protocol = _shared_protocol(runs, changes or {})
     store = open_data(runs[0].path, data, verify=verify, as_trained=True)
-    ranks: dict[str, list[Tensor]] = {variant: [] for variant in variants}
-    ranked: RankedTargets | None = None
+    ranked: dict[str, list[RankedTargets]] = {variant: [] for variant in variants}
     metrics: dict[str, Metric] = {}
     for run in runs:
         announce(f"{run.variant} seed {run.seed}")
@@ -164,25 +163,19 @@ def pair_runs(
         trained = load_trained(run.path, allow_imports=allow_imports)
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
-        ranked = rank_targets(
+        found = rank_targets(
             trained.ranker, held_out, held_out.users, protocol=protocol, scorer=trained.scorer
         )
-        ranks[run.variant].append(ranked.ranks)
-    assert ranked is not None
+        ranked[run.variant].append(found)
     base, *rest = variants
-    notes = measured_notes(protocol, ranked.counts())
+    notes = measured_notes(protocol, ranked[base][0].counts())
     return [
         PairedResult(
             variant,
             base,
             tuple(run.seed for run in variants[variant]),
             paired_differences(
-                ranks[base],
-                ranks[variant],
-                ranked.domains,
-                ranked.switched,
-                store.domain_names,
-                metrics,
+                ranked[base], ranked[variant], store.domain_names, protocol, metrics
             ),
             protocol,
             notes,
@@ -191,9 +184,9 @@ def pair_runs(
     ]
 
 
-def _shared_protocol(runs: Sequence[Run], *, exclude_seen: bool | None) -> Protocol:
+def _shared_protocol(runs: Sequence[Run], changes: Mapping[str, Any]) -> Protocol:
     """Return the protocol that all runs have once what is given is changed."""
-    protocols = [Protocol.from_run(run.info).but(exclude_seen=exclude_seen) for run in runs]
+    protocols = [Protocol.from_run(run.info).but(**changes) for run in runs]
     for run, protocol in zip(runs, protocols):
         if protocol != protocols[0]:
             raise InputError(
@@ -241,12 +234,13 @@ def _check_parts(runs: Sequence[Run], *, allow_imports: bool) -> None:
 def paired_table(results: Sequence[PairedResult]) -> str:
     """Write differences in points and their standard errors as Markdown, clear ones in bold."""
     heads = [f"minus {escape(results[0].base)}", "seeds"]
-    heads += [escape(f"{metric_label(name)}, points") for name in MAIN_METRICS]
+    columns = results[0].protocol.main_columns
+    heads += [escape(f"{metric_label(name)}, points") for name in columns]
     rows = [
         [
             escape(one.variant),
             str(len(one.seeds)),
-            *(_cell(one.differences.get(name)) for name in MAIN_METRICS),
+            *(_cell(one.differences.get(name)) for name in columns),
         ]
         for one in results
     ]

@@ -10,7 +10,6 @@ from typing import Any
 
 from hstu_xd.errors import InputError
 
-METRICS = ("hr@1", "hr@10", "hr@100", "ndcg@10", "ndcg@100", "mrr")
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 # What a variant costs: numbers of a row beside its metrics.

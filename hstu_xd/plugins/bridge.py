@@ -159,13 +159,11 @@ class Session:
 
     catalog: DomainCatalog | None = None
     _copies: dict[torch.device, DomainCatalog] = field(default_factory=dict)
-    _whole: dict[torch.device, DomainCatalog] = field(default_factory=dict)
 
     def open(self, catalog: DomainCatalog | None) -> None:
         """Take the catalogue of a data set, or none."""
         self.catalog = catalog
         self._copies.clear()
-        self._whole.clear()
 
     def new_catalog(self) -> DomainCatalog:
         """Build a catalogue for a module to hold: it moves between devices with the module."""
@@ -177,14 +175,6 @@ class Session:
         if device not in self._copies:
             self._copies[device] = self.new_catalog().to(device)
         return self._copies[device]
-
-    def whole_catalog_on(self, device: torch.device) -> DomainCatalog:
-        """Return all items as one domain, on a device; it is built once."""
-        if device not in self._whole:
-            assert self.catalog is not None, "no data set with domains is open"
-            one_domain = self.catalog.item_domains.clamp(max=0)
-            self._whole[device] = DomainCatalog(one_domain, ["all"]).to(device)
-        return self._whole[device]
 
 
 @dataclass(frozen=True, eq=False)

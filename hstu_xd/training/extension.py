@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.metrics import METRICS
+from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import sha256_of
 from hstu_xd.objectives.asking import OtherDomains
 from hstu_xd.objectives.objective import Metric, Objective, check_objective
@@ -329,7 +329,7 @@ def check_parts(train: Any) -> None:
         train: :class:`hstu_xd.training.settings.TrainSettings`.
 
     Raises:
-        InputError: an objective, sampler or metric that is none, or names that clash.
+        InputError: an objective, sampler or metric that is none.
     """
     if isinstance(train.objective, Part):
         check_objective(train.objective.value, train.objective.reference)
@@ -350,7 +350,20 @@ def check_parts(train: Any) -> None:
                 f"xd_train.metrics holds {metric!r}; functions of ranks are needed, by reference: "
                 "xd_train.metrics = (@my_metric,)"
             )
-    names = [*METRICS, *objective_of(train).metrics, *(m.short_name for m in train.metrics)]
+
+
+def check_metrics(train: Any, protocol: Protocol) -> None:
+    """Refuse metrics of one name, and to pick the epoch by what is not measured.
+
+    Args:
+        train: :class:`hstu_xd.training.settings.TrainSettings`.
+        protocol: which has metrics of its own.
+
+    Raises:
+        InputError: one of the two.
+    """
+    own = [*objective_of(train).metrics, *(m.short_name for m in train.metrics)]
+    names = [*protocol.metrics, *own]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise InputError(

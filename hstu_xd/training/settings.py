@@ -16,6 +16,7 @@ from hstu_xd.training.extension import (
     RETRIEVAL,
     ForeignCode,
     check_layer,
+    check_metrics,
     check_parts,
     parts_of,
 )
@@ -183,6 +184,9 @@ class RunSettings:
             "xd_train": self.train,
             PROTOCOL_BLOCK: self.protocol,
         }
+
+    def __post_init__(self) -> None:
+        check_metrics(self.train, self.protocol)
 
     @property
     def parts(self) -> dict[str, str]:

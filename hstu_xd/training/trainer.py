@@ -26,9 +26,9 @@ from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, Interrupted
 from hstu_xd.evaluation.cost import attention_cost
-from hstu_xd.evaluation.metrics import grouped_metrics
+from hstu_xd.evaluation.metrics import RankedTargets, grouped_metrics
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
-from hstu_xd.evaluation.ranks import RankedTargets, rank_targets
+from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective, PreparesBatches
 from hstu_xd.objectives.retrieval import count_per_domain
@@ -391,15 +391,10 @@ class Trainer:
         )
         if self.world.size > 1:
             parts: list[RankedTargets] = [ranked] * self.world.size
-            dist.all_gather_object(parts, ranked)
-            ranked = RankedTargets(
-                *(
-                    torch.cat([getattr(p, name).cpu() for p in parts])
-                    for name in ("ranks", "domains", "switched")
-                )
-            )
+            dist.all_gather_object(parts, ranked.to("cpu"))
+            ranked = RankedTargets.joined(parts)
         names = self.model.catalog.domain_names
-        return grouped_metrics(ranked.ranks, ranked.domains, ranked.switched, names, self._metrics)
+        return grouped_metrics(ranked, names, self.protocol, self._metrics)
 
     def _total_loss(self) -> float:
         """Sum the epoch's loss so far over all processes."""

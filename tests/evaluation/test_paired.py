@@ -6,14 +6,22 @@ import statistics
 import pytest
 import torch
 
-from hstu_xd.evaluation.metrics import METRICS, grouped_metrics
+from hstu_xd.evaluation.metrics import RankedTargets, grouped_metrics
+from hstu_xd.evaluation.protocol import METRICS, Protocol
 from hstu_xd.experiments.comparison import Difference, paired_differences
 
 NAMES = ("books", "films", "games")  # nobody's target is a game
 DOMAINS = torch.tensor([0, 0, 1, 1, 0, 0])
 SWITCHED = torch.tensor([True, False, True, False, False, True])
-BASE = [torch.tensor([1, 12, 3, 150, 9, 40]), torch.tensor([2, 8, 3, 90, 11, 41])]
-OTHER = [torch.tensor([1, 10, 4, 99, 5, 400])]
+
+
+def targets(*ranks: int) -> RankedTargets:
+    others = torch.full_like(DOMAINS, 1000)
+    return RankedTargets(torch.tensor(ranks), DOMAINS, SWITCHED, others)
+
+
+BASE = [targets(1, 12, 3, 150, 9, 40), targets(2, 8, 3, 90, 11, 41)]
+OTHER = [targets(1, 10, 4, 99, 5, 400)]
 
 
 def ndcg(rank: int) -> float:
@@ -21,9 +29,10 @@ def ndcg(rank: int) -> float:
 
 
 def test_a_users_mean_over_seeds_comes_first() -> None:
-    found = paired_differences(BASE, OTHER, DOMAINS, SWITCHED, NAMES)
+    found = paired_differences(BASE, OTHER, NAMES)
     each = [
-        ndcg(int(OTHER[0][user])) - statistics.fmean(ndcg(int(seed[user])) for seed in BASE)
+        ndcg(int(OTHER[0].ranks[user]))
+        - statistics.fmean(ndcg(int(seed.ranks[user])) for seed in BASE)
         for user in range(6)
     ]
     for suffix, members in {"": range(6), "[stay]": (1, 3, 4), "[films]": (2, 3)}.items():
@@ -35,9 +44,10 @@ def test_a_users_mean_over_seeds_comes_first() -> None:
         assert difference.count == len(some)
 
 
-def test_means_are_differences_of_what_evaluate_says() -> None:
-    found = paired_differences(BASE[:1], OTHER, DOMAINS, SWITCHED, NAMES)
-    one, other = (grouped_metrics(r[0], DOMAINS, SWITCHED, NAMES) for r in (BASE, OTHER))
+@pytest.mark.parametrize("protocol", [Protocol(), Protocol(candidates=99)])
+def test_means_are_differences_of_what_evaluate_says(protocol: Protocol) -> None:
+    found = paired_differences(BASE[:1], OTHER, NAMES, protocol)
+    one, other = (grouped_metrics(r[0], NAMES, protocol) for r in (BASE, OTHER))
     assert found.keys() == {name for name in one if not name.startswith("count")}
     assert "mrr[games]" not in found
     assert set(METRICS) < found.keys()
@@ -46,10 +56,11 @@ def test_means_are_differences_of_what_evaluate_says() -> None:
 
 
 def test_equal_models_and_single_users_are_never_clear() -> None:
-    same = paired_differences(OTHER, OTHER, DOMAINS, SWITCHED, NAMES)["mrr"]
+    same = paired_differences(OTHER, OTHER, NAMES)["mrr"]
     assert (same.mean, same.standard_error, same.is_clear) == (0.0, 0.0, False)
     only = torch.tensor([0])
-    alone = paired_differences([only + 9], [only + 1], only, only == 1, NAMES)["hr@1"]
+    ten, one = (RankedTargets(only + rank, only, only == 1, only + 50) for rank in (10, 1))
+    alone = paired_differences([ten], [one], NAMES)["hr@1"]
     assert alone.mean == 1.0
     assert alone.standard_error is None
     assert not alone.is_clear

@@ -17,6 +17,7 @@ from hstu_xd.evaluation.ranks import rank_targets, recommend_items
 from hstu_xd.experiments.ablation import ablate
 from hstu_xd.training.run import load_trained
 from hstu_xd.training.run_facts import read_run
+from hstu_xd.training.settings import load_settings
 
 Say = Callable[..., str]
 
@@ -135,3 +136,94 @@ def test_notes_of_old_and_of_differing_runs() -> None:
     assert "Runs of an earlier version" in " ".join(protocol_notes([new, {}], {}))
     (note,) = protocol_notes([new, other], {})
     assert "different protocols (xd_evaluate.exclude_seen)" in note
+
+
+def test_options_of_evaluate_change_the_protocol(store: Path, trained: Path, say: Say) -> None:
+    def measured(*options: str) -> dict[str, Any]:
+        return json.loads(say("evaluate", trained, "--json", *options))
+
+    plain = measured()
+    assert plain["protocol"] == {
+        "exclude_seen": True,
+        "candidates": "domain",
+        "ties": "against",
+        "ks": [1, 10, 100],
+    }
+    everything = measured("--candidates", "all")
+    assert everything["protocol"]["candidates"] == "all"
+    assert everything["test"]["mrr"] < plain["test"]["mrr"]
+    some = measured("--candidates", "3", "--ks", "2,1")
+    assert some["protocol"] | {"exclude_seen": True} == {
+        "exclude_seen": True,
+        "candidates": 3,
+        "ties": "against",
+        "ks": [1, 2],
+    }
+    assert {"hr@1", "hr@2", "ndcg@2", "mrr", "mrr[jazz]"} < some["test"].keys()
+    assert not {"hr@10", "ndcg@1"} & some["test"].keys()
+    assert some["test"]["mrr"] > plain["test"]["mrr"]
+    # A domain has no more than ten songs.
+    many = measured("--candidates", "999")["test"]
+    assert many == pytest.approx(plain["test"], rel=1e-9)
+    text = say("evaluate", trained, "--candidates", "3", "--ties", "favour", "--ks", "2")
+    assert "expectation over 3 random candidates of the target's domain" in text
+    assert "ties count in the target's favour" in text
+    assert "hr@2    ndcg@2       mrr" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--candidates", "some"), "candidates = 'some'; it must be one of domain, all, or a num"),
+        (("--candidates", "0"), "candidates = 0; it must be at least 1"),
+        (("--ties", "for"), "ties = 'for'; it must be one of against, favour"),
+        (("--ks", "1,ten"), "--ks 1,ten: numbers with commas are needed, 5,10,50"),
+        (("--ks", "0,5"), "ks = (0, 5); it must be at least 1"),
+    ],
+)
+def test_options_that_are_none(
+    trained: Path, option: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", str(trained), *option]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("xd_evaluate.ks = ()", r"ks = \(\); numbers in ascending order are needed"),
+        ("xd_evaluate.ks = (10, 5)", r"ks = \(10, 5\); numbers in ascending order"),
+        ("xd_evaluate.ks = (5.5,)", "5.5 is a float; a int is needed"),
+        ("xd_evaluate.candidates = True", "is a bool; a str or a int is needed"),
+        ("xd_evaluate.ks = (5, 10)", "select_metric = 'ndcg@100'; it must be one of hr@5, hr@10"),
+    ],
+)
+def test_settings_that_are_none(binding: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_settings([], [binding])
+
+
+def test_a_run_is_measured_and_shown_by_its_own_protocol(
+    store: Path, tmp_path: Path, say: Say
+) -> None:
+    bindings = (
+        *RECIPE,
+        "xd_evaluate.ks = (2, 5)",
+        "xd_evaluate.candidates = 4",
+        "xd_train.select_metric = 'hr@2'",
+    )
+    table = ablate(store, ("hstu", "popularity"), (1,), tmp_path / "runs", bindings=bindings)
+    assert "| HR@2 % | HR@5 % | NDCG@5 % | MRR % | HR@5 [switch] % | HR@5 [stay] % |" in table
+    assert "expectation over 4 random candidates" in table
+    one = tmp_path / "runs" / "hstu-seed1"
+    summary = json.loads((one / "summary.json").read_text())
+    found = json.loads(say("evaluate", one, "--json"))
+    assert found["test"] == summary["test"]
+    assert Protocol.from_run(read_run(one)) == load_trained(one).protocol
+    assert "NDCG@5, points" in say("compare", tmp_path / "runs")
+    assert "HR@3, points" in say("compare", tmp_path / "runs", "--ks", "1,3")
+    say("report", tmp_path / "runs", "--out", tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "NDCG@5 by domain as a table" in page
+    assert "HR@100" not in page
+    assert (tmp_path / "report" / "curve_hr_at_5.png").is_file()

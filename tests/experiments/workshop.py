@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from hstu_xd.data.store_files import Log, write_store
-from hstu_xd.experiments.run_folders import METRICS
+from hstu_xd.evaluation.protocol import METRICS
 
 DOMAINS = ("beauty", "books", "films")
 ITEMS_EACH = 10

@@ -17,7 +17,7 @@ import torch
 import hstu_xd
 from hstu_xd.cli import app
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.evaluation.metrics import METRICS
+from hstu_xd.evaluation.protocol import METRICS
 from hstu_xd.training.checkpoint import load_checkpoint
 
 EVERYTHING_ON = (

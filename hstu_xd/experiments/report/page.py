@@ -24,14 +24,11 @@ from hstu_xd.experiments.report.html_tables import (
 from hstu_xd.experiments.report.run_figures import Group, grouped_dots, learning_curves
 from hstu_xd.experiments.report.shared_data import Comparison, compare_runs, group_by_data
 from hstu_xd.experiments.report.style import PALETTE, Image, house_style
-from hstu_xd.experiments.report.tables import LABELS, compare, metric_label, percent, points
-from hstu_xd.experiments.run_folders import METRICS, read_runs
+from hstu_xd.experiments.report.tables import compare, metric_label, percent, points
+from hstu_xd.experiments.run_folders import read_runs
 from hstu_xd.files import check_output, replaced_folder
 from hstu_xd.version import __version__
 
-SPLIT_METRICS = ("hr@100", "ndcg@100")
-SWITCH_METRICS = ("hr@100", "ndcg@100", "mrr")
-HEADLINES = ("hr@100", "ndcg@100", "mrr")
 MAX_TABLE_DOMAINS = 100
 DOTS = "Dots are means, lines their standard deviation over seeds."
 
@@ -60,14 +57,18 @@ class Section:
                     f"{stem}_{metric.replace('@', '_at_')}",
                     metric, by, groups, one.results, places, one.synthetic,
                 )
-                for metric in SPLIT_METRICS
+                for metric in one.protocol.headlines[:-1]
             ]  # fmt: skip
 
         with house_style():
             return cls(
                 comparison=one,
                 places=places,
-                curves=named(learning_curves(one.runs, places, one.synthetic)),
+                curves=named(
+                    learning_curves(
+                        one.runs, ("loss", *one.protocol.main_metrics), places, one.synthetic
+                    )
+                ),
                 domains=named(dots("domains", "by domain", domain_groups(one))),
                 switches=named(dots("switch", "after a switch or not", switch_groups(one))),
                 data=named(data_figures(one.stats, one.synthetic)) if one.stats else [],
@@ -120,7 +121,10 @@ class Section:
         results = self.comparison.results
         if not any(result.metrics for result in results):
             return "<h2>Test metrics</h2>\n<p>No run has read its test yet.</p>"
-        columns = [(f"{LABELS[metric]}\u00a0%", metric) for metric in METRICS]
+        columns = [
+            (f"{metric_label(metric)}\u00a0%", metric)
+            for metric in self.comparison.protocol.metrics
+        ]
         return "\n".join(
             [
                 "<h2>Test metrics</h2>",
@@ -134,7 +138,7 @@ class Section:
     def _headlines(self) -> list[str]:
         results = self.comparison.results
         cards = []
-        for metric in HEADLINES:
+        for metric in self.comparison.protocol.headlines:
             cells = compare(results, metric)
             known = [(c.mean, i) for i, c in enumerate(cells) if c.mean is not None]
             if not known:
@@ -161,11 +165,13 @@ class Section:
             words.append("&plusmn; is the sample standard deviation over seeds.")
             if len(results) > 1:
                 words.append("Differences no larger than the larger of both spreads are grey.")
-        hit, count = results[0].metrics.get("hr@100"), results[0].metrics.get("count")
+        hits = self.comparison.protocol.headlines[0]
+        hit, count = results[0].metrics.get(hits), results[0].metrics.get("count")
         if hit is not None and count is not None:
             error = (hit.mean * (1 - hit.mean) / count.mean) ** 0.5
             words.append(
-                f"{count.mean:,.0f} test targets: the sampling error of one HR@100 is about "
+                f"{count.mean:,.0f} test targets: the sampling error of one "
+                f"{metric_label(hits)} is about "
                 f"{percent(error)} points, whatever the seeds say."
             )
         return " ".join(words)
@@ -184,14 +190,14 @@ class Section:
             return ""
         groups = domain_groups(self.comparison)[:MAX_TABLE_DOMAINS]
         details = "\n".join(
-            f"<details><summary>{LABELS[metric]} by domain as a table</summary>\n"
+            f"<details><summary>{metric_label(metric)} by domain as a table</summary>\n"
             + comparison(
                 self.comparison.results,
                 [(f"{g.label}\u00a0%", metric + g.suffix) for g in groups],
                 self.places,
             )
             + "</details>"
-            for metric in SPLIT_METRICS
+            for metric in self.comparison.protocol.headlines[:-1]
         )
         return _figures("By domain of the target", self._seeds(DOTS), self.domains) + details
 
@@ -199,9 +205,9 @@ class Section:
         if not self.switches:
             return ""
         columns = [
-            (f"{LABELS[metric]} {name}\u00a0%", f"{metric}[{name}]")
+            (f"{metric_label(metric)} {name}\u00a0%", f"{metric}[{name}]")
             for name in ("switch", "stay")
-            for metric in SWITCH_METRICS
+            for metric in self.comparison.protocol.headlines
         ]
         words = (
             "A target follows a switch when its domain differs from that of the event just before "

@@ -21,7 +21,6 @@ from hstu_xd.experiments.report.style import (
 from hstu_xd.experiments.report.tables import metric_label, percent
 from hstu_xd.experiments.run_folders import Run, Spread, VariantResult, is_number
 
-CURVES = ("loss", "hr@10", "hr@100", "ndcg@100", "mrr")
 LABEL_WIDTH = 16  # characters a line beside a curve
 LABEL_HEIGHT = 0.14  # inches a line
 FRAME_HEIGHT = 1.0  # inches of title, axis labels and foot around the axes
@@ -41,11 +40,14 @@ class Group(NamedTuple):
     count: int | None
 
 
-def learning_curves(runs: Sequence[Run], places: Mapping[str, int], synthetic: bool) -> list[Image]:
-    """One figure a curve: training loss, then validation metrics, by epoch.
+def learning_curves(
+    runs: Sequence[Run], metrics: Sequence[str], places: Mapping[str, int], synthetic: bool
+) -> list[Image]:
+    """One figure a curve: training loss and validation metrics, by epoch.
 
     Args:
         runs: runs on the same data.
+        metrics: what to draw: names of validation metrics, and "loss".
         places: variant name to its place in the report, which fixes its colour.
         synthetic: the data is synthetic.
 
@@ -53,7 +55,7 @@ def learning_curves(runs: Sequence[Run], places: Mapping[str, int], synthetic: b
         Figures of those curves that at least one run has a point of.
     """
     images = []
-    for metric in CURVES:
+    for metric in metrics:
         curves = [(run, _points(run, metric)) for run in runs]
         curves = [(run, points) for run, points in curves if points]
         if curves:

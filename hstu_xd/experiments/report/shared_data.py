@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.experiments.report.data_figures import DataStats, measure
 from hstu_xd.experiments.run_folders import Row, Run, VariantResult, aggregate, differing_settings
 
@@ -36,6 +37,11 @@ class Comparison:
     def data_name(self) -> str:
         """Name of the data folder."""
         return Path(str(self.runs[0].info.get("data", "unknown data"))).name
+
+    @property
+    def protocol(self) -> Protocol:
+        """The protocol of the first run, whose metrics are the columns of tables."""
+        return Protocol.from_run(self.runs[0].info)
 
     @property
     def domains(self) -> list[str]:

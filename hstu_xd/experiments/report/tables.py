@@ -3,18 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hstu_xd.experiments.run_folders import METRICS, VariantResult
+from hstu_xd.evaluation.protocol import METRICS
+from hstu_xd.experiments.run_folders import VariantResult
 
-LABELS = {
-    "hr@1": "HR@1",
-    "hr@10": "HR@10",
-    "hr@100": "HR@100",
-    "ndcg@10": "NDCG@10",
-    "ndcg@100": "NDCG@100",
-    "mrr": "MRR",
-}
-# Columns that tell variants apart at a glance.
-MAIN_METRICS = ("hr@10", "hr@100", "ndcg@100", "mrr", "hr@100[switch]", "hr@100[stay]")
+# What people write in capitals; metrics of one's own keep their names.
+_ACRONYMS = ("hr", "ndcg", "mrr")
 MISSING = "-"
 # Cost of a variant -> head of its column, unit, format.
 _COSTS = {
@@ -78,7 +71,7 @@ def points(difference: float) -> str:
 def metric_label(name: str) -> str:
     """``hr@100[switch]`` -> ``HR@100 [switch]``."""
     base, bracket, rest = name.partition("[")
-    label = LABELS.get(base, base)
+    label = base.upper() if base.partition("@")[0] in _ACRONYMS else base
     return f"{label} {bracket}{rest}" if bracket else label
 
 

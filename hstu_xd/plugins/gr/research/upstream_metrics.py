@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hstu_xd.evaluation.protocol import ALL, DOMAIN, Protocol
 from hstu_xd.evaluation.ranks import Scorer, target_ranks
 from hstu_xd.plugins.bridge import target_groups
 from hstu_xd.plugins.gr.research.domain_batches import SESSION
@@ -96,14 +97,16 @@ def _ranks(
     # A target that was met before keeps its rank here, as this plug-in has always counted.
     past = features.past_ids
     seen = past.masked_fill(past == targets.view(-1, 1), 0) if without_history else past[:, :0]
-    return target_ranks(
+    ranks, _ = target_ranks(
         users if dtype is None else users.to(dtype),
         targets,
         seen.flatten(),
         torch.arange(len(users) + 1, device=seen.device) * seen.shape[1],
-        SESSION.whole_catalog_on(targets.device) if among_all else catalog,
+        catalog,
         similarity_scorer(model, eval_state.candidate_index, catalog.num_items),
+        protocol=Protocol(candidates=ALL if among_all else DOMAIN),
     )
+    return ranks
 
 
 def upstream_metrics(ranks: Tensor) -> dict[str, Tensor]:
