@@ -176,7 +176,10 @@ class EventReader:
                 raise InputError(
                     f"{source.path}: cannot be read as a log: {one_line(str(error))}"
                 ) from error
-            self.tell(f"{source.path}: read line by line, since {one_line(str(error))}")
+            self.tell(
+                f"{source.path}: read line by line, which takes longer: the fast reader refused "
+                "something in it, such as NaN in JSON; every event is read"
+            )
         if self.facts[-1].has_empty_last_field and source.may_have_short_lines():
             fault = first_fault(source)
             if fault is not None:

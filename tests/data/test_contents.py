@@ -134,7 +134,8 @@ def test_not_a_number_in_json(cli: Callable, tmp_path: Path, expected: dict[str,
         (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
         outcome = cli("prepare", tmp_path / "log.jsonl", "--out", tmp_path / "out", "--force")
         assert outcome.code == 0
-        assert "read line by line" in outcome.out
+        assert "log.jsonl: read line by line" in outcome.out
+        assert "Error" not in outcome.out
         assert contents(tmp_path / "out") == expected
     lines[7] = lines[7].replace(f'"timestamp": {START + 7}', '"timestamp": NaN')
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
