@@ -113,7 +113,7 @@ def train(
     Start it with torchrun to use several processes. Ctrl-C or SIGTERM saves and stops it (exit code
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
-    from hstu_xd.evaluation.protocol import Protocol, unreachable_note
+    from hstu_xd.evaluation.protocol import Protocol, count_notes
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.run_facts import read_run
     from hstu_xd.training.settings import load_settings
@@ -137,7 +137,7 @@ def train(
         f"{out}: best epoch {summary['best_epoch']}, {split} "
         + ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
     )
-    if note := unreachable_note(found):
+    for note in count_notes(found):
         typer.echo(note)
 
 
@@ -156,7 +156,7 @@ def evaluate(
 ) -> None:
     """Rank every user's held-out events with a trained run."""
     from hstu_xd.data.batches import SequenceData, Split
-    from hstu_xd.evaluation.protocol import unreachable_note
+    from hstu_xd.evaluation.protocol import count_notes
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
     from hstu_xd.training.run import load_trained
     from hstu_xd.training.run_facts import data_changes, open_data, read_run
@@ -190,7 +190,15 @@ def evaluate(
         for group in (g for g in groups if f"count{g}" in metrics):
             cells = "".join(f" {100 * metrics[m + group]:{max(9, len(m))}.2f}" for m in names)
             typer.echo((group or "all").ljust(24) + cells + f"{metrics['count' + group]:10,}")
-        if note := unreachable_note(metrics):
+        for group in (
+            g for g in ("[macro]", "[nontrivial]") if any(m + g in metrics for m in names)
+        ):
+            shown = (
+                (f"{100 * metrics[m + group]:.2f}" if m + group in metrics else "-", m)
+                for m in names
+            )
+            typer.echo(group.ljust(24) + "".join(f" {text:>{max(9, len(m))}}" for text, m in shown))
+        for note in count_notes(metrics):
             typer.echo(note)
     for sentence in protocol.sentences():
         typer.echo(sentence)

@@ -46,10 +46,17 @@ class RankedTargets:
         """Move all tensors."""
         return RankedTargets(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def counts(self) -> dict[str, float]:
-        """Return how many targets there are, and how many of them are unreachable."""
+    def right_by_necessity(self, k: int, protocol: Protocol) -> Tensor:
+        """Tell targets with no more than k candidates, whose rank is at most k: (Q,) bool."""
+        others = self.others.clamp(max=protocol.sampled) if protocol.sampled else self.others
+        return (others < k) & (self.ranks != UNREACHABLE)
+
+    def counts(self, protocol: Protocol) -> dict[str, float]:
+        """Count targets, the unreachable ones, and those that are right by necessity at each k."""
         unreachable = int((self.ranks == UNREACHABLE).sum())
-        return {"count": self.ranks.numel(), "count_unreachable": unreachable}
+        trivial = {k: int(self.right_by_necessity(k, protocol).sum()) for k in protocol.ks}
+        counts: dict[str, float] = {"count": self.ranks.numel(), "count_unreachable": unreachable}
+        return counts | {f"count_trivial@{k}": number for k, number in trivial.items() if number}
 
 
 def user_metrics(
@@ -181,7 +188,9 @@ def grouped_metrics(
 
     Returns:
         Every metric and ``count`` for each group that has a target; ``count_unreachable`` where
-        there are targets without a rank.
+        there are targets without a rank. ``name[macro]`` is the mean over domains where there are
+        several. Where targets have no more than k candidates ``count_trivial@k`` is their number,
+        and ``hr@k[nontrivial]`` and ``ndcg@k[nontrivial]`` leave them out.
     """
     values: dict[str, float] = {}
     of_users = user_metrics(ranked, protocol, more)
@@ -190,4 +199,16 @@ def grouped_metrics(
         values[f"count{suffix}"] = int(members.sum())
         if unreachable := int((ranked.ranks[members] == UNREACHABLE).sum()):
             values[f"count_unreachable{suffix}"] = unreachable
+    present = [name for name in domain_names if f"count[{name}]" in values]
+    if len(present) > 1:
+        for metric in of_users:
+            of_domains = [values[f"{metric}[{name}]"] for name in present]
+            values[f"{metric}[macro]"] = sum(of_domains) / len(of_domains)
+    for k in protocol.ks:
+        trivial = ranked.right_by_necessity(k, protocol)
+        if number := int(trivial.sum()):
+            values[f"count_trivial@{k}"] = number
+        if 0 < number < len(trivial):
+            for metric in of_users.keys() & {f"hr@{k}", f"ndcg@{k}"}:
+                values[f"{metric}[nontrivial]"] = float(of_users[metric][~trivial].mean())
     return values

@@ -142,8 +142,7 @@ def protocol_notes(runs: Sequence[Mapping[str, Any]], metrics: Mapping[str, floa
 
 def measured_notes(protocol: Protocol, metrics: Mapping[str, float]) -> tuple[str, ...]:
     """Say what numbers by one protocol mean; ``metrics`` holds at least their counts."""
-    note = unreachable_note(metrics)
-    return (*protocol.sentences(), *([note] if note else []))
+    return (*protocol.sentences(), *count_notes(metrics))
 
 
 _UNRECORDED = (
@@ -153,7 +152,28 @@ _UNRECORDED = (
 )
 
 
-def unreachable_note(metrics: Mapping[str, float]) -> str:
+def count_notes(metrics: Mapping[str, float]) -> list[str]:
+    """Say which targets of a split could not be missed, and which could not be recommended."""
+    return [note for note in (_unreachable_note(metrics), _trivial_note(metrics)) if note]
+
+
+def _trivial_note(metrics: Mapping[str, float]) -> str:
+    """Say how many targets have no more than k candidates; empty where none has so few."""
+    told = [
+        f"{name.partition('count_trivial')[2]} {round(number):,}"
+        for name, number in metrics.items()
+        if name.startswith("count_trivial@")
+    ]
+    if not told:
+        return ""
+    return (
+        f"Of {round(metrics['count']):,} targets these have no more than k candidates and are hits "
+        f"by necessity: {', '.join(told)}; metrics named [nontrivial] leave them out, [macro] is "
+        "the mean over domains."
+    )
+
+
+def _unreachable_note(metrics: Mapping[str, float]) -> str:
     """Say how many targets could not be recommended; empty where all could.
 
     Args:

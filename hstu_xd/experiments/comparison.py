@@ -168,7 +168,7 @@ def pair_runs(
         )
         ranked[run.variant].append(found)
     base, *rest = variants
-    notes = measured_notes(protocol, ranked[base][0].counts())
+    notes = measured_notes(protocol, ranked[base][0].counts(protocol))
     return [
         PairedResult(
             variant,

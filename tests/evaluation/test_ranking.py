@@ -23,7 +23,7 @@ from hstu_xd.evaluation.metrics import (
     sampled_ranks,
     user_metrics,
 )
-from hstu_xd.evaluation.protocol import METRICS, Protocol
+from hstu_xd.evaluation.protocol import METRICS, Protocol, measured_notes
 from hstu_xd.evaluation.ranks import rank_targets, target_ranks
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
@@ -212,6 +212,25 @@ def test_users_in_blocks_have_the_same_expectations(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("hstu_xd.evaluation.metrics._BLOCK_SHARES", 300)
     for name, values in user_metrics(ranked, Protocol(candidates=99)).items():
         assert torch.allclose(values, whole[name], rtol=1e-12), name
+
+
+def test_targets_with_few_candidates_are_counted_and_left_out() -> None:
+    ranked = ranked_targets([1, 1, 30, UNREACHABLE], [0, 0, 1, 0], others=[0, 9, 500, 0])
+    values = grouped_metrics(ranked, ["a", "b"])
+    assert {k: v for k, v in values.items() if "trivial@" in k} == {
+        "count_trivial@1": 1,
+        "count_trivial@10": 2,
+        "count_trivial@100": 2,
+    }
+    assert values["hr@100"] == 3 / 4
+    assert values["hr@1[nontrivial]"] == 1 / 3
+    assert values["hr@10[nontrivial]"] == 0
+    assert values["hr@100[macro]"] == (2 / 3 + 1) / 2
+    assert "@1 1, @10 2, @100 2" in " ".join(measured_notes(Protocol(), values))
+    plenty = grouped_metrics(ranked_targets([1, 2]), ["a", "b"])
+    assert not any("trivial" in name or "macro" in name for name in plenty)
+    few = grouped_metrics(ranked_targets([1, 2]), ["a"], Protocol(candidates=9))
+    assert few["count_trivial@10"] == 2
 
 
 def test_diverged_model_is_an_error_not_a_rank() -> None:
