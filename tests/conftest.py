@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -55,3 +56,24 @@ def seeded() -> None:
     torch.manual_seed(0)
     # Upstream's train_fn switches it on for the whole process, and for the tests after it.
     torch.autograd.set_detect_anomaly(False)
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the command line in this process; it gives exit code, stdout and stderr."""
+
+    # Only here: what is set above has to come before it.
+    from hstu_xd.cli.app import run
+
+    def call(*args: object) -> Outcome:
+        capsys.readouterr()
+        code = run([str(arg) for arg in args])
+        return Outcome(code, *capsys.readouterr())
+
+    return call

@@ -76,9 +76,9 @@ def recommend(
         {"--users": users, "--domains": domains, "--format": format, "--force": force or None},
         out,
     )
-    from hstu_xd.serving.recommend_all import open_log, recommend_to_all
+    from hstu_xd.serving.recommend_all import open_histories, recommend_to_all
 
-    store = open_log(run, data=data, log=log, verify=verify)
+    store = open_histories(run, data=data, log=log, verify=verify)
     if not all_users:
         assert user is not None
         assert domain is not None

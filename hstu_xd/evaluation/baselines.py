@@ -4,6 +4,7 @@ They are ranked as models are: their "user vector" is the id of a user's last it
 looks up what was counted. So every protocol of :mod:`hstu_xd.evaluation.ranks` holds for them too.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -24,7 +25,7 @@ BASELINES = ("popularity", "popularity-recent", "itemknn")
 _BLOCK_EVENTS = 4_000_000
 
 
-class Baseline(nn.Module):
+class Baseline(nn.Module, ABC):
     """What was counted in a training log; it has no parameters.
 
     Args:
@@ -42,9 +43,9 @@ class Baseline(nn.Module):
             self.register_buffer(name, tensor)
 
     @staticmethod
+    @abstractmethod
     def count(catalog: DomainCatalog, data: SequenceData, recent_share: float) -> dict[str, Tensor]:
         """Count the events of a training split."""
-        raise NotImplementedError
 
     def forward(self, batch: JaggedBatch) -> Tensor:
         """Return the item of each token as its vector: (L, 1) int64."""
@@ -71,9 +72,9 @@ class Baseline(nn.Module):
         """Return the ids themselves: a baseline has no vectors."""
         return item_ids[..., None]
 
+    @abstractmethod
     def scorer(self, items: Tensor) -> Callable[[Tensor], Tensor]:
         """Prepare (C,) int64 items of a domain: a function from (Q, 1) last items to (Q, C)."""
-        raise NotImplementedError
 
 
 class Popularity(Baseline):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_xd.errors import InputError
+from hstu_xd.search.found import MOST_LEVELS
 from hstu_xd.search.runs import Ints
 
 # Users are sorted so many events at a time, which bounds the memory; a longer history goes alone.
@@ -173,3 +174,39 @@ def _sorted_events(
         return packed >> bits, packed & ((1 << bits) - 1)
     order = np.argsort(key, kind="stable")
     return key[order], number[order]
+
+
+def check_log(offsets: NDArray, times: NDArray) -> None:
+    """Refuse offsets and times that are no log."""
+    if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(times):
+        raise InputError(
+            f"offsets of shape {offsets.shape} do not lead from 0 to the {len(times)} events; give "
+            "(B + 1,) of them"
+        )
+    if (np.diff(offsets) < 0).any():
+        user = int(np.flatnonzero(np.diff(offsets) < 0)[0])
+        raise InputError(f"offsets descend at user {user}; each user's events follow the last's")
+    if times.ndim != 1 or times.dtype.kind not in "iu":
+        raise InputError(
+            f"times are {times.dtype} of shape {times.shape}; integers (L,) are needed"
+        )
+    falls = np.flatnonzero(times[1:] < times[:-1]) + 1
+    inside = falls[~np.isin(falls, offsets)]
+    if len(inside):
+        row = int(inside[0])
+        user = int(np.searchsorted(offsets, row, side="right")) - 1
+        raise InputError(
+            f"event {row} of user {user} at {times[row]} follows one at {times[row - 1]}; sort "
+            "each user's events by time"
+        )
+
+
+def count_levels(paths: Paths) -> int:
+    """Return the number of levels of (L, H + 1) paths, or refuse their shape."""
+    shape = paths[0:0].shape
+    if len(shape) != 2 or not 1 <= shape[1] < MOST_LEVELS:
+        raise InputError(
+            f"paths have shape {shape} after the events; (L, H + 1) is needed, 1 to "
+            f"{MOST_LEVELS - 1} levels"
+        )
+    return shape[1]

@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder
 from hstu_xd.search.appended import AppendedEvents
-from hstu_xd.search.directory import Paths, RunDirectory, build_directory
-from hstu_xd.search.found import MOST_LEVELS, Found, choose_first
+from hstu_xd.search.directory import (
+    Paths,
+    RunDirectory,
+    build_directory,
+    check_log,
+    count_levels,
+)
+from hstu_xd.search.found import Found, choose_first
 from hstu_xd.search.recent import check_users
 from hstu_xd.search.request import Request
 from hstu_xd.search.runs import Ints, Runs, lower_bound
@@ -79,8 +85,8 @@ class HardIndex:
             InputError: shapes that do not fit, nodes below -1, offsets or times that descend.
         """
         offsets, times = np.asarray(offsets), np.asarray(times)
-        _check_log(offsets, times)
-        levels = _count_levels(paths)
+        check_log(offsets, times)
+        levels = count_levels(paths)
         directory = build_directory(paths, offsets, levels)
         first_time = int(times.min(initial=0)) if times.size else 0
         span = int(times.max(initial=first_time)) - first_time
@@ -206,13 +212,7 @@ class HardIndex:
                 makes no sense.
         """
         request = Request(self._levels, k, levels, quotas, skip_recent, fill, scope)
-        users, paths, times = (np.asarray(array, np.int64) for array in (users, paths, times))
-        check_users(users, times, self.num_users)
-        if paths.shape != (len(users), self._levels):
-            raise InputError(
-                f"paths of candidates have shape {paths.shape}; ({len(users)}, {self._levels}) is "
-                "needed, a node of each level"
-            )
+        users, paths, times = self._checked(users, paths, times)
         found = Found.nothing(len(users), k)
         step = max(1, CELLS // (k * (self._levels + 1)))
         for start in range(0, len(users), step):
@@ -221,6 +221,41 @@ class HardIndex:
             part = _filtered(matches, request) if request.is_filtered else _first(matches, request)
             found.events[block], found.levels[block] = part.events, part.levels
         return found
+
+    def count(self, users: Ints, paths: Ints, times: Ints) -> tuple[Ints, Ints]:
+        """Count the events of each candidate's node on every level, strictly before a time.
+
+        Args:
+            users, paths, times: as :meth:`search` takes them.
+
+        Returns:
+            (Q, H + 1) int64, how many there are; (Q, H + 1) int64, row of the latest, -1 for none.
+
+        Raises:
+            InputError: shapes that differ, or an unknown user.
+        """
+        users, paths, times = self._checked(users, paths, times)
+        counts, latest = np.zeros_like(paths), np.full_like(paths, -1)
+        # As deep as all that was appended, of which a search looks at K a run.
+        depth = max(1, len(self._appended))
+        request = Request(self._levels, depth, None, None, 0, "none", "all")
+        step = max(1, CELLS // self._levels)
+        for start in range(0, len(users), step):
+            block = slice(start, start + step)
+            runs = self._matches(users[block], paths[block], times[block], request).runs
+            counts[block] = sum(run.lengths for run in runs)
+            latest[block] = _latest(runs, 1).max(axis=2)
+        return counts, latest
+
+    def _checked(self, users: Ints, paths: Ints, times: Ints) -> tuple[Ints, Ints, Ints]:
+        users, paths, times = (np.asarray(array, np.int64) for array in (users, paths, times))
+        check_users(users, times, self.num_users)
+        if paths.shape != (len(users), self._levels):
+            raise InputError(
+                f"paths of candidates have shape {paths.shape}; ({len(users)}, {self._levels}) is "
+                "needed, a node of each level"
+            )
+        return users, paths, times
 
     def _matches(self, users: Ints, paths: Ints, times: Ints, request: Request) -> "_Matches":
         """Find the runs of the candidates' nodes, cut off at the times of the requests."""
@@ -369,41 +404,6 @@ def _walked(matches: _Matches, request: Request, depth: int) -> tuple[Ints, NDAr
 def _contained(runs: Sequence[Runs], rows: Ints) -> NDArray[np.bool_]:
     """Return which of the (Q, M) rows are in the run of their query, in any part of it."""
     return np.any([run[:, None].contain(rows) for run in runs], axis=0)
-
-
-def _check_log(offsets: NDArray, times: NDArray) -> None:
-    """Refuse offsets and times that are no log."""
-    if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(times):
-        raise InputError(
-            f"offsets of shape {offsets.shape} do not lead from 0 to the {len(times)} events; give "
-            "(B + 1,) of them"
-        )
-    if (np.diff(offsets) < 0).any():
-        user = int(np.flatnonzero(np.diff(offsets) < 0)[0])
-        raise InputError(f"offsets descend at user {user}; each user's events follow the last's")
-    if times.ndim != 1 or times.dtype.kind not in "iu":
-        raise InputError(
-            f"times are {times.dtype} of shape {times.shape}; integers (L,) are needed"
-        )
-    falls = np.flatnonzero(times[1:] < times[:-1]) + 1
-    inside = falls[~np.isin(falls, offsets)]
-    if len(inside):
-        row = int(inside[0])
-        user = int(np.searchsorted(offsets, row, side="right")) - 1
-        raise InputError(
-            f"event {row} of user {user} at {times[row]} follows one at {times[row - 1]}; sort "
-            "each user's events by time"
-        )
-
-
-def _count_levels(paths: Paths) -> int:
-    shape = paths[0:0].shape
-    if len(shape) != 2 or not 1 <= shape[1] < MOST_LEVELS:
-        raise InputError(
-            f"paths have shape {shape} after the events; (L, H + 1) is needed, 1 to "
-            f"{MOST_LEVELS - 1} levels"
-        )
-    return shape[1]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def recommend_to_all(
     Args:
         run: a trained run.
         out: the file to write.
-        store: whose histories are read, of :func:`open_log`.
+        store: whose histories are read, of :func:`open_histories`.
         k: items of each domain.
         users: file of user ids; None: all users of the log.
         domains: names; None: all domains that the run knows.
@@ -128,7 +128,7 @@ def recommend_to_all(
     return BulkSummary(out, rows, len(served), names, unserved, listed)
 
 
-def open_log(
+def open_histories(
     run: Path, *, data: Path | None, log: Path | None, verify: bool = False
 ) -> InteractionStore:
     """Open the store whose histories are read: the run's own, or another log.

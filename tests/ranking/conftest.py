@@ -1,8 +1,6 @@
 """A small log of baskets with fields and a taxonomy, and requests made of it."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -12,24 +10,6 @@ from hstu_xd.cli.app import run
 from hstu_xd.data.store import InteractionStore
 
 START, DAY = 1_600_000_000, 86_400
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """``cli("rank", "--data", folder, ...)`` gives exit code, stdout and stderr."""
-
-    def call(*args: object) -> Outcome:
-        capsys.readouterr()
-        code = run([str(arg) for arg in args])
-        return Outcome(code, *capsys.readouterr())
-
-    return call
 
 
 def baskets(users: int = 30, visits: int = 40, seed: int = 0) -> pl.DataFrame:

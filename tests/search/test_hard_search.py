@@ -111,6 +111,11 @@ def test_appending_equals_building_again(
     users, paths, times = draw_queries(rng, log, 60)
     users = np.minimum(users, index.num_users - 1)
     row_of = np.append(np.concatenate([built, later]), -1)
+    counted, counted_at_once = (
+        each.count(users, paths, times) for each in (index, HardIndex.build(*log))
+    )
+    assert np.array_equal(counted[0], counted_at_once[0])
+    assert np.array_equal(row_of[counted[1]], counted_at_once[1])
     for k in (1, 4, 100):
         a, b = (
             index.search(users, paths, times, k, **how),

@@ -8,6 +8,8 @@ from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_c
 from generative_recommenders.ops.pytorch.pt_hstu_attention import pytorch_hstu_mha
 from torch import Tensor
 
+from hstu_xd.errors import InputError
+
 # Upstream's own, in both of its layer norms.
 _EPS = 1e-6
 # A bucket ends before a group that is this much longer than the bucket's first one.
@@ -78,7 +80,7 @@ class BucketedSTULayer(STULayer):
 
     def cached_forward(self, **arguments: Any) -> Tensor:
         """Refuse upstream's incremental mode, which knows no domains."""
-        raise NotImplementedError("cached_forward knows no domains; encode whole histories instead")
+        raise InputError("cached_forward knows no domains; encode whole histories instead")
 
 
 def _attend(

@@ -26,7 +26,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def in_one_process(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_one_process(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    # Upstream's log of metrics is written where the process stands.
+    monkeypatch.chdir(tmp_path)
     recipe = (Path(__file__).parents[3] / "gin" / "dlrm_stock.gin").read_text()
     text = "\n".join(line for line in recipe.splitlines() if not line.startswith("import"))
     handle = activate(HOST)

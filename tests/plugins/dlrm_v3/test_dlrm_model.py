@@ -93,7 +93,7 @@ def test_buckets_compute_the_same(num_context: int) -> None:
 def test_buckets_have_no_cache() -> None:
     ours = build(extension=cross_domain(domain_mask=True, in_buckets=True))
     (layer, *_) = ours._hstu_transducer._stu_module._stu_layers
-    with pytest.raises(NotImplementedError, match="cached_forward knows no domains"):
+    with pytest.raises(InputError, match="cached_forward knows no domains"):
         layer.cached_forward(delta_x=None)
 
 

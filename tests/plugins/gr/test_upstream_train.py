@@ -24,14 +24,6 @@ SMALL = (
 )
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, tiny_store: Path) -> Path:
-    (tmp_path / "gin").symlink_to(ROOT / "gin")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "amazon").symlink_to(tiny_store)
-    return tmp_path
-
-
 def upstream_train(
     folder: Path, file: str, *bindings: str, options: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
