@@ -14,7 +14,15 @@ from hstu_xd.training.gin_files import check_types
 
 STORE_PREFIX = "xd:"
 # The switches that are computed here; every other setting of the encoder is refused.
-KNOWN_SWITCHES = ("domain_mask", "tape", "target_domain_embedding")
+KNOWN_SWITCHES = (
+    "domain_mask",
+    "tape",
+    "target_domain_embedding",
+    "ddsr",
+    "states_per_domain",
+    "query_target_domain",
+    "state_age_bias",
+)
 
 
 @gin.configurable("xd_dlrm", module="hstu_xd")
@@ -161,13 +169,13 @@ class CrossDomain:
         return self.norm_length
 
 
-def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -> CrossDomain:
+def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> CrossDomain:
     """Build what the bindings of ``xd_encoder.*`` and ``xd_dlrm.*`` switch on.
 
     Args:
         settings: of ``xd_dlrm.*``.
         num_domains: of the data set; 0: it is not known.
-        embedding_dim: model width.
+        config: upstream's DlrmHSTUConfig, with the sizes of the layers.
 
     Raises:
         InputError: a switch that is not computed here, or one that is on while no domains are
@@ -184,7 +192,12 @@ def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -
             )
     known = settings.num_domains or num_domains
     switches = shared.CONFIGURABLES["xd_encoder"](
-        num_domains=known or 1, norm_length=1, embedding_dim=embedding_dim
+        num_domains=known or 1,
+        norm_length=1,
+        embedding_dim=config.hstu_transducer_embedding_dim,
+        num_heads=config.hstu_num_heads,
+        dqk=config.hstu_attn_qk_dim,
+        dv=config.hstu_attn_linear_dim,
     )
     if switches.is_cross_domain and not known:
         raise InputError(
