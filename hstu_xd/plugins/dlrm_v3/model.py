@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU
 from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from torch import Tensor, nn
@@ -141,21 +142,25 @@ class CrossDomainTransducer(HSTUTransducer):
 
     def _preprocess(self, *, seq_payloads: dict[str, Tensor], **others: Any) -> Any:
         found = super()._preprocess(seq_payloads=seq_payloads, **others)
-        if not self._cross_domain.reads_domains:
-            return found
         *sizes, lengths, offsets, times, x, num_targets, payloads = found
         layout = RequestLayout.build(lengths, num_targets, self._num_context)
-        domains = layout.row_domains(seq_payloads[_HISTORY_DOMAINS], seq_payloads[_TARGET_DOMAINS])
+        one_domain = domains = torch.zeros_like(layout.users)
+        if self._cross_domain.reads_domains:
+            told = seq_payloads[_HISTORY_DOMAINS], seq_payloads[_TARGET_DOMAINS]
+            domains = layout.row_domains(*told)
         signal = next_domain_signal(
             self._xd_tape, self._xd_target_domain_emb, *layout.transitions(domains)
         )
         if signal is not None:
             x = x + (signal * ~layout.is_context.unsqueeze(1)).to(x.dtype)
         settings = self._cross_domain.settings
-        if settings.domain_mask:
-            # States of all domains are read, so all of them are computed.
+        if settings.domain_mask or self._cross_domain.in_buckets:
             self._groups = DomainGroups.build(
-                layout, domains, settings.num_domains, with_unasked=settings.ddsr
+                layout,
+                domains if settings.domain_mask else one_domain,
+                settings.num_domains,
+                # States of all domains are read, so all of them are computed.
+                with_unasked=settings.ddsr,
             )
         if settings.ddsr:
             self._states = RequestStates.build(layout, domains, times, settings, self._groups)

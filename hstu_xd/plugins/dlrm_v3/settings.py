@@ -52,7 +52,7 @@ class DlrmSettings:
             that a user's scores do not depend on who else is in the batch; 0: as upstream.
         kernel: "triton" or "pytorch" for the layers, both upstream's own; "auto": Triton where
             there is a GPU, else PyTorch, with groups of like length padded together under
-            domain_mask.
+            domain_mask or with a norm_length.
         bf16: whether layers compute in bfloat16 where there is a GPU.
         max_history: latest events of a user that a request of a prepared store reads.
         cut_points: latest events of a user that become training requests; 0: all.
@@ -130,7 +130,8 @@ class CrossDomain:
         settings: the switches.
         domain_features: names of the features with the domains of history and candidates.
         norm_length: what attention is divided by; 0: the batch's longest sequence.
-        in_buckets: pad groups of like length together, on a CPU.
+        in_buckets: pad groups of like length together, on a CPU; without domain_mask a user is a
+            group.
     """
 
     settings: EncoderSettings
@@ -205,9 +206,8 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
             'dataset = "xd:<folder>", or set xd_dlrm.num_domains'
         )
     first, second = settings.domain_features
-    in_buckets = (
-        switches.domain_mask and settings.kernel == "auto" and not torch.cuda.is_available()
-    )
+    in_buckets = settings.kernel == "auto" and not torch.cuda.is_available()
+    in_buckets = in_buckets and (switches.domain_mask or settings.norm_length > 0)
     return CrossDomain(switches, (first, second), settings.norm_length, in_buckets)
 
 

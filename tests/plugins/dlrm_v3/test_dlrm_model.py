@@ -85,10 +85,11 @@ def test_mask_is_the_dense_definition(num_context: int) -> None:
 
 
 @with_and_without_context
-def test_buckets_compute_the_same(num_context: int) -> None:
-    stock = stock_model(num_context)
-    whole = with_signals(twin_of(stock, cross_domain(**EVERYTHING), num_context=num_context))
-    ours = twin_of(stock, cross_domain(in_buckets=True, **EVERYTHING), num_context=num_context)
+@pytest.mark.parametrize("switches", [{}, {"ddsr": True, "tape": True}, EVERYTHING])
+def test_buckets_compute_the_same(num_context: int, switches: dict) -> None:
+    stock, options = stock_model(num_context), {"norm_length": 40, **switches}
+    whole = with_signals(twin_of(stock, cross_domain(**options), num_context=num_context))
+    ours = twin_of(stock, cross_domain(in_buckets=True, **options), num_context=num_context)
     ours.load_state_dict(whole.state_dict())
     assert list(ours.state_dict()) == list(whole.state_dict())
     for seed in range(20):
