@@ -240,7 +240,7 @@ class EncoderRows:
         asked = self.questions
         if asked is None:
             return None
-        return QuestionReads(self.state_reads, asked.rows, asked.timestamps)
+        return QuestionReads.copies(self.state_reads, asked.rows, asked.timestamps)
 
     @property
     def num_readable(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hstu_xd.errors import InputError
 from hstu_xd.ops.grouping import DomainGrouping, lazy_property, replacements
@@ -313,69 +314,100 @@ def _carry_in(
 
 @dataclass(frozen=True, eq=False)
 class QuestionReads:
-    """The plan of questions: copies of events that are asked for another domain or time.
+    """The plan of questions: rows that read states as an event of theirs would, and leave none.
 
-    A question reads the states that were there before its event, and its own as the newest one of
-    the event's domain. Of L events and R questions, question ``r`` is row ``L + r`` of queries,
-    keys and values; the initial states come behind.
+    A question stands somewhere in a user's history and is of a domain. It reads the states of the
+    events before it, and its own as the newest one of its domain. Of L events and R questions,
+    question ``r`` is row ``L + r`` of queries, keys and values; the initial states come behind.
 
     Attributes:
         events: which states the events read.
-        rows: (R,) int64, event that each question is a copy of.
+        groups: (R,) int64, ``user * num_domains + domain`` of each question.
+        positions: (R,) int64, events of the user before it.
+        written: (R,) int64, time of its own state.
         timestamps: (R,) int64, time that each question asks for.
+        apart: give every question a tile of its own, so that no other one moves its answer, not
+            even by rounding.
     """
 
     events: StateReads
-    rows: Tensor
+    groups: Tensor
+    positions: Tensor
+    written: Tensor
     timestamps: Tensor
+    apart: bool = False
+
+    @classmethod
+    def copies(cls, events: StateReads, rows: Tensor, timestamps: Tensor) -> "QuestionReads":
+        """Ask events once more, each in its own place.
+
+        Args:
+            events: which states the events read.
+            rows: (R,) int64, event that each question is a copy of.
+            timestamps: (R,) int64, time that each question asks for.
+        """
+        grouping = events.grouping
+        return cls(
+            events,
+            grouping.group_of[rows],
+            grouping.positions[rows],
+            events.timestamps[rows],
+            timestamps,
+        )
 
     @lazy_property
     def tiles(self) -> StateTiles:
-        """Lay out a tile for every event that is asked; the host reads how many questions it has.
+        """Lay out a tile for every place and domain; the host reads the most questions of one.
 
-        The states that were there before are the same for all questions of an event.
+        The states that were there before are the same for all questions of a place.
         """
         grouping, num_kept = self.events.grouping, self.events.states_per_domain
         length, num_domains = grouping.num_tokens, grouping.num_domains
-        device = self.rows.device
-        order = torch.argsort(self.rows, stable=True)
-        asked, tile_of, counts = torch.unique_consecutive(
-            self.rows[order], return_inverse=True, return_counts=True
+        device = self.groups.device
+        users = self.groups // num_domains
+        # A user with n events has n + 1 places.
+        places = grouping.batch_offsets[users] + users + self.positions
+        places = places * num_domains + self.groups % num_domains
+        if self.apart:
+            places = torch.arange(len(places), device=device)
+        order = torch.argsort(places, stable=True)
+        _, tile_of, counts = torch.unique_consecutive(
+            places[order], return_inverse=True, return_counts=True
         )
-        number = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[tile_of]
+        start = counts.cumsum(0) - counts
+        number = torch.arange(len(order), device=device) - start[tile_of]
         height = int(counts.max()) if counts.numel() else 1
         # A tile is filled up with copies of its last question, which are no keys.
         column = torch.arange(height, device=device)
-        first = (counts.cumsum(0) - counts).unsqueeze(1)
-        tokens = length + order[first + torch.minimum(column, counts.unsqueeze(1) - 1)]
+        tokens = order[start.unsqueeze(1) + torch.minimum(column, counts.unsqueeze(1) - 1)]
+        tokens = tokens + length
         is_copy = column >= counts.unsqueeze(1)
         slots = torch.empty_like(order)
         slots[order] = tile_of * height + number
 
         domains = torch.arange(num_domains, device=device)
-        group_of = grouping.group_of[asked].unsqueeze(1)
-        group = group_of // num_domains * num_domains + domains
-        # Visits to each domain before the event: the latest ones are the last before this row.
-        position = grouping.positions[asked].unsqueeze(1).expand_as(group).contiguous()
-        end = grouping.first_row(group, position)
+        own_group, position = (x[order[start]].unsqueeze(1) for x in (self.groups, self.positions))
+        group = own_group // num_domains * num_domains + domains
+        # Visits to each domain before the question: the latest ones are the last before this row.
+        end = grouping.first_row(group, position.expand_as(group).contiguous())
         back = torch.arange(num_kept, device=device)
         visit = end.unsqueeze(2) - 1 - back
         missing = visit < grouping.offsets[group].unsqueeze(2)
         initial = (length + len(order) + domains).unsqueeze(1)
-        states = grouping.permutation[visit.clamp(min=0)]
+        # The entry behind the last stands for what a batch without events lacks.
+        states = pad(grouping.permutation, (0, 1))[visit.clamp(min=0)]
         # The question's own state replaces the oldest one of its domain, or the initial one.
-        is_own = (group == group_of).unsqueeze(2)
+        is_own = (group == own_group).unsqueeze(2)
         hidden = (missing & (is_own | (back > 0))) | (is_own & (back == num_kept - 1))
         beyond = length + len(order)
         until = torch.where(hidden, -1, beyond)
-        times = self.events.timestamps
         own_until = (tokens + 1).masked_fill(is_copy, -1)
         return StateTiles(
             tokens=tokens,
             rows=torch.cat([torch.where(missing, initial, states).flatten(1), tokens], dim=1),
             overwritten=torch.cat([until.flatten(1), own_until], dim=1),
             slots=slots,
-            timestamps=torch.cat([times, times[self.rows]]),
+            timestamps=torch.cat([self.events.timestamps, self.written]),
             next_timestamps=torch.cat([self.events.next_timestamps, self.timestamps]),
             states_per_domain=num_kept,
         )

@@ -76,7 +76,7 @@ def with_domains(upstream: Callable[..., Any]) -> Callable[..., Any]:
         settings = DlrmSettings()
         on_gpu = torch.cuda.is_available()
         known = SESSION.catalog.num_domains if SESSION.catalog else 0
-        extension = cross_domain(settings, known, hstu_configs.hstu_transducer_embedding_dim)
+        extension = cross_domain(settings, known, hstu_configs)
         arguments = {
             "hstu_configs": hstu_configs,
             "embedding_tables": embedding_tables,

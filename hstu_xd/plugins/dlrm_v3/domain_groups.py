@@ -12,8 +12,8 @@ class DomainGroups:
     """A jagged batch [contextual | history | targets] of every user, cut into one of every domain.
 
     A group holds one user's rows of one domain in their order, behind a copy of the user's
-    contextual prefix; shorter groups come first. Only targets are read from a stack of layers, and
-    no row reads one of another group: groups without a target are left out.
+    contextual prefix; shorter groups come first. Only targets are read from a stack of layers:
+    groups without a target are left out, unless rows read the states of other domains.
 
     Attributes:
         rows: (R,) int64, the row of the batch that stands at each row of the groups.
@@ -33,7 +33,12 @@ class DomainGroups:
 
     @classmethod
     def build(
-        cls, layout: "RequestLayout", row_domains: Tensor, num_domains: int
+        cls,
+        layout: "RequestLayout",
+        row_domains: Tensor,
+        num_domains: int,
+        *,
+        with_unasked: bool = False,
     ) -> "DomainGroups":
         """Regroup a batch.
 
@@ -41,12 +46,13 @@ class DomainGroups:
             layout: which rows are contextual, history and targets.
             row_domains: (L,) int64 in ``0..num_domains - 1``, of every row.
             num_domains: number of domains ``D``.
+            with_unasked: keep groups without a target.
         """
         own = layout.users * num_domains + row_domains
         places = layout.num_users * num_domains
         asked = torch.bincount(own[layout.is_target], minlength=places)
         members = torch.bincount(own[~layout.is_context], minlength=places)
-        groups = asked.nonzero().squeeze(1)
+        groups = (members if with_unasked else asked).nonzero().squeeze(1)
         # Shortest first, then in the order of users and domains.
         groups = groups[torch.argsort(members[groups], stable=True)]
         number = torch.full((places,), -1, device=own.device)
@@ -76,6 +82,12 @@ class DomainGroups:
     def gather(self, x: Tensor) -> Tensor:
         """Take the rows of a batch into the groups: (L, K) -> (R, K)."""
         return x[self.rows]
+
+    def places_of(self, rows: Tensor) -> Tensor:
+        """Return where history rows and targets of the batch stand in the groups: (n,) -> (n,)."""
+        places = torch.zeros(self.num_rows, dtype=torch.int64, device=rows.device)
+        places[self.rows] = torch.arange(self.rows.numel(), device=rows.device)
+        return places[rows]
 
     def spread_targets(self, grouped: Tensor) -> Tensor:
         """Put targets back to their rows of the batch, with zeros elsewhere: (R, K) -> (L, K)."""
@@ -147,14 +159,23 @@ class RequestLayout:
         Returns:
             Two (L,) int64.
         """
-        goes_on = torch.zeros_like(self.is_history)
-        same_user = self.users[1:] == self.users[:-1]
-        goes_on[:-1] = self.is_history[:-1] & self.is_history[1:] & same_user
-        entered = torch.where(goes_on, row_domains.roll(-1), row_domains)
         last = (self.first_targets[self.users] - 1).clamp(min=0)
         has_history = self.is_history[last] & (self.users[last] == self.users)
         left = torch.where(self.is_target & has_history, row_domains[last], row_domains)
-        return left, entered
+        return left, self.following(row_domains)
+
+    def following(self, values: Tensor) -> Tensor:
+        """Return what the next history row of the user has, a row's own where there is none.
+
+        So targets keep their own, and the last history row does not know what is asked.
+
+        Args:
+            values: (L,), one of every row.
+        """
+        goes_on = torch.zeros_like(self.is_history)
+        same_user = self.users[1:] == self.users[:-1]
+        goes_on[:-1] = self.is_history[:-1] & self.is_history[1:] & same_user
+        return torch.where(goes_on, values.roll(-1), values)
 
     @property
     def num_users(self) -> int:

@@ -119,6 +119,8 @@ def _hint() -> str:
 
 
 def _check_bindings(mode: str, told: Path) -> None:
+    from generative_recommenders.dlrm_v3.train import utils
+
     from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings, bound_value, cross_domain
 
     dataset = bound_value("make_model.dataset")
@@ -145,11 +147,13 @@ def _check_bindings(mode: str, told: Path) -> None:
         return
     settings = DlrmSettings()
     known = _open_store(dataset, settings, mode, told)
-    cross_domain(settings, known, settings.hstu_transducer_embedding_dim or 512)
+    cross_domain(settings, known, utils.get_hstu_configs(dataset))
 
 
 def _open_store(dataset: str, settings: Any, mode: str, told: Path) -> int:
     """Open the store that is named, if one is; return its number of domains or 0."""
+    from generative_recommenders.dlrm_v3.utils import SUPPORTED_DATASETS
+
     from hstu_xd.plugins.dlrm_v3.dlrm_rebindings import store_folder
     from hstu_xd.plugins.dlrm_v3.settings import bound_value
     from hstu_xd.plugins.dlrm_v3.store_dataset import open_requests
@@ -162,6 +166,11 @@ def _open_store(dataset: str, settings: Any, mode: str, told: Path) -> int:
         )
     folder = store_folder(dataset)
     if folder is None:
+        if dataset not in SUPPORTED_DATASETS:
+            raise InputError(
+                f'{told}: make_model.dataset = {dataset!r}; "xd:<prepared folder>" or one of '
+                f"{', '.join(SUPPORTED_DATASETS)} is needed"
+            )
         return 0
     if mode == "streaming-train-eval":
         raise InputError(f"--mode {mode}: a prepared store has no stream; take train-eval")

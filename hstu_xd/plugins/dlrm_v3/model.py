@@ -1,8 +1,10 @@
 """Upstream's DlrmHSTU with the cross-domain parts: same parameter names, same interface."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from generative_recommenders.modules.dlrm_hstu import DlrmHSTU
 from generative_recommenders.modules.hstu_transducer import HSTUTransducer
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from hstu_xd.errors import InputError
 from hstu_xd.model.inputs import next_domain_modules, next_domain_signal
 from hstu_xd.plugins.dlrm_v3.bucketed_layer import BucketedSTULayer
 from hstu_xd.plugins.dlrm_v3.domain_groups import DomainGroups, RequestLayout
+from hstu_xd.plugins.dlrm_v3.domain_states import DomainStateStack, RequestStates
 from hstu_xd.plugins.dlrm_v3.settings import CrossDomain
 from hstu_xd.plugins.rebinding import Rebinding, apply
 
@@ -57,6 +60,9 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
             num_context=sum(hstu_configs.contextual_feature_to_max_length.values()),
         )
         rebindings = [Rebinding(_MODULE, "HSTUTransducer", lambda original: transducer)]
+        if cross_domain.settings.ddsr:
+            stack = partial(DomainStateStack, settings=cross_domain.settings)
+            rebindings.append(Rebinding(_MODULE, "STUStack", lambda original: stack))
         if cross_domain.in_buckets:
             rebindings.append(Rebinding(_MODULE, "STULayer", lambda original: BucketedSTULayer))
         with apply(rebindings):
@@ -104,6 +110,7 @@ class CrossDomainTransducer(HSTUTransducer):
     """Upstream's transducer that regroups its rows once around the stack of layers.
 
     TAPE and the target-domain embedding are added to the input of the stack, behind its dropout.
+    DDSR stands behind each layer, see :class:`DomainStateStack`.
 
     Args:
         stu_module: the stack.
@@ -130,22 +137,33 @@ class CrossDomainTransducer(HSTUTransducer):
         self._cross_domain = cross_domain
         self._num_context = num_context
         self._groups: DomainGroups | None = None
+        self._states: RequestStates | None = None
         self._xd_tape, self._xd_target_domain_emb = next_domain_modules(cross_domain.settings)
 
     def _preprocess(self, *, seq_payloads: dict[str, Tensor], **others: Any) -> Any:
         found = super()._preprocess(seq_payloads=seq_payloads, **others)
-        if not self._cross_domain.reads_domains:
-            return found
         *sizes, lengths, offsets, times, x, num_targets, payloads = found
         layout = RequestLayout.build(lengths, num_targets, self._num_context)
-        domains = layout.row_domains(seq_payloads[_HISTORY_DOMAINS], seq_payloads[_TARGET_DOMAINS])
+        one_domain = domains = torch.zeros_like(layout.users)
+        if self._cross_domain.reads_domains:
+            told = seq_payloads[_HISTORY_DOMAINS], seq_payloads[_TARGET_DOMAINS]
+            domains = layout.row_domains(*told)
         signal = next_domain_signal(
             self._xd_tape, self._xd_target_domain_emb, *layout.transitions(domains)
         )
         if signal is not None:
             x = x + (signal * ~layout.is_context.unsqueeze(1)).to(x.dtype)
-        if self._cross_domain.settings.domain_mask:
-            self._groups = DomainGroups.build(layout, domains, self._cross_domain.num_domains)
+        settings = self._cross_domain.settings
+        if settings.domain_mask or self._cross_domain.in_buckets:
+            self._groups = DomainGroups.build(
+                layout,
+                domains if settings.domain_mask else one_domain,
+                settings.num_domains,
+                # States of all domains are read, so all of them are computed.
+                with_unasked=settings.ddsr,
+            )
+        if settings.ddsr:
+            self._states = RequestStates.build(layout, domains, times, settings, self._groups)
         return *sizes, lengths, offsets, times, x, num_targets, payloads
 
     def _hstu_compute(
@@ -154,17 +172,19 @@ class CrossDomainTransducer(HSTUTransducer):
         # The whole batch's length, so that scores are divided by what they are without groups.
         norm_length = self._cross_domain.norm_length_for(max_seq_len)
         groups, self._groups = self._groups, None
-        if groups is None:
-            return super()._hstu_compute(
+        states, self._states = self._states, None
+        with nullcontext() if states is None else self._stu_module.reading(states):
+            if groups is None:
+                return super()._hstu_compute(
+                    max_seq_len=norm_length,
+                    seq_embeddings=seq_embeddings,
+                    num_targets=num_targets,
+                    **others,
+                )
+            grouped = super()._hstu_compute(
                 max_seq_len=norm_length,
-                seq_embeddings=seq_embeddings,
-                num_targets=num_targets,
-                **others,
+                seq_embeddings=groups.gather(seq_embeddings),
+                num_targets=groups.num_targets,
+                **others | {"seq_lengths": groups.lengths, "seq_offsets": groups.offsets},
             )
-        grouped = super()._hstu_compute(
-            max_seq_len=norm_length,
-            seq_embeddings=groups.gather(seq_embeddings),
-            num_targets=groups.num_targets,
-            **others | {"seq_lengths": groups.lengths, "seq_offsets": groups.offsets},
-        )
         return groups.spread_targets(grouped)

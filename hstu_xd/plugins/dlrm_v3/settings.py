@@ -14,7 +14,15 @@ from hstu_xd.training.gin_files import check_types
 
 STORE_PREFIX = "xd:"
 # The switches that are computed here; every other setting of the encoder is refused.
-KNOWN_SWITCHES = ("domain_mask", "tape", "target_domain_embedding")
+KNOWN_SWITCHES = (
+    "domain_mask",
+    "tape",
+    "target_domain_embedding",
+    "ddsr",
+    "states_per_domain",
+    "query_target_domain",
+    "state_age_bias",
+)
 
 
 @gin.configurable("xd_dlrm", module="hstu_xd")
@@ -44,7 +52,7 @@ class DlrmSettings:
             that a user's scores do not depend on who else is in the batch; 0: as upstream.
         kernel: "triton" or "pytorch" for the layers, both upstream's own; "auto": Triton where
             there is a GPU, else PyTorch, with groups of like length padded together under
-            domain_mask.
+            domain_mask or with a norm_length.
         bf16: whether layers compute in bfloat16 where there is a GPU.
         max_history: latest events of a user that a request of a prepared store reads.
         cut_points: latest events of a user that become training requests; 0: all.
@@ -122,7 +130,8 @@ class CrossDomain:
         settings: the switches.
         domain_features: names of the features with the domains of history and candidates.
         norm_length: what attention is divided by; 0: the batch's longest sequence.
-        in_buckets: pad groups of like length together, on a CPU.
+        in_buckets: pad groups of like length together, on a CPU; without domain_mask a user is a
+            group.
     """
 
     settings: EncoderSettings
@@ -161,13 +170,13 @@ class CrossDomain:
         return self.norm_length
 
 
-def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -> CrossDomain:
+def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> CrossDomain:
     """Build what the bindings of ``xd_encoder.*`` and ``xd_dlrm.*`` switch on.
 
     Args:
         settings: of ``xd_dlrm.*``.
         num_domains: of the data set; 0: it is not known.
-        embedding_dim: model width.
+        config: upstream's DlrmHSTUConfig, with the sizes of the layers.
 
     Raises:
         InputError: a switch that is not computed here, or one that is on while no domains are
@@ -184,7 +193,12 @@ def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -
             )
     known = settings.num_domains or num_domains
     switches = shared.CONFIGURABLES["xd_encoder"](
-        num_domains=known or 1, norm_length=1, embedding_dim=embedding_dim
+        num_domains=known or 1,
+        norm_length=1,
+        embedding_dim=config.hstu_transducer_embedding_dim,
+        num_heads=config.hstu_num_heads,
+        dqk=config.hstu_attn_qk_dim,
+        dv=config.hstu_attn_linear_dim,
     )
     if switches.is_cross_domain and not known:
         raise InputError(
@@ -192,9 +206,8 @@ def cross_domain(settings: DlrmSettings, num_domains: int, embedding_dim: int) -
             'dataset = "xd:<folder>", or set xd_dlrm.num_domains'
         )
     first, second = settings.domain_features
-    in_buckets = (
-        switches.domain_mask and settings.kernel == "auto" and not torch.cuda.is_available()
-    )
+    in_buckets = settings.kernel == "auto" and not torch.cuda.is_available()
+    in_buckets = in_buckets and (switches.domain_mask or settings.norm_length > 0)
     return CrossDomain(switches, (first, second), settings.norm_length, in_buckets)
 
 

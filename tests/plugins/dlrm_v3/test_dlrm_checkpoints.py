@@ -37,6 +37,7 @@ def in_one_process(
     gin.parse_config(text)
     gin.parse_config(
         f'dataset = "xd:{tiny_store}"\nxd_encoder.domain_mask = True\nxd_encoder.tape = True\n'
+        "xd_encoder.ddsr = True\n"
         "xd_dlrm.hstu_input_dropout_ratio = 0.0\nxd_dlrm.hstu_linear_dropout_rate = 0.0\n"
     )
     with apply(cpu_rebindings()):
@@ -127,7 +128,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
         Run().load(tmp_path)
 
 
-STOCK = "xd_encoder.domain_mask = False\nxd_encoder.tape = False"
+STOCK = "xd_encoder.domain_mask = False\nxd_encoder.tape = False\nxd_encoder.ddsr = False"
 
 
 def predictions(run: Run) -> torch.Tensor:
@@ -144,14 +145,13 @@ def test_a_stock_model_continues_with_equal_scores(tmp_path: Path) -> None:
     stock.train(range(3))
     stock.save(tmp_path)
     expected = predictions(stock)
-    gin.parse_config("xd_encoder.tape = True")
+    gin.parse_config("xd_encoder.tape = True\nxd_encoder.ddsr = True")
     assert not torch.equal(predictions(Run()), expected)
     gin.parse_config(f"xd_dlrm.warm_start = '{tmp_path / '3'}'")
     warm = Run()
     warm.start()
     new = set(warm.parameters()) - set(stock.parameters())
-    assert new
-    assert all("_xd_tape" in name for name in new)
+    assert {name.split("_xd_")[1].split(".")[0] for name in new} == {"tape", "ddsr"}
     assert torch.equal(predictions(warm), expected)
 
 

@@ -132,8 +132,8 @@ def test_a_switch_without_domains_is_refused() -> None:
 
 
 def test_a_switch_that_is_not_computed_is_refused(tiny_store: Path) -> None:
-    gin.parse_config("xd_encoder.ddsr = True")
-    with pytest.raises(InputError, match=r"xd_encoder.ddsr = True: the host dlrm_v3 computes"):
+    gin.parse_config("xd_encoder.target_view_heads = 2")
+    with pytest.raises(InputError, match=r"target_view_heads = 2: the host dlrm_v3 computes"):
         train_utils.make_model(f"xd:{tiny_store}")
 
 
