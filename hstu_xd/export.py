@@ -47,22 +47,35 @@ class EncodeProgram(nn.Module):
         self.model = model
 
     def forward(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> Tensor:
-        """See :meth:`CrossDomainHSTU.encode_padded`.
+        """See :meth:`CrossDomainHSTU.encode`, and :func:`export_encoder` for the inputs.
 
         Raises:
-            RuntimeError: an unknown item or domain, or padding before items.
+            RuntimeError: an unknown item or domain, padding before items, more events than the
+                model's window, times out of order, or a request before the last event.
         """
-        catalog = self.model.catalog
+        catalog, window = self.model.catalog, self.model.window
         known = _known_items(catalog, item_ids)
         _assert(known, f"item_ids: only 0..{catalog.num_items} that the catalogue has")
         present = item_ids != 0
+        lengths = present.sum(1, keepdim=True)
         column = torch.arange(item_ids.shape[1], device=item_ids.device)
-        in_place = present == (column < present.sum(1, keepdim=True))
+        in_place = present == (column < lengths)
         _assert(in_place.all(), "item_ids: padding (0) before a row's last item")
+        _assert((lengths <= window).all(), f"item_ids: only the latest {window} events of a row")
         last = catalog.num_domains - 1
         inside = (target_domains >= 0) & (target_domains <= last)
         _assert(inside.all(), f"target_domains: only 0..{last}")
-        return self.model.encode_padded(item_ids, timestamps, target_domains)
+        falls = (timestamps < timestamps.roll(1, 1)) & present & (column > 0)
+        _assert(~falls.any(), "timestamps: a row's events oldest first")
+        latest = timestamps.gather(1, (lengths - 1).clamp(min=0)).squeeze(1)
+        asked = _request_times(timestamps, lengths)
+        given = asked != 0
+        _assert(
+            (~given | (asked >= latest)).all(),
+            "timestamps: after a row's last event 0, or the time of the request, no earlier one",
+        )
+        times = torch.where(given, asked, latest)
+        return self.model.encode_padded(item_ids, timestamps, target_domains, times)
 
 
 def export_encoder(model: CrossDomainHSTU) -> ExportedProgram:
@@ -70,8 +83,10 @@ def export_encoder(model: CrossDomainHSTU) -> ExportedProgram:
 
     The program's call is ``encode(item_ids, timestamps, target_domains)``, with (B, N), (B, N) and
     (B,) int64, to (B, K) float32: :meth:`CrossDomainHSTU.encode` for any ``B >= 1`` and
-    ``1 <= N <= norm_length``, within rounding. Attention is the dense definition: memory grows with
-    ``B H N^2``. A row without events gets zeros.
+    ``1 <= N <= norm_length``, within rounding. ``timestamps`` has the time of the request, too: in
+    the first column of a row's padding, where 0, or no such column, stands for the time of the last
+    event. Attention is the dense definition: memory grows with ``B H N^2``. A row without events
+    gets zeros.
 
     Args:
         model: a trained model, with any attention implementation.
@@ -87,7 +102,7 @@ def export_encoder(model: CrossDomainHSTU) -> ExportedProgram:
             "with xd_encoder.segment_by = 'none'"
         )
     catalog = DomainCatalog(model.catalog.item_domains.cpu(), model.catalog.domain_names)
-    traced = CrossDomainHSTU(catalog, replace(settings, impl="reference"))
+    traced = CrossDomainHSTU(catalog, replace(settings, impl="reference"), window=model.window)
     # DDSR's tiles can be traced, too, and need far less memory than the definition.
     attend_states_in_tiles(traced)
     traced.load_state_dict(model.state_dict())
@@ -115,7 +130,15 @@ def _known_items(catalog: DomainCatalog, item_ids: Tensor) -> Tensor:
     return ((nearest == item_ids) & in_use).all()
 
 
-FORMAT_VERSION = 1
+def _request_times(timestamps: Tensor, lengths: Tensor) -> Tensor:
+    """(B,) what stands in the first column of each row's padding; 0 where there is none."""
+    columns = timestamps.shape[1]
+    padding = timestamps.gather(1, lengths.clamp(max=columns - 1))
+    return torch.where((lengths > 0) & (lengths < columns), padding, 0).squeeze(1)
+
+
+# 2: the program takes the time of the request, and refuses times that are out of order.
+FORMAT_VERSION = 2
 KIND = "hstu-xd export"
 MANIFEST = "manifest.json"
 PROGRAM = "encoder.pt2"
@@ -236,8 +259,10 @@ def _manifest(
         "settings": settings,
         "inputs": {
             "item_ids": f"(B, N) int64, N up to {longest}, oldest first, padded with 0 at the end; "
-            "give the latest events, as many as the window, as in training",
-            "timestamps": "(B, N) int64, in the log's unit; anything at padding",
+            "give the latest events, no more than the window, as in training",
+            "timestamps": "(B, N) int64, in the log's unit, never falling from event to event; in "
+            "the first column of a row's padding the time of the request, not before the last "
+            "event, or 0 for that of the last event; anything in later columns",
             "target_domains": "(B,) int64, id of the domain to recommend from",
         },
         "outputs": {

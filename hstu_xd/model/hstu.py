@@ -141,7 +141,9 @@ class CrossDomainHSTU(nn.Module):
             InputError: a history longer than that (checked on CPU, where it costs no wait, and not
                 in compiled code), or questions that do not fit.
         """
-        if batch.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        on_cpu = batch.offsets.device.type == "cpu"
+        # What padding is kept is longer than the history in it.
+        if on_cpu and batch.padded_length is None and not torch.compiler.is_compiling():
             self._check_lengths(batch.offsets.diff())
         rows = self.rows(batch, questions)
         item_ids, positions = batch.item_ids, rows.events.positions
@@ -241,7 +243,13 @@ class CrossDomainHSTU(nn.Module):
         batch = JaggedBatch.from_padded(item_ids, timestamps, *following)
         return self(batch)[batch.offsets[1:] - 1]
 
-    def encode_padded(self, item_ids: Tensor, timestamps: Tensor, target_domains: Tensor) -> Tensor:
+    def encode_padded(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        target_domains: Tensor,
+        request_timestamps: Tensor | None = None,
+    ) -> Tensor:
         """Compute :meth:`encode` by steps whose sizes follow from shapes alone: what is exported.
 
         Nothing is checked, and the padding is encoded with the rest.
@@ -250,11 +258,12 @@ class CrossDomainHSTU(nn.Module):
             item_ids: (B, N) int64, oldest first, padded with 0 at the end.
             timestamps: (B, N) int64, in the log's unit.
             target_domains: (B,) int64, the domain to recommend from.
+            request_timestamps: (B,) int64, time of the request; default: that of the last event.
 
         Returns:
             (B, K) float, unit vectors; zeros for a row without events.
         """
-        following = self._following(item_ids, timestamps, target_domains, None)
+        following = self._following(item_ids, timestamps, target_domains, request_timestamps)
         batch = JaggedBatch.with_padding(item_ids, timestamps, *following)
         lengths = (item_ids != 0).sum(1)
         vectors = self(batch)[batch.offsets[:-1] + (lengths - 1).clamp(min=0)]

@@ -19,6 +19,7 @@ import hstu_xd
 from hstu_xd import export
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.cli import app
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.export import describe_catalog
 from hstu_xd.training.checkpoint import save_checkpoint
@@ -85,6 +86,26 @@ def test_torch_alone_answers_as_the_model(run: Path, exported: Path, tmp_path: P
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("later", [0, 10**7])
+def test_the_time_of_a_request_counts_as_it_does_for_recommend(
+    run: Path, exported: Path, capsys: pytest.CaptureFixture[str], later: int
+) -> None:
+    store = InteractionStore.open(run.parent / "store")
+    history, times = (torch.tensor(part[-WINDOW:]).long() for part in store.history(3))
+    at, domain = int(times[-1]) + later, store.domain_names[1]
+    line = ["recommend", str(run), "--user", store.user_token(3), "--domain", domain, "--json"]
+    assert app.run([*line, "--k", "60", "--at", str(at)]) == 0
+    rows = json.loads(capsys.readouterr().out)["items"]
+    encode = torch.export.load(exported / "encoder.pt2").module()
+    padded = torch.nn.functional.pad(history, (0, 1)), torch.cat([times, torch.tensor([at])])
+    vector = encode(*(x.unsqueeze(0) for x in padded), torch.tensor([1]))
+    scores = (vector @ torch.load(exported / "item_vectors.pt").T).squeeze(0)
+    tokens = json.loads((exported / "catalog.json").read_text())["tokens"]
+    found = [scores[tokens.index(row["item"])].item() for row in rows]
+    assert len(rows) > 1
+    assert found == pytest.approx([row["score"] for row in rows], abs=1e-5)
+
+
 def test_the_folder_says_what_it_holds(run: Path, exported: Path) -> None:
     manifest = json.loads((exported / "manifest.json").read_text())
     files = {file.name for file in exported.iterdir()}
@@ -97,6 +118,8 @@ def test_the_folder_says_what_it_holds(run: Path, exported: Path) -> None:
     assert manifest["window"] == WINDOW
     assert manifest["run"]["data_hashes"] == facts["data_hashes"]
     assert manifest["settings"] == {k: v for k, v in facts["encoder"].items() if k != "impl"}
+    assert manifest["format_version"] == 2
+    assert "time of the request" in manifest["inputs"]["timestamps"]
     assert set(manifest["inputs"]) == {"item_ids", "timestamps", "target_domains"}
     model = hstu_xd.load(run)
     weights = load_file(exported / "model.safetensors")

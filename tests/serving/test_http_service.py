@@ -171,6 +171,19 @@ def test_a_bad_event_is_refused_with_all_of_its_request(client: Client, case: st
 BAD_REQUESTS: dict[str, tuple[str, Any, str]] = {
     "no JSON": ("/v1/events", b"{x", "the body is not JSON"),
     "nothing": ("/v1/events", b"", "body"),
+    "lists in lists": (
+        "/v1/events",
+        b'{"events":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        "the body is nested too deeply; .* at most 3 levels",
+    ),
+    "objects in objects": (
+        "/v1/score",
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        "the body is nested too deeply; .* at most 3 levels",
+    ),
+    "a level too much": ("/v1/events", {"events": [event(4) | {"item": ["1"]}]}, "item: .*string"),
+    "no text": ("/v1/events", b'{"events": "\xff"}', "the body is not JSON: .*byte 0xff"),
+    "no number": ("/v1/recommend", b'{"k": ' + b"1" * 5000 + b"}", "not JSON: .*digits"),
     "a list": ("/v1/events", [], "body"),
     "no events": ("/v1/events", {"events": []}, "events: .* at least 1"),
     "too many events": ("/v1/events", {"events": events(6)}, "events: .* at most 5"),

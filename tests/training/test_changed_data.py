@@ -1,8 +1,9 @@
 """Stores that are not, or no longer, what a run was trained on: said, with what has changed."""
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +181,34 @@ def test_verify_finds_what_only_hashes_show(
 def test_nothing_to_verify(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", str(trained / "run"), "--port", "0", "--no-data", "--verify"]) == 2
     assert "--verify with --no-data; drop one of them" in said(capsys)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda store: os.truncate(store / "item_ids.npy", 100),
+    "a file is missing": lambda store: (store / "users.parquet").unlink(),
+    "no store": lambda store: (store / "manifest.json").unlink(),
+    "no manifest": lambda store: (store / "manifest.json").write_text("{"),
+    "a file in its place": lambda store: (shutil.rmtree(store), store.write_text("")),
+    "a link to nowhere": lambda store: (shutil.rmtree(store), store.symlink_to(store / "gone")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_service_takes_a_damaged_store_for_none(
+    workplace: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Every user would be a stranger to it."""
+    DAMAGES[damage](workplace / "store")
+    assert run(["serve", str(workplace / "run"), "--port", "0"]) == 2
+    found = said(capsys)
+    assert str(workplace / "store") in found
+    assert "; or start without earlier histories: --no-data" in found
+    assert not (workplace / "run" / "serving").exists()
+
+
+def test_nor_one_of_another_catalogue(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(workplace / "elsewhere.csv", workplace / "store")
+    assert run(["serve", str(workplace / "run"), "--port", "0"]) == 2
+    found = said(capsys)
+    assert "its catalogue is not the one" in found
+    assert "--no-data" in found

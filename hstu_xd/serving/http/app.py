@@ -50,6 +50,10 @@ _PAGE_HEADERS = {
 }
 
 
+# Levels of JSON that any body needs: an object, its list of events, an event.
+_LEVELS = 3
+
+
 class _AnyText(PathConvertor):
     """A part of a path that has any characters: a user's name may have line breaks."""
 
@@ -243,7 +247,10 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def other(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+        text = str(error.detail)
+        if isinstance(cause := error.__cause__, RecursionError | ValueError):
+            text = _unparsed(cause)
+        return JSONResponse({"error": text}, error.status_code, headers=error.headers)
 
     async def broken(_: Request, error: Exception) -> Response:
         text = f"the service failed ({type(error).__name__}); its log on stderr says more"
@@ -255,6 +262,17 @@ def _handle_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, unavailable)
     app.add_exception_handler(HTTPException, other)
     app.add_exception_handler(Exception, broken)
+
+
+def _unparsed(cause: Exception) -> str:
+    """Say why a body could not be read, where FastAPI says only that it could not."""
+    if isinstance(cause, RecursionError):
+        return (
+            "the body is nested too deeply; send an object, with lists in it and objects in those: "
+            f"at most {_LEVELS} levels"
+        )
+    # What comes behind is advice for programmers in Python.
+    return f"the body is not JSON: {str(cause).partition(';')[0]}"
 
 
 def _sentence(problem: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.stores import StateStore
 from hstu_xd.training.run import load_trained
-from hstu_xd.training.run_facts import open_data
+from hstu_xd.training.run_facts import open_data, read_run
 
 # Seconds and jobs.
 _LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -129,7 +129,8 @@ class Served:
         """Load what a run folder holds.
 
         Raises:
-            InputError: not a run folder, modules that it may not import, or a store of other data.
+            InputError: not a run folder, modules that it may not import, or a store that is damaged
+                or of other data.
         """
         trained = load_trained(run, allow_imports=allow_imports)
         model = trained.model
@@ -284,10 +285,24 @@ def _prepared(run: Path, settings: ServiceSettings) -> InteractionStore | None:
         if settings.verify_data:
             raise InputError("--verify with --no-data; drop one of them")
         return None
-    if settings.data is not None or settings.verify_data:
+    if settings.data is not None:
         return open_data(run, settings.data, verify=settings.verify_data)
-    try:
-        return open_data(run)
-    except HstuXdError as error:
-        _log.warning("serving without earlier histories: %s", error)
+    own = Path(read_run(run)["data"])
+    if not settings.verify_data and _is_absent(own):
+        _log.warning("serving without earlier histories: %s is not there; pass --data STORE", own)
         return None
+    try:
+        return open_data(run, verify=settings.verify_data)
+    except InputError as error:
+        raise InputError(f"{error}; or start without earlier histories: --no-data") from error
+
+
+def _is_absent(folder: Path) -> bool:
+    """Return whether nothing is there; what may not be looked at is not taken for that."""
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False

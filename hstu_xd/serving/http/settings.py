@@ -126,7 +126,7 @@ class ServiceSettings:
 
     Attributes:
         events: file of the event log, or postgresql://...
-        data: prepared store with earlier histories; None: the run's own, where it is there.
+        data: prepared store with earlier histories; None: the run's own, where one is there.
         use_data: whether earlier histories are read at all.
         verify_data: compare the hash of every file of the store with its manifest first.
         token: what clients must present; None: nothing.
