@@ -210,8 +210,9 @@ _log = logging.getLogger(__name__)
 # Seconds that an idle connection is kept open.
 _KEEP_ALIVE = 75
 # Seconds that connections may take to close once all requests are answered, and that uvicorn and
-# the session may take after that.
-_CLOSING, _ENDING = 1.5, 1.5
+# the session may take after that. With the time of draining this is 8 s: the process itself takes a
+# while to end where the machine is busy.
+_CLOSING, _ENDING = 1.0, 1.0
 
 
 class Server(uvicorn.Server):
