@@ -144,9 +144,14 @@ LONGEST_ID = 4096
 _DECIMAL = r"^-?\d+\.\d+$"
 _WHOLE_DECIMAL = r"^(-?\d+)\.0+$"
 _WHOLE = r"^-?\d+$"
-_PADDED = r"^0+(\d+)$"
-_SHORTENED = r"^-?\d\.\d+[eE]\+\d+$"
-_IN_QUOTES = r"""^('.+'|".+"|\x{201c}.+\x{201d})$"""
+# Spellings that other ids may have too, and how they differ from those.
+_TWINS = {_WHOLE_DECIMAL: "a fraction of zeros", r"^0+(\d+)$": "leading zeros"}
+_SHORTENED = "look like numbers that a spreadsheet has shortened: different ids may have become one"
+_QUOTED = r"""^('.+'|".+"|\x{201c}.+\x{201d})$"""
+_ODD = {
+    r"^-?\d\.\d+[eE]\+\d+$": f"{_SHORTENED}; export them as text",
+    _QUOTED: "hold their quotes; take them away if others have none",
+}
 # Characters that nobody sees, and that are no white space.
 _UNSEEN = "\u200b\u2060\ufeff"
 _CONTROL = r"[\p{Cc}\p{Zl}\p{Zp}]"
@@ -250,25 +255,18 @@ def odd_ids(tokens: "pl.Series", role: str) -> list[str]:
         role: ``user``, ``item`` or ``domain``.
     """
     found = []
-    for pattern, difference in (
-        (_WHOLE_DECIMAL, "a fraction of zeros"),
-        (_PADDED, "leading zeros"),
-    ):
+    for pattern, difference in _TWINS.items():
         shorter = tokens.str.extract(pattern)
-        twins = shorter.is_not_null() & shorter.is_in(tokens.implode()) & (shorter != tokens)
-        if twins.any():
+        longer, shorter = (each.filter(shorter.is_not_null()) for each in (tokens, shorter))
+        if longer.is_empty():
+            continue
+        twins = longer.filter(shorter.is_in(tokens.implode()) & (shorter != longer))
+        if len(twins):
             found.append(
-                f"{twins.sum():,} {role} ids differ from others by {difference} only "
-                f"({_few(tokens.filter(twins))}); write them in one way if they are the same"
+                f"{len(twins):,} {role} ids differ from others by {difference} only "
+                f"({_few(twins)}); write them in one way if they are the same"
             )
-    for pattern, state in (
-        (
-            _SHORTENED,
-            "look like numbers that a spreadsheet has shortened: different ids may have "
-            "become one; export them as text",
-        ),
-        (_IN_QUOTES, "hold their quotes; take them away where other files have none"),
-    ):
+    for pattern, state in _ODD.items():
         odd = tokens.filter(tokens.str.contains(pattern))
         if len(odd):
             found.append(f"{len(odd):,} {role} ids ({_few(odd)}) {state}")

@@ -113,7 +113,8 @@ def test_the_program_refuses_what_the_model_refuses(traced: tuple[CrossDomainHST
     for domain in (-1, NUM_DOMAINS):
         with pytest.raises(RuntimeError, match=f"target_domains: only 0..{NUM_DOMAINS - 1}"):
             ask([1, 2], domain)
-    with pytest.raises(AssertionError, match=str(NORM_LENGTH)):
+    # torch 2.8 raises a RuntimeError here, later versions an AssertionError.
+    with pytest.raises((AssertionError, RuntimeError), match=str(NORM_LENGTH)):
         ask([1] * (NORM_LENGTH + 1))
 
 
