@@ -202,7 +202,7 @@ class DomainCatalog(nn.Module):
         if not file.is_file():
             raise InputError(f"{file}: no catalogue here; write one with hstu-xd prepare")
         try:
-            table = pq.read_table(file)
+            table = pq.read_table(file.absolute())  # a relative path could be taken for a URI
         except pa.ArrowInvalid as error:
             raise InputError(
                 f"{file}: not a Parquet file; write it with hstu-xd prepare"

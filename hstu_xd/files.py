@@ -237,12 +237,15 @@ def only_writer(lock: Path, doing: str) -> Iterator[None]:
 def _take(lock: Path, doing: str) -> TextIO:
     """Open a lock file and lock it."""
     told = ""
+    gone: FileNotFoundError | None = None
     for _ in range(_LOCK_ATTEMPTS):
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = lock.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # its folder was removed just now
+        except FileNotFoundError as error:  # its folder was removed just now
+            gone = error
             continue
+        gone = None
         if _is_locked(file):
             if _is_file_at(lock, file):
                 return file
@@ -252,6 +255,8 @@ def _take(lock: Path, doing: str) -> TextIO:
         if told:
             break
         time.sleep(_LOCK_PAUSE)
+    if gone is not None:  # or is of a kind that holds no files
+        raise gone
     raise InputError(f"another process {told}{doing}; wait until it ends, or give another --out")
 
 

@@ -24,6 +24,7 @@ from hstu_xd.data.ids import (
     check_domain_characters,
     missing_as_text,
     number_tokens,
+    odd_ids,
     tidy,
 )
 from hstu_xd.data.reading import FileFacts
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 # Seeds of polars' hash, which only tells tokens apart while a log is read: nothing of it is stored.
 USER_SEED, ITEM_SEED, DOMAIN_SEED = 1, 2, 3
-_NESTED = r"^(\[|\{|true$|false$)"
+# What polars makes of a list, an object, a truth value and half of a surrogate pair in JSON.
+_DOUBTFUL = r"^(\[|\{|true$|false$)|\x00"
 
 
 @dataclass
@@ -208,7 +210,9 @@ class EventReader:
 
         if _has_nulls(batch):
             # An empty line is no event; a line that is empty in part is a fault.
-            batch = batch.filter(~pl.all_horizontal(pl.col("user", "item", "time").is_null()))
+            events = batch.filter(~pl.all_horizontal(pl.col("user", "item", "time").is_null()))
+            self.facts[-1].empty += len(batch) - len(events)
+            batch = events
             if _has_nulls(batch):
                 raise_first_fault(source, reason="an id or a timestamp is empty")
         if "last" in batch.columns and batch["last"].null_count():
@@ -263,6 +267,8 @@ class EventReader:
             time, moments = order_events(self.seconds, self.nanoseconds, self.order)
             user = user_codes.result()
         warnings = _missing_ids(users["user"], items, user, item)
+        for role, tokens in (("user", users["user"]), ("item", items["item"])):
+            warnings += odd_ids(tokens, role)
         fields = numbered(pl.concat(self.fields)) if self.fields else None
         catalogue = items.select("item", "domain")
         return Events(users["user"], catalogue, user, item, time, moments, warnings, fields)
@@ -277,8 +283,8 @@ class EventReader:
         too_long = isinstance(longest, int) and longest > LONGEST_ID
         # In JSON a list or an object may stand where an id is asked for, and in text a return
         # that ends no line; polars takes both.
-        nested, returns = (tokens.str.contains(text).any() for text in (_NESTED, "\r"))
-        if nested or returns:
+        odd, returns = (tokens.str.contains(text).any() for text in (_DOUBTFUL, "\r"))
+        if odd or returns:
             doubtful = (s for s in self.sources if returns or s.may_nest)
             for fault in filter(None, map(first_fault, doubtful)):
                 raise fault

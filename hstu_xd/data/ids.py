@@ -144,16 +144,28 @@ LONGEST_ID = 4096
 _DECIMAL = r"^-?\d+\.\d+$"
 _WHOLE_DECIMAL = r"^(-?\d+)\.0+$"
 _WHOLE = r"^-?\d+$"
+# Spellings that other ids may have too, and how they differ from those.
+_TWINS = {_WHOLE_DECIMAL: "a fraction of zeros", r"^0+(\d+)$": "leading zeros"}
+_SHORTENED = "look like numbers that a spreadsheet has shortened: different ids may have become one"
+_QUOTED = r"""^('.+'|".+"|\x{201c}.+\x{201d})$"""
+_ODD = {
+    r"^-?\d\.\d+[eE]\+\d+$": f"{_SHORTENED}; export them as text",
+    _QUOTED: "hold their quotes; take them away if others have none",
+}
+# Characters that nobody sees, and that are no white space.
+_UNSEEN = "\u200b\u2060\ufeff"
 _CONTROL = r"[\p{Cc}\p{Zl}\p{Zp}]"
 _MISSING = ("nan", "none", "null", "\\n", "na", "n/a", "<na>", "nil", "nat", "undefined", "#n/a")
 _EXAMPLES = 3
 
 
 def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
-    """Make spellings of one id equal: spaces at its ends, and 12.0 where there is a 12.
+    """Make spellings of one id equal: spaces at its ends, accents, and 12.0 where there is a 12.
 
-    A decimal without a fraction is a whole number where every decimal of the log is one and some
-    other id is written as a whole number; then pandas or Parquet have added the fraction.
+    Accents are written in one way (Unicode's NFC), and unseen characters at the ends taken away,
+    where ids become equal by that. A decimal without a fraction is a whole number where every
+    decimal of the log is one and some other id is written as a whole number; then pandas or Parquet
+    have added the fraction.
 
     Returns:
         The ids, and what was changed, in words.
@@ -165,6 +177,15 @@ def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
         notes.append(
             f"spaces at the ends of {len(spaced):,} {role} ids taken away ({_few(spaced)})"
         )
+    if (stripped.str.len_bytes() != stripped.str.len_chars()).any():
+        plain = stripped.str.normalize("NFC").str.strip_chars(_UNSEEN).str.strip_chars()
+        if plain.n_unique() < stripped.n_unique():
+            odd = stripped.filter(plain != stripped)
+            notes.append(
+                f"accents and unseen characters of {len(odd):,} {role} ids written in one way "
+                f"({_few(odd)})"
+            )
+            stripped = plain
     whole = stripped.str.extract(_WHOLE_DECIMAL)
     decimals = stripped.str.contains(_DECIMAL)
     if whole.null_count() < len(whole) and whole.filter(decimals).null_count() == 0:
@@ -224,6 +245,32 @@ def missing_as_text(tokens: "pl.Series", events: NDArray[np.int64], role: str) -
         f"{role} ids that look like missing values count as {role}s: {listed}; remove their lines "
         "if they are missing"
     )
+
+
+def odd_ids(tokens: "pl.Series", role: str) -> list[str]:
+    """Describe ids that may not be what they were: twins, shortened numbers, quotes.
+
+    Args:
+        tokens: distinct ids.
+        role: ``user``, ``item`` or ``domain``.
+    """
+    found = []
+    for pattern, difference in _TWINS.items():
+        shorter = tokens.str.extract(pattern)
+        longer, shorter = (each.filter(shorter.is_not_null()) for each in (tokens, shorter))
+        if longer.is_empty():
+            continue
+        twins = longer.filter(shorter.is_in(tokens.implode()) & (shorter != longer))
+        if len(twins):
+            found.append(
+                f"{len(twins):,} {role} ids differ from others by {difference} only "
+                f"({_few(twins)}); write them in one way if they are the same"
+            )
+    for pattern, state in _ODD.items():
+        odd = tokens.filter(tokens.str.contains(pattern))
+        if len(odd):
+            found.append(f"{len(odd):,} {role} ids ({_few(odd)}) {state}")
+    return found
 
 
 def alike_without_case(names: "pl.Series") -> str | None:

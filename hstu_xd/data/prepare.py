@@ -61,7 +61,7 @@ def prepare_logs(
         file_format: ``auto`` or one of :data:`hstu_xd.data.sources.FORMATS`.
         columns: names of the columns where they are unusual.
         time_unit: ``auto`` or what the times are, of :data:`hstu_xd.data.times.TIME_UNITS`.
-        quote: ``auto`` or how quotes are read, of :data:`hstu_xd.data.sources.tables.QUOTES`.
+        quote: ``auto`` or how quotes are read, of :data:`hstu_xd.data.sources.delimited.QUOTES`.
         ids: what is done with ids and with lines that cannot be read.
         drop_repeats: ``exact`` or a number of seconds within which the same item of a user counts
             once; by default repeats are kept and counted.

@@ -30,6 +30,7 @@ class FileFacts:
         whole_days: whether every time is the start of a day.
         digest: equal for equal events in any order; 0 unless kept.
         skipped: faulty lines left out.
+        empty: lines without user, item and time.
         has_empty_last_field: whether the last field of some line is empty, or missing.
     """
 
@@ -41,6 +42,7 @@ class FileFacts:
         self.whole_days = True
         self.digest = 0
         self.skipped = 0
+        self.empty = 0
         self.has_empty_last_field = False
         self._keep_digest = keep_digest
 
@@ -92,7 +94,9 @@ def describe_readings(files: Sequence[FileFacts]) -> list[str]:
             dated = alike[0].source.time.is_dated
             low, high = (date_of(end) if dated else str(end) for end in ends)
             span = f" from {low} to {high}"
-        lines.append(f"read {names} as: {reading}; {events:,} events{span}")
+        empty = sum(facts.empty for facts in alike)
+        left = f", {empty:,} without user, item and time left out" if empty else ""
+        lines.append(f"read {names} as: {reading}; {events:,} events{span}{left}")
     return lines
 
 

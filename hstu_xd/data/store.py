@@ -159,7 +159,7 @@ class InteractionStore:
 
         file = self.path / store_files.USERS
         with _damage_named(file):  # polars panics on some damaged files, pyarrow raises
-            users = pl.Series("user", parquet.read_table(file)["user"])
+            users = pl.Series("user", parquet.read_table(file.absolute())["user"])
         if users.dtype != pl.String or users.null_count() or not (users[1:] > users[:-1]).all():
             raise _damaged(file, "does not hold sorted ids")
         return users
@@ -339,7 +339,7 @@ def _check_tables(folder: Path, manifest: dict[str, Any]) -> None:
 
     for name, count in ((store_files.USERS, "users"), (store_files.CATALOG, "items")):
         with _damage_named(folder / name):
-            rows = parquet.read_metadata(folder / name).num_rows
+            rows = parquet.read_metadata((folder / name).absolute()).num_rows
         if rows != manifest[count]:
             raise _damaged(folder / name, f"has {rows} rows, not {manifest[count]} {count}")
 
@@ -418,7 +418,7 @@ def _values(file: Path, names: list[str], counts: list[int]) -> tuple[list[str],
     from pyarrow import parquet
 
     with _damage_named(file):
-        table = parquet.read_table(file).to_pydict()
+        table = parquet.read_table(file.absolute()).to_pydict()
         rows: dict[str, list[str]] = {name: [] for name in names}
         for name, value in zip(table["name"], table["value"], strict=True):
             rows[name].append(value)

@@ -235,6 +235,7 @@ _ISO_KINDS = {
     False: TimeKind("iso without zone", "dates without a time zone (UTC), such as 2020-01-30"),
 }
 TIME_UNITS = ("auto", *KINDS)
+_READABLE = "dates such as 2020-01-30 or 2020-01-30T09:00:00Z, or seconds since 1970 as a number"
 # Those that are tried on numbers; minutes, hours and days are never guessed.
 # They stand with the numbers that can be dates between 1990 and 2100.
 _GUESSED = {
@@ -281,7 +282,7 @@ def decide_kind(values: Sequence[str], unit: str = "auto") -> TimeKind:
             )
         return _ISO_KINDS[zoned]
     if not len(numbers):
-        return KINDS["s"]
+        return TimeKind("s", _READABLE) if values else KINDS["s"]
     fits = dict.fromkeys(_GUESSED, 0)
     amounts = numbers.cast(pl.Float64).to_numpy()
     for name, (low, high) in _GUESSED.items():

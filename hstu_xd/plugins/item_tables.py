@@ -100,10 +100,10 @@ def read_item_table(
         )
     try:
         if path.suffix == ".parquet":
-            table = pl.read_parquet(path)
+            table = pl.read_parquet(path, glob=False)
         else:
             separator = "\t" if ".tsv" in path.suffixes else ","
-            table = pl.read_csv(path, infer_schema=False, separator=separator)
+            table = pl.read_csv(path, infer_schema=False, separator=separator, glob=False)
     except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as error:
         raise _unreadable(path, error) from error
     item = next((name for name in item_columns if name in table.columns), None)

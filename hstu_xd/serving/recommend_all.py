@@ -157,8 +157,8 @@ def read_users(file: Path) -> list[str]:
     check_readable(file)
     try:
         if file.suffix == ".parquet":
-            ids = pl.read_parquet(file, columns=["user"])["user"].cast(pl.String).drop_nulls()
-            users = ids.to_list()
+            table = pl.read_parquet(file, columns=["user"], glob=False)
+            users = table["user"].cast(pl.String).drop_nulls().to_list()
         else:
             users = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:

@@ -124,6 +124,11 @@ JSON_FAULTS = {
         ["{log}:1", "no item column", "reviewerID, unixReviewTime", "--item-col"],
     ),
     "byte order mark": ("\ufeff" + JSON_GOOD, ["{log}:1", "byte order mark", "save the file"]),
+    "half a pair": (JSON_GOOD.replace("A1", "\\ud800"), ["{log}:1", "half of a surrogate pair"]),
+    "half a pair before text": (
+        JSON_GOOD.replace("B1", "\\ud83dx"),
+        ["{log}:1", "half of a surrogate pair"],
+    ),
     "word as time": (JSON_GOOD.replace("5", '"x"'), ["{log}:1", "'x'", "seconds"]),
 }
 
@@ -253,8 +258,9 @@ def test_parquet_columns_that_are_no_log(cli: Callable, tmp_path: Path) -> None:
         {"user_id": ["a", "b"], "item_id": ["c", "d"], "domain": "x", "timestamp": [1, 2]}
     )
     odd = {
-        "user_id": [pl.Series([[1], [2]])],
+        "user_id": [pl.Series([[1], [2]]), pl.Series([True, False])],
         "timestamp": [
+            pl.Series([True, False]),
             pl.Series([time(1, 2), time(3, 4)]),
             pl.Series([timedelta(1), timedelta(2)]),
             pl.Series([[1], [2]]),
@@ -285,3 +291,11 @@ def test_first_line_that_is_none(content: str, cli: Callable, tmp_path: Path) ->
     finally:
         csv.field_size_limit(limit)
     assert_refused(outcome, [f"{log}:1", "not readable as a delimited line"], tmp_path, "log.csv")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="folders that take no file: Linux's")
+def test_a_folder_that_takes_no_file(cli: Callable, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.csv", [("a", "b", "books", 1)])
+    outcome = cli("prepare", log, "--out", "/proc/none")
+    assert outcome.code == 1
+    assert "/proc/.none.lock: No such file or directory" in outcome.err

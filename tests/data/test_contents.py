@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,7 +111,19 @@ NAMED = {
     "Arrow": (arrow(), "an Arrow"),
     "pickle": (pickle.dumps({"a": 1}), "a pickle"),
     "SQLite": (b"SQLite format 3\0" + bytes(90), "an SQLite database"),
-    "UTF-16": ("user_id\n".encode("utf-16"), "UTF-16 text, not text; save the file as UTF-8"),
+    "UTF-16": (
+        "user_id\n".encode("utf-16"),
+        "UTF-16 or UTF-32 text, not text; save the file as UTF-8",
+    ),
+    "UTF-16 without a mark": (
+        "user_id,item_id\n".encode("utf-16-le"),
+        "bytes that are in no text, .* save text as UTF-8, tables as CSV or Parquet",
+    ),
+    "zlib": (
+        zlib.compress(b"user_id\n" * 9),
+        "bytes that are in no text, .* pack with gzip, bzip2",
+    ),
+    "gzip in gzip": (gzip.compress(gzip.compress(b"a")), "gzip file holds a gzip file; unpack it"),
     "web page": (b"\n<!DOCTYPE html><html>", "a web page"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid x\n", "a pointer of Git LFS"),
     "lz4": (b"\x04\x22\x4d\x18" + bytes(20), "an lz4 file"),

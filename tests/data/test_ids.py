@@ -69,7 +69,9 @@ def test_decimals(ids: list[str], expected: list[str], tmp_path: Path) -> None:
 def test_floats_that_lost_digits(tmp_path: Path) -> None:
     frame = pl.DataFrame({"user_id": [2.0**53 + 2, 1.0], "item_id": "x", "timestamp": START})
     frame.write_parquet(tmp_path / "books.parquet")
-    with pytest.raises(InputError, match=r"'user_id' holds ids as floats up to 9007199254740994"):
+    with pytest.raises(
+        InputError, match=r"'user_id' is Float64 and holds numbers up to 9007199254740994"
+    ):
         prepare_logs([f"books={tmp_path / 'books.parquet'}"], tmp_path / "out")
 
 
@@ -171,3 +173,52 @@ def test_endless_ids(role: int, cli: Callable, tmp_path: Path) -> None:
     assert f"{log}:3" in outcome.err
     assert "longer than 4096 bytes" in outcome.err
     assert len(outcome.err) < 400
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [("Zoe\u0308", "Zo\u00eb"), ("u1", "\ufeffu1"), ("u1", "u1\u200b")],
+    ids=["accents", "byte order mark", "no width"],
+)
+def test_spellings_in_unicode_meet(ids: tuple[str, str], cli: Callable, tmp_path: Path) -> None:
+    rows = [(u, f"i{n}", ("books", "films")[n], START + n) for n, u in enumerate(ids)]
+    log = write_log(tmp_path / "log.csv", [*rows, ("other\u0308", "x", "books", START)])
+    outcome = cli("prepare", log, "--out", tmp_path / "out")
+    assert "accents and unseen characters of" in outcome.out
+    assert len(users(tmp_path / "out")) == 2
+    exact = IdOptions(exact=True)
+    assert prepare_logs([str(log)], tmp_path / "exact", ids=exact)["users"] == 3
+
+
+def test_spellings_that_meet_nothing_stay(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.csv", [("Zoe\u0308", "i", "books", START)])
+    prepare_logs([str(log)], tmp_path / "out")
+    assert users(tmp_path / "out") == ["Zoe\u0308"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (["007", "7"], "1 user ids differ from others by leading zeros only ('007')"),
+        (["12", "12.0", "12.5"], "differ from others by a fraction of zeros only ('12.0')"),
+        (["1.23E+15", "1.24E+15"], "2 user ids ('1.23E+15', '1.24E+15') look like numbers that a"),
+        (["'u1'", "u1"], """1 user ids ("'u1'") hold their quotes"""),
+        (["007", "08", "1.5", "1e3", "o'u1'"], None),
+    ],
+)
+def test_odd_ids(ids: list[str], words: str | None, cli: Callable, tmp_path: Path) -> None:
+    rows = [(u, f"i{n}", ("books", "films")[n % 2], START + n // 2) for n, u in enumerate(ids * 2)]
+    outcome = cli("prepare", write_log(tmp_path / "log.csv", rows), "--out", tmp_path / "out")
+    assert outcome.code == 0
+    assert len(users(tmp_path / "out")) == len(ids)
+    warned = [line for line in outcome.err.splitlines() if "user ids" in line]
+    assert len(warned) == (words is not None)
+    assert words is None or words in warned[0]
+
+
+def test_floats_of_few_digits(tmp_path: Path) -> None:
+    ids = pl.Series([2.0**24, 1.0], dtype=pl.Float32)
+    frame = pl.DataFrame({"user_id": ids, "item_id": "x", "timestamp": START})
+    frame.write_parquet(tmp_path / "books.parquet")
+    with pytest.raises(InputError, match="'user_id' is Float32 and holds numbers up to 16777216"):
+        prepare_logs([f"books={tmp_path / 'books.parquet'}"], tmp_path / "out")

@@ -30,7 +30,7 @@ def as_json(letter: str) -> str:
 
 def as_parquet(path: Path, letter: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pl.DataFrame(rows(letter), schema=list(HEADER), orient="row").write_parquet(path)
+    pl.DataFrame(rows(letter), schema=list(HEADER), orient="row").write_parquet(path.absolute())
     return path
 
 
@@ -39,6 +39,7 @@ def items(folder: Path) -> list[str]:
 
 
 ODD_NAMES = ["log[1]{}", "lo*{}", "log?{}", "{{a,b}}{}", "[l]og{}", "~log{}", "a=b{}", "log #1{}"]
+ODD_NAMES += ["s3:log{}", "file:log{}", "lo%67{}"]
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet", ".csv.gz"])
@@ -249,3 +250,14 @@ def test_users_with_control_characters_are_kept(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.csv", [('"a\nb"', "x", "d", START)])
     prepare_logs([str(log)], tmp_path / "out")
     assert InteractionStore.open(tmp_path / "out").user_token(0) == "a\nb"
+
+
+@pytest.mark.parametrize("name", ["s3:bucket", "file:store", "domain=books", "sto[r]e", "st*re"])
+def test_a_store_in_a_folder_with_an_odd_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare_logs([f"d={write_log(Path('log.csv'), rows('x'), HEADER)}"], Path(name))
+    store = InteractionStore.open(Path(name), verify=True)
+    assert store.user_token(0) == store.users_from("", 1)[0]
+    assert store.catalog.num_items == store.num_items

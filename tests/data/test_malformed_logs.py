@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from hstu_xd.cli.app import run
 from hstu_xd.data import InteractionStore
-from hstu_xd.data.sources.tables import parquet_batches
+from hstu_xd.data.sources.parquet import parquet_batches
 
 START = 1_500_000_000
 NAMES = ("user_id", "item_id", "domain", "timestamp", "title")

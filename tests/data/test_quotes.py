@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hstu_xd.data import InteractionStore
 from hstu_xd.data.prepare import prepare_logs
-from hstu_xd.data.sources.tables import csv_rows, decide_quoting
+from hstu_xd.data.sources.delimited import csv_rows, decide_quoting
 from hstu_xd.errors import InputError
 
 HEADER = "user_id,item_id,domain,timestamp,title\n"

@@ -150,3 +150,35 @@ def test_a_name_that_is_a_number(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.csv", rows, ("who", "what", "shop", "when", "2020"))
     columns = ColumnOptions(user="who", item="what", domain="shop", time="when")
     assert prepare_logs([str(log)], tmp_path / "out", columns=columns)["interactions"] == 1
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_two_usual_names(ending: str, cli: Callable, tmp_path: Path) -> None:
+    names, log = ("user_id", "UID", "item", "domain", "time"), tmp_path / f"log.{ending}"
+    frame = pl.DataFrame([("a", "b", "x", "d", START)], schema=names, orient="row")
+    {"csv": frame.write_csv, "parquet": frame.write_parquet, "jsonl": frame.write_ndjson}[ending](
+        log
+    )
+    outcome = cli("prepare", log, "--out", tmp_path / "out")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "columns 'user_id' and 'UID' may both be the user" in outcome.err
+    assert "--user-col user_id or --user-col UID" in outcome.err
+    for name, user in (("user_id", "a"), ("UID", "b")):
+        assert cli("prepare", log, "--user-col", name, "--out", tmp_path / name).code == 0
+        assert InteractionStore.open(tmp_path / name).user_token(0) == user
+
+
+def test_files_as_hive_writes_them(tmp_path: Path) -> None:
+    rows = [("a", "x", "d", START), ("a", "y", "e", START + 1)]
+    log = write_log(tmp_path / "000000_0", rows, None, "\x01")
+    columns = ColumnOptions(names=("user", "item", "domain", "time"))
+    prepare_logs([str(log)], tmp_path / "out", columns=columns)
+    assert counts(tmp_path / "out") == (1, 2)
+
+
+def test_an_empty_first_line(cli: Callable, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.csv", [("a", "x", "d", START)])
+    log.write_text("\n" + log.read_text())
+    outcome = cli("prepare", log, "--out", tmp_path / "out")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"{log}:1: is empty; the first line names the columns" in outcome.err

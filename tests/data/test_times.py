@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,7 +110,8 @@ def test_kinds_agree(moments: list[datetime], name: str) -> None:
         (["2020-09-30T10:00:00", "2020-09-30T10:00:00Z"], ["differ in zone"]),
         (["2020-09-30", "2020-02-30"], [":3: unreadable timestamp '2020-02-30'", "dates"]),
         ([*range(1200), SECOND], [":1202: timestamp", "not between 1990 and 2100"]),
-        (["30.09.2020"], [":2: unreadable timestamp '30.09.2020'"]),
+        (["30.09.2020"], [":2: unreadable timestamp '30.09.2020'", "dates such as 2020-01-30"]),
+        (["2020-W05-4"], [":2: unreadable timestamp '2020-W05-4'", "dates such as 2020-01-30"]),
     ],
 )
 def test_times_without_margin(
@@ -254,3 +257,22 @@ def test_a_column_that_cannot_order(cli: Callable, tmp_path: Path) -> None:
     assert ":3: the column that orders ties is 'second'" in outcome.err
     with pytest.raises(InputError, match=r"no order column 'seqn'.*did you mean 'seq'"):
         prepare_logs([str(log)], tmp_path / "out", columns=ColumnOptions(order="seqn"))
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Paris", "+05:30", "-0800"])
+def test_zones_of_parquet(zone: str, tmp_path: Path) -> None:
+    """The zone is how a moment is shown, be it one that polars knows or not."""
+    moments = pa.array([MOMENT, MOMENT + timedelta(seconds=1)], pa.timestamp("ms", tz=zone))
+    columns = {"user_id": ["u", "u"], "item_id": ["x", "y"], "timestamp": moments}
+    other = pa.array([MOMENT, MOMENT], pa.timestamp("us", tz=zone))
+    pq.write_table(pa.table({**columns, "seen": other}), tmp_path / "log.parquet")
+    prepare_logs([f"d={tmp_path / 'log.parquet'}"], tmp_path / "out")
+    assert InteractionStore.open(tmp_path / "out").history(0)[1].tolist() == [SECOND, SECOND + 1]
+
+
+def test_times_as_short_floats_have_lost_seconds(tmp_path: Path) -> None:
+    times = pl.Series([SECOND, SECOND + 1], dtype=pl.Float32)
+    frame = pl.DataFrame({"user_id": "u", "item_id": ["x", "y"], "timestamp": times})
+    frame.write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(InputError, match="'timestamp' is Float32 and holds numbers up to 16015104"):
+        prepare_logs([f"d={tmp_path / 'log.parquet'}"], tmp_path / "out")

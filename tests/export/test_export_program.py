@@ -144,7 +144,8 @@ def test_the_program_refuses_what_the_model_refuses(traced: tuple[CrossDomainHST
     ask([1] * WINDOW)
     with pytest.raises(RuntimeError, match=f"item_ids: only the latest {WINDOW} events of a row"):
         ask([1] * (WINDOW + 1))
-    with pytest.raises(AssertionError, match=str(NORM_LENGTH)):
+    # torch 2.8 raises a RuntimeError here, later versions an AssertionError.
+    with pytest.raises((AssertionError, RuntimeError), match=str(NORM_LENGTH)):
         ask([1] * (NORM_LENGTH + 1))
 
 

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hstu_xd.data.sources.base import FIELD, Record, Source
-from hstu_xd.data.sources.columns import ColumnOptions, find_column, missing_column
+from hstu_xd.data.sources.columns import (
+    ONE_PRODUCT,
+    ColumnOptions,
+    find_column,
+    missing_column,
+)
 from hstu_xd.data.sources.content import (
     BYTE_ORDER_MARK,
     compression_of,
@@ -22,8 +27,8 @@ from hstu_xd.data.sources.content import (
     open_bytes,
     text_blocks,
 )
+from hstu_xd.data.sources.delimited import DelimitedSource, decide_quoting
 from hstu_xd.data.sources.inputs import Input
-from hstu_xd.data.sources.tables import DelimitedSource, decide_quoting
 from hstu_xd.data.times import KINDS, is_number
 from hstu_xd.errors import InputError
 
@@ -241,10 +246,8 @@ def amazon_reviews(
             keys[role] = (names[at],)
         elif role != "domain":
             raise missing_column(path, names, role, options, line=number)
-    if keys["item"][0] in ("parent_asin", "asin") and not (
-        options.item == "asin" and "parent_asin" in names
-    ):
-        keys["item"] = ("parent_asin", "asin")
+    if keys["item"][0] in ONE_PRODUCT and not (options.item == "asin" and "parent_asin" in names):
+        keys["item"] = ONE_PRODUCT
     told = ", ".join(f"{role}={' else '.join(names)}" for role, names in keys.items())
     return JsonLinesSource(
         path=path,

@@ -20,6 +20,8 @@ ALIASES = {
     "domain": ("domain", "domain_id", "domain_name", "domainid"),
     "time": ("timestamp", "time", "ts", "unixreviewtime", "unix_time", "event_time", "time_stamp"),
 }
+# Both stand in a review: of all variants of a product, and of one of them.
+ONE_PRODUCT = ("parent_asin", "asin")
 NEEDED = ("user", "item", "time")
 EXAMPLES = {"user": "user_id", "item": "item_id", "domain": "domain", "time": "timestamp"}
 
@@ -60,7 +62,8 @@ def find_column(
         line: the header's line number, for messages; None for files without lines.
 
     Raises:
-        InputError: the option names a column that is not there, or the name occurs twice.
+        InputError: the option names a column that is not there, the name occurs twice, or two
+            columns have usual names.
     """
     wanted = options.named(role)
     lowered = [name.strip().lower() for name in header]
@@ -71,12 +74,18 @@ def find_column(
         names, pool = list(ALIASES.get(role, ())), lowered
     if wanted is not None and wanted not in lowered and _is_place(wanted, header):
         return int(wanted) - 1
-    for name in names:
+    where = path if line is None else f"{path}:{line}"
+    usual = [name for name in names if name in pool]
+    if len(usual) > 1 and not {*usual} <= {*ONE_PRODUCT}:
+        both = [header[pool.index(name)].strip() for name in usual[:2]]
+        raise InputError(
+            f"{where}: columns {both[0]!r} and {both[1]!r} may both be the {role}; say which with "
+            f"--{role}-col {both[0]} or --{role}-col {both[1]}"
+        )
+    for name in usual:
         if pool.count(name) > 1:
-            where = path if line is None else f"{path}:{line}"
             raise InputError(f"{where}: column {name!r} occurs twice; give it one name each")
-        if name in pool:
-            return pool.index(name)
+        return pool.index(name)
     if wanted is not None:
         raise missing_column(path, header, role, options, line=line)
     return None

@@ -8,6 +8,7 @@ import bz2
 import gzip
 import io
 import mmap
+import re
 import stat
 import zipfile
 import zlib
@@ -41,6 +42,8 @@ _COMPRESSIONS: dict[bytes, tuple[str, Callable[[Path], BinaryIO]]] = {
     b"\xfd7zXZ\x00": ("xz", lambda path: cast(BinaryIO, LZMAFile(path))),  # noqa: SIM115
     b"\x28\xb5\x2f\xfd": ("zstd", _open_zstd),
 }
+_NAMES = [name for name, _ in _COMPRESSIONS.values()]
+_NO_LETTERS = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 _AS_TEXT = "export its table as CSV or Parquet"
 _UNPACK = "unpack it and name the log in it"
 # First bytes -> what the file is, and the mend.
@@ -62,7 +65,7 @@ _REFUSED: dict[bytes, tuple[str, str]] = {
     b"\x80\x03": ("a pickle", _AS_TEXT),
     b"\x80\x04": ("a pickle", _AS_TEXT),
     b"\x80\x05": ("a pickle", _AS_TEXT),
-    b"\xff\xfe": ("UTF-16 text", "save the file as UTF-8"),
+    b"\xff\xfe": ("UTF-16 or UTF-32 text", "save the file as UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "save the file as UTF-8"),
     b"<!doctype": ("a web page", "download the file itself"),
     b"<html": ("a web page", "download the file itself"),
@@ -115,6 +118,8 @@ def is_parquet(path: Path) -> bool:
             except _DAMAGED as error:
                 raise _damaged(path, 0, error) from error
         inside = f"{path}: the {compression_of(path)} file holds"
+        if (within := _compression_by(head)) is not None:
+            raise InputError(f"{inside} a {within} file; unpack it once")
         if head.startswith(PARQUET_MAGIC):
             raise InputError(f"{inside} a Parquet file; unpack it first")
         _refuse_foreign(path, head, inside)
@@ -155,7 +160,10 @@ def _zip_facts(path: Path) -> tuple[str, str]:
 def compression_of(path: Path) -> str | None:
     """Return the name of a file's compression by its first bytes; None for plain files."""
     with path.open("rb") as file:
-        head = file.read(8)
+        return _compression_by(file.read(8))
+
+
+def _compression_by(head: bytes) -> str | None:
     return next(
         (name for magic, (name, _) in _COMPRESSIONS.items() if head.startswith(magic)), None
     )
@@ -262,6 +270,16 @@ def holds_byte(path: Path, letter: int) -> bool:
     return False
 
 
+def _no_text(path: Path, line: bytes) -> InputError:
+    """Describe a first line that is no UTF-8: text in another encoding, or no text at all."""
+    if _NO_LETTERS.search(line) is None:
+        return InputError(f"{path}:1: not UTF-8 text; save the file as UTF-8")
+    return InputError(
+        f"{path}: holds bytes that are in no text, and is of no kind that is read; save text as "
+        f"UTF-8, tables as CSV or Parquet, and pack with {', '.join(_NAMES)} or not at all"
+    )
+
+
 def first_lines(path: Path, count: int) -> list[str]:
     """Return up to ``count`` lines from the start of a file, line ends removed.
 
@@ -277,8 +295,10 @@ def first_lines(path: Path, count: int) -> list[str]:
             lines.append(raw.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError as error:
             if number == 1:
-                raise InputError(f"{path}:1: not UTF-8 text; save the file as UTF-8") from error
+                raise _no_text(path, raw) from error
             lines.append(raw.decode("utf-8", "surrogateescape").rstrip("\r\n"))
+        if number == 1 and b"\0" in raw:
+            raise _no_text(path, raw)
         size += len(raw)
         if len(lines) == count or size > PROBE_BYTES:
             break

@@ -17,25 +17,21 @@ from hstu_xd.data.sources.columns import (
     place_columns,
 )
 from hstu_xd.data.sources.content import first_lines, is_parquet
-from hstu_xd.data.sources.inputs import Input, check_domain_of_name, list_inputs
-from hstu_xd.data.sources.tables import (
+from hstu_xd.data.sources.delimited import (
     NO_QUOTES,
     DelimitedSource,
-    ParquetSource,
     check_quote,
     decide_quoting,
-    parquet_batches,
-    parquet_schema,
 )
+from hstu_xd.data.sources.inputs import Input, check_domain_of_name, list_inputs
+from hstu_xd.data.sources.parquet import ParquetSource, check_types, parquet_schema
 from hstu_xd.data.times import KINDS, ORDER_KINDS, TimeKind, check_time_unit, decide_kind, is_number
 from hstu_xd.errors import InputError
 
 FORMATS = ("auto", "csv", "amazon-ratings", "amazon-reviews", "recbole")
 JSON = {".json", ".jsonl", ".ndjson"}
 PROBE_LINES = 1000
-# Floats of this size and more have lost digits of the integers they stood for.
-INEXACT = 2**53
-_SEPARATOR_NAMES = {",": "comma", "\t": "tab", " ": "space", "::": "double colon"}
+_SEPARATOR_NAMES = {",": "comma", "\t": "tab", " ": "space", "::": "double colon", "\x01": "Hive"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class ReadOptions:
     Attributes:
         columns: names given for the columns.
         time_unit: one of :data:`hstu_xd.data.times.TIME_UNITS`.
-        quote: one of :data:`hstu_xd.data.sources.tables.QUOTES`.
+        quote: one of :data:`hstu_xd.data.sources.delimited.QUOTES`.
     """
 
     columns: ColumnOptions = field(default_factory=ColumnOptions)
@@ -183,6 +179,10 @@ def _fields(path: Path, first_line: str, separator: str, *, quoted: bool = True)
 def _delimited(
     one: Input, header_line: str, options: ReadOptions, *, recbole: bool, alone: bool
 ) -> Source:
+    if not header_line.strip():
+        raise InputError(
+            f"{one.path}:1: is empty; the first line names the columns, or is an event"
+        )
     separator = "\t" if recbole else _separator(header_line, one.kind)
     quoted = not recbole and options.quote != "none"
     first = _fields(one.path, header_line, separator, quoted=quoted)
@@ -220,12 +220,15 @@ def _delimited(
 
 
 def _separator(header_line: str, kind: str) -> str:
-    """Return the most frequent of the usual separators in the first line; tab for ``.tsv``."""
+    """Return the most frequent of the usual separators in the first line; tab for ``.tsv``.
+
+    Hive separates by the character 1.
+    """
     if kind == ".tsv":
         return "\t"
     if header_line.count("::") > 1 and not {*",\t;|"} & {*header_line}:
         return "::"
-    best = max(",\t;|", key=header_line.count)
+    best = max(",\t;|\x01", key=header_line.count)
     return best if best in header_line or " " not in header_line.strip() else " "
 
 
@@ -245,16 +248,7 @@ def _parquet(one: Input, options: ColumnOptions, *, alone: bool) -> Source:
             columns[role] = names[at]
         elif role != "domain" or (alone and not one.partition):
             raise missing_column(one.path, names, role, options, line=None)
-    for role, name in columns.items():
-        kind = schema[name]
-        unfit = (pl.Time, pl.Duration) if role in ("time", "order") else ()
-        if kind.is_nested() or kind in unfit:
-            raise InputError(
-                f"{one.path}: column {name!r} is {kind}, which is no {role}; use "
-                f"--{role}-col with another one, or write it as text or numbers"
-            )
-        if role in ("user", "item") and kind.is_float():
-            _check_floats(one.path, name)
+    check_types(one.path, schema, columns)
     time, order = (schema[columns[role]] if role in columns else None for role in ("time", "order"))
     return ParquetSource(
         path=one.path,
@@ -267,26 +261,6 @@ def _parquet(one: Input, options: ColumnOptions, *, alone: bool) -> Source:
         columns=columns,
         temporal=_kind_of_dates(time) is not None,
     )
-
-
-def _check_floats(path: Path, name: str) -> None:
-    """Refuse ids that are floats too large to hold every digit.
-
-    Raises:
-        InputError: names the column.
-    """
-    import polars as pl
-
-    try:
-        parts = [batch[name].fill_nan(None).abs().max() for batch in parquet_batches(path, [name])]
-    except pl.exceptions.PolarsError:  # named when the file is read
-        return
-    largest = max((part for part in parts if isinstance(part, float)), default=0.0)
-    if largest >= INEXACT:
-        raise InputError(
-            f"{path}: column {name!r} holds ids as floats up to {largest:.17g}, which have lost "
-            "digits; write them as integers or text"
-        )
 
 
 def _kind_of_dates(dtype: object) -> TimeKind | None:

@@ -1,6 +1,6 @@
-"""Tables with one event a row: delimited text and Parquet.
+"""Delimited text with one event a line.
 
-Delimited text is CSV, TSV, RecBole's ``.inter`` and headerless Amazon ratings. A double quote at
+It is CSV, TSV, RecBole's ``.inter`` and headerless Amazon ratings. A double quote at
 the start of a field may protect it (``"Smith, John"``, doubled quotes inside), or it may be part of
 the text (``12" vinyl``, a title that begins with one). Taken for what it is not it joins lines, and
 events disappear; so how a file uses it is decided by what reads every line as one event.
@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hstu_xd.data.sources.base import BATCH_ROWS, Record, Source
+from hstu_xd.data.sources.base import Record, Source
 from hstu_xd.data.sources.content import compression_of, holds_byte, numbered_lines, text_blocks
 from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
-    from pyarrow import parquet
 
 
 QUOTES = ("auto", "double", "none", "backslash")
@@ -298,133 +297,3 @@ class DelimitedSource(Source):
             return Record(line, problem=problem)
         values = {role: fields[at] for role, at in self.positions.items()}
         return Record.of(line, {"domain": self.domain, **values})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParquetSource(Source):
-    """A Parquet file; dates and times become numbers since 1970 (UTC where no zone is given).
-
-    Attributes:
-        columns: the columns of user, item, time and, where there are such, domain and order.
-        temporal: whether the time column holds dates or date-times instead of numbers or text.
-    """
-
-    columns: dict[str, str]
-    temporal: bool
-
-    def frames(self) -> "Iterator[pl.LazyFrame]":
-        """Yield the events with ids as text and times as numbers or text."""
-        import polars as pl
-
-        for batch in parquet_batches(self.path, list(self.columns.values())):
-            events = {
-                role: _as_number(pl.col(name), batch.schema[name])
-                if role in ("time", "order")
-                else _as_id(pl.col(name), batch.schema[name])
-                for role, name in self.columns.items()
-            }
-            yield batch.lazy().select(**events)
-
-    def records(self) -> Iterator[Record]:
-        """Every row as a record; rows count from 1."""
-        import polars as pl
-
-        row = 0
-        for frame in self.frames():
-            for values in (
-                frame.with_columns(pl.all().cast(pl.String)).collect().iter_rows(named=True)
-            ):
-                row += 1
-                yield Record.of(row, {"domain": self.domain, **values})
-
-    def at(self, line: int) -> str:
-        """Where a row is, for messages."""
-        return f"{self.path}: row {line}"
-
-
-def parquet_schema(path: Path) -> "pl.Schema":
-    """Return the names and types of a Parquet file's columns.
-
-    Raises:
-        ComputeError: the file is damaged.
-    """
-    import polars as pl
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        empty = pl.from_arrow(parquet.read_schema(path).empty_table())
-    except (pa.ArrowException, OSError, ValueError, pl.exceptions.PanicException) as error:
-        raise pl.exceptions.ComputeError(str(error)) from error
-    assert isinstance(empty, pl.DataFrame)
-    return empty.schema
-
-
-def parquet_batches(path: Path, names: list[str]) -> "Iterator[pl.DataFrame]":
-    """Yield some columns of a Parquet file in batches.
-
-    They are read by pyarrow and validated: polars panics on some damaged files. Neither notices
-    that a damaged count hides rows, so rows are counted here.
-
-    Raises:
-        ComputeError: the file is damaged.
-    """
-    import polars as pl
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows = _stated_rows(file)
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(names))):
-                batch.validate(full=True)
-                frame = pl.from_arrow(batch)
-                assert isinstance(frame, pl.DataFrame)
-                rows -= len(frame)
-                yield frame
-            if rows:
-                raise ValueError(
-                    f"it states {abs(rows)} rows {'more' if rows > 0 else 'fewer'} than can be read"
-                )
-    except (pa.ArrowException, OSError, ValueError, pl.exceptions.PanicException) as error:
-        raise pl.exceptions.ComputeError(str(error)) from error
-
-
-def _stated_rows(file: "parquet.ParquetFile") -> int:
-    """Return the rows that a Parquet file states, where all of its counts agree.
-
-    Raises:
-        ValueError: they do not.
-    """
-    metadata = file.metadata
-    flat = [file.schema.column(c).max_repetition_level == 0 for c in range(metadata.num_columns)]
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    for group in groups:
-        for column in range(metadata.num_columns):
-            values = group.column(column).num_values
-            if flat[column] and values != group.num_rows:
-                raise ValueError(f"a group of {group.num_rows} rows has a column of {values}")
-    if sum(group.num_rows for group in groups) != metadata.num_rows:
-        raise ValueError(f"its groups do not have the {metadata.num_rows} rows that it states")
-    return metadata.num_rows
-
-
-def _as_number(column: "pl.Expr", dtype: "pl.DataType") -> "pl.Expr":
-    import polars as pl
-
-    if dtype == pl.Date:
-        return column.dt.epoch("s")
-    if isinstance(dtype, pl.Datetime):
-        return column.dt.epoch(dtype.time_unit)
-    return column
-
-
-def _as_id(column: "pl.Expr", dtype: "pl.DataType") -> "pl.Expr":
-    """Write ids as text; pandas makes floats of integers where one is missing."""
-    import polars as pl
-
-    if not dtype.is_float():
-        return column.cast(pl.String)
-    column = column.fill_nan(None)
-    whole = column.cast(pl.Int64, strict=False)
-    return pl.when(whole == column).then(whole.cast(pl.String)).otherwise(column.cast(pl.String))
