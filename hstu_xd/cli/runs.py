@@ -190,7 +190,7 @@ def evaluate(
         raise InputError("--force replaces an existing --ranks, which is not given")
     from contextlib import nullcontext
 
-    from hstu_xd.data.batches import SequenceData, Split
+    from hstu_xd.data.batches import Split
     from hstu_xd.evaluation.protocol import count_notes
     from hstu_xd.evaluation.rank_file import writing_ranks
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
@@ -206,7 +206,7 @@ def evaluate(
         values = {
             split.value: evaluate_split(
                 trained.ranker,
-                SequenceData(store, split, length),
+                protocol.sequences(store, split, length),
                 protocol=protocol,
                 scorer=trained.scorer,
                 metrics=trained.metrics,

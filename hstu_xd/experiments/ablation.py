@@ -78,7 +78,7 @@ class AblationRun:
         if not self.begun:
             return
         recorded = read_run(self.folder).info
-        own = replace(settings, train=replace(settings.train, random_seed=self.seed))
+        own = replace(settings, train=replace(settings.train, random_seed=self.seed)).on(store)
         if changes := data_changes(recorded, store):
             apart = f"on other data than {store.path} now holds ({changes})"
         elif unlike := own.unlike(recorded):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_xd.data.batches import SequenceData, Split
+from hstu_xd.data.batches import Split
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.metrics import Metrics, RankedTargets, target_groups, user_metrics
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol, measured_notes
@@ -159,7 +159,7 @@ def pair_runs(
     metrics: dict[str, Metric] = {}
     for run in runs:
         announce(f"{run.variant} seed {run.seed}")
-        held_out = SequenceData(store, Split(split), run.info["max_sequence_length"])
+        held_out = protocol.sequences(store, Split(split), run.info["max_sequence_length"])
         trained = load_trained(run.path, allow_imports=allow_imports)
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
@@ -168,7 +168,7 @@ def pair_runs(
         )
         ranked[run.variant].append(found)
     base, *rest = variants
-    notes = measured_notes(protocol, ranked[base][0].counts(protocol))
+    notes = measured_notes(protocol, ranked[base][0].counts(protocol) | held_out.counts)
     return [
         PairedResult(
             variant,

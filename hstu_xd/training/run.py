@@ -95,6 +95,8 @@ def train(
         given, settings = settings, settings or load_settings([])
         if resume:
             settings = _settings_to_resume(out, store, given, allow_imports=allow_imports)
+        # A run keeps the times that its log is cut at, whatever the log becomes.
+        settings, given = settings.on(store), given.on(store) if given else None
         if here.is_main:
             _warn_inert(settings, store, out, given if resume else None)
         torch.manual_seed(settings.train.random_seed)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import check, inert, setting
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
@@ -202,6 +203,10 @@ class RunSettings:
             **self.encoder,
         )
 
+    def on(self, store: InteractionStore) -> "RunSettings":
+        """Return the settings with what a store decides, see :meth:`Protocol.on`."""
+        return dataclasses.replace(self, protocol=self.protocol.on(store))
+
     def to_gin(self) -> str:
         """Write every setting, defaults included, as a gin file that reads back the same."""
         lines = ["import hstu_xd.training.settings", *self.foreign.imports, ""]
@@ -251,11 +256,11 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     settings = RunSettings(encoder, train, protocol, bound.foreign, tune)
     parse_space(tune.space, BLOCKS)
     # Range checks, before any data are read.
-    _check_together(settings.encoder_settings(num_domains=1), train)
+    _check_together(settings.encoder_settings(num_domains=1), train, protocol)
     return settings
 
 
-def _check_together(encoder: EncoderSettings, train: TrainSettings) -> None:
+def _check_together(encoder: EncoderSettings, train: TrainSettings, protocol: Protocol) -> None:
     """Refuse settings that exclude one another, and say which do nothing."""
     if train.asked_domains and train.asked_within_events == 1:
         raise InputError(
@@ -268,7 +273,8 @@ def _check_together(encoder: EncoderSettings, train: TrainSettings) -> None:
             f"'silu', got {encoder.normalization!r}: a question reads earlier events and itself, "
             "and softmax of both is no sum of two"
         )
-    for block, settings in (("xd_encoder", encoder), ("xd_train", train)):
+    blocks = (("xd_encoder", encoder), ("xd_train", train), (PROTOCOL_BLOCK, protocol))
+    for block, settings in blocks:
         for name, needed in inert(type(settings), vars(settings)):
             _logger.warning(
                 "%s.%s = %r does nothing while %s.%s is %r",

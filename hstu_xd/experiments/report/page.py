@@ -295,8 +295,9 @@ DARK_PALETTE = (
 )
 
 PROTOCOL = (
-    "Leave-one-out by time: of every user's history the last event is the test target, the one "
-    "before it the validation target; the model reads what lies before the target.",
+    "Where nothing else is said, leave-one-out by time: of every user's history the last event is "
+    "the test target, the one before it the validation target; the model reads what lies before "
+    "the target.",
     "The epoch is picked on validation and the test is read once.",
     "The domain of the next event is part of the request, so every model is told it; all variants "
     "rank the same candidates.",
