@@ -31,37 +31,53 @@ class SequenceData:
     an event before the period are left out. A window is the latest ``max_length`` events before
     the last target.
 
+    Of one domain alone: the log is read as if it had no other events. Held-out targets are the same
+    as of the whole log, those of other domains left out, and so are users without an event of the
+    domain before their target.
+
     Args:
         store: the prepared interactions.
         split: which targets.
         max_length: longest history that is read.
         cuts: where the log is cut in time; None: leave-one-out.
+        domain: id of the only domain to read; None: all.
 
     Raises:
         InputError: no user has enough events for the split.
     """
 
     def __init__(
-        self, store: InteractionStore, split: Split, max_length: int, cuts: TimeCuts | None = None
+        self,
+        store: InteractionStore,
+        split: Split,
+        max_length: int,
+        cuts: TimeCuts | None = None,
+        domain: int | None = None,
     ) -> None:
         self.split = split
         self.max_length = max_length
         self._item_ids, self._timestamps = store.item_ids, store.timestamps
         self._item_domains = store.catalog.item_domains.numpy(force=True)
-        self._cuts = cuts
+        self._cuts, self._is_whole = cuts, domain is None
         offsets = np.asarray(store.offsets)
         begin, end = _places(split, store, cuts)
+        if domain is not None:
+            own = np.flatnonzero(self._item_domains[self._item_ids] == domain)
+            begin, end, offsets = _places_among(own, split, begin, end, offsets)
+            self._item_ids, self._timestamps = self._item_ids[own], self._timestamps[own]
         # Users whose period has a target, and of those the ones with an event before it.
         is_asked = end > begin
         has_history = begin >= 1
         self.users = np.flatnonzero(is_asked & has_history)
         self._without_history = int((is_asked & ~has_history).sum())
         if self.users.size == 0:
-            needed = (
-                "users of at least 3 events are needed (4 to train on)"
-                if cuts is None
-                else "users with an event before its time and one in it are needed (2 to train on)"
-            )
+            needed = "users of at least 3 events are needed (4 to train on)"
+            if cuts is not None:
+                needed = (
+                    "users with an event before its time and one in it are needed (2 to train on)"
+                )
+            if domain is not None:
+                needed += f", and of the domain {store.domain_names[domain]!r} 2 each"
             raise InputError(
                 f"{store.path}: no user has enough events for the {split.value} split; {needed}"
             )
@@ -70,23 +86,25 @@ class SequenceData:
 
     @cached_property
     def counts(self) -> dict[str, float]:
-        """Count what a cut in time leaves out and what is new after it; leave-one-out: nothing.
+        """Count whom a cut in time or in domains leaves out, and what is new after a cut in time.
 
         Returns:
-            ``count_without_history``, users with an event in the period and none before it, who are
-            left out; ``count_new_items``, targets that are items without an event before
-            ``valid_from``. What there is none of is not told.
+            ``count_without_history``, users with a target and no earlier event that may be read,
+            who are left out; ``count_new_items``, targets that are items without an event before
+            ``valid_from``. What there is none of is not told, and nothing of a whole log under
+            leave-one-out.
         """
-        if self._cuts is None or self.split is Split.TRAIN:
+        if self.split is Split.TRAIN or (self._cuts is None and self._is_whole):
             return {}
-        is_known = np.zeros(len(self._item_domains), np.bool_)
-        is_known[self._item_ids[self._timestamps < self._cuts.valid_from]] = True
-        new_items = int((~is_known[self._item_ids[self._last[self.users]]]).sum())
-        found = {
-            "count_without_history": self._without_history,
-            "count_new_items": new_items,
-        }
+        found = {"count_without_history": self._without_history}
+        if self._cuts is not None:
+            found["count_new_items"] = self._count_new_items(self._cuts)
         return {name: number for name, number in found.items() if number}
+
+    def _count_new_items(self, cuts: TimeCuts) -> int:
+        is_known = np.zeros(len(self._item_domains), np.bool_)
+        is_known[self._item_ids[self._timestamps < cuts.valid_from]] = True
+        return int((~is_known[self._item_ids[self._last[self.users]]]).sum())
 
     def lengths(self, users: np.ndarray) -> np.ndarray:
         """Tokens in each user's window: (B,) int64."""
@@ -177,3 +195,29 @@ def _places(
             return before_test, sizes
         end = before_valid
     return np.minimum(end, 1), end
+
+
+def _places_among(
+    own: np.ndarray, split: Split, begin: np.ndarray, end: np.ndarray, offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Turn places among all events of users into places among some of them.
+
+    Args:
+        own: (E,) indices of those events, ascending.
+        split: where it trains, every one of them but a user's first is a target; otherwise the last
+            event of all is, if it is among them.
+        begin: (U,) of :func:`_places`.
+        end: (U,) of :func:`_places`.
+        offsets: (U + 1,) of all events.
+
+    Returns:
+        Both places (U,) and the offsets (U + 1,) among those events.
+    """
+    own_offsets = np.searchsorted(own, offsets)
+    own_end = np.searchsorted(own, offsets[:-1] + end) - own_offsets[:-1]
+    if split is Split.TRAIN:
+        return np.minimum(own_end, 1), own_end, own_offsets
+    is_asked = (end > begin) & (begin >= 1)
+    is_own = np.zeros(len(end), np.bool_)
+    is_own[is_asked] = np.isin(offsets[:-1][is_asked] + end[is_asked] - 1, own, assume_unique=True)
+    return np.where(is_own, own_end - 1, own_end), own_end, own_offsets

@@ -84,9 +84,16 @@ class Protocol:
         cuts = self.cuts(store)
         return self if cuts is None else replace(self, **asdict(cuts))
 
-    def sequences(self, store: InteractionStore, split: Split, max_length: int) -> SequenceData:
-        """Return the users and targets of a split of a store."""
-        return SequenceData(store, split, max_length, self.cuts(store))
+    def sequences(
+        self, store: InteractionStore, split: Split, max_length: int, *, domain: str = ""
+    ) -> SequenceData:
+        """Return the users and targets of a split of a store, or of one domain of it alone.
+
+        Raises:
+            InputError: an unknown domain, or no user with enough events.
+        """
+        only = store.catalog.domain_index(domain) if domain else None
+        return SequenceData(store, split, max_length, self.cuts(store), only)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -217,8 +224,10 @@ def _new_note(metrics: Mapping[str, float]) -> str:
     """
     users = round(metrics.get("count_without_history", 0))
     items = round(metrics.get("count_new_items", 0))
-    told = [f"{users:,} users of the period have no event before it and are left out"] * bool(users)
-    told += [f"{items:,} targets are items without an event that trains"] * bool(items)
+    told = [f"{users:,} users with a target have no earlier event to read and are left out"]
+    told = told * bool(users) + [
+        f"{items:,} targets are items without an event that trains"
+    ] * bool(items)
     return "; ".join(told) + "." * bool(told)
 
 

@@ -37,7 +37,9 @@ class BaselineTrainer:
         self.settings, self.run, self.world, self.progress = train, run, world, Progress()
         self.protocol = settings.protocol
         self._data = {
-            split: self.protocol.sequences(store, split, train.max_sequence_length)
+            split: self.protocol.sequences(
+                store, split, train.max_sequence_length, domain=train.domain
+            )
             for split in Split
         }
         kind, catalog = KINDS[train.baseline], store.catalog

@@ -120,7 +120,10 @@ class Trainer:
         self.model, self.settings, self.run, self.world = model, settings, run, world
         self.protocol, self._announce = protocol, announce
         length = settings.max_sequence_length
-        self._data = {split: protocol.sequences(store, split, length) for split in Split}
+        domain = settings.domain
+        self._data = {
+            split: protocol.sequences(store, split, length, domain=domain) for split in Split
+        }
         self._optimizer = optimizer_of(model, settings)
         decay = settings.average_decay
         self._average = WeightAverage(model, decay) if decay else None
