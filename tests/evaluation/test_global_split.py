@@ -191,7 +191,7 @@ def test_a_run_records_its_cut_and_tables_tell_it(
         f"events before {START + 67 * DAY} (2020-03-08 00:00:00) train, and of those from there on "
         f"and from {START + 84 * DAY} (2020-03-25 00:00:00) on a user's last one is the target"
     )
-    left_out = "3 users of the period have no event before it and are left out; 1 targets are items"
+    left_out = "3 users with a target have no earlier event to read and are left out; 1 targets are"
     assert told in table
     assert left_out in table
     # What is there is kept: a share is the same as the time that it became.
