@@ -190,14 +190,15 @@ def evaluate(
         raise InputError("--force replaces an existing --ranks, which is not given")
     from contextlib import nullcontext
 
-    from hstu_xd.data.batches import SequenceData, Split
+    from hstu_xd.data.batches import Split
     from hstu_xd.evaluation.protocol import count_notes
     from hstu_xd.evaluation.rank_file import writing_ranks
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
     from hstu_xd.training.run import load_trained
     from hstu_xd.training.run_facts import data_changes, open_data, read_run
 
-    facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
+    facts = read_run(run)
+    trained = load_trained(run, allow_imports=allow_imports, one_domain=True)
     protocol = trained.protocol.but(**protocol_changes(exclude_seen, candidates, ties, ks))
     store = open_data(run, data, verify=verify, as_trained=True)
     length = facts["max_sequence_length"]
@@ -206,7 +207,7 @@ def evaluate(
         values = {
             split.value: evaluate_split(
                 trained.ranker,
-                SequenceData(store, split, length),
+                protocol.sequences(store, split, length, domain=trained.domain),
                 protocol=protocol,
                 scorer=trained.scorer,
                 metrics=trained.metrics,

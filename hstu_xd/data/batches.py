@@ -1,18 +1,20 @@
-"""Leave-one-out splits of a store, turned into jagged batches by array arithmetic alone."""
+"""Splits of a store, turned into jagged batches by array arithmetic alone."""
 
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
+from hstu_xd.data.cuts import TimeCuts, events_before
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 
 
 class Split(str, Enum):
-    """Which event of each user is the last target: test, the one before it, or the rest."""
+    """Which of each user's events is the last target: one that trains, validates or tests."""
 
     TRAIN = "train"
     VALID = "valid"
@@ -22,40 +24,87 @@ class Split(str, Enum):
 class SequenceData:
     """The users of one split and their windows of history.
 
-    The last event of a user is the test target, the one before it the validation target; training
-    predicts every event before those from the second on. Users of fewer than three events train
-    only. A window is the latest ``max_length`` events before the last target.
+    Leave-one-out: the last event of a user is the test target, the one before it the validation
+    target; training predicts every event before those from the second on. Users of fewer than three
+    events train only. Cut in time: training predicts every event before ``valid_from`` from the
+    user's second on, and the last event of a user in a later period is its target; users without
+    an event before the period are left out. A window is the latest ``max_length`` events before
+    the last target.
+
+    Of one domain alone: the log is read as if it had no other events. Held-out targets are the same
+    as of the whole log, those of other domains left out, and so are users without an event of the
+    domain before their target.
 
     Args:
         store: the prepared interactions.
         split: which targets.
         max_length: longest history that is read.
+        cuts: where the log is cut in time; None: leave-one-out.
+        domain: id of the only domain to read; None: all.
 
     Raises:
         InputError: no user has enough events for the split.
     """
 
-    def __init__(self, store: InteractionStore, split: Split, max_length: int) -> None:
+    def __init__(
+        self,
+        store: InteractionStore,
+        split: Split,
+        max_length: int,
+        cuts: TimeCuts | None = None,
+        domain: int | None = None,
+    ) -> None:
         self.split = split
         self.max_length = max_length
         self._item_ids, self._timestamps = store.item_ids, store.timestamps
         self._item_domains = store.catalog.item_domains.numpy(force=True)
+        self._cuts, self._is_whole = cuts, domain is None
         offsets = np.asarray(store.offsets)
-        sizes = np.diff(offsets)
-        held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[split]
-        if split is Split.TRAIN:
-            last = sizes - 1 - np.where(sizes >= 3, held_out, 0)
-            self.users = np.flatnonzero(last >= 1)
-        else:
-            last = sizes - 1 - held_out
-            self.users = np.flatnonzero(sizes >= 3)
+        begin, end = _places(split, store, cuts)
+        if domain is not None:
+            own = np.flatnonzero(self._item_domains[self._item_ids] == domain)
+            begin, end, offsets = _places_among(own, split, begin, end, offsets)
+            self._item_ids, self._timestamps = self._item_ids[own], self._timestamps[own]
+        # Users whose period has a target, and of those the ones with an event before it.
+        is_asked = end > begin
+        has_history = begin >= 1
+        self.users = np.flatnonzero(is_asked & has_history)
+        self._without_history = int((is_asked & ~has_history).sum())
         if self.users.size == 0:
+            needed = "users of at least 3 events are needed (4 to train on)"
+            if cuts is not None:
+                needed = (
+                    "users with an event before its time and one in it are needed (2 to train on)"
+                )
+            if domain is not None:
+                needed += f", and of the domain {store.domain_names[domain]!r} 2 each"
             raise InputError(
-                f"{store.path}: no user has enough events for the {split.value} split; users of at "
-                "least 3 events are needed (4 to train on)"
+                f"{store.path}: no user has enough events for the {split.value} split; {needed}"
             )
         self._first = offsets[:-1]  # event index where each user begins
-        self._last = offsets[:-1] + last  # event index of each user's last target
+        self._last = offsets[:-1] + end - 1  # event index of each user's last target
+
+    @cached_property
+    def counts(self) -> dict[str, float]:
+        """Count whom a cut in time or in domains leaves out, and what is new after a cut in time.
+
+        Returns:
+            ``count_without_history``, users with a target and no earlier event that may be read,
+            who are left out; ``count_new_items``, targets that are items without an event before
+            ``valid_from``. What there is none of is not told, and nothing of a whole log under
+            leave-one-out.
+        """
+        if self.split is Split.TRAIN or (self._cuts is None and self._is_whole):
+            return {}
+        found = {"count_without_history": self._without_history}
+        if self._cuts is not None:
+            found["count_new_items"] = self._count_new_items(self._cuts)
+        return {name: number for name, number in found.items() if number}
+
+    def _count_new_items(self, cuts: TimeCuts) -> int:
+        is_known = np.zeros(len(self._item_domains), np.bool_)
+        is_known[self._item_ids[self._timestamps < cuts.valid_from]] = True
+        return int((~is_known[self._item_ids[self._last[self.users]]]).sum())
 
     def lengths(self, users: np.ndarray) -> np.ndarray:
         """Tokens in each user's window: (B,) int64."""
@@ -117,3 +166,58 @@ class SequenceData:
         return np.arange(offsets[-1]) + np.repeat(
             self._first[users] - offsets[:-1], lengths
         ), offsets
+
+
+def _places(
+    split: Split, store: InteractionStore, cuts: TimeCuts | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many of each user's events come before a split's targets, and up to the last one.
+
+    Training asks for all events but the first of a user: its targets begin after that one.
+
+    Returns:
+        (U,) int64 each; both are equal where a user has no target.
+    """
+    offsets = np.asarray(store.offsets)
+    sizes = np.diff(offsets)
+    if cuts is None:
+        held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[split]
+        if split is not Split.TRAIN:
+            end = np.where(sizes >= 3, sizes - held_out, 0)
+            return np.maximum(end - 1, 0), end
+        end = sizes - np.where(sizes >= 3, held_out, 0)
+    else:
+        before_valid = events_before(store.timestamps, offsets, cuts.valid_from)
+        before_test = events_before(store.timestamps, offsets, cuts.test_from)
+        if split is Split.VALID:
+            return before_valid, before_test
+        if split is Split.TEST:
+            return before_test, sizes
+        end = before_valid
+    return np.minimum(end, 1), end
+
+
+def _places_among(
+    own: np.ndarray, split: Split, begin: np.ndarray, end: np.ndarray, offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Turn places among all events of users into places among some of them.
+
+    Args:
+        own: (E,) indices of those events, ascending.
+        split: where it trains, every one of them but a user's first is a target; otherwise the last
+            event of all is, if it is among them.
+        begin: (U,) of :func:`_places`.
+        end: (U,) of :func:`_places`.
+        offsets: (U + 1,) of all events.
+
+    Returns:
+        Both places (U,) and the offsets (U + 1,) among those events.
+    """
+    own_offsets = np.searchsorted(own, offsets)
+    own_end = np.searchsorted(own, offsets[:-1] + end) - own_offsets[:-1]
+    if split is Split.TRAIN:
+        return np.minimum(own_end, 1), own_end, own_offsets
+    is_asked = (end > begin) & (begin >= 1)
+    is_own = np.zeros(len(end), np.bool_)
+    is_own[is_asked] = np.isin(offsets[:-1][is_asked] + end[is_asked] - 1, own, assume_unique=True)
+    return np.where(is_own, own_end - 1, own_end), own_end, own_offsets

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_xd.data.batches import Split
+from hstu_xd.data.cuts import TEST_SHARE, VALID_SHARE, cut_in_time
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder, sha256_of
@@ -272,17 +273,11 @@ class _Maker:
 
     def _cut(self) -> tuple[int, int]:
         given = (self._options.valid_from, self._options.test_from)
-        ordered = np.sort(self._times)
-        places = (ordered[int(len(ordered) * share)] for share in (0.8, 0.9))
-        valid, test = (
-            int(place) if cut is None else cut for cut, place in zip(given, places, strict=True)
-        )
-        if not ordered[0] < valid < test <= ordered[-1]:
-            raise InputError(
-                f"--valid-from {valid} and --test-from {test} do not cut the log, which has events "
-                f"from {ordered[0]} to {ordered[-1]}; give two times of it, the earlier first"
-            )
-        return valid, test
+        shares = (VALID_SHARE, TEST_SHARE)
+        valid, test = (y if x is None else x for x, y in zip(given, shares, strict=True))
+        told = (f"--valid-from {valid}", f"--test-from {test}")
+        cuts = cut_in_time(self._times, valid, test, told=told)
+        return cuts.valid_from, cuts.test_from
 
     def table(self) -> "pl.DataFrame":
         """Draw all requests, by split, time and user."""

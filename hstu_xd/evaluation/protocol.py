@@ -8,10 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from hstu_xd.data.batches import SequenceData, Split
+from hstu_xd.data.cuts import TEST_SHARE, VALID_SHARE, TimeCuts, cut_in_time, described_time
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import check, setting, settings_of
 from hstu_xd.errors import InputError
 
 BLOCK = "xd_evaluate"
+LEAVE_ONE_OUT, GLOBAL = "leave-one-out", "global"
 DOMAIN, ALL = "domain", "all"
 AGAINST, FAVOUR = "against", "favour"
 
@@ -29,6 +33,12 @@ class Protocol:
         ties: whether items of the target's own score count "against" it, as ranked before it, or
             in its "favour".
         ks: the k of hr@k and ndcg@k, ascending; hr@1 is ndcg@1, which is left out.
+        split: what is held out, "leave-one-out" (a user's last event tests, the one before it
+            validates) or "global" (the log is cut in time for all users alike: what comes before
+            ``valid_from`` trains, and a user's last event of a later period is its target).
+        valid_from: when validation begins: a date such as "2020-01-30", a time of the log as a
+            whole number, or the share of the events before it; a run records the time.
+        test_from: when test begins, told alike.
     """
 
     exclude_seen: bool = setting(True, also=("filter_seen", "remove_seen", "repeats"))
@@ -37,6 +47,11 @@ class Protocol:
     )
     ties: str = setting(AGAINST, allowed=(AGAINST, FAVOUR))
     ks: tuple[int, ...] = setting((1, 10, 100), at_least=1, also=("cutoffs", "topk"))
+    split: str = setting(
+        LEAVE_ONE_OUT, allowed=(LEAVE_ONE_OUT, GLOBAL), also=("temporal_split", "time_split")
+    )
+    valid_from: str | int | float = setting(VALID_SHARE, needs={"split": GLOBAL}, also=("cut",))
+    test_from: str | int | float = setting(TEST_SHARE, needs={"split": GLOBAL}, also=("cut",))
 
     def __post_init__(self) -> None:
         check(self, BLOCK + ".{name} = {value!r}; it must be {needed}")
@@ -49,6 +64,36 @@ class Protocol:
     def sampled(self) -> int:
         """Number of random candidates beside the target; 0: none are drawn, all are ranked."""
         return self.candidates if isinstance(self.candidates, int) else 0
+
+    def cuts(self, store: InteractionStore) -> TimeCuts | None:
+        """Find where a store's log is cut in time; None under leave-one-out.
+
+        Raises:
+            InputError: what is no date, time or share, or does not cut this log.
+        """
+        if self.split == LEAVE_ONE_OUT:
+            return None
+        names = ("valid_from", "test_from")
+        told = [f"{BLOCK}.{name} = {getattr(self, name)!r}" for name in names]
+        return cut_in_time(
+            store.timestamps, self.valid_from, self.test_from, told=(told[0], told[1])
+        )
+
+    def on(self, store: InteractionStore) -> "Protocol":
+        """Return the protocol with times of a store's log in the place of dates and shares."""
+        cuts = self.cuts(store)
+        return self if cuts is None else replace(self, **asdict(cuts))
+
+    def sequences(
+        self, store: InteractionStore, split: Split, max_length: int, *, domain: str = ""
+    ) -> SequenceData:
+        """Return the users and targets of a split of a store, or of one domain of it alone.
+
+        Raises:
+            InputError: an unknown domain, or no user with enough events.
+        """
+        only = store.catalog.domain_index(domain) if domain else None
+        return SequenceData(store, split, max_length, self.cuts(store), only)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -104,6 +149,13 @@ class Protocol:
             among = "Candidates are all items of all domains"
         else:
             among = "Candidates are all items of the target's domain"
+        if self.split == GLOBAL:
+            yield (
+                "The log is cut in time for all users alike: events before "
+                f"{_told_cut(self.valid_from)} train, and of those from there on and from "
+                f"{_told_cut(self.test_from)} on a user's last one is the target of validation and "
+                "of test."
+            )
         side = "against the target" if self.ties == AGAINST else "in the target's favour"
         yield f"{among}; ties count {side}."
         if self.exclude_seen:
@@ -113,6 +165,12 @@ class Protocol:
             )
         else:
             yield "Items that the user has met are candidates, too (exclude_seen off)."
+
+
+def _told_cut(cut: str | int | float) -> str:
+    if isinstance(cut, float):
+        return f"{cut:.4g} of the events"
+    return described_time(cut) if isinstance(cut, int) else cut
 
 
 DEFAULTS = Protocol()
@@ -153,8 +211,24 @@ _UNRECORDED = (
 
 
 def count_notes(metrics: Mapping[str, float]) -> list[str]:
-    """Say which targets of a split could not be missed, and which could not be recommended."""
-    return [note for note in (_unreachable_note(metrics), _trivial_note(metrics)) if note]
+    """Say which targets of a split could not be missed, which not be hit, and who is left out."""
+    told = (_unreachable_note(metrics), _trivial_note(metrics), _new_note(metrics))
+    return [note for note in told if note]
+
+
+def _new_note(metrics: Mapping[str, float]) -> str:
+    """Say who and what is new after a cut in time; empty where nothing is.
+
+    Args:
+        metrics: of a split, with :attr:`hstu_xd.data.batches.SequenceData.counts`.
+    """
+    users = round(metrics.get("count_without_history", 0))
+    items = round(metrics.get("count_new_items", 0))
+    told = [f"{users:,} users with a target have no earlier event to read and are left out"]
+    told = told * bool(users) + [
+        f"{items:,} targets are items without an event that trains"
+    ] * bool(items)
+    return "; ".join(told) + "." * bool(told)
 
 
 def _trivial_note(metrics: Mapping[str, float]) -> str:

@@ -347,7 +347,8 @@ def evaluate(
         progress=progress,
         listed=listed,
     )
-    return grouped_metrics(ranked, model.catalog.domain_names, protocol, metrics)
+    found = grouped_metrics(ranked, model.catalog.domain_names, protocol, metrics)
+    return found | data.counts
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
@@ -17,17 +18,21 @@ from hstu_xd.experiments.run_folders import (
     ABLATION_FILE,
     RUN_FILE,
     SUMMARY_FILE,
+    Run,
     aggregate,
+    alone_notes,
     read_run,
 )
 from hstu_xd.experiments.trainings import recipe_options, training_command, trainings
-from hstu_xd.experiments.variants import check_name, recipe_of, variant_file
+from hstu_xd.experiments.variants import SINGLE, check_name, recipe_of, variant_file
 from hstu_xd.files import locked_folder
 from hstu_xd.training.interruption import signal_name
 from hstu_xd.training.run_facts import data_changes
 from hstu_xd.training.settings import RunSettings, load_settings
 
 TABLE_FILE = "ablation.md"
+# Domains with a column of their own; the report shows more.
+_TABLE_DOMAINS = 12
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,13 @@ class AblationRun:
         source: the variant as it was asked for: a name, or a user's gin file.
         seed: random seed.
         out: folder of all runs.
+        domain: number and name of the only domain that it trains on; None: all.
     """
 
     source: str
     seed: int
     out: Path
+    domain: tuple[int, str] | None = None
 
     @property
     def variant(self) -> str:
@@ -53,7 +60,20 @@ class AblationRun:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return self.out / f"{self.variant}-seed{self.seed}"
+        part = "" if self.domain is None else f"-domain{self.domain[0]}"
+        return self.out / f"{self.variant}{part}-seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """What progress calls the run."""
+        part = "" if self.domain is None else f" {self.domain[1]!r}"
+        return f"{self.variant}{part} seed {self.seed}"
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What sets it apart from other runs of its variant: settings of the trainer by name."""
+        alone = {} if self.domain is None else {"domain": self.domain[1]}
+        return {"random_seed": self.seed, **alone}
 
     @property
     def begun(self) -> bool:
@@ -78,7 +98,7 @@ class AblationRun:
         if not self.begun:
             return
         recorded = read_run(self.folder).info
-        own = replace(settings, train=replace(settings.train, random_seed=self.seed))
+        own = replace(settings, train=replace(settings.train, **self.own)).on(store)
         if changes := data_changes(recorded, store):
             apart = f"on other data than {store.path} now holds ({changes})"
         elif unlike := own.unlike(recorded):
@@ -93,7 +113,7 @@ class AblationRun:
     def command(self, data: Path, files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
         """Write the command that trains it, or continues it where it stopped."""
         files, bindings = recipe_of(self.source, files, bindings)
-        bindings = [*bindings, f"xd_train.random_seed = {self.seed}"]
+        bindings = [*bindings, *(f"xd_train.{k} = {v!r}" for k, v in self.own.items())]
         return training_command(data, self.folder, self.variant, files, bindings, resume=self.begun)
 
 
@@ -135,12 +155,17 @@ def ablate(
             message says how to go on.
     """
     store, failed = InteractionStore.open(data, verify=verify), []
-    runs = [AblationRun(v, s, out) for s in seeds for v in variants]
+    runs = [
+        AblationRun(v, s, out, domain)
+        for s in seeds
+        for v in variants
+        for domain in (enumerate(store.domain_names) if v == SINGLE else [None])
+    ]
 
     def note_end(run: AblationRun, error: str) -> None:
         if error:
-            failed.append(f"{run.variant} seed {run.seed}: {error}")
-        announce(f"{run.variant} seed {run.seed}: {error or 'done'}")
+            failed.append(f"{run.name}: {error}")
+        announce(f"{run.name}: {error or 'done'}")
         _write(out, runs, store)
 
     with locked_folder(out, "runs an ablation in"):
@@ -150,8 +175,9 @@ def ablate(
         with trainings(jobs) as running:
 
             def train(run: AblationRun) -> str:
-                name = f"{run.variant} seed {run.seed}"
-                return running.run(commands[run], announce=lambda line: announce(f"{name}: {line}"))
+                return running.run(
+                    commands[run], announce=lambda line: announce(f"{run.name}: {line}")
+                )
 
             for run, error in running.each(train, commands):
                 note_end(run, error)
@@ -210,19 +236,31 @@ def _refuse_namesakes(runs: Sequence[AblationRun]) -> None:
             )
 
 
+def _whole(done: Sequence[Run]) -> Run:
+    """Return the first run that was measured on all domains; the first where there is none."""
+    return next((run for run in done if not run.domain), done[0])
+
+
 def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> str:
     done = [read_run(run.folder) for run in sorted(runs, key=lambda r: r.seed) if run.done]
     rows = [run.row() for run in done]
     order = list(dict.fromkeys(run.variant for run in runs))
     rows.sort(key=lambda row: order.index(row["variant"]))
     protocol = Protocol.from_run(done[0].info if done else {})
+    results = aggregate(rows)
     table = markdown_table(
-        aggregate(rows),
+        results,
         metrics=protocol.main_columns,
         synthetic=bool(store.manifest.get("synthetic")),
     )
+    if any(row.get("domain") for row in rows):
+        names = store.domain_names[:_TABLE_DOMAINS]
+        by_domain = [f"{protocol.headlines[-2]}[{name}]" for name in names]
+        table += "\nWhat training domains together gives or takes:\n\n"
+        table += markdown_table(results, metrics=by_domain)
     if done:
-        table += "\n" + "\n".join(protocol_notes([run.info for run in done], done[0].test)) + "\n"
+        notes = [*protocol_notes([run.info for run in done], _whole(done).test), *alone_notes(rows)]
+        table += "\n" + "\n".join(notes) + "\n"
     for name, text in ((ABLATION_FILE, json.dumps(rows, indent=1) + "\n"), (TABLE_FILE, table)):
         partial = out / f"{name}.partial"
         partial.write_text(text)

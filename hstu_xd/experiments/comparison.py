@@ -7,16 +7,23 @@ its error is below that of two metrics taken apart.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_xd.data.batches import SequenceData, Split
+from hstu_xd.data.batches import Split
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.metrics import Metrics, RankedTargets, target_groups, user_metrics
+from hstu_xd.evaluation.metrics import (
+    UNREACHABLE,
+    Metrics,
+    RankedTargets,
+    target_groups,
+    user_metrics,
+)
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol, measured_notes
 from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.experiments.report.shared_data import group_by_data, variant_notes
@@ -146,7 +153,7 @@ def pair_runs(
 
     Raises:
         InputError: not a run or an unfinished one, a single variant, runs on different data or
-            with different protocols, or an unknown split.
+            with different protocols, none of all domains, or an unknown split.
     """
     if split not in (known := [one.value for one in (Split.VALID, Split.TEST)]):
         raise InputError(f"split is {split!r}; one of {', '.join(known)}")
@@ -156,24 +163,34 @@ def pair_runs(
     protocol = _shared_protocol(runs, changes or {})
     store = open_data(runs[0].path, data, verify=verify, as_trained=True)
     ranked: dict[str, list[RankedTargets]] = {variant: [] for variant in variants}
+    alone: dict[tuple[str, int], list[tuple[np.ndarray, RankedTargets]]] = {}
     metrics: dict[str, Metric] = {}
+    users, counts = np.empty(0, np.int64), {}
     for run in runs:
-        announce(f"{run.variant} seed {run.seed}")
-        held_out = SequenceData(store, Split(split), run.info["max_sequence_length"])
-        trained = load_trained(run.path, allow_imports=allow_imports)
+        announce(f"{run.variant} seed {run.seed}" + f" {run.domain}" * bool(run.domain))
+        length = run.info["max_sequence_length"]
+        held_out = protocol.sequences(store, Split(split), length, domain=run.domain)
+        trained = load_trained(run.path, allow_imports=allow_imports, one_domain=True)
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
         found = rank_targets(
             trained.ranker, held_out, held_out.users, protocol=protocol, scorer=trained.scorer
         )
-        ranked[run.variant].append(found)
+        if run.domain:
+            alone.setdefault((run.variant, run.seed), []).append((held_out.users, found))
+        else:
+            ranked[run.variant].append(found)
+            users, counts = held_out.users, found.counts(protocol) | held_out.counts
+    whole = [found for each in ranked.values() for found in each]
+    for (variant, _), parts in alone.items():
+        ranked[variant].append(_joined(parts, users, whole[0]))
     base, *rest = variants
-    notes = measured_notes(protocol, ranked[base][0].counts(protocol))
+    notes = measured_notes(protocol, counts)
     return [
         PairedResult(
             variant,
             base,
-            tuple(run.seed for run in variants[variant]),
+            tuple(dict.fromkeys(run.seed for run in variants[variant])),
             paired_differences(
                 ranked[base], ranked[variant], store.domain_names, protocol, metrics
             ),
@@ -182,6 +199,22 @@ def pair_runs(
         )
         for variant in rest
     ]
+
+
+def _joined(
+    parts: Sequence[tuple[np.ndarray, RankedTargets]], users: np.ndarray, whole: RankedTargets
+) -> RankedTargets:
+    """Join what models of one domain each rank; a target that none is asked for is a miss.
+
+    Args:
+        parts: the users of each domain, and their targets.
+        users: (Q,) of all domains.
+        whole: their targets, by a model of all domains.
+    """
+    ranks = torch.full_like(whole.ranks, UNREACHABLE)
+    for some, found in parts:
+        ranks[torch.from_numpy(np.searchsorted(users, some))] = found.ranks
+    return replace(whole, ranks=ranks)
 
 
 def _shared_protocol(runs: Sequence[Run], changes: Mapping[str, Any]) -> Protocol:
@@ -211,6 +244,11 @@ def _comparable_variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
             raise InputError(f"{run.path}: {run.notes[0]}; finish it, or leave it out")
     for note in variant_notes(runs):
         _logger.warning(note)
+    if all(run.domain for run in runs):
+        raise InputError(
+            f"{runs[0].path} was trained on one domain alone, as all runs here; give runs of all "
+            "domains to compare them with"
+        )
     if len(variants) == 1:
         raise InputError(
             f"only {runs[0].variant!r} is there; give runs of another variant to compare it with"

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,11 @@ class Run:
         return self.info["seed"]
 
     @property
+    def domain(self) -> str:
+        """The only domain that it was trained on; empty: all."""
+        return (self.info.get("train") or {}).get("domain") or ""
+
+    @property
     def synthetic(self) -> bool:
         """Whether the run's own record calls its data synthetic."""
         return bool(self.info.get("synthetic") or self.data_summary.get("synthetic"))
@@ -110,6 +115,7 @@ class Run:
             "test": self.test,
             "parameters": self.info.get("parameters"),
             **{key: summary.get(key) for key in keys},
+            **({"domain": self.domain} if self.domain else {}),
         }
 
 
@@ -149,7 +155,8 @@ def aggregate(rows: Iterable[Mapping[str, Any]], split: str = "test") -> list[Va
 
     Returns:
         One result a variant. Missing, null and NaN values are left out of the mean, and a metric
-        that no run of a variant reports is left out of its result.
+        that no run of a variant reports is left out of its result. Rows of one ``domain`` each are
+        joined: those of a seed make the metrics of all domains.
 
     Example:
         >>> rows = [{"variant": "hstu", "seed": s, "test": {"mrr": s / 10}} for s in (1, 2)]
@@ -157,7 +164,7 @@ def aggregate(rows: Iterable[Mapping[str, Any]], split: str = "test") -> list[Va
         2
     """
     by_variant: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in _joined(rows, split):
         by_variant.setdefault(str(row["variant"]), []).append(row)
     return [
         VariantResult(
@@ -168,6 +175,62 @@ def aggregate(rows: Iterable[Mapping[str, Any]], split: str = "test") -> list[Va
         )
         for variant, members in by_variant.items()
     ]
+
+
+def _joined(rows: Iterable[Mapping[str, Any]], split: str) -> Iterator[Mapping[str, Any]]:
+    """Yield rows of all domains, those of one domain each joined by variant and seed."""
+    together: dict[Any, list[Mapping[str, Any]]] = {}
+    for place, row in enumerate(rows):
+        key = (str(row["variant"]), row["seed"]) if row.get("domain") else place
+        together.setdefault(key, []).append(row)
+    for first, *more in together.values():
+        if first.get("domain"):
+            found = _of_all_domains([first, *more], split)
+            yield {"variant": first["variant"], "seed": first["seed"], split: found}
+        else:
+            yield first
+
+
+def _of_all_domains(parts: Sequence[Mapping[str, Any]], split: str) -> Row:
+    """Join the metrics of models of one domain each, over all targets of the domains.
+
+    A target that a model cannot be asked for, as its user has no earlier event of the domain, is a
+    miss: every metric is 0 there.
+    """
+    joined: Row = {"count": 0}
+    for row in parts:
+        found, name = row.get(split) or {}, row["domain"]
+        served = found.get("count", 0)
+        asked = served + found.get("count_without_history", 0)
+        joined[f"count[{name}]"] = asked
+        joined["count"] += asked
+        for metric, value in found.items():
+            if "[" in metric or metric.startswith("count") or not is_number(value):
+                continue
+            joined[f"{metric}[{name}]"] = value * served / asked
+            joined[metric] = joined.get(metric, 0.0) + value * served
+    for metric in [m for m in joined if "[" not in m and m != "count"]:
+        joined[metric] /= joined["count"]
+    return joined
+
+
+def alone_notes(rows: Sequence[Mapping[str, Any]], split: str = "test") -> list[str]:
+    """Say what the numbers of a variant of one model a domain mean; nothing without such rows."""
+    notes = []
+    for variant in dict.fromkeys(row["variant"] for row in rows if row.get("domain")):
+        missed = {}
+        for row in rows:
+            found = row.get(split) or {}
+            if row["variant"] == variant and "count" in found:
+                without = found.get("count_without_history", 0)
+                missed[row["domain"]] = f"{without:,.0f} of {without + found['count']:,.0f}"
+        told = ", ".join(f"{name} {number}" for name, number in missed.items())
+        notes.append(
+            f"{variant} is one model a domain, each trained on its domain's events alone; a target "
+            "of a user without an earlier event of the domain is a miss"
+            + (f": {told}." if told else ".")
+        )
+    return notes
 
 
 def _spreads(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:

@@ -25,7 +25,7 @@ from hstu_xd.experiments.trainings import (
     training_command,
     trainings,
 )
-from hstu_xd.experiments.variants import check_name, recipe_of, variant_file
+from hstu_xd.experiments.variants import SINGLE, check_name, recipe_of, variant_file
 from hstu_xd.files import locked_folder
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.training.interruption import signal_name
@@ -82,6 +82,11 @@ def tune(
     store = InteractionStore.open(data)
     load_optuna()
     names = list(variants) or [RECIPE]
+    if SINGLE in names:
+        raise InputError(
+            f"variant {SINGLE!r} is a training a domain, which one search cannot tune; tune each "
+            "domain by itself, by the binding xd_train.domain"
+        )
     with locked_folder(out, "tunes in"):
         searches = {name: _Search(name, store, out, files, bindings) for name in names}
         for search in searches.values():

@@ -65,7 +65,10 @@ OTHERS: dict[str, tuple[str, ...]] = {
         "xd_encoder.enable_relative_attention_bias = False",
     ),
 }
-VARIANTS = COMPARED | LONG_HISTORIES | ASKED | COUNTED | OTHERS
+# One model a domain, each trained on its events alone: what training together gives or takes.
+SINGLE = "single"
+ALONE: dict[str, tuple[str, ...]] = {SINGLE: ()}
+VARIANTS = COMPARED | LONG_HISTORIES | ASKED | COUNTED | OTHERS | ALONE
 
 
 def variant_file(name: str) -> Path | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.data.batches import SequenceData, Split
+from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.evaluation.baselines import KINDS, Baseline
 from hstu_xd.evaluation.ranks import evaluate
@@ -37,7 +37,10 @@ class BaselineTrainer:
         self.settings, self.run, self.world, self.progress = train, run, world, Progress()
         self.protocol = settings.protocol
         self._data = {
-            split: SequenceData(store, split, train.max_sequence_length) for split in Split
+            split: self.protocol.sequences(
+                store, split, train.max_sequence_length, domain=train.domain
+            )
+            for split in Split
         }
         kind, catalog = KINDS[train.baseline], store.catalog
         counted = kind.count(catalog, self._data[Split.TRAIN], train.recent_share)

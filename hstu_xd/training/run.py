@@ -95,6 +95,8 @@ def train(
         given, settings = settings, settings or load_settings([])
         if resume:
             settings = _settings_to_resume(out, store, given, allow_imports=allow_imports)
+        # A run keeps the times that its log is cut at, whatever the log becomes.
+        settings, given = settings.on(store), given.on(store) if given else None
         if here.is_main:
             _warn_inert(settings, store, out, given if resume else None)
         torch.manual_seed(settings.train.random_seed)
@@ -188,12 +190,14 @@ class TrainedRun:
         objective: what it was trained for.
         metrics: functions of ranks that it is measured by beside the usual ones.
         protocol: what it was evaluated by in training.
+        domain: the only one that it was trained on; "": all.
     """
 
     ranker: CrossDomainHSTU | Baseline
     objective: Objective
     metrics: Metrics
     protocol: Protocol
+    domain: str
 
     @property
     def model(self) -> CrossDomainHSTU:
@@ -225,10 +229,29 @@ def load(run: Path | str, *, allow_imports: bool = False) -> CrossDomainHSTU:
     return load_trained(run, allow_imports=allow_imports).model
 
 
-def load_trained(run: Path | str, *, allow_imports: bool = False) -> TrainedRun:
-    """Load a run with its objective, see :func:`load`."""
+def load_trained(
+    run: Path | str, *, allow_imports: bool = False, one_domain: bool = False
+) -> TrainedRun:
+    """Load a run with its objective, see :func:`load`.
+
+    Args:
+        run: a folder written by ``hstu-xd train``.
+        allow_imports: as there.
+        one_domain: take a run that was trained on one domain alone, too; it has to be asked what
+            it was trained for.
+
+    Raises:
+        InputError: as there, or such a run where it is not taken.
+    """
     run = Path(run)
     settings = stored_settings(run, allow_imports=allow_imports)
+    domain = settings.train.domain
+    if domain and not one_domain:
+        raise InputError(
+            f"{run} was trained on the domain {domain!r} alone (xd_train.domain), a control that "
+            "evaluate, compare and report take; give a run of all domains, or prepare a log of "
+            "that domain and train on it"
+        )
     catalog = DomainCatalog.load(run)
     if settings.train.baseline != NO_BASELINE:
         ranker = load_baseline(run, settings, catalog)
@@ -237,7 +260,11 @@ def load_trained(run: Path | str, *, allow_imports: bool = False) -> TrainedRun:
         weights, _ = load_checkpoint(run / MODEL_FILE)
         load_weights(ranker, weights, run / MODEL_FILE)
     return TrainedRun(
-        ranker.eval(), objective_of(settings.train), metrics_of(settings.train), settings.protocol
+        ranker.eval(),
+        objective_of(settings.train),
+        metrics_of(settings.train),
+        settings.protocol,
+        domain,
     )
 
 
@@ -312,6 +339,8 @@ def variant_name(settings: RunSettings) -> str:
     if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
         parts.append(f"{settings.train.negatives} negatives")
     parts += labels(settings.encoder_settings(num_domains=1))
+    if settings.train.domain:
+        parts.append(f"{settings.train.domain} alone")
     asked = settings.train.asked_domains
     if asked and "objective" not in foreign:
         parts.append(f"{asked} other domain{'s' if asked > 1 else ''} asked")

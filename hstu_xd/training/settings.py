@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import check, inert, setting
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
+from hstu_xd.evaluation.protocol import ALL, Protocol
 from hstu_xd.evaluation.protocol import BLOCK as PROTOCOL_BLOCK
-from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.training.extension import (
     RETRIEVAL,
@@ -42,6 +43,9 @@ class TrainSettings:
         gr_output_length: room for outputs in the padded length; as in upstream, attention is
             divided by ``max_sequence_length + gr_output_length + 1``.
         item_embedding_dim: model width.
+        domain: name of the only domain that is read, trained on and ranked, as if the log had no
+            other; "": all. Such a run is a control, beside one of each other domain: what training
+            them together gives or takes.
         local_batch_size: users per step and process.
         eval_batch_size: users encoded at once in evaluation.
         dropout_rate: dropout on the input features.
@@ -83,6 +87,7 @@ class TrainSettings:
     max_sequence_length: int = setting(100, at_least=1, also=("max_len", "window"))
     gr_output_length: int = setting(10, at_least=0)
     item_embedding_dim: int = setting(64, at_least=1, also=("width", "hidden_size", "d_model"))
+    domain: str = setting("", also=("single_domain", "per_domain"))
     local_batch_size: int = setting(64, at_least=1)
     eval_batch_size: int = setting(256, at_least=1)
     dropout_rate: float = setting(0.4, at_least=0, below=1, also=("dropout",))
@@ -202,6 +207,10 @@ class RunSettings:
             **self.encoder,
         )
 
+    def on(self, store: InteractionStore) -> "RunSettings":
+        """Return the settings with what a store decides, see :meth:`Protocol.on`."""
+        return dataclasses.replace(self, protocol=self.protocol.on(store))
+
     def to_gin(self) -> str:
         """Write every setting, defaults included, as a gin file that reads back the same."""
         lines = ["import hstu_xd.training.settings", *self.foreign.imports, ""]
@@ -251,11 +260,11 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     settings = RunSettings(encoder, train, protocol, bound.foreign, tune)
     parse_space(tune.space, BLOCKS)
     # Range checks, before any data are read.
-    _check_together(settings.encoder_settings(num_domains=1), train)
+    _check_together(settings.encoder_settings(num_domains=1), train, protocol)
     return settings
 
 
-def _check_together(encoder: EncoderSettings, train: TrainSettings) -> None:
+def _check_together(encoder: EncoderSettings, train: TrainSettings, protocol: Protocol) -> None:
     """Refuse settings that exclude one another, and say which do nothing."""
     if train.asked_domains and train.asked_within_events == 1:
         raise InputError(
@@ -268,7 +277,13 @@ def _check_together(encoder: EncoderSettings, train: TrainSettings) -> None:
             f"'silu', got {encoder.normalization!r}: a question reads earlier events and itself, "
             "and softmax of both is no sum of two"
         )
-    for block, settings in (("xd_encoder", encoder), ("xd_train", train)):
+    if train.domain and protocol.candidates == ALL:
+        raise InputError(
+            f"xd_train.domain = {train.domain!r} trains no item of another domain, and "
+            "xd_evaluate.candidates = 'all' ranks them; rank among 'domain'"
+        )
+    blocks = (("xd_encoder", encoder), ("xd_train", train), (PROTOCOL_BLOCK, protocol))
+    for block, settings in blocks:
         for name, needed in inert(type(settings), vars(settings)):
             _logger.warning(
                 "%s.%s = %r does nothing while %s.%s is %r",

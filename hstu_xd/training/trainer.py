@@ -120,7 +120,10 @@ class Trainer:
         self.model, self.settings, self.run, self.world = model, settings, run, world
         self.protocol, self._announce = protocol, announce
         length = settings.max_sequence_length
-        self._data = {split: SequenceData(store, split, length) for split in Split}
+        domain = settings.domain
+        self._data = {
+            split: protocol.sequences(store, split, length, domain=domain) for split in Split
+        }
         self._optimizer = optimizer_of(model, settings)
         decay = settings.average_decay
         self._average = WeightAverage(model, decay) if decay else None
@@ -361,7 +364,7 @@ class Trainer:
             dist.all_gather_object(parts, ranked.to("cpu"))
             ranked = RankedTargets.joined(parts)
         names = self.model.catalog.domain_names
-        return grouped_metrics(ranked, names, self.protocol, self._metrics)
+        return grouped_metrics(ranked, names, self.protocol, self._metrics) | data.counts
 
     def _total_loss(self) -> float:
         """Sum the epoch's loss so far over all processes."""

@@ -66,7 +66,11 @@ class Section:
                 places=places,
                 curves=named(
                     learning_curves(
-                        one.runs, ("loss", *one.protocol.main_metrics), places, one.synthetic
+                        # Models of single domains learn on scales of their own.
+                        [run for run in one.runs if not run.domain] or one.runs,
+                        ("loss", *one.protocol.main_metrics),
+                        places,
+                        one.synthetic,
                     )
                 ),
                 domains=named(dots("domains", "by domain", domain_groups(one))),
@@ -179,7 +183,8 @@ class Section:
     def _protocol(self) -> list[str]:
         """Say by which protocol the runs that have read their test were measured."""
         done = [run for run in self.comparison.runs if run.test]
-        return protocol_notes([run.info for run in done], done[0].test)
+        whole = next((run for run in done if not run.domain), done[0])
+        return protocol_notes([run.info for run in done], whole.test)
 
     def _seeds(self, several: str) -> str:
         """Words that only hold where a variant has several seeds."""
@@ -295,8 +300,9 @@ DARK_PALETTE = (
 )
 
 PROTOCOL = (
-    "Leave-one-out by time: of every user's history the last event is the test target, the one "
-    "before it the validation target; the model reads what lies before the target.",
+    "Where nothing else is said, leave-one-out by time: of every user's history the last event is "
+    "the test target, the one before it the validation target; the model reads what lies before "
+    "the target.",
     "The epoch is picked on validation and the test is read once.",
     "The domain of the next event is part of the request, so every model is told it; all variants "
     "rank the same candidates.",

@@ -8,7 +8,14 @@ from pathlib import Path
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.experiments.report.data_figures import DataStats, measure
-from hstu_xd.experiments.run_folders import Row, Run, VariantResult, aggregate, differing_settings
+from hstu_xd.experiments.run_folders import (
+    Row,
+    Run,
+    VariantResult,
+    aggregate,
+    alone_notes,
+    differing_settings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +101,7 @@ def compare_runs(runs: list[Run], data: Path | None) -> Comparison:
     for note in notes:
         logger.warning(note)
     notes += foreign_notes(runs)
+    notes += alone_notes([run.row() for run in runs])
     return Comparison(
         runs=runs,
         results=aggregate(run.row() for run in runs),
@@ -139,10 +147,10 @@ def variant_notes(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         by_variant.setdefault(run.variant, []).append(run)
     for variant, members in by_variant.items():
-        differing = differing_settings(members)
+        differing = [name for name in differing_settings(members) if name != "train.domain"]
         if differing:
             yield f"Runs of {variant} differ in {', '.join(differing)}, not only in their seed."
-        if len({str(run.seed) for run in members}) < len(members):
+        if len({(str(run.seed), run.domain) for run in members}) < len(members):
             yield f"Runs of {variant} repeat a seed, so their spread is too small."
         if 0 < sum(bool(run.test) for run in members) < len(members):
             yield f"Some runs of {variant} have no test metrics yet; the others make its mean."
