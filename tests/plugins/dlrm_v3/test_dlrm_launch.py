@@ -54,8 +54,11 @@ slow = pytest.mark.slow
 )
 def test_every_recipe_trains_and_evaluates(workplace: Path, name: str) -> None:
     before = status()
-    done = launch(workplace, f"gin/{name}.gin")
+    ranked = "xd_dlrm.norm_length = 128", "xd_dlrm.ranked_requests = 5"
+    done = launch(workplace, f"gin/{name}.gin", *ranked)
     assert done.returncode == 0, done.stderr[-2000:]
+    for metric in ("gauc", r"gauc\[switch\]", r"ne\[stay\]", "hr@10", "ndcg@10"):
+        assert re.search(rf"^xd/valid/{metric}: \d", done.stdout, re.MULTILINE)
     gauc = re.search(r"metric/lifetime_gauc/next_item: ([\d.]+)", done.stdout)
     assert gauc is not None
     assert 0 < float(gauc[1]) < 1
