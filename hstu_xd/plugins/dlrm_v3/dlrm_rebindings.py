@@ -11,6 +11,7 @@ from generative_recommenders.common import HammerKernel
 from generative_recommenders.dlrm_v3.datasets.dataset import Samples
 
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
 from hstu_xd.plugins.bridge import Session
 from hstu_xd.plugins.dlrm_v3.checkpoints import with_fused_state_loaded, with_fused_state_saved
 from hstu_xd.plugins.dlrm_v3.model import CrossDomainDlrmHSTU
@@ -120,6 +121,12 @@ def with_own_split(upstream: Callable[..., Any]) -> Callable[..., Any]:
         requests = open_requests(folder, DlrmSettings())
         share = requests.num_train / len(requests)
         train, held_out = upstream(**arguments | {"train_split_percentage": share, "num_blocks": 1})
+        if not len(train) or not len(held_out):
+            raise InputError(
+                f"{_LOADERS}.batch_size = {train.batch_size}, but a process has "
+                f"{len(train.sampler)} requests of training and {len(held_out.sampler)} of "
+                "evaluation, and only whole batches are read; take a smaller one"
+            )
         _logger.info(
             "%s: %d requests of training, %d of evaluation; whole batches of %d are read",
             *(folder, requests.num_train, len(requests) - requests.num_train, train.batch_size),
