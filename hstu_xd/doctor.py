@@ -77,6 +77,10 @@ def _examine_host(host: Host, timeout_s: float) -> dict[str, Any]:
         "verified": False,
         "problems": [],
         "without": [],
+        "libraries": {
+            each.name: {"version": each.version, "problem": each.problem, "on_gpu": each.on_gpu}
+            for each in host.libraries
+        },
         "through_current_folder": through_here,
         "plugin": {"rebinds": [], "error": ""},
         "patches": {"state": "", "reason": ""},
@@ -179,9 +183,12 @@ def _blocks(host: Host, report: dict[str, Any]) -> list[str]:
     blocks = [f"{name}: {asked[name]['error']}" for name in broken]
     if not found["importable"]:
         blocks.append(f"{host.title}: {found['error'] or 'not importable'}")
-    elif found["plugin"]["error"] and not blocks:
+        return blocks
+    if found["plugin"]["error"] and not blocks:
         blocks.append(f"plug-in: {found['plugin']['error']}")
-    return blocks
+    on_gpu = bool(report["torch"]["devices"])
+    wrong = [each for each in found["libraries"].values() if each["problem"]]
+    return blocks + [each["problem"] for each in wrong if on_gpu or not each["on_gpu"]]
 
 
 def render(report: dict[str, Any]) -> str:
@@ -266,10 +273,20 @@ def _host_lines(host: Host, found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["without"]:
         names = ", ".join(found["without"])
         lines += [("  without", f"{names}, which {host.title} mostly does without")]
+    if found["libraries"]:
+        lines += [("  libraries", _libraries_line(found["libraries"]))]
     if found["path"]:
         patches = ": ".join(filter(None, found["patches"].values()))
         lines += [("  plug-in", _plugin_line(found["plugin"])), ("  source patches", patches)]
     return lines
+
+
+def _libraries_line(libraries: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(
+        ("on a GPU: " if each["on_gpu"] else "")
+        + (each["problem"] or f"{name} {each['version']} fits")
+        for name, each in libraries.items()
+    )
 
 
 def _host_line(host: Host, found: dict[str, Any]) -> str:

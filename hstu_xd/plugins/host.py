@@ -17,13 +17,14 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +65,50 @@ class Codebase:
 
 
 @dataclass(frozen=True)
+class Library:
+    """A library that a host runs with in some of its versions only.
+
+    Attributes:
+        name: of its distribution.
+        at_least: the first version that fits; empty: not known.
+        below: the first later one that does not; empty: none is known.
+        why: what is known of versions that do not fit.
+        on_gpu: it matters only where there is a GPU.
+    """
+
+    name: str
+    why: str
+    at_least: str = ""
+    below: str = ""
+    on_gpu: bool = False
+
+    @property
+    def version(self) -> str:
+        """The version that is installed; empty: none is."""
+        try:
+            return metadata.version(self.name)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    @property
+    def problem(self) -> str:
+        """What does not fit, in words; empty where the library does."""
+        bounds = (">=", self.at_least), ("<", self.below)
+        needed = self.name + ",".join(f"{sign}{bound}" for sign, bound in bounds if bound)
+        version = self.version
+        if not version:
+            return f"{self.name} is not installed; {needed} is needed"
+        is_later = self.below and _numbers(version) >= _numbers(self.below)
+        if is_later or _numbers(version) < _numbers(self.at_least):
+            return f"{self.name} {version} does not fit: {needed} is needed; {self.why}"
+        return ""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+
+
+@dataclass(frozen=True)
 class Host:
     """A codebase that this package plugs into.
 
@@ -89,6 +134,7 @@ class Host:
         start_folder: that folder, relative to the top of a checkout.
         in_place: whether the package is found in the start folder and nowhere else.
         needs: libraries that are to be imported before the package.
+        libraries: those of which only some versions will do.
         dispensable: packages that the host imports and mostly does without -> their modules ->
             names that are imported from these, see :func:`stand_in_for_absent`.
     """
@@ -107,6 +153,7 @@ class Host:
     start_folder: str = ""
     in_place: bool = False
     needs: tuple[str, ...] = ()
+    libraries: tuple[Library, ...] = ()
     dispensable: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
     @property

@@ -14,6 +14,7 @@ from hstu_xd import doctor
 from hstu_xd.cli.app import run
 from hstu_xd.ops import domain_attention
 from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.plugins.dlrm_v3 import HOST as DLRM
 from hstu_xd.plugins.gr.research import HOST as GR
 from hstu_xd.plugins.host import OVERRIDE, hosts
 from hstu_xd.plugins.rec import HOST as REC
@@ -306,3 +307,22 @@ def test_rec_is_really_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv(OVERRIDE, "1")
     plugin = ask("plugin", REC.declared_in, timeout_s=60, path=path)
     assert "not there to rebind" in plugin["error"]
+
+
+def test_libraries_that_do_not_fit_a_plugin_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torchrec": "1.9.2", "torchmetrics": "1.9.0", "triton": "3.9.0"}
+    monkeypatch.setattr("importlib.metadata.version", lambda name: versions.get(name, "1"))
+    here = {DLRM.declared_in: {"importable": True, "path": str(Path.cwd() / "upstream")}}
+    found, lines = report(monkeypatch, **here)
+    text = line(lines, "  libraries")
+    assert "torchrec 1.9.2 fits" in text
+    metrics = "torchmetrics 1.9.0 does not fit: torchmetrics>=1.0.3,<1.0.4 is needed"
+    assert metrics in text
+    assert "on a GPU: triton 3.9.0 does not fit: triton<3.8 is needed" in text
+    blocks = found["verdict"]["dlrm_v3"]["blocks"]
+    assert [block for block in blocks if block.startswith("torchmetrics 1.9.0 does not fit")]
+    assert not [block for block in blocks if block.startswith("triton")]
+    gpu = {"version": "2.13.0", "cuda": "12.8", "devices": ["GPU X"]}
+    found, _ = report(monkeypatch, torch=gpu, **here)
+    blocks = found["verdict"]["dlrm_v3"]["blocks"]
+    assert [block for block in blocks if block.startswith("triton 3.9.0 does not fit")]

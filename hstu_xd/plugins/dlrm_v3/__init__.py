@@ -7,7 +7,7 @@ trainer; ``import hstu_xd.plugins.dlrm_v3.activated`` is the first line of such 
 from dataclasses import replace
 
 from hstu_xd.plugins.gr import GENERATIVE_RECOMMENDERS
-from hstu_xd.plugins.host import Host
+from hstu_xd.plugins.host import Host, Library
 
 # File below generative_recommenders -> object -> hashes of its source.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -86,4 +86,19 @@ HOST = Host(
     cpu_command="python -m hstu_xd.plugins.dlrm_v3",
     markers=("generative_recommenders/dlrm_v3/train/train_ranker.py",),
     needs=("fbgemm_gpu", "torchrec"),
+    libraries=(
+        Library("torchrec", "upstream asks for it; 1.9.2 was verified", at_least="1.1"),
+        Library(
+            "torchmetrics",
+            "upstream's log of metrics fails with 1.9",
+            at_least="1.0.3",
+            below="1.0.4",
+        ),
+        Library(
+            "triton",
+            "upstream's kernels call tl.make_block_ptr, which later ones refuse",
+            below="3.8",
+            on_gpu=True,
+        ),
+    ),
 )

@@ -11,9 +11,11 @@ from generative_recommenders.common import HammerKernel
 from generative_recommenders.dlrm_v3.datasets.dataset import Samples
 
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
 from hstu_xd.plugins.bridge import Session
 from hstu_xd.plugins.dlrm_v3.checkpoints import with_fused_state_loaded, with_fused_state_saved
 from hstu_xd.plugins.dlrm_v3.model import CrossDomainDlrmHSTU
+from hstu_xd.plugins.dlrm_v3.request_metrics import evaluate
 from hstu_xd.plugins.dlrm_v3.settings import STORE_PREFIX, DlrmSettings, bound_value, cross_domain
 from hstu_xd.plugins.dlrm_v3.store_dataset import StoreDataset, configure, open_requests, tables
 from hstu_xd.plugins.rebinding import Rebinding
@@ -119,6 +121,12 @@ def with_own_split(upstream: Callable[..., Any]) -> Callable[..., Any]:
         requests = open_requests(folder, DlrmSettings())
         share = requests.num_train / len(requests)
         train, held_out = upstream(**arguments | {"train_split_percentage": share, "num_blocks": 1})
+        if not len(train) or not len(held_out):
+            raise InputError(
+                f"{_LOADERS}.batch_size = {train.batch_size}, but a process has "
+                f"{len(train.sampler)} requests of training and {len(held_out.sampler)} of "
+                "evaluation, and only whole batches are read; take a smaller one"
+            )
         _logger.info(
             "%s: %d requests of training, %d of evaluation; whole batches of %d are read",
             *(folder, requests.num_train, len(requests) - requests.num_train, train.batch_size),
@@ -126,6 +134,24 @@ def with_own_split(upstream: Callable[..., Any]) -> Callable[..., Any]:
         return train, held_out
 
     return xd_make_train_test_dataloaders
+
+
+def with_request_metrics(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a loop that evaluates tell of a store's domains and switches, too, when it has ended."""
+
+    def xd_loop(*, rank: int, model: Any, device: Any, **others: Any) -> None:
+        upstream(rank=rank, model=model, device=device, **others)
+        loader = others["dataloader" if "dataloader" in others else "eval_dataloader"]
+        dataset = loader.dataset.dataset.dataset
+        if not isinstance(dataset, StoreDataset):
+            return
+        settings = DlrmSettings()
+        # Every process computes all of it: tables are sharded, and calls are made together.
+        values = evaluate(model, dataset, settings, loader.batch_size, device)
+        for name, value in values.items() if rank == 0 else ():
+            print(f"xd/{settings.split}/{name}: {value:.5f}")
+
+    return xd_loop
 
 
 def in_whole_batches(upstream: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,6 +193,15 @@ REBINDINGS = (
             _LOADERS,
             with_own_split,
             ("dataset_type", "train_split_percentage", "num_blocks"),
+        ),
+        Rebinding(
+            RANKER, "eval_loop", with_request_metrics, ("rank", "model", "device", "dataloader")
+        ),
+        Rebinding(
+            RANKER,
+            "train_eval_loop",
+            with_request_metrics,
+            ("rank", "model", "device", "eval_dataloader"),
         ),
         Rebinding(
             UTILS,

@@ -3,9 +3,11 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,17 @@ def run(argv: Sequence[str]) -> None:
             repeated. The environment variable WORLD_SIZE is the number of processes.
 
     Raises:
-        InputError: bad input; nothing was started.
-        HstuXdError: upstream is not importable or not a verified version.
+        InputError: bad input, or upstream is not importable or not a verified version; nothing was
+            started.
+        HstuXdError: a library that upstream needs does not load.
     """
     options = _parse(argv)
     if "" not in sys.path:  # as for a script in a checkout
         sys.path.insert(0, "")
-    check_version(HOST)
+    try:
+        check_version(HOST)
+    except HstuXdError as error:
+        raise InputError(str(error)) from error
     _import_needed()
     with tempfile.TemporaryDirectory() as folder:
         file = _with_bindings(options.gin_config_file, options.gin_bindings, Path(folder))
@@ -146,8 +152,32 @@ def _check_bindings(mode: str, told: Path) -> None:
             raise InputError(f"{told}: make_model.dataset = {dataset!r}{_hint()}")
         return
     settings = DlrmSettings()
+    check_libraries(settings.kernel)
     known = _open_store(dataset, settings, mode, told)
     cross_domain(settings, known, utils.get_hstu_configs(dataset))
+
+
+def check_libraries(kernel: str) -> None:
+    """Refuse libraries that upstream fails with, and kernels that do not run here.
+
+    Args:
+        kernel: as ``xd_dlrm.kernel``.
+
+    Raises:
+        InputError: a version that does not fit, or Triton without a GPU.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if kernel == "triton" and not on_gpu:
+        raise InputError(
+            'xd_dlrm.kernel = "triton" needs a GPU, and PyTorch sees none; take "auto" or "pytorch"'
+        )
+    runs_triton = on_gpu and kernel != "pytorch"
+    wrong = [each.problem for each in HOST.libraries if runs_triton or not each.on_gpu]
+    if any(wrong):
+        hint = '; on a GPU xd_dlrm.kernel = "pytorch" does without triton' if runs_triton else ""
+        raise InputError("; ".join(filter(None, wrong)) + hint)
 
 
 def _open_store(dataset: str, settings: Any, mode: str, told: Path) -> int:
@@ -188,21 +218,51 @@ def _start(file: Path, mode: str) -> None:
         own = Path(train_ranker.__file__).parent / "gin"
         train_ranker.SUPPORTED_CONFIGS[_KEY] = os.path.relpath(file, own)
         sys.argv = [PROGRAM, "--dataset", _KEY, "--mode", mode]
-        train_ranker.main()
+        with _causes_in_words():
+            train_ranker.main()
         return
     # Upstream logs its metrics, and nobody would see them where a library has set logging up.
     logging.basicConfig(level=logging.INFO, force=True)
     logging.getLogger(__name__).warning("no GPU is visible: dlrm_v3 runs on CPU")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    arguments = (world, str(free_port()), str(file), mode)
-    if world > 1:
-        torch.multiprocessing.start_processes(
-            run_worker, arguments, nprocs=world, start_method="spawn"
-        )
-        return
+    processes = world_size()
+    arguments = (processes, str(free_port()), str(file), mode)
+    with _causes_in_words():
+        if processes == 1:
+            run_worker(0, *arguments)
+        else:
+            torch.multiprocessing.start_processes(
+                run_worker, arguments, nprocs=processes, start_method="spawn"
+            )
+
+
+def world_size() -> int:
+    """Return the number of processes, of the environment variable WORLD_SIZE.
+
+    Raises:
+        InputError: it is no number from 1.
+    """
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise InputError(f"WORLD_SIZE = {told!r}; a number of processes from 1 is needed")
+    return int(told)
+
+
+@contextmanager
+def _causes_in_words() -> Iterator[None]:
+    """Raise what stopped a worker: upstream wraps it, and a process of its own tells its traceback.
+
+    Raises:
+        InputError, HstuXdError: the cause, where it is one of these.
+    """
+    import torch
+
     try:
-        run_worker(0, *arguments)
+        yield
+    except torch.multiprocessing.ProcessRaisedException as error:
+        told = re.search(r"^hstu_xd\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+        if told is None:
+            raise
+        raise (InputError if told[1] == "InputError" else HstuXdError)(told[2]) from None
     except Exception as error:
-        # Upstream wraps what its loops raise.
         cause = error.args[0] if error.args else None
         raise (cause if isinstance(cause, HstuXdError) else error) from None

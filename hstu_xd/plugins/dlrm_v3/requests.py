@@ -44,6 +44,25 @@ class RequestBatch:
     labels: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class EvaluatedRequests:
+    """The requests of evaluation, Q of them.
+
+    Attributes:
+        numbers: (Q,) int64, of the requests.
+        users: (Q,) int64.
+        places: (Q,) int64, row of the store that each request asks for.
+        domains: (Q,) int64, domain that each request asks for.
+        switched: (Q,) bool, whether it differs from that of the event before.
+    """
+
+    numbers: NDArray[np.int64]
+    users: NDArray[np.int64]
+    places: NDArray[np.int64]
+    domains: Tensor
+    switched: Tensor
+
+
 class StoreRequests:
     """Several requests of every user, those of evaluation after all those of training.
 
@@ -116,8 +135,26 @@ class StoreRequests:
         counts = self.store.catalog.domain_offsets.diff().numpy()
         return places[counts[self._domains[self.store.item_ids[places]]] > 1]
 
-    def batch(self, requests: NDArray[np.int64]) -> RequestBatch:
-        """Read requests by their numbers."""
+    def evaluated(self) -> "EvaluatedRequests":
+        """Describe the requests of evaluation."""
+        store, places = self.store, self._places[self.num_train :]
+        domains = self._domains[store.item_ids[places]]
+        return EvaluatedRequests(
+            numbers=np.arange(self.num_train, len(self)),
+            users=np.searchsorted(store.offsets, places, side="right") - 1,
+            places=places,
+            domains=torch.from_numpy(domains),
+            switched=torch.from_numpy(domains != self._domains[store.item_ids[places - 1]]),
+        )
+
+    def batch(self, requests: NDArray[np.int64], candidates: Tensor | None = None) -> RequestBatch:
+        """Read requests by their numbers.
+
+        Args:
+            requests: (B,) int64.
+            candidates: (C,) int64, items to score for all of them in place of their own candidates;
+                labels then mark the first and tell nothing.
+        """
         asked = self._places[requests]
         users = np.searchsorted(self.store.offsets, asked, side="right") - 1
         first = np.maximum(self.store.offsets[users], asked - self._max_history)
@@ -125,7 +162,10 @@ class StoreRequests:
         items = torch.from_numpy(self.store.item_ids[rows].astype(np.int64))
         targets = torch.from_numpy(self.store.item_ids[asked].astype(np.int64))
         domains = self.store.catalog.item_domains
-        candidates = self._candidates(requests, targets)
+        if candidates is None:
+            candidates = self._candidates(requests, targets)
+        else:
+            candidates = candidates.expand(len(asked), -1)
         width = candidates.shape[1]
         labels = torch.zeros_like(candidates)
         labels[:, 0] = 1

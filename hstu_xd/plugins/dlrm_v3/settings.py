@@ -59,6 +59,9 @@ class DlrmSettings:
         num_candidates: the next item and how many drawn from its domain, together.
         split: whom evaluation reads: "valid", the last event but one, or "test", the last. Training
             reads neither.
+        ranked_requests: requests of evaluation, spread evenly, whose next item is ranked among all
+            items of its domain, in chunks of norm_length - max_history (- 1 for user_token); 0:
+            none.
         user_token: put a token with the user's own embedding before the history.
         domain_as_feature: embed the domain of events and candidates; the honest control.
         warm_start: folder of a checkpoint of the stock model to start from, unless
@@ -90,6 +93,7 @@ class DlrmSettings:
     cut_points: int = setting(0, at_least=0)
     num_candidates: int = setting(10, at_least=2, also=("max_num_candidates", "num_negatives"))
     split: str = setting("valid", allowed=("valid", "test"))
+    ranked_requests: int = setting(0, at_least=0)
     user_token: bool = setting(True)
     domain_as_feature: bool = setting(False)
     warm_start: str = setting("", also=("checkpoint",))
@@ -105,11 +109,22 @@ class DlrmSettings:
                 f"xd_dlrm.domain_features = {self.domain_features!r}; two names are needed, of the "
                 "history's and of the candidates' domains"
             )
+        if self.ranked_requests and self.chunk_length < 1:
+            raise InputError(
+                f"xd_dlrm.ranked_requests = {self.ranked_requests} needs xd_dlrm.norm_length above "
+                f"max_history = {self.max_history}, got {self.norm_length}: scores of several "
+                "chunks of candidates compare only where all are divided by the same"
+            )
         if (self.hstu_embedding_table_dim or 0) % 4:
             raise InputError(
                 f"xd_dlrm.hstu_embedding_table_dim = {self.hstu_embedding_table_dim}; a multiple "
                 "of 4 is needed by the tables' kernels"
             )
+
+    @property
+    def chunk_length(self) -> int:
+        """Candidates that fit behind the longest history within ``norm_length``."""
+        return self.norm_length - self.max_history - int(self.user_token)
 
     @property
     def sizes(self) -> dict[str, Any]:

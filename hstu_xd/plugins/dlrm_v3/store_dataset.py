@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.plugins.dlrm_v3.requests import StoreRequests
+from hstu_xd.plugins.dlrm_v3.requests import RequestBatch, StoreRequests
 from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
 
 # Upstream compares the first one by identity: every mention has to be this object.
@@ -106,7 +106,7 @@ class StoreDataset(Dataset):
 
     Args:
         hstu_config: of the model.
-        requests: what is read.
+        requests: what is read; an attribute, too.
         settings: of ``xd_dlrm.*``.
         is_inference, embedding_config: upstream's; not read.
     """
@@ -120,13 +120,13 @@ class StoreDataset(Dataset):
         embedding_config: Any = None,
     ) -> None:
         super().__init__(hstu_config=hstu_config)
-        self._requests = requests
+        self.requests = requests
         self._user_token = settings.user_token
         self._history, self._candidates = _features(settings)
 
     def get_item_count(self) -> int:
         """Return the number of requests, those of evaluation included."""
-        return len(self._requests)
+        return len(self.requests)
 
     def load_query_samples(self, sample_list: list[int]) -> None:
         """Do nothing: the store is mapped from disk."""
@@ -141,7 +141,10 @@ class StoreDataset(Dataset):
 
     def get_samples(self, id_list: list[int]) -> Samples:
         """Return a batch of requests: what upstream's collate makes of them, without its loops."""
-        batch = self._requests.batch(np.asarray(id_list))
+        return self.features(self.requests.batch(np.asarray(id_list)))
+
+    def features(self, batch: RequestBatch) -> Samples:
+        """Lay a batch out as the model's features."""
         lengths, values = [batch.history_lengths] * 4, [batch.items, batch.times]
         values += [torch.ones_like(batch.items), batch.domains]
         if self._user_token:

@@ -3,26 +3,15 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import upstream_dlrm  # noqa: F401  (skips where upstream is not importable)
-from generative_recommenders.dlrm_v3.train import train_ranker
-from generative_recommenders.dlrm_v3.train import utils as train_utils
-from generative_recommenders.dlrm_v3.utils import MetricsLogger
+from dlrm_runs import Run, process_of
 
 import gin
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.bridge import free_port
-from hstu_xd.plugins.dlrm_v3 import HOST
 from hstu_xd.plugins.dlrm_v3.checkpoints import FUSED
-from hstu_xd.plugins.dlrm_v3.cpu_worker import cpu_rebindings
-from hstu_xd.plugins.host import activate
-from hstu_xd.plugins.rebinding import apply
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -31,73 +20,8 @@ def in_one_process(
 ) -> Iterator[None]:
     # Upstream's log of metrics is written where the process stands.
     monkeypatch.chdir(tmp_path)
-    recipe = (Path(__file__).parents[3] / "gin" / "dlrm_stock.gin").read_text()
-    text = "\n".join(line for line in recipe.splitlines() if not line.startswith("import"))
-    handle = activate(HOST)
-    gin.parse_config(text)
-    gin.parse_config(
-        f'dataset = "xd:{tiny_store}"\nxd_encoder.domain_mask = True\nxd_encoder.tape = True\n'
-        "xd_encoder.ddsr = True\n"
-        "xd_dlrm.hstu_input_dropout_ratio = 0.0\nxd_dlrm.hstu_linear_dropout_rate = 0.0\n"
-    )
-    with apply(cpu_rebindings()):
-        train_ranker.setup(rank=0, world_size=1, master_port=free_port(), device=CPU)
+    with process_of(tiny_store, free_port()):
         yield
-        dist.destroy_process_group()
-    handle.revert()
-    gin.clear_config()
-
-
-class Run:
-    """A model with its optimisers, as upstream builds them."""
-
-    def __init__(self) -> None:
-        model, self.config, tables = train_utils.make_model()
-        self.model, self.optimizer = train_utils.make_optimizer_and_shard(model, CPU, 1)
-        loader, _ = train_ranker.make_train_test_dataloaders(
-            hstu_config=self.config, embedding_table_configs=tables, batch_size=4
-        )
-        self.requests = loader.dataset.dataset.dataset
-        self.metrics = MetricsLogger(self.config.multitask_configs, 4, 10, CPU, 0)
-
-    def train(self, batches: range) -> None:
-        for number in batches:
-            torch.manual_seed(number)
-            sample = self.requests.get_samples(list(range(4 * number, 4 * number + 4)))
-            self.optimizer.zero_grad()
-            losses = self.model(sample.uih_features_kjt, sample.candidates_features_kjt)[2]
-            sum(losses.values()).backward()
-            self.optimizer.step()
-
-    def save(self, folder: Path) -> None:
-        train_utils.save_dmp_checkpoint(
-            model=self.model,
-            optimizer=self.optimizer,
-            metric_logger=self.metrics,
-            rank=0,
-            batch_idx=3,
-            path=str(folder),
-        )
-
-    def start(self) -> None:
-        self.load(Path())
-
-    def load(self, folder: Path) -> None:
-        train_ranker.load_dmp_checkpoint(
-            model=self.model,
-            optimizer=self.optimizer,
-            metric_logger=self.metrics,
-            device=CPU,
-            path="" if folder == Path() else str(folder),
-        )
-
-    def parameters(self) -> dict[str, Any]:
-        return {
-            name: (value.local_shards()[0].tensor if hasattr(value, "local_shards") else value)
-            .detach()
-            .clone()
-            for name, value in self.model.state_dict().items()
-        }
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(

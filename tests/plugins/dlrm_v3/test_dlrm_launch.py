@@ -1,5 +1,6 @@
 """The command as a user types it, in processes of its own."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from upstream_dlrm import CHECKOUT
 
+from hstu_xd.errors import InputError
 from hstu_xd.plugins.dlrm_v3 import HOST
-from hstu_xd.plugins.dlrm_v3.launch import main
+from hstu_xd.plugins.dlrm_v3 import launch as launch_module
+from hstu_xd.plugins.dlrm_v3.launch import check_libraries, main, world_size
 from hstu_xd.plugins.host import activate
 
 ROOT = Path(__file__).parents[3]
@@ -54,8 +57,11 @@ slow = pytest.mark.slow
 )
 def test_every_recipe_trains_and_evaluates(workplace: Path, name: str) -> None:
     before = status()
-    done = launch(workplace, f"gin/{name}.gin")
+    ranked = "xd_dlrm.norm_length = 128", "xd_dlrm.ranked_requests = 5"
+    done = launch(workplace, f"gin/{name}.gin", *ranked)
     assert done.returncode == 0, done.stderr[-2000:]
+    for metric in ("gauc", r"gauc\[switch\]", r"ne\[stay\]", "hr@10", "ndcg@10"):
+        assert re.search(rf"^xd/valid/{metric}: \d", done.stdout, re.MULTILINE)
     gauc = re.search(r"metric/lifetime_gauc/next_item: ([\d.]+)", done.stdout)
     assert gauc is not None
     assert 0 < float(gauc[1]) < 1
@@ -110,6 +116,26 @@ BAD = {
         "fails in upstream; take 'RowWiseAdagrad' or 'SGD'",
     ),
     "not_computed": ("gin/dlrm_xd.gin", ("xd_encoder.num_blocks = 4",), "sizes are xd_dlrm.hstu_"),
+    "no_such_data_set": (
+        "gin/dlrm_xd.gin",
+        ('dataset = "netflix"',),
+        "make_model.dataset = 'netflix'; \"xd:<prepared folder>\" or one of debug,",
+    ),
+    "triton_without_gpu": (
+        "gin/dlrm_xd.gin",
+        ('xd_dlrm.kernel = "triton"',),
+        'xd_dlrm.kernel = "triton" needs a GPU, and PyTorch sees none',
+    ),
+    "in_the_gate": (
+        "gin/dlrm_xd.gin",
+        ('xd_encoder.combine = "after_gate"',),
+        "xd_encoder.combine = 'after_gate': the host dlrm_v3 computes domain_mask,",
+    ),
+    "chunks_without_norm": (
+        "gin/dlrm_xd.gin",
+        ("xd_dlrm.ranked_requests = 5",),
+        "xd_dlrm.ranked_requests = 5 needs xd_dlrm.norm_length above max_history = 100, got 0",
+    ),
     "out_of_range": ("gin/dlrm_xd.gin", ("xd_dlrm.max_history = 0",), "at least 1 is needed"),
 }
 
@@ -140,6 +166,64 @@ def test_what_goes_wrong_while_it_runs_is_one_line_too(workplace: Path) -> None:
     done = launch(workplace, "gin/dlrm_xd.gin", "xd_dlrm.norm_length = 5")
     assert done.returncode == 2, done.stderr[-2000:]
     assert "python -m hstu_xd.plugins.dlrm_v3: xd_dlrm.norm_length = 5, but" in done.stderr
+
+
+@slow
+def test_what_goes_wrong_in_several_processes_is_one_line_too(workplace: Path) -> None:
+    done = launch(workplace, "gin/dlrm_xd.gin", "xd_dlrm.norm_length = 5", WORLD_SIZE="2")
+    assert done.returncode == 2, done.stderr[-2000:]
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("python -m hstu_xd.plugins.dlrm_v3: xd_dlrm.norm_length = 5, but")
+
+
+@pytest.mark.parametrize("told", ["two", "0", "-1"])
+def test_a_number_of_processes_is_needed(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", told)
+    with pytest.raises(InputError, match=rf"WORLD_SIZE = '{told}'; a number of processes from 1"):
+        world_size()
+
+
+def test_a_batch_size_that_fills_no_batch_is_refused(workplace: Path) -> None:
+    done = launch(
+        workplace, "gin/dlrm_xd.gin", "make_train_test_dataloaders.batch_size = 61", mode="train"
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    message = r"batch_size = 61, but a process has \d+ requests of training and 60 of evaluation"
+    assert re.search(message, done.stderr.splitlines()[-1])
+
+
+def test_an_upstream_that_was_not_verified_is_refused(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = {**HOST.sources, "modules/stu.py": {"STULayer": ("0123456789abcdef",)}}
+    monkeypatch.setattr(launch_module, "HOST", dataclasses.replace(HOST, sources=sources))
+    monkeypatch.chdir(workplace)
+    assert main(["--gin_config_file", "gin/dlrm_xd.gin"]) == 2
+    assert "differs from the versions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "message"),
+    [
+        ("torchmetrics", "1.9.0", "torchmetrics 1.9.0 does not fit: torchmetrics>=1.0.3,<1.0.4"),
+        ("torchrec", "1.0.0", "torchrec 1.0.0 does not fit: torchrec>=1.1 is needed"),
+        ("triton", "3.8.0", "triton 3.8.0 does not fit: triton<3.8 is needed; upstream's kernels"),
+    ],
+)
+def test_libraries_that_do_not_fit_are_refused(
+    library: str, version: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitting = {"torchrec": "1.9.2", "torchmetrics": "1.0.3", "triton": "3.7.1"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.metadata.version", fitting.__getitem__)
+    check_libraries("auto")
+    fitting[library] = version
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_libraries("auto")
+    if library == "triton":
+        check_libraries("pytorch")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        check_libraries("auto")
 
 
 def test_a_file_without_the_import_says_so(workplace: Path) -> None:
