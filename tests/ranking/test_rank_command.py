@@ -35,7 +35,7 @@ def words(*bindings: str) -> list[str]:
     return [word for binding in bindings for word in ("--gin_bindings", binding)]
 
 
-@pytest.mark.parametrize("recipe", ["counts", "din", "tin", "hard"])
+@pytest.mark.parametrize("recipe", ["counts", "din", "tin", "hard", "soft", "both"])
 def test_every_recipe_runs(recipe: str, cli: Cli, requests_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     file = f"gin/standalone/rank_{recipe}.gin"
