@@ -133,7 +133,7 @@ def _row(requests: RequestSet, number: int) -> Any:
         ("xd_search.k = 0", "xd_search.k = 0; it must be at least 1"),
         ("xd_rank.hidden = (8, 0)", "it must be widths of at least 1"),
         ("xd_rank.lr = 1.0", "Did you mean xd_rank.learning_rate?"),
-        ("xd_train.num_epochs = 3", "nothing reads the binding 'xd_train.num_epochs'"),
+        ("xd_train.num_epochs = 3", "xd_train.num_epochs"),
         ("xd_search.k = 'many'", "is a str; a int is needed"),
         ("xd_rank.select_metric = 'logloss'", "one of gauc, auc, ndcg@10, mrr"),
     ],
