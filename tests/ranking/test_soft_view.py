@@ -240,3 +240,25 @@ def test_padding_of_requests_without_events(made: Any) -> None:
     assert view[..., :width].any()
     assert not view[..., width:].any()
     assert torch.isfinite(model.loss(empty))
+
+
+def test_scope_keeps_other_domains_out_of_what_fills(
+    index: HistoryIndex, store: InteractionStore
+) -> None:
+    items = np.arange(1, 31)
+    asked = Questions(np.arange(30) % store.num_users, items, np.full(30, 4_000_000_000))
+    own = index.paths[items][:, -1:]
+    for within in (True, False):
+        found = index.hard(asked, 20, levels=("item",), within_domain=within)
+        other = (index.paths[index.read(found)[0]][..., -1] != own) & (found >= 0)
+        assert other.any() != within
+
+
+def test_four_tables_keep_candidates_and_events_apart(made: Any) -> None:
+    model, batch, _ = made(soft="four")
+    before, width = model.soft(batch), model.soft.out_features // 3
+    with torch.no_grad():
+        for fields in model.soft.search.representation:
+            fields[1].weight.zero_()
+        assert torch.equal(model.soft(batch)[..., :width], before[..., :width])
+        assert not model.soft(batch)[..., width:].any()
