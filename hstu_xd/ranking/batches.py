@@ -1,6 +1,7 @@
 """Requests as tensors: candidates in a row a request, with the events that are read for them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,20 @@ from hstu_xd.data.requests import RequestSet
 from hstu_xd.interest.positions import gap_buckets
 from hstu_xd.ranking.histories import HistoryIndex, Questions
 from hstu_xd.ranking.settings import RankingSettings
+
+
+class Histories(NamedTuple):
+    """All events before each of R requests, oldest first, end to end.
+
+    Attributes:
+        items: (L,) int64 item ids.
+        gaps: (L,) int64 seconds to the request, above 0.
+        offsets: (R + 1,) int64.
+    """
+
+    items: Tensor
+    gaps: Tensor
+    offsets: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class RequestBatch:
         counts: (R, C, W) float32; W is 0 where counts are not asked for.
         events: (N, K) int64 item ids; 0 pads.
         buckets: (N, K) int64 of :func:`hstu_xd.interest.positions.gap_buckets`.
+        histories: for soft search; None where there is none.
     """
 
     candidates: Tensor
@@ -32,6 +48,7 @@ class RequestBatch:
     counts: Tensor
     events: Tensor
     buckets: Tensor
+    histories: Histories | None
 
     @property
     def mask(self) -> Tensor:
@@ -55,8 +72,7 @@ class RequestData:
         self, index: HistoryIndex, requests: RequestSet, settings: RankingSettings
     ) -> None:
         self._index, self.requests, self._settings = index, requests, settings
-        for name in settings.search.levels:
-            index.level(name)
+        index.searched(settings.search.levels, settings.search.quotas)
         counts = np.diff(requests.offsets)
         request = np.repeat(np.arange(len(counts)), counts)
         self.asked = Questions(
@@ -95,7 +111,16 @@ class RequestData:
             ),
             events=torch.from_numpy(events),
             buckets=gap_buckets(torch.from_numpy(gaps)),
+            histories=self._histories(chosen) if self._settings.search.soft != "none" else None,
         )
+
+    def _histories(self, chosen: NDArray[np.int64]) -> Histories:
+        """Read all events before some requests."""
+        at = self.requests.times[chosen]
+        events, offsets = self._index.before(self.requests.users[chosen], at)
+        items, times = self._index.read(events)
+        gaps = np.repeat(at, np.diff(offsets)) - times
+        return Histories(*map(torch.from_numpy, (items, gaps, offsets)))
 
     def _events(
         self, chosen: NDArray[np.int64], rows: NDArray[np.int64], inside: NDArray[np.bool_]
@@ -114,8 +139,10 @@ class RequestData:
             Questions(*(column[rows] for column in self.asked)),
             search.k,
             levels=search.levels,
+            quotas=search.quotas,
             skip_recent=search.skip_recent,
             fill=search.fill,
+            within_domain=search.scope == "target_domain",
         )
         whole = np.full((inside.size, search.k), -1, np.int64)
         whole[inside.ravel()] = found

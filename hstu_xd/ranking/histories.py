@@ -63,8 +63,10 @@ class HistoryIndex:
         k: int,
         *,
         levels: tuple[str, ...] = (),
+        quotas: tuple[int, ...] = (),
         skip_recent: int = 0,
         fill: bool = True,
+        within_domain: bool = False,
     ) -> NDArray[np.int64]:
         """Find the K events nearest in the taxonomy, see :meth:`HardIndex.search`.
 
@@ -72,24 +74,46 @@ class HistoryIndex:
             asked: the questions.
             k: how many.
             levels: names of those that count; (): all.
+            quotas: most events of each of these; 0: any number; (): no level has one.
             skip_recent: latest events that are left out.
             fill: whether the latest events follow where fewer match.
+            within_domain: whether events of other domains than the candidate's are left out.
 
         Returns:
             (Q, K) int64; -1 pads.
 
         Raises:
-            InputError: a level that is not there.
+            InputError: a level that is not there, or quotas of another number of levels.
         """
+        places, limits = self.searched(levels, quotas)
         return self._index.search(
             asked.users,
             self.paths[asked.items],
             asked.times,
             k,
-            levels=[self.level(name) for name in levels or self.level_names],
+            levels=places,
+            quotas=limits,
             skip_recent=skip_recent,
             fill="recent" if fill else "none",
+            scope="target_domain" if within_domain else "all",
         ).events
+
+    def searched(
+        self, levels: tuple[str, ...], quotas: tuple[int, ...]
+    ) -> tuple[list[int], dict[int, int]]:
+        """Return the places of levels, (): of all, and the quotas of those that have one.
+
+        Raises:
+            InputError: a level that is not there, or quotas of another number of levels.
+        """
+        names = levels or self.level_names
+        places = [self.level(name) for name in names]
+        if quotas and len(quotas) != len(places):
+            raise InputError(
+                f"xd_search.quotas = {quotas!r} are {len(quotas)}; one for each of the "
+                f"{len(places)} levels is needed: {', '.join(names)}"
+            )
+        return places, {place: most for place, most in zip(places, quotas) if most}
 
     def level(self, name: str) -> int:
         """Return the place of a level.
@@ -109,6 +133,24 @@ class HistoryIndex:
         there = events >= 0
         places = np.where(there, events, 0)
         return self._items[places] * there, self._times[places] * there
+
+    def before(
+        self, users: NDArray[np.int64], times: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find all events of users strictly before times.
+
+        Args:
+            users: (R,) int64.
+            times: (R,) int64.
+
+        Returns:
+            The events, oldest first in each history, end to end: (L,) int64; the offsets of the
+            histories in them: (R + 1,) int64.
+        """
+        first = self._offsets[users]
+        lengths = self.lengths(Questions(users, np.zeros_like(users), times))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths), offsets
 
     def lengths(self, asked: Questions) -> NDArray[np.int64]:
         """Return how many events each question may read: (Q,) int64."""

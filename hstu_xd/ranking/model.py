@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
 from hstu_xd.ranking.batches import RequestBatch
 from hstu_xd.ranking.settings import RankingSettings
+from hstu_xd.search.soft import Requests, SoftSearch
 
 
 class ItemVectors(nn.Module):
@@ -90,6 +91,71 @@ def interest_of(
     return TIN(width, settings, places=places, goals=goals, std=std)
 
 
+class SoftView(nn.Module):
+    """What soft search finds in the whole history, as a view of each candidate beside others.
+
+    Args:
+        rows: (I + 1, F) int64 row of every item id in the table of each field.
+        goals: number of goals.
+        settings: all of the run.
+
+    Attributes:
+        out_features: width of the view.
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor, goals: int, settings: RankingSettings) -> None:
+        super().__init__()
+        search, rank = settings.search, settings.rank
+        self._k = search.k
+        self.register_buffer("rows", rows, persistent=False)
+        self.search = SoftSearch(
+            [int(column.max()) + 1 for column in rows.T],
+            width=search.width,
+            attention_width=search.attention_width or None,
+            tables=search.soft,
+            init_std=rank.init_std,
+        )
+        self.out_features = 3 * search.width * rows.shape[1]
+        self.over_all = (
+            layers_of([self.out_features, *rank.hidden, goals]) if search.auxiliary else None
+        )
+
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Return the view of every candidate: (R, C, out_features), zeros for padding."""
+        asked = self._asked(batch)
+        read = self.search(asked, self.search.search(asked, self._k))
+        view = read.new_zeros(*batch.mask.shape, self.out_features)
+        view[batch.mask] = read
+        return view
+
+    def auxiliary(self, batch: RequestBatch) -> Tensor:
+        """Return logits of the auxiliary layers, which read all events: (Q, G)."""
+        assert self.over_all is not None
+        return self.over_all(self.search.over_all(self._asked(batch)))
+
+    def _asked(self, batch: RequestBatch) -> Requests:
+        assert batch.histories is not None
+        items, gaps, offsets = batch.histories
+        counts = batch.mask.sum(1)
+        return Requests(
+            events=self.rows[items],
+            gaps=gaps,
+            offsets=offsets,
+            candidates=self.rows[batch.candidates[batch.mask]],
+            candidate_offsets=nn.functional.pad(counts.cumsum(0), (1, 0)),
+        )
+
+
+def layers_of(widths: Sequence[int]) -> nn.Sequential:
+    """Make linear layers of these widths, with ReLU between them."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
 class Ranker(nn.Module):
     """Gives each candidate of a request the chance that it is taken, for the request's goal.
 
@@ -122,11 +188,11 @@ class Ranker(nn.Module):
             settings.interest, fields, places=settings.search.k, goals=goals, std=std
         )
         read = self.interest.out_features if self.interest is not None else self.items.width
-        widths = [read + rank.goal_width + counts, *rank.hidden]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        self.head = nn.Sequential(*layers, nn.Linear(widths[-1], goals))
+        self.soft = None
+        if settings.search.soft != "none":
+            self.soft = SoftView(self.items.rows, goals, settings)
+            read += self.soft.out_features
+        self.head = layers_of([read + rank.goal_width + counts, *rank.hidden, goals])
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Return the logits of the requests' candidates for their goals: (R, C)."""
@@ -142,12 +208,32 @@ class Ranker(nn.Module):
                 per_group, self.items(batch.events), batch.events > 0, batch.buckets, goals
             ).view(*candidates.shape[:2], -1)
         of_goal = self.goals(batch.goals)[:, None].expand(-1, candidates.shape[1], -1)
-        logits = self.head(torch.cat([read, of_goal, batch.counts], -1))
+        views = [read] if self.soft is None else [read, self.soft(batch)]
+        logits = self.head(torch.cat([*views, of_goal, batch.counts], -1))
         return logits.gather(-1, batch.goals[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+
+    def loss(self, batch: RequestBatch) -> Tensor:
+        """Sum the binary cross-entropy of all candidates, each for the goal of its request.
+
+        The auxiliary loss of soft search, where there is one, counts as much as that of the ranker.
+        """
+        labels = batch.labels[batch.mask]
+        chances = [self(batch)[batch.mask]]
+        if self.soft is not None and self.soft.over_all is not None:
+            goals = batch.goals.repeat_interleave(batch.mask.sum(1))
+            chances.append(self.soft.auxiliary(batch).gather(1, goals[:, None])[:, 0])
+        return torch.stack(
+            [
+                nn.functional.binary_cross_entropy_with_logits(each, labels, reduction="sum")
+                for each in chances
+            ]
+        ).sum()
 
     def tables(self) -> list[nn.Parameter]:
         """Return the parameters that are looked up rather than multiplied."""
         found = [*self.items.parameters(), *self.goals.parameters()]
         if isinstance(self.interest, TIN | SideInformationTIN):
             found += list(self.interest.positions.parameters())
+        if self.soft is not None:
+            found += self.soft.search.tables()
         return found

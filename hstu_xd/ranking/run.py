@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from hstu_xd.data.batches import Split
 from hstu_xd.data.requests import RequestSet, read_manifest
@@ -24,7 +23,7 @@ from hstu_xd.evaluation.ranking import (
     grouped_ranking_metrics,
 )
 from hstu_xd.files import locked_folder
-from hstu_xd.ranking.batches import RequestBatch, RequestData
+from hstu_xd.ranking.batches import RequestData
 from hstu_xd.ranking.histories import HistoryIndex
 from hstu_xd.ranking.model import Ranker
 from hstu_xd.ranking.settings import RankingSettings
@@ -169,7 +168,7 @@ class RankTrainer:
         chosen = order.permutation(self._requests.of_split(Split.TRAIN))
         for first in range(0, len(chosen), rank.batch_requests):
             batch = self._data.batch(chosen[first : first + rank.batch_requests])
-            loss = binary_loss(self._model(batch), batch)
+            loss = self._model.loss(batch)
             self._optimizer.zero_grad(set_to_none=True)
             (loss / batch.mask.sum()).backward()
             self._optimizer.step()
@@ -214,13 +213,6 @@ class RankTrainer:
             batch = self._data.batch(chosen[first : first + _EVAL_REQUESTS])
             found.append(self._model(batch)[batch.mask].double().sigmoid().numpy())
         return np.concatenate(found)
-
-
-def binary_loss(logits: Tensor, batch: RequestBatch) -> Tensor:
-    """Sum the binary cross-entropy of all candidates, each for the goal of its request."""
-    return nn.functional.binary_cross_entropy_with_logits(
-        logits[batch.mask], batch.labels[batch.mask], reduction="sum"
-    )
 
 
 def _groupings(

@@ -8,10 +8,11 @@ from pathlib import Path
 from hstu_xd.declaration import check, inert, setting
 from hstu_xd.errors import InputError
 from hstu_xd.interest.settings import InterestSettings
+from hstu_xd.search.soft import TABLES
 from hstu_xd.training.gin_files import gin_lines, read_blocks, register
 
 _logger = logging.getLogger(__name__)
-_HARD = {"kind": "hard"}
+_HARD, _SOFT = {"kind": "hard"}, {"soft": TABLES}
 # Metrics that a better model has higher.
 SELECTABLE = ("gauc", "auc", "ndcg@10", "mrr")
 
@@ -21,12 +22,24 @@ class SearchSettings:
     """What ``xd_search.*`` bindings set.
 
     Attributes:
-        kind: which events of a history are read: "recent" (the latest) or "hard" (those nearest to
-            the candidate in the taxonomy, the latest of these first).
+        kind: which events of a history ``xd_interest`` reads: "recent" (the latest) or "hard"
+            (those nearest to the candidate in the taxonomy, the latest of these first).
         k: how many events.
         levels: levels of the taxonomy that "hard" searches, by name; (): all.
         skip_recent: latest events that "hard" leaves out.
         fill: whether "hard" fills up with the latest events where fewer match.
+        quotas: most events that "hard" takes of each level it searches, in their order; 0: any
+            number. (): no level has one.
+        scope: whether "hard" reads events of all domains or of the candidate's ("target_domain").
+        soft: whether the k events of the highest learned score, out of the whole history, are a
+            view beside that of ``xd_interest``, and of which tables: "decoupled" (one set finds and
+            weighs, another is read), and the controls "shared" (one set), "projection" (one set, of
+            which a projection finds) and "four" (candidates and events apart); "none": no soft
+            search. With ``xd_interest.kind`` "none" it is the only view.
+        width: of what soft search reads of each field.
+        attention_width: of what it finds and weighs by; 0: ``width``.
+        auxiliary: whether layers of their own learn from all events, too, weighed by the tables
+            that find: these learn of events that were not found.
     """
 
     kind: str = setting("recent", allowed=("recent", "hard"))
@@ -34,9 +47,21 @@ class SearchSettings:
     levels: tuple[str, ...] = setting((), needs=_HARD)
     skip_recent: int = setting(0, at_least=0, needs=_HARD)
     fill: bool = setting(True, needs=_HARD)
+    quotas: tuple[int, ...] = setting((), at_least=0, needs=_HARD)
+    scope: str = setting("all", allowed=("all", "target_domain"), needs=_HARD)
+    soft: str = setting("none", allowed=("none", *TABLES), also=("tables", "dare", "twin"))
+    width: int = setting(16, at_least=1, needs=_SOFT)
+    attention_width: int = setting(0, at_least=0, needs=_SOFT)
+    auxiliary: bool = setting(True, needs=_SOFT, also=("auxiliary loss",))
 
     def __post_init__(self) -> None:
         check(self, "xd_search.{name} = {value!r}; it must be {needed}")
+        if self.soft == "shared" and self.attention_width not in (0, self.width):
+            raise InputError(
+                f"xd_search.attention_width = {self.attention_width} with xd_search.soft = "
+                f"'shared' of xd_search.width = {self.width}: one table has one width; leave it "
+                "out, or take other tables"
+            )
 
 
 @dataclass(frozen=True)

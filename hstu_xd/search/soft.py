@@ -98,6 +98,11 @@ class SoftSearch(nn.Module):
         self.times = nn.Embedding(_TIME_BUCKETS, self.attention_width)
         nn.init.normal_(self.times.weight, std=init_std)
 
+    def tables(self) -> list[nn.Parameter]:
+        """Return the parameters that are looked up rather than multiplied, each once."""
+        projected = set(map(id, self.projection.parameters())) if self._projects else set()
+        return [each for each in self.parameters() if id(each) not in projected]
+
     def attend(self, ids: Tensor, *, is_candidate: bool) -> Tensor:
         """Return attention embeddings of (N, F) ids, whose products are scaled: (N, F a)."""
         embedded = self._embedded(self.attention, ids, is_candidate)
