@@ -16,10 +16,12 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -43,6 +45,8 @@ _OVERLOAD = 2.0
 _USERS, _ITEMS_PER_DOMAIN, _TOP = 300, 2000, 10
 # Later than all events of a log, whatever its unit; events of the same time keep their order.
 _NOW = 2**44
+# How often what is not measured is sent again to a busy service, and seconds in between.
+_TRIES, _PAUSE = 20, 0.5
 # Largest difference of a score, which is a cosine.
 _BUDGET = 1e-5
 
@@ -354,13 +358,19 @@ def _answers(port: int, traffic: _Traffic) -> dict[str, dict[str, float]]:
 
 
 def _ask_all(port: int, calls: list[Call]) -> list[Outcome]:
-    """Send calls one after the other and return their outcomes; each must succeed."""
-    left = iter(calls)
-    outcomes = Load(port).closed(lambda: next(left, None), seconds=600, connections=1)
-    for outcome in outcomes:
-        if outcome.status != 200:
-            raise HstuXdError(f"{outcome.call.path}: {outcome.status} {outcome.answer!r}")
-    return outcomes
+    """Send calls one after the other, again where the service is busy; each must succeed."""
+    return [_ask(Load(port), call) for call in calls]
+
+
+def _ask(load: Load, call: Call) -> Outcome:
+    for _ in range(_TRIES):
+        (outcome,) = load.closed(partial(next, iter([call]), None), seconds=600, connections=1)
+        if outcome.status == 200:
+            return outcome
+        if outcome.status != 503:
+            break
+        time.sleep(_PAUSE)
+    raise HstuXdError(f"{call.path}: {outcome.status} {outcome.answer!r}")
 
 
 def _domain(user: str, catalog: DomainCatalog) -> int:
