@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hstu_xd.serving.http.service import NOBODY_LEFT, Service
+from hstu_xd.serving.http.metrics import NOBODY_LEFT
+from hstu_xd.serving.http.service import Service
 
 _log = logging.getLogger(__name__)
 

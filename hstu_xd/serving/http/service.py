@@ -6,7 +6,6 @@ It counts what Prometheus reads at /metrics.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,12 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    InfoMetricFamily,
-)
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import open_log
@@ -27,77 +20,10 @@ from hstu_xd.serving.http.batch_handler import BatchHandler, Job, Probe, cost_of
 from hstu_xd.serving.http.batching import Batcher
 from hstu_xd.serving.http.failover import FailoverSession
 from hstu_xd.serving.http.live_model import Changes, LiveModel, Served
+from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
 from hstu_xd.serving.requests import Request
 from hstu_xd.serving.session import EncoderSession
-
-# Seconds and jobs.
-_LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-# Counted where a client went away before its request was whole, as proxies do: no error of ours.
-NOBODY_LEFT = 499
-
-
-class Metrics:
-    """Counts of one service, in a registry of its own.
-
-    Args:
-        numbers: present values by name, of what grows (``..._total``) and what goes up and down.
-        model: returns the name of the model that answers.
-    """
-
-    def __init__(
-        self, numbers: Callable[[], dict[str, tuple[str, float]]], model: Callable[[], str]
-    ) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_Numbers(numbers, model))
-        self._requests = Counter(
-            "hstu_xd_requests", "Requests answered.", ["route", "status"], registry=self._registry
-        )
-        self._seconds = Histogram(
-            "hstu_xd_request_seconds",
-            "Time from a request's headers to its answer, without those refused with 503.",
-            ["route"],
-            buckets=_LATENCIES,
-            registry=self._registry,
-        )
-        self._batches = Histogram(
-            "hstu_xd_batch_size",
-            "Requests that were handled together.",
-            buckets=_SIZES,
-            registry=self._registry,
-        )
-
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count a request."""
-        self._requests.labels(route, status).inc()
-        if status not in (NOBODY_LEFT, 503):
-            self._seconds.labels(route).observe(seconds)
-
-    def batch(self, size: int) -> None:
-        """Count a batch."""
-        self._batches.observe(size)
-
-    def text(self) -> bytes:
-        """Write all counts in Prometheus's text format."""
-        return generate_latest(self._registry)
-
-
-class _Numbers:
-    """Values that are read when somebody asks."""
-
-    def __init__(
-        self, numbers: Callable[[], dict[str, tuple[str, float]]], model: Callable[[], str]
-    ) -> None:
-        self._numbers, self._model = numbers, model
-
-    def collect(self) -> Iterator[Any]:
-        about = "The model that answers."
-        yield InfoMetricFamily("hstu_xd_model", about, value={"name": self._model()})
-        for name, (about, value) in self._numbers().items():
-            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield family(name, about, value=value)
-
 
 _log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import is_postgres, open_log, shown_log
+from hstu_xd.serving.http.metrics import forget_process, shared_counts
 from hstu_xd.serving.http.settings import ServiceSettings
 from hstu_xd.serving.http.worker_swaps import SwapLeader, WorkerSwaps
 
@@ -120,6 +121,10 @@ class Workers:
         for which in (signal.SIGTERM, signal.SIGINT):
             signal.signal(which, self._stop)
         signal.signal(signal.SIGHUP, self._ask_reload)
+        with shared_counts():
+            self._run(announce)
+
+    def _run(self, announce: Callable[[], None]) -> None:
         try:
             for worker in self._workers:
                 self._start(worker)
@@ -155,6 +160,7 @@ class Workers:
                 number,
                 worker.process.exitcode,
             )
+            forget_process(worker.process.pid)
             self._leader.lose(number)
             time.sleep(_AGAIN)
             self._start(worker)
