@@ -4,19 +4,27 @@ Half of the calls are events, half are recommendations. The rate that the servic
 measured first, by a few connections that wait for their answers; then calls come at twice that
 rate, whether or not earlier ones are answered. In the end the log must hold every accepted event
 and no other one, and the answers must equal those of states that are built anew from the log.
+
+With a PostgreSQL server the same is done three times: with a file and with the server by one
+process, and with the server by several.
 """
 
 import json
+import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -26,8 +34,10 @@ from hstu_xd.bench.http_load import Call, Load, Outcome
 from hstu_xd.bench.rows import Row, empty_row
 from hstu_xd.bench.timing import torch_threads
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.errors import HstuXdError
+from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving import EncoderSession
+from hstu_xd.serving.events.open_log import is_postgres
+from hstu_xd.serving.http.settings import default_threads
 
 # The load that waits for its answers: connections, and its share of the given seconds.
 _CONNECTIONS, _SHARE = 8, 0.2
@@ -35,12 +45,22 @@ _OVERLOAD = 2.0
 _USERS, _ITEMS_PER_DOMAIN, _TOP = 300, 2000, 10
 # Later than all events of a log, whatever its unit; events of the same time keep their order.
 _NOW = 2**44
+# How often what is not measured is sent again to a busy service, and seconds in between.
+_TRIES, _PAUSE = 20, 0.5
 # Largest difference of a score, which is a cosine.
 _BUDGET = 1e-5
 
 
-def measure(run: Path | None, case: Case, *, seconds: float, threads: int) -> list[Row]:
-    """Put a service under load and return its row.
+def measure(
+    run: Path | None,
+    case: Case,
+    *,
+    seconds: float,
+    threads: int | None = None,
+    workers: int = 1,
+    events: str | None = None,
+) -> Iterator[Row]:
+    """Put a service under load and yield its row; with PostgreSQL, rows of those to compare with.
 
     The times ``ms_*`` are those of accepted requests at twice the capacity, from the time that a
     request was due.
@@ -49,12 +69,87 @@ def measure(run: Path | None, case: Case, *, seconds: float, threads: int) -> li
         run: a trained run; None takes a model with random weights and a synthetic log.
         case: sizes of that model; ``seq_len`` is its window and the mean history of its users.
         seconds: seconds of overload.
-        threads: threads of PyTorch in the service.
+        threads: threads of PyTorch in each process; None: as serve takes.
+        workers: processes.
+        events: URL of a PostgreSQL server that may make databases; None: the log is a file.
+
+    Raises:
+        InputError: several workers without a log that they can share, or no such URL.
     """
-    with TemporaryDirectory() as folder, torch_threads(threads):
+    if workers > 1 and events is None:
+        raise InputError(
+            f"--workers {workers} share a log: give --events postgresql://HOST:PORT/DATABASE"
+        )
+    if events is not None and not is_postgres(events):
+        raise InputError("--events: the URL of a PostgreSQL server is needed, postgresql://...")
+    setups = [_Setup("service", 1, None)]
+    if events is not None:
+        setups.append(_Setup("postgres", 1, events))
+    if workers > 1:
+        setups.append(_Setup(f"{workers} workers", workers, events))
+    with TemporaryDirectory() as folder:
         place = Path(folder)
-        served = _Served.from_folder(run or _synthetic_run(place, case), place / "events.sqlite")
-        with _process(served, threads) as (process, port):
+        with setups[-1].log(place):
+            pass  # A server that cannot be used is known before anything is measured.
+        made = run or _synthetic_run(place, case)
+        rows: list[Row] = []
+        for setup in setups:
+            with setup.log(place) as log:
+                served = _Served.from_folder(made, log)
+                row = _measured(served, case, setup, seconds=seconds, threads=threads)
+            row["run"] = None if run is None else str(run)
+            for rival in rows:
+                key = f"times_faster_than_{rival['provider']}"
+                row[key] = row["capacity_per_second"] / rival["capacity_per_second"]
+            rows.append(row)
+            yield row
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """How a run is served.
+
+    Attributes:
+        name: of the row.
+        workers: processes.
+        events: URL of a PostgreSQL server; None: a file.
+    """
+
+    name: str
+    workers: int
+    events: str | None
+
+    @contextmanager
+    def log(self, folder: Path) -> Iterator[str]:
+        """Give a log of its own, of which nothing is left in the end."""
+        if self.events is None:
+            yield str(folder / "events.sqlite")
+            return
+        import psycopg
+
+        url, database = urlsplit(self.events), f"hstu_xd_bench_{secrets.token_hex(4)}"
+        query = f"?{url.query}" if url.query else ""
+        try:
+            with psycopg.connect(self.events, autocommit=True) as server:
+                server.execute(f"CREATE DATABASE {database}")
+                try:
+                    yield f"{url.scheme}://{url.netloc}/{database}{query}"
+                finally:
+                    server.execute(f"DROP DATABASE {database} WITH (FORCE)")
+        except psycopg.Error as error:
+            raise HstuXdError(
+                f"PostgreSQL: {str(error).strip()}; --events needs a server that may make databases"
+            ) from error
+
+
+def _measured(
+    served: "_Served", case: Case, setup: _Setup, *, seconds: float, threads: int | None
+) -> Row:
+    taken = threads or max(1, (os.cpu_count() or 1) // setup.workers)
+    if threads is None and setup.workers == 1:
+        taken = default_threads()
+    with torch_threads(taken):
+        with _process(served, setup.workers, taken) as (process, port):
             traffic = _Traffic(served, _users(port))
             _warm_up(port, traffic)
             closed = Load(port).closed(
@@ -65,13 +160,14 @@ def measure(run: Path | None, case: Case, *, seconds: float, threads: int) -> li
             opened = Load(port).open(traffic.draw, rate=_OVERLOAD * capacity, seconds=seconds)
             found = _answers(port, traffic)
             peak = _peak_bytes(process)
-        row = empty_row("service", served.case(case), threads=threads, repeats=1)
-        row |= {"what": "service", "run": None if run is None else str(run), "peak_bytes": peak}
+        row = empty_row(setup.name, served.case(case), threads=taken, repeats=1)
+        row |= {"what": "service", "peak_bytes": peak, "workers": setup.workers}
+        row["events_in"] = "SQLite" if setup.events is None else "PostgreSQL"
         row |= _figures(closed, opened, capacity, seconds)
         row |= served.check([*closed, *opened], found)
     wrong = row["other_errors"] + row["lost_events"] + row["foreign_events"]
     row["correct"] = wrong == 0 and row["error_of_budget"] <= 1
-    return [row]
+    return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +176,16 @@ class _Served:
 
     Attributes:
         run: folder of the run.
-        log: file of the events.
+        log: of the events.
         catalog: catalogue of the run.
     """
 
     run: Path
-    log: Path
+    log: str
     catalog: DomainCatalog
 
     @classmethod
-    def from_folder(cls, run: Path, log: Path) -> "_Served":
+    def from_folder(cls, run: Path, log: str) -> "_Served":
         return cls(run, log, DomainCatalog.load(run))
 
     def case(self, case: Case) -> Case:
@@ -119,7 +215,7 @@ class _Served:
         """
         from hstu_xd.serving.events.open_log import open_log
         from hstu_xd.serving.http.histories import Histories, Items
-        from hstu_xd.serving.http.service import Served
+        from hstu_xd.serving.http.live_model import Served
         from hstu_xd.serving.http.settings import ServiceSettings
 
         accepted = Counter(
@@ -209,13 +305,15 @@ def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seco
 
 
 @contextmanager
-def _process(served: _Served, threads: int) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+def _process(
+    served: _Served, workers: int, threads: int
+) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """Start the service, give process and port, and drain the service in the end."""
     command = [sys.executable, "-m", "hstu_xd", "serve", str(served.run), "--port", "0"]
     # Events come after those of any log, whatever its unit.
-    command += ["--max-clock-skew", str(_NOW)]
+    command += ["--max-clock-skew", str(_NOW), "--workers", str(workers)]
     process = subprocess.Popen(
-        [*command, "--events", str(served.log), "--threads", str(threads)],
+        [*command, "--events", served.log, "--threads", str(threads)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -260,13 +358,19 @@ def _answers(port: int, traffic: _Traffic) -> dict[str, dict[str, float]]:
 
 
 def _ask_all(port: int, calls: list[Call]) -> list[Outcome]:
-    """Send calls one after the other and return their outcomes; each must succeed."""
-    left = iter(calls)
-    outcomes = Load(port).closed(lambda: next(left, None), seconds=600, connections=1)
-    for outcome in outcomes:
-        if outcome.status != 200:
-            raise HstuXdError(f"{outcome.call.path}: {outcome.status} {outcome.answer!r}")
-    return outcomes
+    """Send calls one after the other, again where the service is busy; each must succeed."""
+    return [_ask(Load(port), call) for call in calls]
+
+
+def _ask(load: Load, call: Call) -> Outcome:
+    for _ in range(_TRIES):
+        (outcome,) = load.closed(partial(next, iter([call]), None), seconds=600, connections=1)
+        if outcome.status == 200:
+            return outcome
+        if outcome.status != 503:
+            break
+        time.sleep(_PAUSE)
+    raise HstuXdError(f"{call.path}: {outcome.status} {outcome.answer!r}")
 
 
 def _domain(user: str, catalog: DomainCatalog) -> int:
@@ -277,11 +381,17 @@ def _domain(user: str, catalog: DomainCatalog) -> int:
 
 
 def _peak_bytes(process: "subprocess.Popen[str]") -> int | None:
-    status = Path(f"/proc/{process.pid}/status")
-    if not status.exists():
+    """Return the most memory of the process and of those that it has started."""
+    folder = Path(f"/proc/{process.pid}")
+    if not folder.exists():
         return None
-    (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024
+    children = (folder / "task" / str(process.pid) / "children").read_text().split()
+    peak = 0
+    for pid in (process.pid, *children):
+        text = Path(f"/proc/{pid}/status").read_text()
+        (line,) = [x for x in text.splitlines() if x.startswith("VmHWM:")]
+        peak += int(line.split()[1]) * 1024
+    return peak
 
 
 def _synthetic_run(folder: Path, case: Case) -> Path:

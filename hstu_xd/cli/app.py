@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": ("experiments", "Experiments"),
     "export": ("runs", "Production"),
     "serve": ("serve", "Production"),
+    "events": ("events", "Production"),
     "init": ("upstream", "Other codebases"),
     "patch": ("upstream", "Other codebases"),
     "upstream-train": ("upstream", "Other codebases"),

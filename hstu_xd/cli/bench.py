@@ -263,6 +263,16 @@ def service(
         int | None,
         typer.Option(min=1, help="Threads of PyTorch. [default: as many as serve takes]"),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; compared with one where there are more.")
+    ] = 1,
+    events: Annotated[
+        str | None,
+        typer.Option(
+            help="PostgreSQL server for the log, which gets databases for the time of the "
+            "measurement; compared with a file. [default: a file alone]"
+        ),
+    ] = None,
     as_json: Json = False,
     out: Out = None,
 ) -> None:
@@ -275,13 +285,13 @@ def service(
     if run and (given := given_options(context, sizes)):
         raise InputError(f"{given[0]} has no effect on a trained run; drop it, or {run}")
     check_packages()
-    from hstu_xd.serving.http.settings import default_threads
-
     case = Case(
         "service", seq_len, num_domains, heads=heads, dqk=dqk, dv=dv, width=width, layers=layers
     )
     _show(
-        lambda: loads.measure(run, case, seconds=seconds, threads=threads or default_threads()),
+        lambda: loads.measure(
+            run, case, seconds=seconds, threads=threads, workers=workers, events=events
+        ),
         as_json,
         out,
     )

@@ -134,6 +134,9 @@ def serve(
     """Serve a trained run over HTTP.
 
     Takes events of users and recommends items of any domain.
+
+    POST /v1/models lets another run of the same folder answer, SIGHUP what RUN holds or links to
+    now; requests go on meanwhile.
     """
     check_packages()
     from hstu_xd.serving.http.settings import (
@@ -168,6 +171,7 @@ def _listen(work: "Work", workers: int, host: str, port: int) -> None:
     from hstu_xd.serving.events.open_log import is_postgres, shown_log
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.service import Served, Service
+    from hstu_xd.serving.http.swaps import LocalSwaps
     from hstu_xd.serving.http.workers import Workers
 
     settings = work.settings
@@ -199,7 +203,8 @@ def _listen(work: "Work", workers: int, host: str, port: int) -> None:
             name = f"{work.run.resolve().name} with {workers} workers"
             Workers(work, workers, sock).run(announce(name))
         else:
-            server.serve(service, sock, announce(service.model_name))
+            swaps = LocalSwaps(service, work.run, allow_imports=work.allow_imports)
+            server.serve(service, sock, swaps, announce(service.model.name))
 
 
 def is_loopback(address: str) -> bool:

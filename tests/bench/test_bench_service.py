@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from bench_runs import KEYS, call
+from log_cases import postgres_server
 
 pytest.importorskip("fastapi", reason="no fastapi here: bench service is NOT covered")
 
@@ -48,6 +49,40 @@ def test_a_service_under_load_loses_nothing(
     assert row["accepted_per_second"] == len(accepted)
     assert row["offered_per_second"] == len(kept)
     assert {x.status for x in kept} <= {200, 503}
+
+
+@pytest.mark.slow
+def test_workers_and_a_server_are_compared_with_one_and_a_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with postgres_server() as server:
+        url = server.url("postgres")
+        call("service", json=True, seconds=1.0, num_domains=3, workers=2, events=url, **TINY)
+        rows = json.loads(capsys.readouterr().out)
+        import psycopg
+
+        with psycopg.connect(url) as connection:
+            names = connection.execute("SELECT datname FROM pg_database").fetchall()
+    assert [row["provider"] for row in rows] == ["service", "postgres", "2 workers"]
+    assert [row["events_in"] for row in rows] == ["SQLite", "PostgreSQL", "PostgreSQL"]
+    assert [row["workers"] for row in rows] == [1, 1, 2]
+    for row in rows:
+        assert row["correct"] is True
+        assert row["lost_events"] == row["foreign_events"] == 0
+    assert rows[2]["peak_bytes"] > rows[1]["peak_bytes"]
+    assert rows[2]["times_faster_than_postgres"] == pytest.approx(
+        rows[2]["capacity_per_second"] / rows[1]["capacity_per_second"]
+    )
+    assert not any("bench" in name for (name,) in names)
+
+
+def test_what_workers_need_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--workers 2 share a log: give --events postgresql"):
+        call("service", seconds=1.0, workers=2)
+    with pytest.raises(InputError, match="the URL of a PostgreSQL server is needed"):
+        call("service", seconds=1.0, events=str(tmp_path / "file"))
+    with pytest.raises(HstuXdError, match="--events needs a server that may make databases"):
+        call("service", seconds=1.0, events="postgresql://nobody@/none?host=/nowhere", **TINY)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from tiny_models import EVERYTHING, ITEMS_PER_DOMAIN, NUM_DOMAINS, tiny_model
 
 from hstu_xd.catalog import CATALOG_FILE
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
 
 pytest.importorskip("fastapi", reason="no fastapi here: the HTTP service is NOT covered")
@@ -24,8 +25,10 @@ import httpx
 
 from hstu_xd.serving.http.app import build_app
 from hstu_xd.serving.http.batch_handler import BatchHandler
-from hstu_xd.serving.http.service import Served, Service
+from hstu_xd.serving.http.live_model import Served
+from hstu_xd.serving.http.service import Service
 from hstu_xd.serving.http.settings import QueueSettings, ServiceSettings, StateSettings
+from hstu_xd.serving.http.swaps import LocalSwaps
 
 MODEL = tiny_model(**EVERYTHING).float().eval()
 DOMAINS = MODEL.catalog.domain_names
@@ -75,10 +78,11 @@ def scores(known: Sequence[dict[str, Any]], domain: int) -> dict[str, float]:
 class Client:
     """Asks a service in this process, one request after the other or many at once."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, run: Path | None = None) -> None:
         self.service = service
         self._loop = asyncio.new_event_loop()
-        transport = httpx.ASGITransport(app=build_app(service), raise_app_exceptions=False)
+        self.app = build_app(service, None if run is None else LocalSwaps(service, run))
+        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://service")
 
     def ask(self, method: str, path: str, body: Any = None, **options: Any) -> httpx.Response:
@@ -160,13 +164,18 @@ def serving(
     model: Any = MODEL,
     states: dict[str, Any] | None = None,
     log: str | None = None,
+    run: Path | None = None,
     **settings: Any,
 ) -> Iterator[Client]:
-    """A client of a service whose log is in a folder, or at a URL; started again it goes on."""
+    """A client of a service whose log is in a folder, or at a URL; started again it goes on.
+
+    With a run folder its model is that of the run, and others may take its place.
+    """
     folder.mkdir(exist_ok=True)
     chosen = ServiceSettings(log or folder / "events.sqlite", **({"queue": PATIENT} | settings))
     chosen = replace(chosen, states=StateSettings(threads=1, **(states or {})))
-    client = Client(Service(Served("tiny", model, WINDOW, prepared), chosen))
+    served = Served("tiny", model, WINDOW, prepared)
+    client = Client(Service(served if run is None else Served.from_run(run, chosen), chosen), run)
     try:
         yield client
     finally:
@@ -193,8 +202,10 @@ class Gate:
         self._open.set()
 
 
-def write_run(folder: Path) -> Path:
-    """A run folder of the tiny model, as training would leave it; its data are gone."""
+def write_run(
+    folder: Path, model: CrossDomainHSTU = MODEL, data: InteractionStore | None = None
+) -> Path:
+    """A run folder of a tiny model, as training would leave it, perhaps with its store."""
     from hstu_xd.training.checkpoint import MODEL_FILE, save_checkpoint
 
     folder.mkdir(parents=True)
@@ -203,11 +214,11 @@ def write_run(folder: Path) -> Path:
     lines += ["xd_train.max_sequence_length = 8", "xd_train.gr_output_length = 15"]
     lines += ["xd_train.item_embedding_dim = 16", "xd_train.dropout_rate = 0.0"]
     (folder / "config.gin").write_text("\n".join(["import hstu_xd.training.settings", *lines]))
-    MODEL.catalog.save(folder / CATALOG_FILE)
-    save_checkpoint(folder / MODEL_FILE, MODEL.state_dict(), {})
+    model.catalog.save(folder / CATALOG_FILE)
+    save_checkpoint(folder / MODEL_FILE, model.state_dict(), {})
     facts = {
-        "data": str(folder / "no-data"),
-        "data_hashes": {CATALOG_FILE: ""},
+        "data": str(folder / "no-data" if data is None else data.path.resolve()),
+        "data_hashes": {CATALOG_FILE: ""} if data is None else data.manifest["hashes"],
         "max_sequence_length": WINDOW,
     }
     (folder / "run.json").write_text(json.dumps(facts))

@@ -97,10 +97,10 @@ def test_a_read_that_fails_by_itself_fails_alone(
 ) -> None:
     answer = BatchHandler._result
 
-    def broken(handler: BatchHandler, job: Any, found: Any) -> Any:
+    def broken(handler: BatchHandler, job: Any, *found: Any) -> Any:
         if job.user == "u3":
             raise RuntimeError("out of luck")
-        return answer(handler, job, found)
+        return answer(handler, job, *found)
 
     monkeypatch.setattr(BatchHandler, "_result", broken)
     with serving(tmp_path) as client:
@@ -159,7 +159,7 @@ def test_jobs_are_refused_where_they_would_wait_too_long() -> None:
             with pytest.raises(Busy, match="repeat the request later"):
                 batcher.submit(1)
         else:
-            assert await batcher.submit(1) == 1
+            assert await batcher.submit(1).done == 1
         batcher.stop()
         return not full
 
@@ -181,7 +181,7 @@ def test_one_slow_batch_turns_nobody_away(monkeypatch: pytest.MonkeyPatch) -> No
     async def run() -> None:
         batcher = Batcher(Clocked, QueueSettings(max_delay=3.0))
         for seconds in (1, 1, 100, 1, 1):
-            await batcher.submit(seconds)
+            await batcher.submit(seconds).done
         put(batcher, 3)
         assert not batcher.full
         put(batcher, 1)
@@ -220,14 +220,14 @@ def test_what_is_under_way_counts_by_its_cost(monkeypatch: pytest.MonkeyPatch) -
     async def run() -> None:
         batcher = Batcher(lambda: held, QueueSettings(max_delay=0.1), cost=float)
         batcher._seconds_per_cost = 0.001
-        large = batcher.submit(1000)
+        large = batcher.submit(1000).done
         await asyncio.to_thread(held.reached.wait, 60)
         assert batcher.delay == pytest.approx(1.0)
         with pytest.raises(Busy):
             batcher.submit(1)
         clock.now = 0.95
         assert batcher.delay == pytest.approx(0.05)
-        small = batcher.submit(1)
+        small = batcher.submit(1).done
         # It takes longer than was to be expected, and nobody knows how much.
         clock.now = 1.2
         assert batcher.delay == pytest.approx(0.201)
@@ -250,9 +250,9 @@ def test_the_small_ones_do_not_wait_for_a_large_one_that_came_later(
 
     async def run() -> None:
         batcher = Batcher(lambda: held, QueueSettings(max_delay=1.0), cost=float)
-        jobs = [batcher.submit(1)]
+        jobs = [batcher.submit(1).done]
         await asyncio.to_thread(held.reached.wait, 60)
-        jobs += [batcher.submit(job) for job in (2, 3, 1000, 4)]
+        jobs += [batcher.submit(job).done for job in (2, 3, 1000, 4)]
         clock.now = 0.001
         held.go.set()
         assert await asyncio.gather(*jobs) == [1, 2, 3, 1000, 4]
@@ -267,9 +267,9 @@ def test_nobody_waits_for_what_is_abandoned() -> None:
 
     async def run() -> None:
         batcher = Batcher(lambda: held, QueueSettings())
-        jobs = [batcher.submit(1)]
+        jobs = [batcher.submit(1).done]
         await asyncio.to_thread(held.reached.wait, 60)
-        jobs.append(batcher.submit(2))
+        jobs.append(batcher.submit(2).done)
         assert not batcher.stop(within=0.01)
         batcher.abandon()
         for job in jobs:
@@ -304,8 +304,8 @@ def test_a_handler_that_raises_fails_its_batch_only(caplog: pytest.LogCaptureFix
     async def run() -> None:
         batcher = Batcher(Brittle, QueueSettings())
         with pytest.raises(RuntimeError, match="out of luck"):
-            await batcher.submit(0)
-        assert await batcher.submit(1) == 1
+            await batcher.submit(0).done
+        assert await batcher.submit(1).done == 1
         batcher.stop()
 
     asyncio.run(run())
@@ -315,7 +315,7 @@ def test_a_handler_that_raises_fails_its_batch_only(caplog: pytest.LogCaptureFix
 def test_what_waits_is_done_before_a_stop() -> None:
     async def run() -> list[int]:
         batcher = Batcher(Slow, QueueSettings(max_batch=2))
-        waiting = [batcher.submit(job) for job in range(9)]
+        waiting = [batcher.submit(job).done for job in range(9)]
         batcher.stop()
         with pytest.raises(Busy):
             batcher.submit(9)

@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 
 from hstu_xd.serving.http import server
 from hstu_xd.serving.http.server import MOST_HEAD, BoundedConnection, Server
+from hstu_xd.serving.http.swaps import LocalSwaps
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes]]
 
@@ -268,7 +269,8 @@ def test_empty_lines_keep_no_connection_open(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_service_has_such_connections(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
-        config = Server(client.service, lambda: None).config
+        swaps = LocalSwaps(client.service, tmp_path)
+        config = Server(client.service, swaps, lambda: None).config
         config.load()
         assert config.http_protocol_class is BoundedConnection
         assert config.ws_protocol_class is None

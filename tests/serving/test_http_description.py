@@ -12,14 +12,13 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from service_client import Client, events, serving
-
-from hstu_xd.serving.http.app import build_app
+from service_client import Client, events, serving, write_run
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with serving(tmp_path_factory.mktemp("service")) as client:
+    folder = tmp_path_factory.mktemp("service")
+    with serving(folder, run=write_run(folder / "run")) as client:
         client.append(*events(5))
         yield client
 
@@ -29,6 +28,7 @@ OPERATIONS = (
     "POST /v1/events/remove",
     "POST /v1/recommend",
     "POST /v1/score",
+    "POST /v1/models",
     "GET /v1/domains",
     "GET /v1/users",
     "GET /v1/users/{user}/history",
@@ -58,7 +58,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_answers_are_those_described(client: Client, name: str, mode: GenerationMode) -> None:
     method, path = name.split()
-    description = schemathesis.openapi.from_asgi("/openapi.json", build_app(client.service))
+    description = schemathesis.openapi.from_asgi("/openapi.json", client.app)
 
     @given(case=description[path][method].as_strategy(generation_mode=mode))
     @settings(

@@ -7,7 +7,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from log_cases import PostgresServer, postgres_server
@@ -74,6 +76,43 @@ class Writer(threading.Thread):
         raise AssertionError("nobody takes the event")
 
 
+def counts(process: ServiceProcess) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    with urlopen(f"{process.url}metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    rows = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+    return {name: float(value) for name, _, value in rows}
+
+
+def test_whichever_worker_is_asked_counts_for_all(run: Path, server: PostgresServer) -> None:
+    with ServiceProcess(run, "--events", server.database(), "--workers", "2") as process:
+        users = [f"u{number}" for number in range(20)]
+        for user in users:
+            # Each over a connection of its own: the kernel gives it to any worker.
+            assert process.ask("POST", "/v1/events", {"events": events(3, user)})[0] == 200
+            assert process.ask("GET", f"/v1/users/{user}/history")[0] == 200
+        for _ in range(6):
+            found = counts(process)
+            for route in ("/v1/events", "/v1/users/{user}/history"):
+                name = f'hstu_xd_requests_total{{route="{route}",status="200"}}'
+                assert found[name] == len(users)
+            assert found["hstu_xd_states_users"] == len(users)
+            assert found["hstu_xd_states_bytes"] > 0
+        os.kill(workers_of(process)[0], signal.SIGKILL)
+        os.kill(workers_of(process)[-1], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with suppress(OSError, http.client.HTTPException):
+                found = counts(process)
+                if found["hstu_xd_states_users"] == 0:
+                    break
+            time.sleep(0.1)
+        # What is counted stays; what the dead had in memory is gone.
+        name = 'hstu_xd_requests_total{route="/v1/events",status="200"}'
+        assert (found[name], found["hstu_xd_states_users"]) == (len(users), 0)
+        assert process.end()[0] == 0
+
+
 @pytest.mark.slow
 def test_workers_are_killed_and_nothing_is_lost_or_doubled(
     run: Path, tmp_path: Path, server: PostgresServer
@@ -106,6 +145,10 @@ def test_workers_are_killed_and_nothing_is_lost_or_doubled(
                 status, answer = process.ask("POST", "/v1/score", body)
                 assert status == 200
                 assert answer["scores"] == pytest.approx(list(wanted.values()), abs=1e-5)
+        counted = counts(process)
+        # What a worker answers or counts in the moment it is killed, its client asks for again.
+        taken = counted['hstu_xd_requests_total{route="/v1/events",status="200"}']
+        assert abs(taken - count * len(users)) <= 2 * len(users)
         began = time.monotonic()
         code, said = process.end()
         assert time.monotonic() - began < 10

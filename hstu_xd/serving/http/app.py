@@ -1,6 +1,7 @@
 """The routes of the service, and their OpenAPI description, corrected where FastAPI is wrong."""
 
 import math
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Query, Request
@@ -26,11 +27,14 @@ from hstu_xd.serving.http.batching import Busy
 from hstu_xd.serving.http.middleware import RETRY_AFTER, RequestGuard, page_files
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
+from hstu_xd.serving.http.swaps import SwapRefused, Swaps
 from hstu_xd.serving.stores import StoreError
 from hstu_xd.version import __version__
 
 _ERRORS: dict[int, dict[str, Any]] = {
     400: {"description": "A value is wrong; nothing has changed."},
+    403: {"description": "The service has no token, without which its model stays."},
+    409: {"description": "Another swap is under way; the model stays."},
     413: {"description": "The body is too large."},
     503: {
         "description": "Busy, stopping, or event log or state store fail. Nothing was taken.",
@@ -63,8 +67,13 @@ class _AnyText(PathConvertor):
 register_url_convertor("text", _AnyText())
 
 
-def build_app(service: Service) -> RequestGuard:
-    """Build the ASGI application of a service."""
+def build_app(service: Service, swaps: Swaps | None = None) -> RequestGuard:
+    """Build the ASGI application of a service.
+
+    Args:
+        service: that answers.
+        swaps: puts other models in place; None: there is only this one.
+    """
     app = FastAPI(
         title="hstu-xd",
         version=__version__,
@@ -73,15 +82,13 @@ def build_app(service: Service) -> RequestGuard:
         redoc_url=None,
     )
     _handle_errors(app)
-    bodies = schemas.RequestBodies(
-        service.settings.limits,
-        service.catalog.num_domains,
-        leave_out_seen=service.exclude_seen,
-    )
+    bodies = schemas.RequestBodies(service.settings.limits)
     _add_writes(app, service, bodies)
     _add_questions(app, service, bodies)
     _add_reads(app, service)
     _add_operation(app, service)
+    if swaps is not None:
+        _add_swaps(app, service, swaps)
     _add_page(app)
     _describe(app, service)
     return RequestGuard(app, service)
@@ -134,17 +141,11 @@ def _add_questions(app: FastAPI, service: Service, bodies: schemas.RequestBodies
     )
     async def recommend(body: bodies.recommend) -> Response:
         """Recommend the best items of domains; to an unknown user what the model starts with."""
-        domains = [service.catalog.domain_index(name) for name in body.domains]
         found = await service.run(
-            Recommend(body.user, domains, body.timestamp, body.k, body.exclude_seen)
+            Recommend(body.user, body.domains, body.timestamp, body.k, body.exclude_seen)
         )
         rows = [
-            {
-                "domain": name,
-                "items": [
-                    {"item": service.catalog.token(item), "score": score} for item, score in pairs
-                ],
-            }
+            {"domain": name, "items": [{"item": item, "score": score} for item, score in pairs]}
             for name, pairs in zip(body.domains, found)
         ]
         return JSONResponse({"user": body.user, "recommendations": rows})
@@ -152,9 +153,7 @@ def _add_questions(app: FastAPI, service: Service, bodies: schemas.RequestBodies
     @app.post("/v1/score", response_model=schemas.Scores, responses=_errors(400, 413, 503))
     async def score(body: bodies.score) -> Response:
         """Score given items of a domain; they do not see each other."""
-        domain = service.catalog.domain_index(body.domain)
-        item_ids = [service.items.id_in(token, domain) for token in body.items]
-        found = await service.run(Score(body.user, domain, body.timestamp, item_ids))
+        found = await service.run(Score(body.user, body.domain, body.timestamp, body.items))
         return JSONResponse({"scores": found})
 
 
@@ -166,14 +165,12 @@ def _key(own: str | None, of_request: str | None, index: int) -> str | None:
 
 
 def _add_reads(app: FastAPI, service: Service) -> None:
-    catalog = service.catalog
-    counts = catalog.domain_offsets.diff().tolist()
-    facts = [{"name": name, "items": count} for name, count in zip(catalog.domain_names, counts)]
-
     @app.get("/v1/domains", response_model=schemas.Domains, responses=_errors(400, 413, 503))
     async def domains() -> Response:
         """Return all domains, and how many items they have."""
-        return JSONResponse({"domains": facts})
+        catalog = service.present().catalog
+        counts = zip(catalog.domain_names, catalog.domain_offsets.diff().tolist())
+        return JSONResponse({"domains": [{"name": name, "items": count} for name, count in counts]})
 
     @app.get("/v1/users", response_model=schemas.Users, responses=_errors(400, 413, 503))
     async def users(
@@ -191,14 +188,8 @@ def _add_reads(app: FastAPI, service: Service) -> None:
     async def history(user: User, limit: Annotated[int, Query(ge=1, le=10_000)] = 200) -> Response:
         """Return a user's last events, oldest first; none of an unknown user."""
         rows = [
-            {
-                "item": event.item,
-                "domain": catalog.domain_names[
-                    service.items.domain_of(service.items.id_of(event.item))
-                ],
-                "timestamp": event.timestamp,
-            }
-            for event in await service.run(ReadHistory(user, limit))
+            {"item": event.item, "domain": domain, "timestamp": event.timestamp}
+            for event, domain in await service.run(ReadHistory(user, limit))
         ]
         return JSONResponse({"user": user, "events": rows})
 
@@ -212,7 +203,7 @@ def _add_operation(app: FastAPI, service: Service) -> None:
         status = service.status
         health = {
             "status": status,
-            "model": service.model_name,
+            "model": service.present().name,
             "store": service.store_state,
             "writes": service.writes_state,
         }
@@ -221,6 +212,23 @@ def _add_operation(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response, include_in_schema=False)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _add_swaps(app: FastAPI, service: Service, swaps: Swaps) -> None:
+    @app.post(
+        "/v1/models",
+        response_model=schemas.Swapped,
+        responses=_errors(400, 403, 409, 413, 503),
+    )
+    async def models(body: schemas.SwapBody) -> Response:
+        """Let another run answer, which is loaded and checked first; requests go on meanwhile."""
+        if service.settings.token is None:
+            raise HTTPException(
+                403, "models are changed with a token only; start serve with --token-file"
+            )
+        changes = await swaps.to(body.run)
+        service.present()
+        return JSONResponse(asdict(changes))
 
 
 def _add_page(app: FastAPI) -> None:
@@ -245,6 +253,9 @@ def _handle_errors(app: FastAPI) -> None:
     async def unavailable(_: Request, error: Exception) -> Response:
         return JSONResponse({"error": str(error)}, 503, headers=RETRY_AFTER)
 
+    async def conflict(_: Request, error: Exception) -> Response:
+        return JSONResponse({"error": str(error)}, 409)
+
     async def other(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         text = str(error.detail)
@@ -260,6 +271,7 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     for kind in (Busy, StoreError, LogError):
         app.add_exception_handler(kind, unavailable)
+    app.add_exception_handler(SwapRefused, conflict)
     app.add_exception_handler(HTTPException, other)
     app.add_exception_handler(Exception, broken)
 

@@ -4,6 +4,7 @@ Every event is in the log before anybody is told that it was taken.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import torch
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, Keyed, LogError
-from hstu_xd.serving.http.arrivals import Append, Arrivals
+from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batching import Ticket
 from hstu_xd.serving.http.failover import FailoverSession
-from hstu_xd.serving.http.histories import Histories, Items
+from hstu_xd.serving.http.live_model import LiveModel
 from hstu_xd.serving.requests import Answer, Request
+from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.stores import StoreError
 
 _log = logging.getLogger(__name__)
@@ -36,28 +38,36 @@ class Probe:
 
 @dataclass(frozen=True)
 class Recommend:
-    """Best items of domains. Result: for each domain (item id, score) pairs, best first."""
+    """Best items of domains. Result: for each domain (item, score) pairs, best first.
+
+    Attributes:
+        user: who is asked for.
+        domains: names.
+        timestamp: of the request; None: that of the user's last event.
+        k: items of a domain, at most.
+        exclude_seen: leave out items of the history; None: as the run was evaluated.
+    """
 
     user: str
-    domains: Sequence[int]
+    domains: Sequence[str]
     timestamp: int | None
     k: int
-    exclude_seen: bool
+    exclude_seen: bool | None
 
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of items of a domain. Result: a list of them."""
+    """Scores of items of a domain, both by their names. Result: a list of them."""
 
     user: str
-    domain: int
+    domain: str
     timestamp: int | None
-    item_ids: Sequence[int]
+    items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class ReadHistory:
-    """A user's last events. Result: list of :class:`Event`, oldest first."""
+    """A user's last events. Result: pairs of :class:`Event` and its domain, oldest first."""
 
     user: str
     limit: int
@@ -107,27 +117,37 @@ class BatchHandler:
     and only then is anybody told: whatever happens in between, they rebuild from the log as if they
     had never come.
 
+    Jobs name users, items and domains as clients do. A batch is handled by one model from its
+    beginning to its end, and its tickets say which.
+
     Args:
-        sessions: states of users.
-        histories: what they are rebuilt from.
+        sessions: states of users, of the model.
         log: where events are kept.
-        items: of the catalogue.
-        arrivals: which events are taken.
+        model: that answers.
     """
 
-    def __init__(
-        self,
-        sessions: FailoverSession,
-        histories: Histories,
-        log: EventLog,
-        items: Items,
-        arrivals: Arrivals,
-    ) -> None:
-        self._sessions, self._histories, self._log = sessions, histories, log
-        self._items, self._arrivals = items, arrivals
+    def __init__(self, sessions: FailoverSession, log: EventLog, model: LiveModel) -> None:
+        self._sessions, self._log, self._model = sessions, log, model
+        self._next: deque[tuple[LiveModel, EncoderSession]] = deque()
+
+    def replace(self, model: LiveModel, session: EncoderSession) -> None:
+        """Handle all batches that begin from now on by another model; called by any thread.
+
+        Args:
+            model: that is to answer.
+            session: of it, over the store of this handler's sessions.
+        """
+        self._next.append((model, session))
 
     def handle(self, tickets: Tickets) -> None:
         """Finish or fail every ticket."""
+        while self._next:
+            model, session = self._next.popleft()
+            self._sessions.adopt(model.session, session)
+            model.histories.rebuilt += self._model.histories.rebuilt
+            self._model = model
+        for ticket in tickets:
+            ticket.by = self._model.name
         for ticket in tickets:
             if isinstance(ticket.job, Forget | Remove | Probe):
                 _settle([ticket], self._change)
@@ -155,13 +175,14 @@ class BatchHandler:
     def _append_once(self, tickets: Tickets) -> None:
         new: list[tuple[Event, str | None]] = []
         jobs = [ticket.job for ticket in tickets if isinstance(ticket.job, Append)]
-        arrived = self._arrivals.begin(jobs)
+        model = self._model
+        arrived = model.arrivals.begin(jobs)
         for ticket in tickets:
             job = ticket.job
             assert isinstance(job, Append)
             ticket.error = None
             try:
-                ticket.result = outcome = self._arrivals.judge(job, arrived)
+                ticket.result = outcome = model.arrivals.judge(job, arrived)
             except InputError as error:
                 ticket.error = error
             else:
@@ -169,10 +190,10 @@ class BatchHandler:
         if not new:
             return
         users = [event.user for event, _ in new]
-        item_ids = [self._items.id_of(event.item) for event, _ in new]
+        item_ids = [model.items.id_of(event.item) for event, _ in new]
         times = [event.timestamp for event, _ in new]
         keys = [Keyed(event.user, key, *event[1:]) for event, key in new if key is not None]
-        versions = self._histories.versions(users)
+        versions = model.histories.versions(users)
         try:
             self._sessions.run(lambda session: session.append(users, item_ids, times))
             self._log.add([event for event, _ in new], keys, versions)
@@ -185,36 +206,69 @@ class BatchHandler:
             raise
 
     def _answer(self, tickets: Tickets) -> None:
+        asked: list[tuple[Ticket[Job], _Question]] = []
         for ticket in tickets:
-            assert isinstance(ticket.job, Recommend | Score)
-            self._arrivals.check_request(ticket.job.timestamp)
-        requests = [_request(ticket.job) for ticket in tickets]
-        self._histories.look(str(request.user) for request in requests)
+            ticket.error = None
+            try:
+                asked.append((ticket, self._question(ticket.job)))
+            except InputError as error:
+                ticket.error = error
+        if not asked:
+            return
+        requests = [question.request for _, question in asked]
+        self._model.histories.look(str(request.user) for request in requests)
         answers = self._sessions.run(lambda session: session.answer(requests))
-        for ticket, request, answer in zip(tickets, requests, answers):
-            last, asked = answer.last_time, request.timestamp
-            if last is not None and asked is not None and asked < last:
+        for (ticket, question), answer in zip(asked, answers):
+            last, at = answer.last_time, question.request.timestamp
+            if last is not None and at is not None and at < last:
                 ticket.error = InputError(
-                    f"timestamp {asked} is before the last event of user {request.user!r} at "
+                    f"timestamp {at} is before the last event of user {question.request.user!r} at "
                     f"{last}; ask for a later time, or leave it out"
                 )
                 continue
             with torch.inference_mode():
-                ticket.result = self._result(ticket.job, answer)
+                ticket.result = self._result(ticket.job, question, answer)
 
-    def _result(self, job: Job, answer: Answer) -> list:
-        session = self._sessions.session
+    def _question(self, job: Job) -> "_Question":
+        """Translate what a client asks for into the ids of the model.
+
+        Raises:
+            InputError: a time that cannot be, or a domain or an item that the model does not have.
+        """
+        model = self._model
+        assert isinstance(job, Recommend | Score)
+        model.arrivals.check_request(job.timestamp)
         if isinstance(job, Score):
-            items = torch.tensor(job.item_ids)
-            return session.index.scores_of_one(answer.vectors[0], items).tolist()
+            domain = model.catalog.domain_index(job.domain)
+            item_ids = [model.items.id_in(token, domain) for token in job.items]
+            return _Question(Request(job.user, [domain], job.timestamp), item_ids)
+        if len(job.domains) > model.catalog.num_domains:
+            raise InputError(
+                f"domains has {len(job.domains)} names, and there are {model.catalog.num_domains} "
+                "domains; name each once"
+            )
+        domains = [model.catalog.domain_index(name) for name in job.domains]
+        return _Question(Request(job.user, domains, job.timestamp))
+
+    def _result(self, job: Job, question: "_Question", answer: Answer) -> list:
+        index, model = self._sessions.session.index, self._model
+        if isinstance(job, Score):
+            return index.scores_of_one(answer.vectors[0], torch.tensor(question.item_ids)).tolist()
         assert isinstance(job, Recommend)
-        seen = answer.seen if job.exclude_seen else None
+        leave_out = job.exclude_seen
+        if leave_out is None:
+            leave_out = model.served.exclude_seen
+        seen = answer.seen if leave_out else None
         return [
-            session.index.best(vector, domain, job.k, seen)
-            for vector, domain in zip(answer.vectors, job.domains)
+            [
+                (model.catalog.token(item), score)
+                for item, score in index.best(vector, domain, job.k, seen)
+            ]
+            for vector, domain in zip(answer.vectors, question.request.target_domains)
         ]
 
     def _change(self, tickets: Tickets) -> None:
+        histories = self._model.histories
         for ticket in tickets:
             job = ticket.job
             if isinstance(job, Probe):
@@ -223,27 +277,30 @@ class BatchHandler:
                 continue
             assert isinstance(job, Forget | Remove)
             if isinstance(job, Forget):
-                user, ticket.result = job.user, self._histories.forget(job.user)
+                user, ticket.result = job.user, histories.forget(job.user)
             else:
-                user, ticket.result = job.event.user, self._histories.remove(job.event)
+                user, ticket.result = job.event.user, histories.remove(job.event)
             # A state that the store keeps is of a version that is no more.
             with suppress(StoreError):
                 self._sessions.forget(user)
 
     def _read(self, tickets: Tickets) -> None:
+        model = self._model
         for ticket in tickets:
             job = ticket.job
             if isinstance(job, ReadHistory):
-                ticket.result = self._histories.last_of(job.user, job.limit)
+                events = model.histories.last_of(job.user, job.limit)
+                ticket.result = [(event, model.items.domain_name(event.item)) for event in events]
             elif isinstance(job, ListUsers):
-                ticket.result = self._histories.users(job.prefix, job.limit)
+                ticket.result = model.histories.users(job.prefix, job.limit)
 
 
-def _request(job: Job) -> Request:
-    if isinstance(job, Score):
-        return Request(job.user, [job.domain], job.timestamp)
-    assert isinstance(job, Recommend)
-    return Request(job.user, job.domains, job.timestamp)
+@dataclass(frozen=True)
+class _Question:
+    """What is asked for in the ids of a model: of the session, and items that are to be scored."""
+
+    request: Request
+    item_ids: Sequence[int] = ()
 
 
 def _settle(tickets: Tickets, handle: Callable[[Tickets], None]) -> None:

@@ -53,6 +53,7 @@ class Ticket(Generic[J]):
         job: what to do.
         result: of the job, once it is done.
         error: why it was not done; None where it was.
+        by: name of what handled it; empty until then.
         done: whom it is told.
         cost: of the job.
         since: when it was queued.
@@ -61,6 +62,7 @@ class Ticket(Generic[J]):
     job: J
     result: Any = None
     error: Exception | None = None
+    by: str = ""
     done: "asyncio.Future[Any]" = field(kw_only=True)
     cost: float = field(kw_only=True)
     since: float = field(kw_only=True)
@@ -143,11 +145,11 @@ class Batcher(Generic[J]):
             left = abs(expected - (time.perf_counter() - self._started))
         return left + self._waiting_cost * self._seconds_per_cost
 
-    def submit(self, job: J) -> "asyncio.Future[Any]":
+    def submit(self, job: J) -> Ticket[J]:
         """Queue a job; called in an event loop.
 
         Returns:
-            What becomes the result, or an exception.
+            The job's ticket, whose ``done`` becomes the result, or an exception.
 
         Raises:
             Busy: the queue is full, or stopped.
@@ -161,7 +163,7 @@ class Batcher(Generic[J]):
             self._waiting.append(ticket)
             self._waiting_cost += ticket.cost
             self._changed.notify()
-        return ticket.done
+        return ticket
 
     def stop(self, within: float | None = None) -> bool:
         """Finish what waits, then end the thread.

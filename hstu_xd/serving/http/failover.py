@@ -79,6 +79,23 @@ class FailoverSession:
             self._delete_forgotten()
         return found
 
+    def adopt(
+        self, make: Callable[[StateStore | None], EncoderSession], session: EncoderSession
+    ) -> None:
+        """Go on with sessions of another model; the store, and what is known of it, stay.
+
+        Args:
+            make: makes a session over a store, or without one.
+            session: one that is made already, over :attr:`store`.
+        """
+        self._make = make
+        self.session = session if self._retry_at is None else make(None)
+
+    @property
+    def store(self) -> StateStore | None:
+        """Return where states are kept beyond memory, whether or not it is gone."""
+        return self._store
+
     def forget(self, user: Hashable) -> None:
         """Drop a user's state; from a store that is gone it is removed once it is back.
 

@@ -47,6 +47,14 @@ class Items:
         """Return the item's domain id."""
         return self._domains[item_id]
 
+    def domain_name(self, token: str) -> str:
+        """Return the name of a known item's domain."""
+        return self._catalog.domain_names[self._domains[self._ids[token]]]
+
+    def domains_by_token(self) -> dict[str, str]:
+        """Return the name of every item's domain."""
+        return {token: self.domain_name(token) for token in self._ids}
+
     def id_in(self, token: str, domain: int) -> int:
         """Return the item's id.
 

@@ -9,8 +9,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from hstu_xd.serving.http.service import NOBODY_LEFT, Service
+from hstu_xd.serving.http.metrics import NOBODY_LEFT
+from hstu_xd.serving.http.service import Service
 
 _log = logging.getLogger(__name__)
 
@@ -43,11 +45,14 @@ _ROUTES = (
     "/v1/domains",
     "/v1/events",
     "/v1/events/remove",
+    "/v1/models",
     "/v1/recommend",
     "/v1/score",
     "/v1/users",
 )
-_WITH_BODY = ("/v1/events", "/v1/events/remove", "/v1/recommend", "/v1/score")
+_WITH_BODY = ("/v1/events", "/v1/events/remove", "/v1/models", "/v1/recommend", "/v1/score")
+# These ask nothing of the thread that answers, however much waits for it.
+_UNQUEUED = ("/v1/domains", "/v1/models")
 # How much of a body that is too large is read and thrown away, in bodies of the largest size that
 # is taken, and for how long: a client that is still writing could not read the answer otherwise.
 _LINGER, _LINGER_SECONDS = 16, 5.0
@@ -83,9 +88,13 @@ class RequestGuard:
 
         async def watched(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                named = (b"x-model", quote(self._service.answered_by, safe=" ").encode())
+                message = {**message, "headers": [*message.get("headers", ()), named]}
             await send(message)
 
+        self._service.present()
         self._service.active += 1
         try:
             await self._pass(scope, receive, watched)
@@ -116,7 +125,7 @@ class RequestGuard:
         elif service.draining:
             closing = RETRY_AFTER | {"Connection": "close"}
             await _refuse(send, 503, "the service is stopping; repeat the request later", closing)
-        elif path.startswith("/v1/") and path != "/v1/domains" and service.full:
+        elif path.startswith("/v1/") and path not in _UNQUEUED and service.full:
             await _refuse(send, 503, "the service is busy; repeat the request later", RETRY_AFTER)
         elif (body := await self._body(headers, receive, send)) is not None:
             problem = _unreadable(headers) if path in _WITH_BODY else None

@@ -164,16 +164,39 @@ class Health(BaseModel):
     writes: str
 
 
+class SwapBody(Body):
+    """Which run is to answer from now on."""
+
+    run: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=255,
+            description="Name of a run folder beside the one that the service was started with.",
+            examples=["2026-11-26"],
+        ),
+    ]
+
+
+class Swapped(BaseModel):
+    """The model that answers now, and what has come with it."""
+
+    model: str
+    previous: str
+    items_left: Annotated[
+        int, Field(description="Items that it does not have: their events are skipped.")
+    ]
+    items_new: int
+
+
 class RequestBodies:
     """Bodies whose bounds are the service's own.
 
     Args:
         limits: of a request.
-        num_domains: of the catalogue.
-        leave_out_seen: whether recommendations leave out what a user has met, unless they say.
     """
 
-    def __init__(self, limits: Limits, num_domains: int, *, leave_out_seen: bool) -> None:
+    def __init__(self, limits: Limits) -> None:
         class Events(Body):
             """Events of any users, in the order in which they happened; all are taken or none."""
 
@@ -187,12 +210,18 @@ class RequestBodies:
             """Who is to be recommended what."""
 
             user: User
-            domains: Annotated[list[Domain], Field(min_length=1, max_length=num_domains)]
+            domains: Annotated[
+                list[Domain],
+                Field(min_length=1, description="At most as many names as there are domains."),
+            ]
             k: Annotated[int, Field(strict=True, ge=1, le=limits.max_k)] = 10
             exclude_seen: Annotated[
-                bool,
-                Field(strict=True, description="Leave out items that the user has met."),
-            ] = leave_out_seen
+                Annotated[bool, Field(strict=True)] | None,
+                Field(
+                    description="Leave out items that the user has met; by default as the model "
+                    "was evaluated."
+                ),
+            ] = None
             timestamp: Timestamp | None = None
 
         class ScoreBody(Body):

@@ -6,6 +6,7 @@ how long an answer may take to be read.
 
 import asyncio
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http.app import build_app
 from hstu_xd.serving.http.service import Service
+from hstu_xd.serving.http.swaps import Swaps
 
 # Bytes of a request's first line and headers, and of whatever else is not its body.
 MOST_HEAD = 1 << 16
@@ -220,12 +222,13 @@ class Server(uvicorn.Server):
 
     Args:
         service: to serve.
+        swaps: puts other models in place.
         announce: told when requests are taken.
     """
 
-    def __init__(self, service: Service, announce: Callable[[], None]) -> None:
+    def __init__(self, service: Service, swaps: Swaps, announce: Callable[[], None]) -> None:
         config = uvicorn.Config(
-            build_app(service),
+            build_app(service, swaps),
             http=BoundedConnection,
             ws="none",
             lifespan="off",
@@ -294,9 +297,15 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"{host}:{port}: {error}; give another --host or --port") from error
 
 
-def serve(service: Service, sock: socket.socket, announce: Callable[[], None]) -> None:
-    """Serve until a signal comes, then finish what was taken and close the log."""
-    server = Server(service, announce)
+def serve(
+    service: Service, sock: socket.socket, swaps: Swaps, announce: Callable[[], None]
+) -> None:
+    """Serve until a signal comes, then finish what was taken and close the log.
+
+    SIGHUP reloads the run.
+    """
+    server = Server(service, swaps, announce)
+    signal.signal(signal.SIGHUP, lambda which, frame: swaps.reload())
     try:
         server.run(sockets=[sock])
     finally:

@@ -2,6 +2,7 @@
 
 They share the socket, the event log and nothing else: the kernel gives a connection to any of them,
 and any of them takes any user. One that dies is started again; the others go on meanwhile.
+A new model comes to all of them or to none, see :mod:`hstu_xd.serving.http.worker_swaps`.
 """
 
 import logging
@@ -12,8 +13,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
@@ -21,7 +23,9 @@ from typing import Any
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import is_postgres, open_log, shown_log
+from hstu_xd.serving.http.metrics import forget_process, shared_counts
 from hstu_xd.serving.http.settings import ServiceSettings
+from hstu_xd.serving.http.worker_swaps import SwapLeader, WorkerSwaps
 
 _log = logging.getLogger(__name__)
 
@@ -42,12 +46,14 @@ class Work:
         settings: of the service.
         allow_imports: whether the run may import modules of its own.
         log_level: of what is written to stderr.
+        serves: the run that all workers serve at the moment; None: the one of the command.
     """
 
     run: Path
     settings: ServiceSettings
     allow_imports: bool
     log_level: str
+    serves: Path | None = None
 
     def share(self, count: int) -> "Work":
         """Return the work of each of several workers, which share the cores and the log.
@@ -70,6 +76,21 @@ class Work:
         )
 
 
+@dataclass
+class _Worker:
+    """A process, and the line to it."""
+
+    ready: Event = field(default_factory=_SPAWN.Event)
+    process: Any = None
+    line: Connection | None = None
+
+    def tell(self, message: object) -> None:
+        """Send a message; one that has died is noticed otherwise."""
+        assert self.line is not None
+        with suppress(OSError):
+            self.line.send(message)
+
+
 class Workers:
     """The processes, watched by the one that has started them.
 
@@ -81,9 +102,12 @@ class Workers:
 
     def __init__(self, work: Work, count: int, sock: socket.socket) -> None:
         self._work, self._sock = work, sock
-        self._stopping = False
-        self._processes: list[Any] = []
-        self._ready: list[Event] = [_SPAWN.Event() for _ in range(count)]
+        self._stopping = self._reload = False
+        self._workers = [_Worker() for _ in range(count)]
+        self._first = work.run.resolve()
+        self._leader = SwapLeader(
+            work.run, count, lambda number, message: self._workers[number].tell(message)
+        )
 
     def run(self, announce: Callable[[], None]) -> None:
         """Serve until a signal comes, then let all workers finish what they have taken.
@@ -96,9 +120,15 @@ class Workers:
         """
         for which in (signal.SIGTERM, signal.SIGINT):
             signal.signal(which, self._stop)
+        signal.signal(signal.SIGHUP, self._ask_reload)
+        with shared_counts():
+            self._run(announce)
+
+    def _run(self, announce: Callable[[], None]) -> None:
         try:
-            self._processes = [self._start(number) for number in range(len(self._ready))]
-            while not self._stopping and not all(ready.is_set() for ready in self._ready):
+            for worker in self._workers:
+                self._start(worker)
+            while not self._stopping and not all(w.ready.is_set() for w in self._workers):
                 if self._dead():
                     raise HstuXdError("a worker did not start; it says why above")
                 time.sleep(_LOOK)
@@ -110,28 +140,47 @@ class Workers:
             self._end()
 
     def _watch(self) -> None:
-        """Wait a little for workers to die, and start those that did again."""
-        wait([process.sentinel for process in self._processes], timeout=_LOOK)
+        """Wait a little for workers to say something or to die, and start those that did again."""
+        lines: dict[Any, int] = {w.line: number for number, w in enumerate(self._workers)}
+        watched = [*lines, *(worker.process.sentinel for worker in self._workers)]
+        for line in wait(watched, timeout=_LOOK):
+            with suppress(EOFError, OSError):
+                if isinstance(line, Connection):
+                    self._leader.hear(lines[line], line.recv())
+        if self._reload:
+            self._reload = False
+            self._leader.begin()
+        self._leader.look()
         for number in self._dead():
             if self._stopping:
                 return
+            worker = self._workers[number]
             _log.warning(
                 "worker %d ended with status %s; it is started again",
                 number,
-                self._processes[number].exitcode,
+                worker.process.exitcode,
             )
+            forget_process(worker.process.pid)
+            self._leader.lose(number)
             time.sleep(_AGAIN)
-            self._processes[number] = self._start(number)
+            self._start(worker)
 
     def _dead(self) -> list[int]:
-        return [n for n, process in enumerate(self._processes) if not process.is_alive()]
+        return [n for n, worker in enumerate(self._workers) if not worker.process.is_alive()]
 
-    def _start(self, number: int) -> Any:
-        process = _SPAWN.Process(
-            target=_serve, args=(self._work, self._sock, self._ready[number]), daemon=True
+    def _start(self, worker: _Worker) -> None:
+        if worker.line is not None:
+            worker.line.close()
+        worker.line, other = _SPAWN.Pipe()
+        work = replace(self._work, serves=self._leader.run)
+        if work.serves != self._first:
+            # The store that the command names is that of the run that it names.
+            work = replace(work, settings=replace(work.settings, data=None))
+        worker.process = _SPAWN.Process(
+            target=_serve, args=(work, self._sock, other, worker.ready), daemon=True
         )
-        process.start()
-        return process
+        worker.process.start()
+        other.close()
 
     def _stop(self, which: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at once at the second one."""
@@ -139,16 +188,20 @@ class Workers:
             self._terminate()
         self._stopping = True
 
+    def _ask_reload(self, which: int, frame: FrameType | None) -> None:
+        """Serve what the folder of the command holds now."""
+        self._reload = True
+
     def _terminate(self) -> None:
-        for process in self._processes:
-            if process.is_alive():
-                process.terminate()
+        for worker in self._workers:
+            if worker.process is not None and worker.process.is_alive():
+                worker.process.terminate()
 
     def _end(self) -> None:
         """Drain all workers at once; what does not end in time is killed."""
         self._terminate()
         until = time.monotonic() + self._work.settings.drain_seconds + _ENDING
-        for process in self._processes:
+        for process in [worker.process for worker in self._workers if worker.process is not None]:
             process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
                 _log.warning("a worker did not end in time; what was accepted is in the log")
@@ -156,22 +209,25 @@ class Workers:
                 process.join()
 
 
-def _serve(work: Work, sock: socket.socket, ready: Event) -> None:
+def _serve(work: Work, sock: socket.socket, line: Connection, ready: Event) -> None:
     """Be one of the workers."""
     from hstu_xd.serving.http import server
-    from hstu_xd.serving.http.service import Served, Service
+    from hstu_xd.serving.http.live_model import Served
+    from hstu_xd.serving.http.service import Service
 
     # Ctrl-C in a terminal is for the process that watches: it tells the others.
     os.setsid()
     logging.basicConfig(level=work.log_level.upper(), format="hstu-xd: %(message)s")
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    run, imports = work.serves or work.run, work.allow_imports
     try:
-        served = Served.from_run(work.run, work.settings, allow_imports=work.allow_imports)
+        served = Served.from_run(run, work.settings, allow_imports=imports)
         service = Service(served, work.settings)
     except HstuXdError as error:
         _log.error("%s", error)
         raise SystemExit(error.exit_code) from None
-    server.serve(service, sock, ready.set)
+    swaps = WorkerSwaps(service, work.run, line, allow_imports=imports)
+    server.serve(service, sock, swaps, ready.set)
 
 
 def _end_with_parent() -> None:
