@@ -84,6 +84,25 @@ def test_run_folder_holds_what_the_commands_read(trained: Path, store: Interacti
     assert any((trained / "tensorboard").iterdir())
 
 
+def test_commands_name_what_comes_next(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ready to be copied, also from a folder with a space in its name."""
+    assert app.run(["evaluate", str(trained)]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "next:",
+        f"  hstu-xd report {trained} --out FOLDER",
+        f"  hstu-xd recommend {trained} --all-users --out FILE.parquet",
+    ]
+    made = tmp_path / "a store"
+    assert app.run(["synth", "--out", str(made), "--users", "60"]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "next:",
+        f"  hstu-xd train --data '{made}' --gin_config_file FILE.gin --out RUN",
+        f"  hstu-xd ablate --data '{made}' --out RUNS",
+    ]
+
+
 def test_loaded_model_encodes(trained: Path, store: InteractionStore) -> None:
     model = hstu_xd.load(trained)
     items, times = store.history(0)
