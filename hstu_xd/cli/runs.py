@@ -143,6 +143,8 @@ def train(
         read_test=not skip_test,
         verify=verify,
         allow_imports=allow_imports,
+        # Each line at once, also where the output is a file that somebody follows.
+        announce=lambda line: print(line, flush=True),
     )
     split = "test" if "test" in summary else "valid"
     found = summary[split]
