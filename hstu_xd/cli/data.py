@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hstu_xd.cli.runs import say_next
 from hstu_xd.errors import InputError
 
 
@@ -140,6 +141,7 @@ def prepare(
         warn=warnings.append,
     )
     print_summary(out, manifest, notes=notes, warnings=warnings)
+    _say_next(out)
 
 
 def _listed(text: str | None, option: str) -> tuple[str, ...]:
@@ -195,3 +197,11 @@ def synth(
     )
     make = synthesize_baskets if baskets else synthesize
     print_summary(out, make(out, options, force=force))
+    _say_next(out)
+
+
+def _say_next(store: Path) -> None:
+    say_next(
+        ["train", "--data", store, "--gin_config_file", "FILE.gin", "--out", "RUN"],
+        ["ablate", "--data", store, "--out", "RUNS"],
+    )

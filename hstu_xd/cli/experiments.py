@@ -16,6 +16,7 @@ from hstu_xd.cli.runs import (
     Ties,
     Verify,
     protocol_changes,
+    say_next,
 )
 
 Runs = Annotated[
@@ -94,6 +95,7 @@ def ablate(
         announce=lambda line: typer.echo(line, err=True),
     )
     typer.echo(table, nl=False)
+    say_next(["compare", out], ["report", out, "--out", "FOLDER"], err=True)
 
 
 def tune(

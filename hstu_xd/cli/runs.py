@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any
@@ -81,6 +83,18 @@ def protocol_changes(
     }
 
 
+def say_next(*commands: Sequence[str | Path], err: bool = False) -> None:
+    """Name the commands that go on from here; words in capitals are for the reader to choose.
+
+    Args:
+        commands: the words of each, after the program's name.
+        err: print to stderr, where stdout holds a document.
+    """
+    typer.echo("next:", err=err)
+    for words in commands:
+        typer.echo("  " + shlex.join(["hstu-xd", *map(str, words)]), err=err)
+
+
 def train(
     data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder to write.")],
@@ -129,6 +143,8 @@ def train(
         read_test=not skip_test,
         verify=verify,
         allow_imports=allow_imports,
+        # Each line at once, also where the output is a file that somebody follows.
+        announce=lambda line: print(line, flush=True),
     )
     split = "test" if "test" in summary else "valid"
     found = summary[split]
@@ -139,6 +155,11 @@ def train(
     )
     for note in count_notes(found):
         typer.echo(note)
+    say_next(
+        ["evaluate", out],
+        ["report", out, "--out", "FOLDER"],
+        ["recommend", out, "--all-users", "--out", "FILE.parquet"],
+    )
 
 
 def evaluate(
@@ -202,6 +223,10 @@ def evaluate(
             typer.echo(note)
     for sentence in protocol.sentences():
         typer.echo(sentence)
+    say_next(
+        ["report", run, "--out", "FOLDER"],
+        ["recommend", run, "--all-users", "--out", "FILE.parquet"],
+    )
 
 
 def export(

@@ -121,7 +121,7 @@ def ablate(
         bindings: gin bindings on top of the recipe.
         jobs: runs at a time; they share the processor's cores.
         verify: compare the hash of every file of the store with its manifest first.
-        announce: called with a line after every run.
+        announce: called with a line at the beginning, after every epoch and every run.
 
     Returns:
         The Markdown table.
@@ -146,8 +146,14 @@ def ablate(
     with locked_folder(out, "runs an ablation in"):
         _check_runs(runs, store, files, bindings)
         commands = {run: run.command(data, files, bindings) for run in runs if not run.done}
+        announce(f"{len(commands)} of {len(runs)} runs to train, {jobs} at a time, into {out}")
         with trainings(jobs) as running:
-            for run, error in running.each(lambda one: running.run(commands[one]), commands):
+
+            def train(run: AblationRun) -> str:
+                name = f"{run.variant} seed {run.seed}"
+                return running.run(commands[run], announce=lambda line: announce(f"{name}: {line}"))
+
+            for run, error in running.each(train, commands):
                 note_end(run, error)
         stopped_by = running.stopped_by
         table = _write(out, runs, store)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import IO, TypeVar
 
 from hstu_xd.training.interruption import STOPS_WITH_STDIN, StopRequest, stop_requests
@@ -94,25 +95,35 @@ class Trainings:
             for result in future.result():
                 yield futures[future], result
 
-    def run(self, command: Sequence[str], should_stop: Callable[[], bool] = lambda: False) -> str:
+    def run(
+        self,
+        command: Sequence[str],
+        should_stop: Callable[[], bool] = lambda: False,
+        announce: Callable[[str], object] = lambda line: None,
+    ) -> str:
         """Run a training to its end.
 
         Args:
             command: that trains.
             should_stop: asked again and again while it runs; True: the training is told to save and
                 to stop.
+            announce: called with every line about an epoch as it comes, in a thread of its own.
 
         Returns:
             The last line of what it said of an error; empty when it went well.
         """
+        reading, writing = os.pipe()
         process = subprocess.Popen(
             command,
             env=self._environment,
             stdin=self._stdin,
-            stdout=subprocess.DEVNULL,
+            stdout=writing,
             stderr=subprocess.PIPE,
             text=True,
         )
+        os.close(writing)
+        told = Thread(target=_pass_on, args=(reading, announce))
+        told.start()
         while True:
             try:
                 _, said = process.communicate(timeout=_PAUSE)
@@ -122,8 +133,17 @@ class Trainings:
                     process.send_signal(signal.SIGTERM)
                     _, said = process.communicate()
                     break
+        told.join()
         lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
         return lines[-1] if process.returncode else ""
+
+
+def _pass_on(reading: int, announce: Callable[[str], object]) -> None:
+    """Read what a training prints to its end, and pass on what it says of epochs."""
+    with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("epoch "):
+                announce(line.rstrip())
 
 
 @contextmanager

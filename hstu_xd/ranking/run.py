@@ -29,7 +29,7 @@ from hstu_xd.ranking.histories import HistoryIndex
 from hstu_xd.ranking.model import Ranker
 from hstu_xd.ranking.settings import RankingSettings
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights, save_checkpoint
-from hstu_xd.training.trainer import MetricsLog
+from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.version import __version__
 
 CONFIG_FILE, RUN_FILE, SUMMARY_FILE = "config.gin", "rank.json", "summary.json"

@@ -13,8 +13,9 @@ from hstu_xd.evaluation.ranks import evaluate
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoint
 from hstu_xd.training.distributed import World
 from hstu_xd.training.extension import metrics_of
+from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.settings import RunSettings
-from hstu_xd.training.trainer import MetricsLog, Progress
+from hstu_xd.training.trainer import Progress
 
 SUMMARY_FILE = "summary.json"
 

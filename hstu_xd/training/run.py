@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +63,7 @@ def train(
     verify: bool = False,
     read_test: bool = True,
     allow_imports: bool = False,
+    announce: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Train one model into a run folder.
 
@@ -77,6 +78,7 @@ def train(
         read_test: measure the picked epoch on the test split, too; a search on validation does not.
         allow_imports: to resume, import what the run names beside this package; what ``settings``
             have imported needs no permission.
+        announce: called with a line after every epoch, in the first process.
 
     Returns:
         The summary, as written to ``summary.json``.
@@ -102,7 +104,15 @@ def train(
             trainer = BaselineTrainer(store, settings, out, here)
         else:
             model = _new_model(store.catalog, settings).to(here.device)
-            trainer = Trainer(model, store, settings.train, out, here, protocol=settings.protocol)
+            trainer = Trainer(
+                model,
+                store,
+                settings.train,
+                out,
+                here,
+                protocol=settings.protocol,
+                announce=announce,
+            )
         if resume:
             facts = read_run(out)
             # Checkpoints that count steps are older than "starts": those of the first job.

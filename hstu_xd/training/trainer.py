@@ -7,7 +7,6 @@ metrics.jsonl, one JSON object a line, and to TensorBoard's log as they come.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -45,59 +44,9 @@ from hstu_xd.training.checkpoint import (
 from hstu_xd.training.distributed import DelayedMaximum, World
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
+from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.optimization import WeightAverage, optimizer_of, rate_at
 from hstu_xd.training.settings import TrainSettings
-
-METRICS_FILE = "metrics.jsonl"
-
-
-class MetricsLog:
-    """Appends rows to a run's metrics file and mirrors them to TensorBoard.
-
-    Args:
-        run: the run folder.
-        enabled: False on all processes but the first, which then write nothing.
-    """
-
-    def __init__(self, run: Path, *, enabled: bool) -> None:
-        self._path, self._folder, self._enabled = run / METRICS_FILE, run / "tensorboard", enabled
-        self._board = None
-
-    def rewind(self, size: int, step: int) -> None:
-        """Forget what was written after a checkpoint: rows past ``size`` bytes come again."""
-        if self._enabled:
-            if self._path.exists():  # a run may stop before it has a row
-                os.truncate(self._path, size)
-            self._open(purge_step=step)
-
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._path.stat().st_size if self._path.exists() else 0
-
-    def write(self, split: Split, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Append one evaluation (or training) row."""
-        if not self._enabled:
-            return
-        row = {"split": split.value, "epoch": epoch, "step": step, **values}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        board = self._board or self._open(purge_step=None)
-        for name, value in values.items():
-            board.add_scalar(f"{split.value}/{name}", value, step)
-        board.flush()
-
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self._board is not None:
-            self._board.close()
-
-    def _open(self, purge_step: int | None):  # type: ignore[no-untyped-def]
-        # Imported here: TensorBoard takes a second to load and evaluation alone never needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(self._folder), purge_step=purge_step)
-        return self._board
-
 
 # A loss that is not finite is noticed within this many steps and before anything is saved.
 _CHECK_EVERY = 50
@@ -152,6 +101,7 @@ class Trainer:
         run: the run folder.
         world: this process among the others.
         protocol: of the evaluations.
+        announce: called with a line after every epoch, in the first process.
     """
 
     def __init__(
@@ -163,11 +113,12 @@ class Trainer:
         world: World,
         *,
         protocol: Protocol = DEFAULTS,
+        announce: Callable[[str], object] = lambda line: None,
     ) -> None:
         if settings.main_module_bf16 and world.device.type != "cuda":
             raise HstuXdError("xd_train.main_module_bf16 needs CUDA; set it to False on CPU")
         self.model, self.settings, self.run, self.world = model, settings, run, world
-        self.protocol = protocol
+        self.protocol, self._announce = protocol, announce
         length = settings.max_sequence_length
         self._data = {split: SequenceData(store, split, length) for split in Split}
         self._optimizer = optimizer_of(model, settings)
@@ -213,8 +164,9 @@ class Trainer:
         with stop_requests(self._request):
             try:
                 while not self.is_trained:
+                    began = time.perf_counter()
                     self._train_epoch()
-                    self._finish_epoch()
+                    self._finish_epoch(began)
             except Interrupted:
                 self._save()
                 self._log.close()
@@ -349,7 +301,7 @@ class Trainer:
                 + "and train again"
             )
 
-    def _finish_epoch(self) -> None:
+    def _finish_epoch(self, began: float) -> None:
         progress, settings = self.progress, self.settings
         self._check_finite()
         row = {"loss": self._total_loss() / progress.loss_tokens}
@@ -364,11 +316,26 @@ class Trainer:
                 save_checkpoint(
                     self.run / MODEL_FILE, self._judged.state_dict(), {"epoch": progress.epoch}
                 )
+        told = self._told(row["loss"], found, time.perf_counter() - began)
         progress.epoch, progress.users_in_epoch = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_tokens = 0.0, 0
         # Only here: rows of an epoch that is not finished come again.
         progress.metrics_bytes = self._log.size()
         self._save()
+        # Last: nobody may read it any more, and the epoch is kept all the same.
+        if self.world.is_main:
+            self._announce(told)
+
+    def _told(self, loss: float, found: float, seconds: float) -> str:
+        """Say in a line how an epoch went, and how long the others will take at most."""
+        progress, settings = self.progress, self.settings
+        left = (settings.num_epochs - 1 - progress.epoch) * seconds
+        best = "the best" if progress.best_epoch == progress.epoch else f"best {progress.best:.4f}"
+        rate = progress.train_events / max(1e-9, progress.train_seconds)
+        return (
+            f"epoch {progress.epoch}: loss {loss:.4f}, valid {settings.select_metric} {found:.4f} "
+            f"({best}), {rate:,.0f} events/s, {seconds:,.1f} s; at most {left:,.0f} s left"
+        )
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of a split; the processes share the users.

@@ -18,6 +18,7 @@ import hstu_xd
 from hstu_xd.cli import app
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.evaluation.protocol import METRICS
+from hstu_xd.experiments.ablation import ablate
 from hstu_xd.training.checkpoint import load_checkpoint
 
 EVERYTHING_ON = (
@@ -82,6 +83,52 @@ def test_run_folder_holds_what_the_commands_read(trained: Path, store: Interacti
     splits = [row["split"] for row in rows(trained)]
     assert splits == ["train", "valid", "train", "valid", "test"]
     assert any((trained / "tensorboard").iterdir())
+
+
+def test_every_epoch_is_told_as_it_ends(store_path: Path, tmp_path: Path) -> None:
+    """Into a file that somebody follows, and by an ablation of each of its runs."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    line = [sys.executable, "-m", "hstu_xd", *arguments(store_path, run)]
+    with log.open("wb") as file:
+        subprocess.run(line, stdout=file, check=True)
+    told = log.read_text().splitlines()
+    assert re.match(
+        r"epoch 0: loss \d+\.\d+, valid ndcg@100 0\.\d{4} \(the best\), [\d,]+ events/s, "
+        r"[\d.]+ s; at most [\d,]+ s left",
+        told[0],
+    )
+    assert told[1].startswith("epoch 1: ")
+    assert told[1].endswith("at most 0 s left")
+    assert told[-4:] == [
+        "next:",
+        f"  hstu-xd evaluate {run}",
+        f"  hstu-xd report {run} --out FOLDER",
+        f"  hstu-xd recommend {run} --all-users --out FILE.parquet",
+    ]
+    lines: list[str] = []
+    ablate(store_path, ("hstu",), (1,), tmp_path / "a", bindings=SMALL, announce=lines.append)
+    assert lines[0].startswith("1 of 1 runs to train, 1 at a time")
+    assert lines[1].startswith("hstu seed 1: epoch 0: loss ")
+    assert lines[-1] == "hstu seed 1: done"
+
+
+def test_commands_name_what_comes_next(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ready to be copied, also from a folder with a space in its name."""
+    assert app.run(["evaluate", str(trained)]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "next:",
+        f"  hstu-xd report {trained} --out FOLDER",
+        f"  hstu-xd recommend {trained} --all-users --out FILE.parquet",
+    ]
+    made = tmp_path / "a store"
+    assert app.run(["synth", "--out", str(made), "--users", "60"]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "next:",
+        f"  hstu-xd train --data '{made}' --gin_config_file FILE.gin --out RUN",
+        f"  hstu-xd ablate --data '{made}' --out RUNS",
+    ]
 
 
 def test_loaded_model_encodes(trained: Path, store: InteractionStore) -> None:
