@@ -40,15 +40,10 @@ class SequenceData:
         self.max_length = max_length
         self._item_ids, self._timestamps = store.item_ids, store.timestamps
         self._item_domains = store.catalog.item_domains.numpy(force=True)
-        offsets = np.asarray(store.offsets)
+        self._offsets = offsets = np.asarray(store.offsets)
         sizes = np.diff(offsets)
-        held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[split]
-        if split is Split.TRAIN:
-            last = sizes - 1 - np.where(sizes >= 3, held_out, 0)
-            self.users = np.flatnonzero(last >= 1)
-        else:
-            last = sizes - 1 - held_out
-            self.users = np.flatnonzero(sizes >= 3)
+        last = _last_targets(sizes, split)
+        self.users = np.flatnonzero(last >= 1 if split is Split.TRAIN else sizes >= 3)
         if self.users.size == 0:
             raise InputError(
                 f"{store.path}: no user has enough events for the {split.value} split; users of at "
@@ -56,6 +51,20 @@ class SequenceData:
             )
         self._first = offsets[:-1]  # event index where each user begins
         self._last = offsets[:-1] + last  # event index of each user's last target
+
+    def users_with_targets_since(self, time: int) -> np.ndarray:
+        """Users of this split whose last target was not among the targets of an earlier log.
+
+        Args:
+            time: of the earlier log's last event; later events are new.
+
+        Returns:
+            (B,) int64 user indices, ascending.
+        """
+        before = np.concatenate([[0], np.cumsum(np.asarray(self._timestamps) <= time)])
+        offsets = self._offsets
+        earlier = _last_targets(before[offsets[1:]] - before[offsets[:-1]], self.split)
+        return self.users[self._first[self.users] + earlier[self.users] < self._last[self.users]]
 
     def lengths(self, users: np.ndarray) -> np.ndarray:
         """Tokens in each user's window: (B,) int64."""
@@ -117,3 +126,11 @@ class SequenceData:
         return np.arange(offsets[-1]) + np.repeat(
             self._first[users] - offsets[:-1], lengths
         ), offsets
+
+
+def _last_targets(sizes: np.ndarray, split: Split) -> np.ndarray:
+    """Place of the last target in histories of so many events each."""
+    held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[split]
+    if split is Split.TRAIN:
+        return sizes - 1 - np.where(sizes >= 3, held_out, 0)
+    return sizes - 1 - held_out
