@@ -262,7 +262,7 @@ class EventReader:
             item = renumber(self.item, item_ranks)
             time, moments = order_events(self.seconds, self.nanoseconds, self.order)
             user = user_codes.result()
-        warnings = _missing_ids(users["user"], items, user, item)
+        warnings = missing_ids(users["user"], items, user, item)
         fields = numbered(pl.concat(self.fields)) if self.fields else None
         catalogue = items.select("item", "domain")
         return Events(users["user"], catalogue, user, item, time, moments, warnings, fields)
@@ -338,7 +338,7 @@ def _used(
     return tokens.filter(used), [ranks[part] for part in parts]
 
 
-def _missing_ids(
+def missing_ids(
     users: "pl.Series",
     items: "pl.DataFrame",
     user: NDArray[np.int32],

@@ -431,8 +431,6 @@ class Trainer:
             "epochs": progress.epoch,
             **measured,
             "seconds_per_step": progress.train_seconds / max(1, progress.step),
-            "train_events": progress.train_events,
-            "train_seconds": progress.train_seconds,
             "events_per_second": progress.train_events / max(1e-9, progress.train_seconds),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "attention_pairs": cost.pairs,
