@@ -19,7 +19,7 @@ from hstu_xd.data.encode import EventReader, Events, IdOptions, missing_ids, rea
 from hstu_xd.data.filters import Filters
 from hstu_xd.data.ids import has_decimals
 from hstu_xd.data.order import Histories, in_time_order
-from hstu_xd.data.prepare import EXACT_IDS, FINER, PREFIXED, facts_of, tell_of_files, write_prepared
+from hstu_xd.data.prepare import EXACT_IDS, PREFIXED, facts_of, tell_of_files, write_prepared
 from hstu_xd.data.repeats import count_repeats, first_after
 from hstu_xd.data.sources import ReadOptions, open_sources
 from hstu_xd.data.sources.columns import ColumnOptions
@@ -152,11 +152,10 @@ def _appended(
             "new logs; give it one, or put the domain before every item's id in all of them with "
             "--prefix-items"
         )
-    finer = FINER in store.manifest["ties"] or events.moments.finer
-    by_column = store.manifest["ties"]["order"] != "hash"
+    by_hash = store.manifest["ties"]["order"] == "hash" and not events.moments.finer
     added, tied = in_time_order(events)
     added = Histories(users.new[added.user], items.new[added.item], added.time)
-    merged = _Merger(store, users, items).merge(added, known_order=not (finer or by_column))
+    merged = _Merger(store, users, items).merge(added, by_hash=by_hash)
     change = merged.reorder(all_users, all_items)
     log = Log(all_users, all_items, merged.offsets, merged.item, merged.time)
     repeats = store.manifest["duplicates"] + count_repeats(added) + change.repeats
@@ -164,7 +163,6 @@ def _appended(
         log,
         read=len(log.item),
         tied=store.manifest["ties"]["events"] + tied + change.tied,
-        finer=finer,
         repeats=repeats,
         found=repeats,
         filters=store.manifest["filters"],
@@ -302,15 +300,16 @@ class _Merger:
     users: MergedTokens
     items: MergedTokens
 
-    def merge(self, added: Histories, *, known_order: bool) -> _Merged:
+    def merge(self, added: Histories, *, by_hash: bool) -> _Merged:
         """Merge by user and time; where times are equal, new events come last.
 
         Args:
             added: in the numbering of the whole.
-            known_order: whether events of one second are ordered by what the store holds.
+            by_hash: whether new events of one second are ordered by the hash alone.
 
         Raises:
-            InputError: they are not, and a new event shares user and second with an old one.
+            InputError: they or the old ones are not, and a new event shares user and second with an
+                old one.
         """
         old_time = np.asarray(self.store.timestamps)
         num_users = len(self.users.old) + int(self.users.fresh.sum())
@@ -335,12 +334,23 @@ class _Merger:
         first[1:] = (added.user[1:] != added.user[:-1]) | (added.time[1:] != added.time[:-1])
         counts = np.diff(np.append(np.flatnonzero(first), len(place)))
         meets = place[first] > before[first]
-        if meets.any() and not known_order:
+        if meets.any() and not (by_hash and self._is_tied_by_hash(old_time)):
             self._refuse(added, int(np.flatnonzero(first)[meets][0]))
         heads = np.flatnonzero(first)[meets]
         sizes = place[heads] - before[heads] + counts[meets]
         runs = (before[heads] + heads, sizes, added.user[heads])
         return _Merged(offsets, item, time, is_new, *runs)
+
+    def _is_tied_by_hash(self, old_time: NDArray[np.int64]) -> bool:
+        """Whether all old events of one user and second were of one time for who read them.
+
+        Where they were not, times were finer. An old log with times that fine and nobody who has
+        two events in a second cannot be told from one of whole seconds, and is taken as such.
+        """
+        same = np.zeros(len(old_time) + 1, np.bool_)
+        np.equal(old_time[1:], old_time[:-1], out=same[1:-1])
+        same[self.store.offsets] = False
+        return int((same[1:] | same[:-1]).sum()) == self.store.manifest["ties"]["events"]
 
     def _refuse(self, added: Histories, event: int) -> None:
         user = int(np.flatnonzero(self.users.old == added.user[event])[0])

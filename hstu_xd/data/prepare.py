@@ -31,9 +31,8 @@ logger = logging.getLogger(__name__)
 SOME_USERS = 1000
 # Metrics carry the domain's name in brackets, beside these groups of targets.
 _METRIC_GROUPS = ("switch", "stay")
-# Entries of the manifest that only unusual logs have: ids kept as they are written, ids with their
-# domain before them, and among the ties: times finer than the seconds that a store holds.
-EXACT_IDS, PREFIXED, FINER = "exact_ids", "prefixed_items", "finer_than_seconds"
+# Entries of the manifest where ids were kept as they are written, or their domain put before them.
+EXACT_IDS, PREFIXED = "exact_ids", "prefixed_items"
 
 
 def prepare_logs(
@@ -190,7 +189,6 @@ def build_log(
         log,
         read=read,
         tied=tied,
-        finer=events.moments.finer,
         repeats=repeats,
         found=found,
         window=window,
@@ -214,7 +212,6 @@ def facts_of(
     *,
     read: int,
     tied: int,
-    finer: bool,
     repeats: int,
     found: int,
     filters: dict[str, Any],
@@ -227,21 +224,19 @@ def facts_of(
         log: as it is stored.
         read: number of events that were read.
         tied: events of them that share user and time with another.
-        finer: whether their times were finer than seconds.
         repeats: events of ``log`` that equal the one before.
         found: likewise, of what was read.
         filters: least numbers, rounds, and what was dropped.
         window: seconds within which the same item of a user counts once; None keeps all.
         dropped: events that were dropped by it.
     """
-    ties = {"events": tied, "share": round(tied / read, DIGITS), "order": "hash"}
     targets = targets_met(log)
     return {
         "synthetic": False,
         "duplicates": repeats,
         "repeats": {"found": found, "window_seconds": window, "dropped": dropped},
         "targets": targets,
-        "ties": ties | ({FINER: True} if finer else {}),
+        "ties": {"events": tied, "share": round(tied / read, DIGITS), "order": "hash"},
         "filters": filters,
         "warnings": _warnings(log) + repeat_warnings(repeats, len(log.item), targets),
     }
