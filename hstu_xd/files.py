@@ -145,6 +145,37 @@ def _replaced(out: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
+def check_output_file(out: Path, *, force: bool, option: str = "--out") -> None:
+    """Refuse an output file that cannot be written, before anything is computed.
+
+    Args:
+        out: the file.
+        force: whether an existing one may be replaced.
+        option: what named it.
+
+    Raises:
+        InputError: it exists and ``force`` is off, is a folder, or its folder takes no files.
+    """
+    if out.is_dir():
+        raise InputError(f"{out}: is a folder; give the name of a file as {option}")
+    if out.exists() and not force:
+        raise InputError(f"{out}: exists; add --force to replace it, or choose another {option}")
+    trial = partial_file(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); choose another {option}"
+        ) from error
+
+
+def partial_file(out: Path) -> Path:
+    """Name the file beside an output that takes its place when it is whole."""
+    return out.with_name(f".{out.name}.partial")
+
+
 LOCK_FILE = "hstu-xd.lock"
 # A holder that has just taken a lock needs a moment to say who it is.
 _LOCK_ATTEMPTS, _LOCK_PAUSE = 50, 0.02

@@ -192,13 +192,28 @@ def evaluate(
     candidates: Candidates = None,
     ties: Ties = None,
     ks: Ks = None,
+    ranks: Annotated[
+        Path | None,
+        typer.Option(
+            "--ranks",
+            metavar="FILE.parquet",
+            help="Write the test split's ranks, user by user: the best items as far as the largest "
+            "k, the target and its rank among all candidates; for ranx, RecTools or polars.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing --ranks.")] = False,
     verify: Verify = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
     """Rank every user's held-out events with a trained run."""
+    if force and ranks is None:
+        raise InputError("--force replaces an existing --ranks, which is not given")
+    from contextlib import nullcontext
+
     from hstu_xd.data.batches import SequenceData, Split
     from hstu_xd.evaluation.protocol import count_notes
+    from hstu_xd.evaluation.rank_file import writing_ranks
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
     from hstu_xd.training.run import load_trained
     from hstu_xd.training.run_facts import data_changes, open_data, read_run
@@ -207,16 +222,19 @@ def evaluate(
     protocol = trained.protocol.but(**protocol_changes(exclude_seen, candidates, ties, ks))
     store = open_data(run, data, verify=verify, as_trained=True)
     length = facts["max_sequence_length"]
-    values = {
-        split.value: evaluate_split(
-            trained.ranker,
-            SequenceData(store, split, length),
-            protocol=protocol,
-            scorer=trained.scorer,
-            metrics=trained.metrics,
-        )
-        for split in (Split.VALID, Split.TEST)
-    }
+    written = writing_ranks(ranks, store, force=force) if ranks else nullcontext()
+    with written as file:
+        values = {
+            split.value: evaluate_split(
+                trained.ranker,
+                SequenceData(store, split, length),
+                protocol=protocol,
+                scorer=trained.scorer,
+                metrics=trained.metrics,
+                listed=file.write if file and split is Split.TEST else None,
+            )
+            for split in (Split.VALID, Split.TEST)
+        }
     if as_json:
         told = {"run": str(run), "data": str(store.path), "protocol": protocol.as_json()}
         told["data_changes"] = data_changes(facts, store)

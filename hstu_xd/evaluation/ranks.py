@@ -5,6 +5,7 @@ ranking for one history: both ask the same :class:`hstu_xd.evaluation.protocol.P
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -60,6 +61,111 @@ def target_ranks(
         HstuXdError: a score is not finite.
     """
     ranks, others = torch.zeros_like(target_ids), torch.zeros_like(target_ids)
+    for block in _scored(
+        user_vectors,
+        *(target_ids, seen_ids, seen_offsets, catalog, scorer),
+        protocol=protocol,
+        block_scores=block_scores,
+    ):
+        target_scores = block.scores.gather(1, block.column)
+        if protocol.ties == AGAINST:
+            found = (block.scores >= target_scores).sum(1, dtype=torch.int32).long()
+        else:
+            found = (block.scores > target_scores).sum(1, dtype=torch.int32).long() + 1
+        ranks[block.rows] = found.masked_fill_(block.met, UNREACHABLE)
+        others[block.rows] = block.others
+    return ranks, others
+
+
+def best_candidates(
+    user_vectors: Tensor,
+    target_ids: Tensor,
+    ranks: Tensor,
+    seen_ids: Tensor,
+    seen_offsets: Tensor,
+    catalog: DomainCatalog,
+    scorer: Scorer,
+    k: int,
+    *,
+    protocol: Protocol = DEFAULTS,
+    block_scores: int = BLOCK_SCORES,
+) -> tuple[Tensor, Tensor]:
+    """List the best candidates of every query, the target at its rank.
+
+    Args:
+        user_vectors: as in :func:`target_ranks`, like all that is not told here.
+        target_ids: (Q,) int64.
+        ranks: (Q,) int64 of :func:`target_ranks`, which say where among equal scores a target is.
+        seen_ids: (E,) int64.
+        seen_offsets: (Q + 1,) int64.
+        catalog: domain of every item.
+        scorer: scores users against the candidates.
+        k: candidates to list.
+        protocol: whose candidates.
+        block_scores: scores held at once.
+
+    Returns:
+        (Q, k) int64 items, best first, 0 where there are no more; (Q, k) float64 scores.
+    """
+    items = target_ids.new_zeros((target_ids.numel(), k))
+    scores = torch.full_like(items, float("-inf"), dtype=torch.float64)
+    places = torch.arange(k, device=items.device)
+    for block in _scored(
+        user_vectors,
+        *(target_ids, seen_ids, seen_offsets, catalog, scorer),
+        protocol=protocol,
+        block_scores=block_scores,
+    ):
+        own = block.scores.gather(1, block.column)
+        best = block.scores.scatter_(1, block.column, float("-inf")).topk(min(k, len(block.items)))
+        missing = (0, k - best.values.shape[1])
+        values = torch.nn.functional.pad(best.values, missing, value=float("-inf"))
+        found = torch.nn.functional.pad(block.items[best.indices], missing)
+        found = found.masked_fill(values == float("-inf"), 0)
+        # The target enters at its rank, and those behind it move on by one place.
+        rank = ranks[block.rows].unsqueeze(1) - 1
+        source = torch.where(places < rank, places, places - 1).clamp_(min=0)
+        is_target = places == rank
+        items[block.rows] = torch.where(
+            is_target, target_ids[block.rows].unsqueeze(1), found.gather(1, source)
+        )
+        scores[block.rows] = torch.where(is_target, own, values.gather(1, source)).double()
+    return items, scores
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of some queries against their candidates.
+
+    Attributes:
+        rows: (R,) int64, which queries.
+        items: (C,) int64 ascending, the candidates and what the users have met.
+        scores: (R, C) float; -inf where a user has met the item, but for the target.
+        column: (R, 1) int64, place of the target among the items.
+        met: (R,) bool, whether the user has met the target.
+        others: (R,) int64, number of candidates beside the target.
+    """
+
+    rows: Tensor
+    items: Tensor
+    scores: Tensor
+    column: Tensor
+    met: Tensor
+    others: Tensor
+
+
+def _scored(
+    user_vectors: Tensor,
+    target_ids: Tensor,
+    seen_ids: Tensor,
+    seen_offsets: Tensor,
+    catalog: DomainCatalog,
+    scorer: Scorer,
+    *,
+    protocol: Protocol,
+    block_scores: int,
+) -> Iterator[_Scores]:
+    """Score all queries, a block of them after the other, see :func:`target_ranks`."""
     for items, queries in _pools(target_ids, catalog, protocol):
         score = scorer(items)
         for rows in queries.split(max(1, block_scores // items.numel())):
@@ -75,15 +181,11 @@ def target_ranks(
             row, seen = _seen_columns(rows, seen_ids, seen_offsets, items)
             scores[row, seen] = float("-inf")
             scores.scatter_(1, column, target_scores)
-            if protocol.ties == AGAINST:
-                ranks[rows] = (scores >= target_scores).sum(1, dtype=torch.int32).long()
-            else:
-                ranks[rows] = (scores > target_scores).sum(1, dtype=torch.int32).long() + 1
             is_target = seen == column[row, 0]
-            ranks[rows[row[is_target]]] = UNREACHABLE
+            met = torch.zeros_like(rows, dtype=torch.bool)
+            met[row[is_target]] = True
             left_out = row[~is_target].bincount(minlength=rows.numel())
-            others[rows] = items.numel() - 1 - left_out
-    return ranks, others
+            yield _Scores(rows, items, scores, column, met, items.numel() - 1 - left_out)
 
 
 def _pools(
@@ -136,6 +238,28 @@ def _preparing_once(scorer: Scorer) -> Scorer:
     return prepare
 
 
+@dataclass(frozen=True)
+class ListedTargets:
+    """Targets of some users, and the best candidates beside them.
+
+    Attributes:
+        users: (Q,) user indices.
+        targets: (Q,) int64 items.
+        domains: (Q,) int64, domain of the target.
+        ranks: (Q,) int64 from 1 among all candidates, or UNREACHABLE.
+        items: (Q, k) int64, best first, 0 where there are no more candidates; k is the largest of
+            the protocol.
+        scores: (Q, k) float64.
+    """
+
+    users: np.ndarray
+    targets: Tensor
+    domains: Tensor
+    ranks: Tensor
+    items: Tensor
+    scores: Tensor
+
+
 @torch.no_grad()
 def rank_targets(
     model: CrossDomainHSTU | Baseline,
@@ -146,6 +270,7 @@ def rank_targets(
     scorer: Scorer | None = None,
     batch_size: int = 256,
     progress: Callable[[int], object] = lambda users: None,
+    listed: Callable[[ListedTargets], object] | None = None,
 ) -> RankedTargets:
     """Rank the users' last targets among their candidates.
 
@@ -157,6 +282,7 @@ def rank_targets(
         scorer: of the objective that the model was trained for; None: dot products.
         batch_size: users encoded at once.
         progress: called with the number of users done after every batch.
+        listed: called with every batch, where the best candidates are wanted beside the ranks.
     """
     was_training = model.training
     model.eval()
@@ -169,17 +295,18 @@ def rank_targets(
         seen_ids, seen_offsets = data.seen(some) if protocol.exclude_seen else _nothing(some)
         batch, targets = batch.to(device), targets.to(device)
         last = batch.offsets[1:] - 1
-        vectors = model(batch)[last]
+        vectors, wanted = model(batch)[last], targets[last]
+        seen = seen_ids.to(device), seen_offsets.to(device)
         ranks, others = target_ranks(
-            vectors,
-            targets[last],
-            seen_ids.to(device),
-            seen_offsets.to(device),
-            model.catalog,
-            scorer,
-            protocol=protocol,
+            vectors, wanted, *seen, model.catalog, scorer, protocol=protocol
         )
         domains = batch.target_domains[last]
+        if listed is not None:
+            best = best_candidates(
+                *(vectors, wanted, ranks, *seen, model.catalog, scorer, protocol.ks[-1]),
+                protocol=protocol,
+            )
+            listed(ListedTargets(some, wanted, domains, ranks, *best))
         switched = model.catalog.domain_of(batch.item_ids[last]) != domains
         parts.append(RankedTargets(ranks, domains, switched, others))
         progress(some.size)
@@ -196,6 +323,7 @@ def evaluate(
     metrics: Metrics | None = None,
     batch_size: int = 256,
     progress: Callable[[int], object] = lambda users: None,
+    listed: Callable[[ListedTargets], object] | None = None,
 ) -> dict[str, float]:
     """Measure a whole split, see :func:`hstu_xd.evaluation.metrics.grouped_metrics`.
 
@@ -207,6 +335,7 @@ def evaluate(
         metrics: further functions of ranks by name.
         batch_size: users encoded at once.
         progress: called with the number of users done after every batch.
+        listed: called with every batch, where the best candidates are wanted beside the ranks.
     """
     ranked = rank_targets(
         model,
@@ -216,6 +345,7 @@ def evaluate(
         scorer=scorer,
         batch_size=batch_size,
         progress=progress,
+        listed=listed,
     )
     return grouped_metrics(ranked, model.catalog.domain_names, protocol, metrics)
 

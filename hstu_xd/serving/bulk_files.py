@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
-from hstu_xd.files import only_writer
+from hstu_xd.files import only_writer, partial_file
 from hstu_xd.serving.bulk import BestItems, BulkRecommender, HistoryReader
 from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
 
@@ -42,27 +42,6 @@ def format_of(out: Path, asked: str | None) -> str:
             "name one by --format or by the suffix of --out"
         )
     return named
-
-
-def check_output_file(out: Path, *, force: bool) -> None:
-    """Refuse an output that cannot be written, before anything is computed.
-
-    Raises:
-        InputError: it exists and ``force`` is off, is a folder, or its folder takes no files.
-    """
-    if out.is_dir():
-        raise InputError(f"{out}: is a folder; give the name of a file as --out")
-    if out.exists() and not force:
-        raise InputError(f"{out}: exists; add --force to replace it, or choose another --out")
-    trial = _partial(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror}); choose another --out"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -205,7 +184,7 @@ def _table(best: BestItems, users: pl.Series, domains: Sequence[str], tokens: pa
 
 def _join(request: BulkRequest) -> int:
     """Write the parts into one file, which then takes the place of the output."""
-    partial, rows = _partial(request.out), 0
+    partial, rows = partial_file(request.out), 0
     with partial.open("wb") as stream:
         writer = None
         for number, (file, _) in enumerate(request.parts()):
@@ -224,7 +203,3 @@ def _join(request: BulkRequest) -> int:
             writer.close()
     partial.replace(request.out)
     return rows
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")

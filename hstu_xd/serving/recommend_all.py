@@ -10,11 +10,10 @@ import polars as pl
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.files import check_readable, sha256_of
+from hstu_xd.files import check_output_file, check_readable, sha256_of
 from hstu_xd.serving.bulk import BulkRecommender, HistoryReader
 from hstu_xd.serving.bulk_files import (
     BulkRequest,
-    check_output_file,
     format_of,
     write_recommendations,
 )
