@@ -50,26 +50,31 @@ class SequenceData:
                 "least 3 events are needed (4 to train on)"
             )
         self._first = offsets[:-1]  # event index where each user begins
+        self._begin = self._first.copy()  # event index where each user's window may begin
         self._last = offsets[:-1] + last  # event index of each user's last target
 
-    def users_with_targets_since(self, time: int) -> np.ndarray:
-        """Users of this split whose last target was not among the targets of an earlier log.
+    def begin_at_news(self, time: int, context: int) -> np.ndarray:
+        """Let windows begin shortly before what an earlier log had not; return who has some.
 
         Args:
             time: of the earlier log's last event; later events are new.
+            context: events that are read before the first one whose target was none then.
 
         Returns:
-            (B,) int64 user indices, ascending.
+            (B,) int64 users whose last target was not among the earlier log's, ascending; the
+            windows of the others are what they were.
         """
         before = np.concatenate([[0], np.cumsum(np.asarray(self._timestamps) <= time)])
-        offsets = self._offsets
-        earlier = _last_targets(before[offsets[1:]] - before[offsets[:-1]], self.split)
-        return self.users[self._first[self.users] + earlier[self.users] < self._last[self.users]]
+        sizes = before[self._offsets[1:]] - before[self._offsets[:-1]]
+        earlier = self._first + _last_targets(sizes, self.split)
+        users = self.users[earlier[self.users] < self._last[self.users]]
+        self._begin[users] = np.maximum(self._first[users], earlier[users] - context)
+        return users
 
     def lengths(self, users: np.ndarray) -> np.ndarray:
         """Tokens in each user's window: (B,) int64."""
         last = self._last[users]
-        return last - np.maximum(self._first[users], last - self.max_length)
+        return last - np.maximum(self._begin[users], last - self.max_length)
 
     def batch(self, users: np.ndarray) -> tuple[JaggedBatch, Tensor]:
         """Histories and the item that follows each of their tokens.

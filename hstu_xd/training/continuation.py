@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,25 +96,23 @@ class Predecessor:
         recorded = facts.get("continues")
         return recorded and cls(Path(recorded["run"]), recorded["until"])
 
-    def users_with_news(self, store: InteractionStore, settings: RunSettings) -> np.ndarray:
-        """Return the users whom a newer store gives something to train on that is new.
+    def check_news(self, store: InteractionStore, settings: RunSettings) -> None:
+        """Refuse a store that gives nothing new to train on, unless all of it is to be replayed.
 
         Args:
             store: the newer store.
             settings: of the training that is to continue the run.
 
         Raises:
-            InputError: there is none, and not all of what is old is to be trained on again.
+            InputError: there is nothing.
         """
         data = SequenceData(store, Split.TRAIN, settings.train.max_sequence_length)
-        users = data.users_with_targets_since(self.until)
-        if not users.size and settings.train.replay_share < 1:
+        if settings.train.replay_share < 1 and not data.begin_at_news(self.until, 0).size:
             raise InputError(
                 f"{store.path} holds nothing to train on that is later than what {self.run} was "
                 f"trained on (time {self.until}); give a newer store, or train on with the old "
                 'events: --gin_bindings "xd_train.replay_share = 1.0"'
             )
-        return users
 
 
 @dataclass(frozen=True)

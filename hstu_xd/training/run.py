@@ -158,6 +158,8 @@ def _new_trainer(
 ) -> Trainer | BaselineTrainer:
     if settings.train.baseline != NO_BASELINE:
         return BaselineTrainer(store, settings, out, here)
+    if earlier is not None:
+        earlier.check_news(store, settings)
     return Trainer(
         _new_model(store.catalog, settings).to(here.device),
         store,
@@ -166,7 +168,7 @@ def _new_trainer(
         here,
         protocol=settings.protocol,
         announce=announce,
-        news=None if earlier is None else earlier.users_with_news(store, settings),
+        until=earlier.until if earlier else None,
     )
 
 
@@ -413,7 +415,7 @@ def _warn_inert(
     if given is not None and (unlike := given.unlike(read_run(out))):
         _logger.warning("%s goes on with its own settings: %s", out, "; ".join(unlike))
     if not continued:
-        for name in ("new_items", "replay_share"):
+        for name in ("new_items", "news_context", "replay_share"):
             if (value := getattr(settings.train, name)) != getattr(TrainSettings, name):
                 _logger.warning(
                     "xd_train.%s = %r does nothing without --continue-from", name, value

@@ -102,8 +102,8 @@ class Trainer:
         world: this process among the others.
         protocol: of the evaluations.
         announce: called with a line after every epoch, in the first process.
-        news: users whom every epoch trains on, of a run that continues another one, beside a
-            ``replay_share`` of the others; None: every epoch trains on everybody.
+        until: time of the last event of another run's log, which this one continues: every epoch
+            trains on what came later and on a ``replay_share`` of the other users; None: on all.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Trainer:
         *,
         protocol: Protocol = DEFAULTS,
         announce: Callable[[str], object] = lambda line: None,
-        news: np.ndarray | None = None,
+        until: int | None = None,
     ) -> None:
         if settings.main_module_bf16 and world.device.type != "cuda":
             raise HstuXdError("xd_train.main_module_bf16 needs CUDA; set it to False on CPU")
@@ -124,9 +124,9 @@ class Trainer:
         self.protocol, self._announce = protocol, announce
         length = settings.max_sequence_length
         self._data = {split: SequenceData(store, split, length) for split in Split}
-        users = self._data[Split.TRAIN].users
-        self._news = users if news is None else news
-        self._others = np.setdiff1d(users, self._news)
+        data = self._data[Split.TRAIN]
+        news = data.users if until is None else data.begin_at_news(until, settings.news_context)
+        self._news, self._others = news, np.setdiff1d(data.users, news)
         self._replayed = round(settings.replay_share * self._others.size)
         self._optimizer = optimizer_of(model, settings)
         decay = settings.average_decay

@@ -198,17 +198,25 @@ def test_an_epoch_trains_on_those_with_news_and_a_share_of_the_others(
         assert {"u0", "u1", "u2"} <= tokens
 
 
-def test_what_is_new_is_told_by_targets_that_have_moved(store: InteractionStore) -> None:
-    data = SequenceData(store, Split.TRAIN, 10)
+@pytest.mark.parametrize("context", [0, 2, 100])
+def test_windows_begin_shortly_before_what_is_new(store: InteractionStore, context: int) -> None:
     times = np.asarray(store.timestamps)
-    assert not data.users_with_targets_since(int(times.max())).size
-    assert set(data.users_with_targets_since(-1)) == set(data.users)
+    assert not SequenceData(store, Split.TRAIN, 10).begin_at_news(int(times.max()), context).size
+    whole, data = (SequenceData(store, Split.TRAIN, 10) for _ in range(2))
     middle = int(np.median(times))
-    changed = set(data.users_with_targets_since(middle).tolist())
+    changed = set(data.begin_at_news(middle, context).tolist())
+    assert changed
     for user in data.users.tolist():
         _, own = store.history(user)
-        targets = [max(0, n - 3 if n >= 3 else n - 1) for n in (sum(own <= middle), len(own))]
-        assert (user in changed) == (targets[1] > targets[0]), user
+        before, now = (n - 3 if n >= 3 else n - 1 for n in (int(sum(own <= middle)), len(own)))
+        assert (user in changed) == (now > before), user
+        one = np.array([user])
+        longest = whole.lengths(one)[0]
+        news = now - max(0, before - context)
+        assert data.lengths(one)[0] == (min(longest, news) if user in changed else longest)
+        batch, targets = data.batch(one)
+        assert torch.equal(targets, whole.batch(one)[1][-len(targets) :])
+        assert torch.equal(batch.item_ids, whole.batch(one)[0].item_ids[-len(targets) :])
 
 
 def test_a_continued_run_resumes_to_the_same_numbers(
