@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from fnmatch import fnmatch
@@ -41,17 +41,83 @@ def patches_folder() -> Path:
     return _folder("patches")
 
 
+def example_files() -> dict[Path, bytes]:
+    """Return what a newcomer starts from: examples, the recipes they name, and constraints.txt."""
+    examples, recipes = _folder("examples"), gin_folder() / "standalone"
+    named = {
+        **{Path("examples") / file.relative_to(examples): file for file in examples.rglob("*.*")},
+        **{Path("gin/standalone") / file.name: file for file in recipes.glob("*.gin")},
+        Path("constraints.txt"): _folder("constraints.txt"),
+    }
+    return {
+        name: file.read_bytes()
+        for name, file in sorted(named.items())
+        if file.is_file() and not {"results", "__pycache__"} & set(name.parts)
+    }
+
+
+def copy_files(wanted: Mapping[Path, bytes], folder: Path, *, force: bool) -> dict[str, bool]:
+    """Write files into a folder that may hold others.
+
+    Args:
+        wanted: content of each by its path in the folder.
+        folder: an existing one.
+        force: whether files of the same name and other content are replaced.
+
+    Returns:
+        Each file's path in the folder, and whether it was written (False: it was there already,
+        with the same content).
+
+    Raises:
+        InputError: something is in the way, or files would be replaced and ``force`` is off;
+            nothing is written.
+    """
+    _check_targets(folder, wanted, force)
+    written = {}
+    for file, content in wanted.items():
+        target = folder / file
+        written[file.as_posix()] = not (target.is_file() and target.read_bytes() == content)
+        if written[file.as_posix()]:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    return written
+
+
+def _check_targets(folder: Path, wanted: Mapping[Path, bytes], force: bool) -> None:
+    blocked = {
+        parent.as_posix()
+        for file in wanted
+        for parent in file.parents
+        if (folder / parent).exists() and not (folder / parent).is_dir()
+    } | {file.as_posix() for file in wanted if (folder / file).is_dir()}
+    if blocked:
+        raise InputError(
+            f"{folder}: {', '.join(sorted(blocked))} in the way (a file where a folder is "
+            "needed, or a folder where a file is); move it and run again. Nothing was written"
+        )
+    changed = [
+        file.as_posix()
+        for file, content in wanted.items()
+        if (folder / file).is_file() and (folder / file).read_bytes() != content
+    ]
+    if changed and not force:
+        raise InputError(
+            f"{folder}: {', '.join(changed)} there with other content; add --force to replace "
+            f"{'them' if len(changed) > 1 else 'it'}. Nothing was written"
+        )
+
+
 def _folder(name: str, package: Path = _PACKAGE) -> Path:
     installed = package / "_files" / name
-    if installed.is_dir():
+    if installed.exists():
         return installed
     # Beside an installed package lies site-packages, whose folder gin/ is the gin-config library:
     # the parent counts only where it is this project's own checkout.
     root = package.parent
-    if (root / "pyproject.toml").is_file() and (root / name).is_dir():
+    if (root / "pyproject.toml").is_file() and (root / name).exists():
         return root / name
     raise HstuXdError(
-        f"the folder {name}/ of hstu-xd is not at {installed}; install hstu-xd again from its "
+        f"{name} of hstu-xd is not at {installed}; install hstu-xd again from its "
         "wheel or its repository"
     )
 

@@ -401,7 +401,7 @@ def _synthetic_run(folder: Path, case: Case) -> Path:
     from hstu_xd.model.hstu import CrossDomainHSTU
     from hstu_xd.training.checkpoint import MODEL_FILE, save_checkpoint
     from hstu_xd.training.distributed import World
-    from hstu_xd.training.run import lay_out
+    from hstu_xd.training.run_facts import lay_out
     from hstu_xd.training.settings import RunSettings, TrainSettings
 
     options = SynthOptions(

@@ -1,7 +1,8 @@
 """Commands that write a prepared store: prepare and synth."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -96,12 +97,21 @@ def prepare(
             "reads.",
         ),
     ] = False,
+    append: Annotated[
+        Path | None,
+        typer.Option(
+            "--append",
+            metavar="STORE",
+            help="Read only what is new, and write STORE with it: the same bytes as reading all.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing store.")] = False,
 ) -> None:
     """Read interaction logs and write a prepared store.
 
     The store holds histories, the catalogue of items and a manifest with counts and hashes.
     """
+    from hstu_xd.data.append import append_logs
     from hstu_xd.data.encode import IdOptions
     from hstu_xd.data.filters import Filters
     from hstu_xd.data.prepare import prepare_logs
@@ -116,11 +126,10 @@ def prepare(
         features = FeatureOptions(item_features, _listed(levels, "--levels"), item_col)
     notes: list[str] = []
     warnings: list[str] = []
-    manifest = prepare_logs(
-        inputs,
-        out,
-        file_format=format,
-        columns=ColumnOptions(
+    filters = Filters(min_user=min_user, min_item=min_item, min_user_total=min_user_total)
+    reading: dict[str, Any] = {
+        "file_format": format,
+        "columns": ColumnOptions(
             user=user_col,
             item=item_col,
             domain=domain_col,
@@ -129,19 +138,52 @@ def prepare(
             names=None if columns is None else tuple(columns.split(",")),
             fields=_listed(event_cols, "--event-cols"),
         ),
-        time_unit=time_unit,
-        quote=quote,
-        ids=IdOptions(exact_ids, prefix_items, skip_faulty),
-        drop_repeats=drop_repeats,
-        filters=Filters(min_user=min_user, min_item=min_item, min_user_total=min_user_total),
-        features=features,
-        write_upstream=write_upstream,
-        force=force,
-        tell=notes.append,
-        warn=warnings.append,
-    )
+        "time_unit": time_unit,
+        "quote": quote,
+        "write_upstream": write_upstream,
+        "force": force,
+        "tell": notes.append,
+        "warn": warnings.append,
+    }
+    if append is not None:
+        _refuse_with_append(
+            {
+                "--drop-repeats": drop_repeats,
+                "--prefix-items": prefix_items,
+                "--exact-ids": exact_ids,
+                "--skip-faulty": skip_faulty,
+                str(filters): str(filters),
+                "--event-cols": event_cols,
+                "--item-features": item_features,
+            }
+        )
+        manifest = append_logs(inputs, append, out, **reading)
+    else:
+        manifest = prepare_logs(
+            inputs,
+            out,
+            ids=IdOptions(exact_ids, prefix_items, skip_faulty),
+            drop_repeats=drop_repeats,
+            filters=filters,
+            features=features,
+            **reading,
+        )
     print_summary(out, manifest, notes=notes, warnings=warnings)
     _say_next(out)
+
+
+def _refuse_with_append(given: Mapping[str, object]) -> None:
+    """Refuse options that a store has been prepared with or without, and cannot be given later.
+
+    Raises:
+        InputError: names the first.
+    """
+    option = next((option for option, value in given.items() if value), None)
+    if option is not None:
+        raise InputError(
+            f"{option} does not go with --append, which reads as its store was read; prepare all "
+            "logs together"
+        )
 
 
 def _listed(text: str | None, option: str) -> tuple[str, ...]:

@@ -115,6 +115,15 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
+    continue_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--continue-from",
+            metavar="RUN",
+            help="Begin with a run of an older store, with its settings unless others are given, "
+            "and train on what is new.",
+        ),
+    ] = None,
     verify: Verify = False,
     skip_test: Annotated[
         bool,
@@ -128,12 +137,23 @@ def train(
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
     from hstu_xd.evaluation.protocol import Protocol, count_notes
+    from hstu_xd.training.run import stored_settings
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.run_facts import read_run
     from hstu_xd.training.settings import load_settings
 
-    given = gin_config_file or gin_bindings
-    settings = load_settings(gin_config_file or [], gin_bindings or []) if given else None
+    files, bindings, settings = gin_config_file or [], gin_bindings or [], None
+    if continue_from is not None:
+        if resume:
+            raise InputError(
+                "--continue-from begins a new run and --resume goes on with one, which knows what "
+                "it continues; give one of them"
+            )
+        settings = stored_settings(
+            continue_from, allow_imports=allow_imports, files=files, bindings=bindings
+        )
+    elif files or bindings:
+        settings = load_settings(files, bindings)
     summary = run_training(
         data,
         settings,
@@ -145,6 +165,7 @@ def train(
         allow_imports=allow_imports,
         # Each line at once, also where the output is a file that somebody follows.
         announce=lambda line: print(line, flush=True),
+        continue_from=continue_from,
     )
     split = "test" if "test" in summary else "valid"
     found = summary[split]

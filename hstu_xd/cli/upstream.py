@@ -1,6 +1,7 @@
 """Commands around upstream codebases, and doctor, which looks at all of them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -10,25 +11,54 @@ from hstu_xd.errors import InputError
 
 
 def init(
-    checkout: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A generative-recommenders checkout.")
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A generative-recommenders checkout; any folder for --examples."
+        ),
     ],
+    examples: Annotated[
+        bool,
+        typer.Option(
+            "--examples",
+            help="Copy this package's examples, recipes and constraints.txt into DIR instead.",
+        ),
+    ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace files of the same name in DIR/gin/.")
+        bool, typer.Option("--force", help="Replace files of the same name in DIR.")
     ] = False,
 ) -> None:
     """Copy the gin files for upstream's trainer into DIR/gin/."""
+    if examples:
+        _copy_examples(folder, force=force)
+        return
     from hstu_xd.plugins.gr.research.gin_files import copy_gin_files
 
-    files = copy_gin_files(checkout, force=force)
-    for file, written in files.items():
-        typer.echo(f"{'wrote' if written else 'kept '} {checkout / file}")
+    files = copy_gin_files(folder, force=force)
+    _say_written(folder, files)
     first = next((file for file in files if "xd" in file), next(iter(files)))
     typer.echo(
-        f"next, in {checkout}, once the file's train_fn.dataset_name names your prepared data:\n"
+        f"next, in {folder}, once the file's train_fn.dataset_name names your prepared data:\n"
         f"  python main.py --gin_config_file={first}   # with a GPU\n"
         f"  hstu-xd upstream-train --gin_config_file {first}   # on a CPU"
     )
+
+
+def _copy_examples(folder: Path, *, force: bool) -> None:
+    """Copy the examples into a folder, which is made if there is none."""
+    from hstu_xd.files import copy_files, example_files
+
+    files = example_files()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: not a folder; give one to copy the examples into")
+    folder.mkdir(parents=True, exist_ok=True)
+    _say_written(folder, copy_files(files, folder, force=force))
+    typer.echo(f"next, in {folder}:\n  python examples/own_model.py")
+
+
+def _say_written(folder: Path, files: Mapping[str, bool]) -> None:
+    for file, written in files.items():
+        typer.echo(f"{'wrote' if written else 'kept '} {folder / file}")
 
 
 def patch(

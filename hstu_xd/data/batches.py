@@ -81,7 +81,8 @@ class SequenceData:
             raise InputError(
                 f"{store.path}: no user has enough events for the {split.value} split; {needed}"
             )
-        self._first = offsets[:-1]  # event index where each user begins
+        self._offsets, self._first = offsets, offsets[:-1]  # event index where each user begins
+        self._begin = self._first.copy()  # event index where each user's window may begin
         self._last = offsets[:-1] + end - 1  # event index of each user's last target
 
     @cached_property
@@ -106,10 +107,37 @@ class SequenceData:
         is_known[self._item_ids[self._timestamps < cuts.valid_from]] = True
         return int((~is_known[self._item_ids[self._last[self.users]]]).sum())
 
+    def begin_at_news(self, time: int, context: int) -> np.ndarray:
+        """Let windows begin shortly before what an earlier log had not; return who has some.
+
+        Args:
+            time: of the earlier log's last event; later events are new.
+            context: events that are read before the first one whose target was none then.
+
+        Returns:
+            (B,) int64 users whose last target was not among the earlier log's, ascending; the
+            windows of the others are what they were.
+
+        Raises:
+            InputError: the log is cut in time, or read for one domain.
+        """
+        if self._cuts is not None or not self._is_whole:
+            raise InputError(
+                "what is new in a log is known under leave-one-out and for all domains alone; "
+                "continue with xd_evaluate.split = 'leave-one-out' and without xd_train.domain, or "
+                "train from nothing"
+            )
+        before = np.concatenate([[0], np.cumsum(np.asarray(self._timestamps) <= time)])
+        sizes = before[self._offsets[1:]] - before[self._offsets[:-1]]
+        earlier = self._first + _end(self.split, sizes) - 1
+        users = self.users[earlier[self.users] < self._last[self.users]]
+        self._begin[users] = np.maximum(self._first[users], earlier[users] - context)
+        return users
+
     def lengths(self, users: np.ndarray) -> np.ndarray:
         """Tokens in each user's window: (B,) int64."""
         last = self._last[users]
-        return last - np.maximum(self._first[users], last - self.max_length)
+        return last - np.maximum(self._begin[users], last - self.max_length)
 
     def batch(self, users: np.ndarray) -> tuple[JaggedBatch, Tensor]:
         """Histories and the item that follows each of their tokens.
@@ -181,11 +209,9 @@ def _places(
     offsets = np.asarray(store.offsets)
     sizes = np.diff(offsets)
     if cuts is None:
-        held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[split]
+        end = _end(split, sizes)
         if split is not Split.TRAIN:
-            end = np.where(sizes >= 3, sizes - held_out, 0)
             return np.maximum(end - 1, 0), end
-        end = sizes - np.where(sizes >= 3, held_out, 0)
     else:
         before_valid = events_before(store.timestamps, offsets, cuts.valid_from)
         before_test = events_before(store.timestamps, offsets, cuts.test_from)
@@ -195,6 +221,21 @@ def _places(
             return before_test, sizes
         end = before_valid
     return np.minimum(end, 1), end
+
+
+def _end(split: Split, sizes: np.ndarray) -> np.ndarray:
+    """Return how many events each user has up to a split's last target, under leave-one-out.
+
+    Args:
+        split: which targets.
+        sizes: (U,) events of each user.
+
+    Returns:
+        (U,) int64; 0 for users of fewer than three events, where the split is not training.
+    """
+    held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[split]
+    few = sizes if split is Split.TRAIN else 0
+    return np.where(sizes >= 3, sizes - held_out, few)
 
 
 def _places_among(

@@ -266,9 +266,14 @@ class EventReader:
             item = renumber(self.item, item_ranks)
             time, moments = order_events(self.seconds, self.nanoseconds, self.order)
             user = user_codes.result()
-        warnings = _missing_ids(users["user"], items, user, item)
-        for role, tokens in (("user", users["user"]), ("item", items["item"])):
-            warnings += odd_ids(tokens, role)
+            warnings = missing_ids(
+                users["user"],
+                items,
+                lambda: np.bincount(user, minlength=len(users)),
+                lambda: np.bincount(item, minlength=len(items)),
+            )
+            for role, tokens in (("user", users["user"]), ("item", items["item"])):
+                warnings += odd_ids(tokens, role)
         fields = numbered(pl.concat(self.fields)) if self.fields else None
         catalogue = items.select("item", "domain")
         return Events(users["user"], catalogue, user, item, time, moments, warnings, fields)
@@ -344,28 +349,34 @@ def _used(
     return tokens.filter(used), [ranks[part] for part in parts]
 
 
-def _missing_ids(
+def missing_ids(
     users: "pl.Series",
     items: "pl.DataFrame",
-    user: NDArray[np.int32],
-    item: NDArray[np.int32],
+    count_users: Callable[[], NDArray[np.int64]],
+    count_items: Callable[[], NDArray[np.int64]],
 ) -> list[str]:
-    """Describe ids that look like missing values."""
+    """Describe ids that look like missing values.
+
+    Args:
+        users: distinct ids.
+        items: columns item and domain, sorted by domain.
+        count_users: counts the events of each user, which is done where one looks so.
+        count_items: likewise.
+    """
     names = items["domain"].unique(maintain_order=True)
-    domains = items["domain"].rle_id().to_numpy()
+
+    def count_domains() -> NDArray[np.int64]:
+        domains = items["domain"].rle_id().to_numpy()
+        return np.bincount(domains, weights=count_items()).astype(np.int64)
+
     found = []
-    for role, tokens, codes, of_item in (
-        ("user", users, user, None),
-        ("item", items["item"], item, None),
-        ("domain", names, item, domains),
+    for role, tokens, count in (
+        ("user", users, count_users),
+        ("item", items["item"], count_items),
+        ("domain", names, count_domains),
     ):
-        events = np.zeros(len(tokens), np.int64)
-        if missing_as_text(tokens, events, role) is None:
-            continue
-        events = np.bincount(codes, minlength=len(items if of_item is not None else tokens))
-        if of_item is not None:
-            events = np.bincount(of_item, weights=events).astype(np.int64)
-        found.append(missing_as_text(tokens, events, role))
+        if missing_as_text(tokens, np.zeros(len(tokens), np.int64), role) is not None:
+            found.append(missing_as_text(tokens, count(), role))
     return [text for text in found if text is not None]
 
 

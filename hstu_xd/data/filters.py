@@ -23,12 +23,14 @@ class DomainCounts(NamedTuple):
     Attributes:
         users: the block's users.
         rows: the block's events.
+        domain: (events of the block,) int32, domain of each event.
         cell: (events of the block,) int32, place of each event in ``counts`` flattened.
         counts: (users of the block, D) int64.
     """
 
     users: slice
     rows: slice
+    domain: NDArray[np.int32]
     cell: NDArray[np.int32]
     counts: NDArray[np.int64]
 
@@ -55,9 +57,10 @@ def domain_counts(
         size = users.stop - users.start
         lengths = np.diff(offsets[users.start : users.stop + 1])
         cell = np.repeat(np.arange(size, dtype=np.int32) * np.int32(num_domains), lengths)
-        cell += item_domain.take(item[rows], mode="clip")
+        domain = item_domain.take(item[rows], mode="clip")
+        cell += domain
         counts = np.bincount(cell, minlength=size * num_domains).reshape(size, num_domains)
-        yield DomainCounts(users, rows, cell, counts)
+        yield DomainCounts(users, rows, domain, cell, counts)
 
 
 def offsets_of(user: NDArray[np.int32], num_users: int) -> NDArray[np.int64]:

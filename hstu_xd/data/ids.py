@@ -197,6 +197,11 @@ def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
     return stripped, notes
 
 
+def has_decimals(tokens: "pl.Series") -> "pl.Series":
+    """Tell which ids are numbers with decimals, whose spelling :func:`tidy` may change."""
+    return tokens.str.strip_chars().str.contains(_DECIMAL)
+
+
 def number_tokens(tokens: "pl.DataFrame") -> tuple["pl.DataFrame", NDArray[np.int32]]:
     """Sort tokens by their columns and make equal ones one.
 

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 SOME_USERS = 1000
 # Metrics carry the domain's name in brackets, beside these groups of targets.
 _METRIC_GROUPS = ("switch", "stay")
+# Entries of the manifest where ids were kept as they are written, or their domain put before them.
+EXACT_IDS, PREFIXED = "exact_ids", "prefixed_items"
 
 
 def prepare_logs(
@@ -91,19 +93,25 @@ def prepare_logs(
     options = ReadOptions(columns or ColumnOptions(), time_unit, quote)
     sources = open_sources(inputs, file_format=file_format, options=options, tell=tell)
     events, reader = read_log(sources, ids or IdOptions(), tell=tell)
-    _tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
+    tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
     log, facts = build_log(events, filters, window=window)
     if table is not None:
         log.taxonomy = table.of(log.items["item"], facts["warnings"].append)
     if options.columns.order is not None:
         facts["ties"]["order"] = "column, then hash"
+    facts |= _facts_of_ids(ids or IdOptions())
     if reader.skipped:
         facts["skipped_lines"] = reader.skipped
     with replaced_folder(out, force=force) as folder:
-        return _write(folder, log, facts, reader, write_upstream=write_upstream)
+        return write_prepared(folder, log, facts, reader, write_upstream=write_upstream)
 
 
-def _tell_of_files(
+def _facts_of_ids(ids: IdOptions) -> dict[str, bool]:
+    """Say what was done otherwise than usual with ids: what is appended has to be read alike."""
+    return {name: True for name, on in ((EXACT_IDS, ids.exact), (PREFIXED, ids.prefix_items)) if on}
+
+
+def tell_of_files(
     reader: EventReader,
     listing: Path,
     tell: Callable[[str], object],
@@ -125,7 +133,7 @@ def _tell_of_files(
             )
 
 
-def _write(
+def write_prepared(
     folder: Path, log: Log, facts: dict[str, Any], reader: EventReader, *, write_upstream: bool
 ) -> dict[str, Any]:
     """Write the store and what was asked for beside it; return the manifest."""
@@ -177,17 +185,15 @@ def build_log(
         log.fields = rows.of(histories.user, histories.item, histories.time)
     if len(histories.user) != read:
         repeats = count_repeats(histories)
-    facts: dict[str, Any] = {
-        "synthetic": False,
-        "duplicates": repeats,
-        "repeats": {
-            "found": found,
-            "window_seconds": window,
-            "dropped": read - kept,
-        },
-        "targets": targets_met(log),
-        "ties": {"events": tied, "share": round(tied / read, DIGITS), "order": "hash"},
-        "filters": {
+    facts = facts_of(
+        log,
+        read=read,
+        tied=tied,
+        repeats=repeats,
+        found=found,
+        window=window,
+        dropped=read - kept,
+        filters={
             **vars(filters),
             "rounds": rounds,
             "dropped": {
@@ -196,11 +202,44 @@ def build_log(
                 "interactions": kept - len(log.item),
             },
         },
-    }
-    warnings = _warnings(log)
-    warnings += repeat_warnings(facts["duplicates"], len(log.item), facts["targets"])
-    facts["warnings"] = warnings + events.warnings
+    )
+    facts["warnings"] += events.warnings
     return log, facts
+
+
+def facts_of(
+    log: Log,
+    *,
+    read: int,
+    tied: int,
+    repeats: int,
+    found: int,
+    filters: dict[str, Any],
+    window: int | None = None,
+    dropped: int = 0,
+) -> dict[str, Any]:
+    """Return what the manifest says of how a log came about.
+
+    Args:
+        log: as it is stored.
+        read: number of events that were read.
+        tied: events of them that share user and time with another.
+        repeats: events of ``log`` that equal the one before.
+        found: likewise, of what was read.
+        filters: least numbers, rounds, and what was dropped.
+        window: seconds within which the same item of a user counts once; None keeps all.
+        dropped: events that were dropped by it.
+    """
+    targets = targets_met(log)
+    return {
+        "synthetic": False,
+        "duplicates": repeats,
+        "repeats": {"found": found, "window_seconds": window, "dropped": dropped},
+        "targets": targets,
+        "ties": {"events": tied, "share": round(tied / read, DIGITS), "order": "hash"},
+        "filters": filters,
+        "warnings": _warnings(log) + repeat_warnings(repeats, len(log.item), targets),
+    }
 
 
 def check_domain_names(names: Sequence[str]) -> None:

@@ -68,7 +68,7 @@ def drop_repeats(histories: Histories, window: int) -> Histories:
     stops = np.append(heads[1:], len(order))
     while heads.size:
         reach = time[heads] + window
-        after = _first_after(time, heads, stops, reach)
+        after = first_after(time, heads, stops, reach)
         inside = after < stops
         heads, stops = after[inside], stops[inside]
         keep[heads] = True
@@ -77,7 +77,7 @@ def drop_repeats(histories: Histories, window: int) -> Histories:
     return Histories(histories.user[mask], histories.item[mask], histories.time[mask])
 
 
-def _first_after(
+def first_after(
     time: NDArray[np.int64],
     starts: NDArray[np.int64],
     stops: NDArray[np.int64],

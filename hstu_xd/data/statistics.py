@@ -48,8 +48,7 @@ def describe(
         delta_sum += float(np.square(shares).sum())
         users_of += (block.counts > 0).sum(axis=0)
         events_of += block.counts.sum(axis=0)
-        domain = block.cell % num_domains
-        switched = domain[1:] != domain[:-1]
+        switched = block.domain[1:] != block.domain[:-1]
         starts = offsets[block.users.start + 1 : block.users.stop] - block.rows.start
         switched[starts - 1] = False
         switches += int(switched.sum())

@@ -367,6 +367,11 @@ class Moments:
     per_second: int = 1
     table: NDArray[np.int64] | None = None
 
+    @property
+    def finer(self) -> bool:
+        """Whether the numbers tell more than seconds do."""
+        return self.table is not None or self.per_second != 1
+
     def seconds(self, moments: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the second of each number."""
         if self.table is not None:

@@ -18,8 +18,8 @@ from hstu_xd.serving.bulk_files import (
     write_recommendations,
 )
 from hstu_xd.training.checkpoint import MODEL_FILE
-from hstu_xd.training.run import CONFIG_FILE, load_trained
-from hstu_xd.training.run_facts import open_data, read_run
+from hstu_xd.training.run import load_trained
+from hstu_xd.training.run_facts import CONFIG_FILE, open_data, read_run
 from hstu_xd.version import __version__
 
 # Why a user gets nothing.

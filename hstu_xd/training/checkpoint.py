@@ -80,12 +80,17 @@ def restore_optimizer(
     """Inverse of :func:`optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            slot, _, name = rest.partition(".")
+        if (name := parameter_of(key)) is not None:
+            slot = key.split(".")[1]
             parameter = parameters[name]
             state = value if slot == "step" else value.to(parameter.device)
             optimizer.state[parameter][slot] = state
+
+
+def parameter_of(key: str) -> str | None:
+    """Name the parameter that an entry of the optimiser's state is of; None for other entries."""
+    kind, _, rest = key.partition(".")
+    return rest.partition(".")[2] if kind == "optimizer" else None
 
 
 def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

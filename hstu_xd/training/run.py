@@ -3,9 +3,9 @@
 import logging
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from hstu_xd.evaluation.metrics import Metrics
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import LOCK_FILE, locked_folder, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.settings import SWITCHES
 from hstu_xd.objectives.objective import Objective, Scorer
 from hstu_xd.ops.domain_attention.api import check_impl
 from hstu_xd.parts import (
@@ -31,26 +30,29 @@ from hstu_xd.parts import (
     module_file,
 )
 from hstu_xd.training.baseline_runs import BaselineTrainer, load_baseline
-from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
+from hstu_xd.training.checkpoint import MODEL_FILE, STATE_FILE, load_checkpoint, load_weights
+from hstu_xd.training.continuation import (
+    Continuation,
+    Predecessor,
+    check_continuable,
+    continuation_of,
+)
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import foreign_names, metrics_of, objective_of
 from hstu_xd.training.gin_files import gin_library
 from hstu_xd.training.run_facts import (
+    CONFIG_FILE,
     PARTIAL_FILE,
     RUN_FILE,
     check_same_data,
-    facts_of_data,
-    facts_of_start,
+    lay_out,
     note_resumption,
     read_run,
-    write_facts,
 )
 from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
 from hstu_xd.training.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.gin"
 
 
 def train(
@@ -64,12 +66,14 @@ def train(
     read_test: bool = True,
     allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
+    continue_from: Path | None = None,
 ) -> dict[str, Any]:
     """Train one model into a run folder.
 
     Args:
         data: a prepared store.
-        settings: of :func:`hstu_xd.training.settings.load_settings`; None: the defaults.
+        settings: of :func:`hstu_xd.training.settings.load_settings`; None: the defaults, or those
+            of the run that is continued.
         out: the run folder; new, unless ``resume``.
         name: what tables call the run; default: its switches.
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
@@ -79,42 +83,40 @@ def train(
         allow_imports: to resume, import what the run names beside this package; what ``settings``
             have imported needs no permission.
         announce: called with a line after every epoch, in the first process.
+        continue_from: a run of an older store, whose weights this one begins with and of which it
+            trains on what is new in the store.
 
     Returns:
         The summary, as written to ``summary.json``.
 
     Raises:
         InputError: ``out`` exists (or does not, to resume), belongs to other data, or another
-            process trains into it.
+            process trains into it; or the settings are not those of the weights to continue from.
         HstuXdError: the loss became not finite; the last good checkpoint stays.
         Interrupted: Ctrl-C or a signal asked to stop; the run can be resumed from the step that was
             finished then, and the message says how.
     """
     store = InteractionStore.open(data, verify=verify)
     with world() as here, _held(out, here, resume=resume):
-        given, settings = settings, settings or load_settings([])
+        given = settings
         if resume:
             settings = _settings_to_resume(out, store, given, allow_imports=allow_imports)
+            earlier = Predecessor.recorded_in(read_run(out))
+        else:
+            earlier = Predecessor.of(continue_from) if continue_from else None
+            settings = _settings_to_begin(given, continue_from, allow_imports=allow_imports)
         # A run keeps the times that its log is cut at, whatever the log becomes.
         settings, given = settings.on(store), given.on(store) if given else None
         if here.is_main:
-            _warn_inert(settings, store, out, given if resume else None)
+            goes_on_with = given if resume else None
+            _warn_inert(settings, store, out, goes_on_with, continued=earlier is not None)
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
-        if settings.train.baseline != NO_BASELINE:
-            trainer = BaselineTrainer(store, settings, out, here)
-        else:
-            model = _new_model(store.catalog, settings).to(here.device)
-            trainer = Trainer(
-                model,
-                store,
-                settings.train,
-                out,
-                here,
-                protocol=settings.protocol,
-                announce=announce,
-            )
+        trainer = _new_trainer(store, settings, out, here, earlier, announce)
+        continues = None
+        if earlier is not None and not (out / STATE_FILE).exists():
+            continues = _take_over(trainer, earlier, store, settings)
         if resume:
             facts = read_run(out)
             # Checkpoints that count steps are older than "starts": those of the first job.
@@ -123,13 +125,73 @@ def train(
             here.in_main(lambda: _note_resumption(out, trainer))
         else:
             name = name or variant_name(settings)
-            here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here))
+            told = continues.facts if continues else None
+            here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here, told))
+            if continues and here.is_main:
+                announce(str(continues))
         try:
             return trainer.fit(read_test=read_test)
         except Interrupted as stopped:
             command = _resume_command(data, out, settings, here)
             message = f"{stopped}; go on with: {command}" if here.is_main else ""
             raise Interrupted(message, stopped.signal) from None
+
+
+def _settings_to_begin(
+    given: RunSettings | None, continue_from: Path | None, *, allow_imports: bool
+) -> RunSettings:
+    """Return a new run's settings: those given, or those of the run that it continues."""
+    if continue_from is None:
+        return given or load_settings([])
+    trusted = given.foreign.modules if given is not None else ()
+    stored = stored_settings(continue_from, allow_imports=allow_imports, trusted=trusted)
+    settings = given or stored
+    check_continuable(continue_from, settings, stored)
+    return settings
+
+
+def _new_trainer(
+    store: InteractionStore,
+    settings: RunSettings,
+    out: Path,
+    here: World,
+    earlier: Predecessor | None,
+    announce: Callable[[str], object],
+) -> Trainer | BaselineTrainer:
+    if settings.train.baseline != NO_BASELINE:
+        return BaselineTrainer(store, settings, out, here)
+    if earlier is not None:
+        earlier.check_news(store, settings)
+    return Trainer(
+        _new_model(store.catalog, settings).to(here.device),
+        store,
+        settings.train,
+        out,
+        here,
+        protocol=settings.protocol,
+        announce=announce,
+        until=earlier.until if earlier else None,
+    )
+
+
+def _take_over(
+    trainer: Trainer | BaselineTrainer,
+    earlier: Predecessor,
+    store: InteractionStore,
+    settings: RunSettings,
+) -> Continuation:
+    """Let a trainer begin with what an earlier run has learnt."""
+    assert isinstance(trainer, Trainer)
+    found = continuation_of(
+        earlier,
+        store,
+        trainer.model,
+        settings,
+        lambda catalog: _new_model(catalog, settings),
+        trainer.users_per_epoch,
+    )
+    trainer.begin_with(found.weights, found.optimizer, earlier.run)
+    return found
 
 
 def _new_model(catalog: DomainCatalog, settings: RunSettings) -> CrossDomainHSTU:
@@ -295,7 +357,12 @@ def allowed_imports(run: Path, *, allow_imports: bool, trusted: Collection[str] 
 
 
 def stored_settings(
-    run: Path, *, allow_imports: bool, trusted: Collection[str] = ()
+    run: Path,
+    *,
+    allow_imports: bool,
+    trusted: Collection[str] = (),
+    files: Sequence[Path] = (),
+    bindings: Sequence[str] = (),
 ) -> RunSettings:
     """Read a run's own settings, importing nothing that is not allowed.
 
@@ -305,6 +372,8 @@ def stored_settings(
         run: the run folder.
         allow_imports: whether the user has allowed it to name modules.
         trusted: modules that the user has named otherwise.
+        files: gin files on top of them.
+        bindings: gin bindings on top of both.
 
     Raises:
         InputError: not a run folder, or it names modules that may not or cannot be imported.
@@ -316,7 +385,7 @@ def stored_settings(
         for name in foreign:
             if not name.startswith(("file ", "__gin__.")):
                 import_foreign(name, str(run))
-        settings = load_settings([config])
+        settings = load_settings([config, *files], bindings)
     for name, known in recorded.items():
         file = module_file(name)
         if file is not None and sha256_of(file) != known["sha256"]:
@@ -349,45 +418,6 @@ def variant_name(settings: RunSettings) -> str:
     return " + ".join(parts)
 
 
-def lay_out(
-    out: Path,
-    store: InteractionStore,
-    settings: RunSettings,
-    model: CrossDomainHSTU | Baseline,
-    name: str,
-    here: World,
-) -> None:
-    """Make a run folder: config, catalogue, and what the run is; run.json comes last.
-
-    Args:
-        out: the folder.
-        store: whose catalogue and hashes are noted.
-        settings: of the model and the training.
-        model: as it starts.
-        name: what tables call the run.
-        here: the process.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG_FILE).write_text(settings.to_gin())
-    store.catalog.save(out / CATALOG_FILE)
-    encoder = asdict(model.settings)
-    facts = {
-        **facts_of_start(here),
-        **facts_of_data(store),
-        "variant_name": name,
-        "seed": settings.train.random_seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "switches": {key: encoder[key] for key in SWITCHES},
-        "encoder": encoder,
-        "train": asdict(settings.train),
-        "protocol": settings.protocol.as_json(),
-        "max_sequence_length": settings.train.max_sequence_length,
-    }
-    if settings.parts or settings.foreign.modules:
-        facts |= {"parts": settings.parts, "modules": settings.foreign.described()}
-    write_facts(out, facts)
-
-
 def _note_resumption(out: Path, trainer: Trainer | BaselineTrainer) -> None:
     if not trainer.is_trained:
         step, batch_size = trainer.progress.step, trainer.settings.local_batch_size
@@ -403,11 +433,22 @@ def _settings_to_resume(
 
 
 def _warn_inert(
-    settings: RunSettings, store: InteractionStore, out: Path, given: RunSettings | None
+    settings: RunSettings,
+    store: InteractionStore,
+    out: Path,
+    given: RunSettings | None,
+    *,
+    continued: bool,
 ) -> None:
     """Say which settings do nothing with these data, or are not those that a run goes on with."""
     if given is not None and (unlike := given.unlike(read_run(out))):
         _logger.warning("%s goes on with its own settings: %s", out, "; ".join(unlike))
+    if not continued:
+        for name in ("new_items", "news_context", "replay_share"):
+            if (value := getattr(settings.train, name)) != getattr(TrainSettings, name):
+                _logger.warning(
+                    "xd_train.%s = %r does nothing without --continue-from", name, value
+                )
     if settings.train.asked_domains and store.num_domains == 1:
         _logger.warning(
             "xd_train.asked_domains = %r does nothing: the data have one domain",

@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from hstu_xd.catalog import CATALOG_FILE
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.store_files import ITEM_IDS, OFFSETS, TIMESTAMPS, USERS
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.baselines import Baseline
 from hstu_xd.files import check_readable
+from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.model.settings import SWITCHES
 from hstu_xd.training.distributed import World
+from hstu_xd.training.settings import RunSettings
 from hstu_xd.version import __version__
 
 _logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
 PARTIAL_FILE = "run.partial"
 
@@ -45,6 +51,49 @@ def write_facts(out: Path, facts: Mapping[str, Any]) -> None:
     partial = out / PARTIAL_FILE
     partial.write_text(json.dumps(facts, indent=1) + "\n")
     partial.replace(out / RUN_FILE)
+
+
+def lay_out(
+    out: Path,
+    store: InteractionStore,
+    settings: RunSettings,
+    model: CrossDomainHSTU | Baseline,
+    name: str,
+    here: World,
+    continues: Mapping[str, Any] | None = None,
+) -> None:
+    """Make a run folder: config, catalogue, and what the run is; run.json comes last.
+
+    Args:
+        out: the folder.
+        store: whose catalogue and hashes are noted.
+        settings: of the model and the training.
+        model: as it starts.
+        name: what tables call the run.
+        here: the process.
+        continues: what run.json says of the run that it continues, if it does.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG_FILE).write_text(settings.to_gin())
+    store.catalog.save(out / CATALOG_FILE)
+    encoder = asdict(model.settings)
+    facts = {
+        **facts_of_start(here),
+        **facts_of_data(store),
+        "variant_name": name,
+        "seed": settings.train.random_seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "switches": {key: encoder[key] for key in SWITCHES},
+        "encoder": encoder,
+        "train": asdict(settings.train),
+        "protocol": settings.protocol.as_json(),
+        "max_sequence_length": settings.train.max_sequence_length,
+    }
+    if settings.parts or settings.foreign.modules:
+        facts |= {"parts": settings.parts, "modules": settings.foreign.described()}
+    if continues is not None:
+        facts["continues"] = continues
+    write_facts(out, facts)
 
 
 def facts_of_start(here: World) -> dict[str, Any]:
@@ -77,8 +126,26 @@ def facts_of_data(store: InteractionStore) -> dict[str, Any]:
     return {
         "data": str(store.path.resolve()),
         "data_hashes": manifest["hashes"],
+        "last_time": int(store.timestamps.max()),
         "data_summary": {k: manifest[k] for k in _MANIFEST_FACTS if k in manifest},
     }
+
+
+def last_time_of(run: Path, facts: Mapping[str, Any]) -> int:
+    """Return the time of the last event of the log that a run was trained on.
+
+    Raises:
+        InputError: an old run that does not say so, whose store is no more.
+    """
+    if "last_time" in facts:
+        return facts["last_time"]
+    folder = Path(facts["data"])
+    if not _still_holds(folder, facts):
+        raise InputError(
+            f"{run} does not say up to what time it was trained, and {folder} no longer holds its "
+            "log; prepare that log there again, or train without --continue-from"
+        )
+    return int(InteractionStore.open(folder).timestamps.max())
 
 
 def note_resumption(out: Path, here: World, *, step: int, batch_size: int) -> None:

@@ -80,6 +80,13 @@ class TrainSettings:
         metrics: further functions of ranks of your own, ``(@my_metric,)``.
         select_metric: the validation metric that picks the best epoch.
         checkpoint_every: steps between two saves of the resumable state; epochs end with one.
+        new_items: how items begin that a continued run has not met, "domain-mean" (around the mean
+            of their domain's), "co-occurring" (around the mean of those next to them in the
+            training histories, where there are some), or "random".
+        news_context: events before a user's new ones that a continued run reads, and trains on,
+            beside those; more of them cost more and bring the histories closer to whole ones.
+        replay_share: share of the users without new events that each epoch of a continued run
+            trains on beside all who have some; 1: everybody, as in a first training.
         main_module_bf16: compute in bfloat16 by autocast (CUDA only).
         random_seed: seed of weights, order, dropout and negatives.
     """
@@ -129,6 +136,13 @@ class TrainSettings:
     metrics: tuple[str, ...] = setting((), part=True)
     select_metric: str = setting("ndcg@100")
     checkpoint_every: int = setting(1000, at_least=1)
+    new_items: str = setting(
+        "domain-mean",
+        allowed=("domain-mean", "co-occurring", "random"),
+        also=("continue", "warm_start"),
+    )
+    news_context: int = setting(5, at_least=0, also=("continue",))
+    replay_share: float = setting(0.1, at_least=0, at_most=1, also=("continue", "rehearsal"))
     main_module_bf16: bool = setting(False, also=("amp", "mixed_precision", "dtype"))
     random_seed: int = setting(42, at_least=0, at_most=2**64 - 1)
 

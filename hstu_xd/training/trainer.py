@@ -102,6 +102,8 @@ class Trainer:
         world: this process among the others.
         protocol: of the evaluations.
         announce: called with a line after every epoch, in the first process.
+        until: time of the last event of another run's log, which this one continues: every epoch
+            trains on what came later and on a ``replay_share`` of the other users; None: on all.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Trainer:
         *,
         protocol: Protocol = DEFAULTS,
         announce: Callable[[str], object] = lambda line: None,
+        until: int | None = None,
     ) -> None:
         if settings.main_module_bf16 and world.device.type != "cuda":
             raise HstuXdError("xd_train.main_module_bf16 needs CUDA; set it to False on CPU")
@@ -124,6 +127,10 @@ class Trainer:
         self._data = {
             split: protocol.sequences(store, split, length, domain=domain) for split in Split
         }
+        data = self._data[Split.TRAIN]
+        news = data.users if until is None else data.begin_at_news(until, settings.news_context)
+        self._news, self._others = news, np.setdiff1d(data.users, news)
+        self._replayed = round(settings.replay_share * self._others.size)
         self._optimizer = optimizer_of(model, settings)
         decay = settings.average_decay
         self._average = WeightAverage(model, decay) if decay else None
@@ -134,6 +141,22 @@ class Trainer:
         self._log = MetricsLog(run, enabled=world.is_main)
         self._request, self._agreed = StopRequest(), DelayedMaximum(world.size)
         self.progress = Progress()
+
+    def begin_with(
+        self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], source: Path
+    ) -> None:
+        """Start from weights and an optimiser's state instead of from random ones.
+
+        Args:
+            weights: of the model, by name.
+            optimizer: as :func:`hstu_xd.training.checkpoint.optimizer_tensors` returns it.
+            source: where they are from, for errors.
+
+        Raises:
+            InputError: the weights are not of this model.
+        """
+        load_weights(self.model, weights, source)
+        restore_optimizer(self.model, self._optimizer, optimizer)
 
     def resume(self, processes: int) -> None:
         """Continue from the run's last checkpoint: weights, optimiser, progress, metrics file.
@@ -179,6 +202,11 @@ class Trainer:
             return summary
 
     @property
+    def users_per_epoch(self) -> dict[str, int]:
+        """Numbers of users whom every epoch trains on, and of those whom it draws from others."""
+        return {"with news": self._news.size, "of the others an epoch": self._replayed}
+
+    @property
     def is_trained(self) -> bool:
         """Whether the epochs or the patience have run out."""
         progress, settings = self.progress, self.settings
@@ -198,7 +226,7 @@ class Trainer:
         settings, progress, data = self.settings, self.progress, self._data[Split.TRAIN]
         self.model.train()
         left = self.batches(progress.epoch, done=progress.users_in_epoch)
-        events = int(data.lengths(data.users).sum())
+        events = int(data.lengths(self._users_of(progress.epoch)).sum())
         bar = tqdm(
             total=events,
             unit="events",
@@ -223,10 +251,17 @@ class Trainer:
             epoch: counted from 0.
             done: users at the beginning of that order, who are left out.
         """
-        order = np.random.default_rng([self.settings.random_seed, epoch])
-        users = order.permutation(self._data[Split.TRAIN].users)[done:]
+        users = self._users_of(epoch)[done:]
         size = self.settings.local_batch_size * self.world.size
         return [users[i : i + size] for i in range(0, users.size, size)]
+
+    def _users_of(self, epoch: int) -> np.ndarray:
+        """Return whom an epoch trains on, in its own order."""
+        draw = np.random.default_rng([self.settings.random_seed, epoch])
+        if not self._replayed:
+            return draw.permutation(self._news)
+        replayed = draw.choice(self._others, self._replayed, replace=False)
+        return draw.permutation(np.concatenate([self._news, replayed]))
 
     def step(self, users: np.ndarray, mark: Callable[[str], object] = lambda phase: None) -> int:
         """Take one optimiser step on a global batch, and return its number of tokens.
@@ -269,7 +304,7 @@ class Trainer:
         # DDP averages gradients over processes; the mean is over the tokens of all of them.
         (loss * (self.world.size / tokens)).backward()
         mark("backward")
-        epochs = progress.epoch + progress.users_in_epoch / data.users.size
+        epochs = progress.epoch + progress.users_in_epoch / sum(self.users_per_epoch.values())
         rate = rate_at(settings, progress.step, epochs / settings.num_epochs)
         for group in self._optimizer.param_groups:
             group["lr"] = rate

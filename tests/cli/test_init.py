@@ -121,5 +121,40 @@ def test_gin_config_beside_the_package_is_not_taken_for_ours(tmp_path: Path) -> 
 def test_the_wheel_carries_both_folders() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     section = text.split("[tool.hatch.build.targets.wheel.force-include]\n")[1].split("\n\n")[0]
-    for name in ("gin", "patches"):
+    names = ["gin", "patches", "constraints.txt"]
+    names += [
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "examples").iterdir()
+        if file.name not in ("results", "__pycache__")
+    ]
+    for name in names:
         assert f'"{name}" = "hstu_xd/_files/{name}"' in section.splitlines()
+
+
+def test_examples_go_into_any_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "folder"
+    assert run(["init", "--examples", str(folder)]) == 0
+    assert f"wrote {folder}/examples/own_model.py\n" in capsys.readouterr().out
+    for name in (
+        "constraints.txt",
+        "examples/own_parts/mine.gin",
+        "examples/daily_retraining.py",
+        "gin/standalone/xd.gin",
+    ):
+        assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not (folder / "examples" / "results").exists()
+    assert run(["init", str(folder), "--examples"]) == 0
+    assert "wrote" not in capsys.readouterr().out
+
+
+def test_examples_replace_nothing_unless_forced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "constraints.txt").write_text("mine\n")
+    assert run(["init", str(tmp_path), "--examples"]) == 2
+    assert "constraints.txt there with other content; add --force" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["constraints.txt"]
+    assert run(["init", str(tmp_path), "--examples", "--force"]) == 0
+    file = tmp_path / "constraints.txt"
+    assert run(["init", str(file), "--examples"]) == 2
+    assert "not a folder; give one to copy the examples into" in capsys.readouterr().err

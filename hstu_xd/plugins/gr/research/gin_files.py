@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.files import gin_folder
+from hstu_xd.files import copy_files, gin_folder
 from hstu_xd.plugins.gr.research import HOST
 
 # Recipes of the trainer of this package; upstream's trainer cannot read them.
@@ -38,15 +38,7 @@ def copy_gin_files(
     if not files:
         raise HstuXdError(f"{source}: holds no gin file for generative-recommenders")
     wanted = {Path("gin") / file: (source / file).read_bytes() for file in files}
-    _check_targets(checkout, wanted, force)
-    written = {}
-    for file, content in wanted.items():
-        target = checkout / file
-        written[file.as_posix()] = not (target.is_file() and target.read_bytes() == content)
-        if written[file.as_posix()]:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-    return written
+    return copy_files(wanted, checkout, force=force)
 
 
 def _check_checkout(checkout: Path) -> None:
@@ -57,28 +49,4 @@ def _check_checkout(checkout: Path) -> None:
         raise InputError(
             f"{checkout}: not a generative-recommenders checkout, {' and '.join(missing)} missing; "
             "give the folder that holds its main.py"
-        )
-
-
-def _check_targets(checkout: Path, wanted: dict[Path, bytes], force: bool) -> None:
-    blocked = {
-        folder.as_posix()
-        for file in wanted
-        for folder in file.parents
-        if (checkout / folder).exists() and not (checkout / folder).is_dir()
-    } | {file.as_posix() for file in wanted if (checkout / file).is_dir()}
-    if blocked:
-        raise InputError(
-            f"{checkout}: {', '.join(sorted(blocked))} in the way (a file where a folder is "
-            "needed, or a folder where a file is); move it and run again. Nothing was written"
-        )
-    changed = [
-        file.as_posix()
-        for file, content in wanted.items()
-        if (checkout / file).is_file() and (checkout / file).read_bytes() != content
-    ]
-    if changed and not force:
-        raise InputError(
-            f"{checkout}: {', '.join(changed)} there with other content; add --force to replace "
-            f"{'them' if len(changed) > 1 else 'it'}. Nothing was written"
         )
