@@ -25,8 +25,9 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.evaluation.metrics import user_metrics
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.evaluation.ranks import rank_targets
-from hstu_xd.training.run import load_trained, stored_settings, train
+from hstu_xd.training.run import load_trained, train
 from hstu_xd.training.settings import load_settings
+from hstu_xd.training.stored_settings import stored_settings
 
 COLUMNS = ColumnOptions("user_id", "item_id", "domain", "timestamp")
 METRIC = "ndcg@100"

@@ -137,10 +137,10 @@ def train(
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
     from hstu_xd.evaluation.protocol import Protocol, count_notes
-    from hstu_xd.training.run import stored_settings
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.run_facts import read_run
     from hstu_xd.training.settings import load_settings
+    from hstu_xd.training.stored_settings import stored_settings
 
     files, bindings, settings = gin_config_file or [], gin_bindings or [], None
     if continue_from is not None:

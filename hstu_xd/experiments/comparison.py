@@ -36,8 +36,9 @@ from hstu_xd.experiments.report.tables import (
 )
 from hstu_xd.experiments.run_folders import Run, read_runs
 from hstu_xd.objectives.objective import Metric
-from hstu_xd.training.run import allowed_imports, load_trained
+from hstu_xd.training.run import load_trained
 from hstu_xd.training.run_facts import open_data
+from hstu_xd.training.stored_settings import allowed_imports
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,14 @@ class Predecessor:
             settings: of the training that is to continue the run.
 
         Raises:
-            InputError: there is nothing.
+            InputError: there is nothing, or the log is cut in time or in domains.
         """
-        data = SequenceData(store, Split.TRAIN, settings.train.max_sequence_length)
+        data = settings.protocol.sequences(
+            store,
+            Split.TRAIN,
+            settings.train.max_sequence_length,
+            domain=settings.train.domain,
+        )
         if settings.train.replay_share < 1 and not data.begin_at_news(self.until, 0).size:
             raise InputError(
                 f"{store.path} holds nothing to train on that is later than what {self.run} was "

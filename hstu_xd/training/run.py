@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,10 @@ from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
 from hstu_xd.evaluation.protocol import Protocol
-from hstu_xd.files import LOCK_FILE, locked_folder, sha256_of
+from hstu_xd.files import LOCK_FILE, locked_folder
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective, Scorer
 from hstu_xd.ops.domain_attention.api import check_impl
-from hstu_xd.parts import (
-    ALLOW_IMPORTS,
-    import_foreign,
-    importable_from,
-    imports_allowed,
-    module_file,
-)
 from hstu_xd.training.baseline_runs import BaselineTrainer, load_baseline
 from hstu_xd.training.checkpoint import MODEL_FILE, STATE_FILE, load_checkpoint, load_weights
 from hstu_xd.training.continuation import (
@@ -38,8 +31,7 @@ from hstu_xd.training.continuation import (
     continuation_of,
 )
 from hstu_xd.training.distributed import World, world
-from hstu_xd.training.extension import foreign_names, metrics_of, objective_of
-from hstu_xd.training.gin_files import gin_library
+from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.run_facts import (
     CONFIG_FILE,
     PARTIAL_FILE,
@@ -50,6 +42,7 @@ from hstu_xd.training.run_facts import (
     read_run,
 )
 from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
+from hstu_xd.training.stored_settings import stored_settings
 from hstu_xd.training.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -328,71 +321,6 @@ def load_trained(
         settings.protocol,
         domain,
     )
-
-
-def allowed_imports(run: Path, *, allow_imports: bool, trusted: Collection[str] = ()) -> list[str]:
-    """Name what a run would import from outside this package, if that is allowed.
-
-    Args:
-        run: the run folder.
-        allow_imports: whether the user has allowed it to name modules.
-        trusted: modules that the user has named otherwise.
-
-    Raises:
-        InputError: not a run folder, or it names modules that may not be imported.
-    """
-    config = run / CONFIG_FILE
-    read_run(run)
-    try:
-        foreign = foreign_names(gin_library(), config.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise InputError(f"{config}: {' '.join(str(error).split())}; restore the file") from error
-    asking = [name for name in foreign if name not in trusted]
-    if asking and not imports_allowed(allow_imports):
-        raise InputError(
-            f"{run} needs code from outside hstu-xd, which loading it would execute: "
-            f"{', '.join(asking)}; if you trust it, add --allow-imports or set {ALLOW_IMPORTS}=1"
-        )
-    return foreign
-
-
-def stored_settings(
-    run: Path,
-    *,
-    allow_imports: bool,
-    trusted: Collection[str] = (),
-    files: Sequence[Path] = (),
-    bindings: Sequence[str] = (),
-) -> RunSettings:
-    """Read a run's own settings, importing nothing that is not allowed.
-
-    Modules are looked for as Python does, then in the working folder and where the run had them.
-
-    Args:
-        run: the run folder.
-        allow_imports: whether the user has allowed it to name modules.
-        trusted: modules that the user has named otherwise.
-        files: gin files on top of them.
-        bindings: gin bindings on top of both.
-
-    Raises:
-        InputError: not a run folder, or it names modules that may not or cannot be imported.
-    """
-    facts, config = read_run(run), run / CONFIG_FILE
-    foreign = allowed_imports(run, allow_imports=allow_imports, trusted=trusted)
-    recorded = facts.get("modules") or {}
-    with importable_from([Path.cwd(), *(Path(x["folder"]) for x in recorded.values())]):
-        for name in foreign:
-            if not name.startswith(("file ", "__gin__.")):
-                import_foreign(name, str(run))
-        settings = load_settings([config, *files], bindings)
-    for name, known in recorded.items():
-        file = module_file(name)
-        if file is not None and sha256_of(file) != known["sha256"]:
-            _logger.warning(
-                "%s was trained with another version of module %s than %s", run, name, file
-            )
-    return settings
 
 
 def variant_name(settings: RunSettings) -> str:

@@ -318,9 +318,16 @@ def old_without_its_log(first: Path, folder: Path) -> tuple[Path, list[str]]:
     return first / "old", ["--continue-from", str(run)]
 
 
+def cut_in_time(first: Path, folder: Path) -> tuple[Path, list[str]]:
+    log = write_log(folder / "new.csv", 8, more=later({"books4": "books"}))
+    split = "xd_evaluate.split = 'global'"
+    return prepare(log), ["--continue-from", str(first / "run"), "--gin_bindings", split]
+
+
 @pytest.mark.parametrize(
     ("case", "said"),
     [
+        (cut_in_time, "continue with xd_evaluate.split = 'leave-one-out' and without"),
         (nothing_new, "holds nothing to train on that is later than what"),
         (no_run, "not a run folder"),
         (both, "--continue-from begins a new run and --resume goes on with one"),
