@@ -125,9 +125,12 @@ def test_workers_are_killed_and_nothing_is_lost_or_doubled(
             writer.start()
         for victim in range(2):
             time.sleep(0.3)
-            os.kill(workers_of(process)[victim % WORKERS], signal.SIGKILL)
+            killed = workers_of(process)[victim % WORKERS]
+            os.kill(killed, signal.SIGKILL)
             deadline = time.monotonic() + 60
-            while len(workers_of(process)) < WORKERS and time.monotonic() < deadline:
+            # A killed worker is seen until its watcher has noticed.
+            while killed in workers_of(process) or len(workers_of(process)) < WORKERS:
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
         for writer in writers:
             writer.join()
