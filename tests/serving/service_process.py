@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PATIENCE = 120.0
+_PATIENCE = 180
 
 
 class ServiceProcess:
