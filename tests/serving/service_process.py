@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-_PATIENCE = 180
+_PATIENCE = 120.0
 
 
 class ServiceProcess:
@@ -54,6 +55,26 @@ class ServiceProcess:
         line = self._process.stdout.readline()
         assert line.startswith("serving "), line + self.end()[1]
         self.port = int(line.rpartition(":")[2])
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers, which are the children that lead a session of their own."""
+        found = subprocess.run(
+            ["ps", "-o", "pid=,sid=,stat=", "--ppid", str(self._process.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        rows = [line.split() for line in found.stdout.splitlines()]
+        return [int(pid) for pid, session, state in rows if pid == session and state[0] != "Z"]
+
+    def kill_worker(self, worker: int) -> None:
+        """Kill a worker, and wait until another one is started in its place."""
+        before = self.workers()
+        os.kill(worker, signal.SIGKILL)
+        deadline = time.monotonic() + _PATIENCE
+        while not set(self.workers()) - {*before} or len(self.workers()) < len(before):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     def resident_bytes(self) -> int:
         """Bytes of memory that it has now."""

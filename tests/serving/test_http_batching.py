@@ -312,6 +312,40 @@ def test_a_handler_that_raises_fails_its_batch_only(caplog: pytest.LogCaptureFix
     assert "a batch of 1 requests failed" in caplog.text
 
 
+def test_what_cannot_be_counted_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    def count(size: int) -> None:
+        raise ValueError("no such number")
+
+    async def run() -> None:
+        batcher = Batcher(Slow, QueueSettings(), on_batch=count)
+        for job in range(3):
+            assert await asyncio.wait_for(batcher.submit(job).done, 60) == job
+        batcher.stop()
+
+    asyncio.run(run())
+    assert caplog.text.count("a batch of 1 requests could not be counted") == 3
+
+
+def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda raised: None)
+
+    class Deadly(Slow):
+        def handle(self, tickets: Sequence[Ticket[int]]) -> None:
+            raise KeyboardInterrupt
+
+    async def run() -> None:
+        batcher = Batcher(Deadly, QueueSettings(max_batch=1))
+        waiting = [batcher.submit(job).done for job in range(3)]
+        found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 60)
+        assert [type(each) for each in found] == [Busy] * 3
+        while batcher.alive:
+            await asyncio.sleep(0.001)
+        with pytest.raises(Busy):
+            batcher.submit(4)
+
+    asyncio.run(run())
+
+
 def test_what_waits_is_done_before_a_stop() -> None:
     async def run() -> list[int]:
         batcher = Batcher(Slow, QueueSettings(max_batch=2))

@@ -3,7 +3,6 @@
 import http.client
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -30,19 +29,6 @@ def server() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "tiny")
-
-
-def workers_of(process: ServiceProcess) -> list[int]:
-    """Process ids of the workers, which are the children that lead a session of their own."""
-    parent = process._process.pid
-    found = subprocess.run(
-        ["ps", "-o", "pid=,sid=,stat=", "--ppid", str(parent)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    rows = [line.split() for line in found.stdout.splitlines()]
-    return [int(pid) for pid, session, state in rows if pid == session and state[0] != "Z"]
 
 
 class Writer(threading.Thread):
@@ -98,8 +84,8 @@ def test_whichever_worker_is_asked_counts_for_all(run: Path, server: PostgresSer
                 assert found[name] == len(users)
             assert found["hstu_xd_states_users"] == len(users)
             assert found["hstu_xd_states_bytes"] > 0
-        os.kill(workers_of(process)[0], signal.SIGKILL)
-        os.kill(workers_of(process)[-1], signal.SIGKILL)
+        os.kill(process.workers()[0], signal.SIGKILL)
+        os.kill(process.workers()[-1], signal.SIGKILL)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with suppress(OSError, http.client.HTTPException):
@@ -119,19 +105,13 @@ def test_workers_are_killed_and_nothing_is_lost_or_doubled(
 ) -> None:
     log, count, users = server.database(), 60, ["ann", "bob", "eve", "joe"]
     with ServiceProcess(run, "--events", log, "--workers", str(WORKERS)) as process:
-        assert len(workers_of(process)) == WORKERS
+        assert len(process.workers()) == WORKERS
         writers = [Writer(process, user, count) for user in users]
         for writer in writers:
             writer.start()
         for victim in range(2):
             time.sleep(0.3)
-            killed = workers_of(process)[victim % WORKERS]
-            os.kill(killed, signal.SIGKILL)
-            deadline = time.monotonic() + 60
-            # A killed worker is seen until its watcher has noticed.
-            while killed in workers_of(process) or len(workers_of(process)) < WORKERS:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            process.kill_worker(process.workers()[victim % WORKERS])
         for writer in writers:
             writer.join()
             assert writer.error is None, writer.error
@@ -162,7 +142,7 @@ def test_workers_are_killed_and_nothing_is_lost_or_doubled(
 
 def test_workers_end_with_the_process_that_watches_them(run: Path, server: PostgresServer) -> None:
     with ServiceProcess(run, "--events", server.database(), "--workers", "2") as process:
-        found = workers_of(process)
+        found = process.workers()
         process.end(signal.SIGKILL)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in found):

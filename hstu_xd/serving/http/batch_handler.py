@@ -144,7 +144,6 @@ class BatchHandler:
         while self._next:
             model, session = self._next.popleft()
             self._sessions.adopt(model.session, session)
-            model.histories.rebuilt += self._model.histories.rebuilt
             self._model = model
         for ticket in tickets:
             ticket.by = self._model.name

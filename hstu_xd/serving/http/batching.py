@@ -216,14 +216,32 @@ class Batcher(Generic[J]):
                         ticket.error = Busy(_BUSY)
                 if due:
                     _handle(handler, due)
-                    self._on_batch(len(due))
+                    self._tell(len(due))
                     cost = sum(ticket.cost for ticket in due)
                     self._paces.append((time.perf_counter() - start) / cost)
                     self._seconds_per_cost = median(self._paces)
                 self._running = []
                 _reply(batch)
         finally:
+            self._refuse_all()
             handler.close()
+
+    def _tell(self, size: int) -> None:
+        """Tell of a batch; whatever goes wrong there, those whose jobs it had are answered."""
+        try:
+            self._on_batch(size)
+        except Exception:
+            _log.exception("a batch of %d requests could not be counted", size)
+
+    def _refuse_all(self) -> None:
+        """Refuse what is left when the thread ends, so that nobody waits for it in vain."""
+        with self._changed:
+            self._stopping = True
+            left, self._running = [*self._running, *self._waiting], []
+            self._waiting.clear()
+        for ticket in left:
+            ticket.error = ticket.error or Busy(_STOPPING)
+        _reply(left)
 
     def _next(self) -> list[Ticket[J]]:
         """Take the next batch; empty once all is done and the queue stopped."""

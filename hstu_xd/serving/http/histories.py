@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
@@ -70,6 +71,17 @@ class Items:
         return found
 
 
+@dataclass
+class Rebuilds:
+    """How often states were made anew, by all models of a service: it never falls.
+
+    Attributes:
+        count: readings of the events of a user who has some, to rebuild a state.
+    """
+
+    count: int = 0
+
+
 class Histories:
     """Events by user: a session rebuilds states from them, and checks stored states by them.
 
@@ -78,9 +90,10 @@ class Histories:
         catalog: of the model.
         items: of the same catalogue.
         prepared: store with earlier histories; None: there are none.
+        rebuilds: where it is counted; None: a count of its own.
 
     Attributes:
-        rebuilt: how often the events of a user who has some were read to rebuild a state.
+        rebuilds: the count.
     """
 
     def __init__(
@@ -89,6 +102,7 @@ class Histories:
         catalog: DomainCatalog,
         items: Items,
         prepared: InteractionStore | None = None,
+        rebuilds: Rebuilds | None = None,
     ) -> None:
         self._log, self._catalog, self._items, self._prepared = log, catalog, items, prepared
         # The word tells states in which events of both counted twice from those without.
@@ -97,7 +111,7 @@ class Histories:
             self._origin = b"merged " + repr(prepared.manifest["hashes"]).encode()
         self._unknown: set[str] = set()
         self._looked: dict[str, Logged] = {}
-        self.rebuilt = 0
+        self.rebuilds = rebuilds or Rebuilds()
 
     def look(self, users: Iterable[str]) -> None:
         """Read at once what the log has of users, for all that is asked of them until the next."""
@@ -111,7 +125,7 @@ class Histories:
     def all_of(self, user: Hashable) -> tuple[list[int], list[int]]:
         """Return item ids and times of a user's events, oldest first: a session's ``history``."""
         events = self._events(self._read(str(user)))
-        self.rebuilt += bool(events)
+        self.rebuilds.count += bool(events)
         return [item for item, _ in events], [time for _, time in events]
 
     def last_of(self, user: str, limit: int) -> list[Event]:

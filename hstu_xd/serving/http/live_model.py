@@ -14,7 +14,7 @@ from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.codec import fingerprint
 from hstu_xd.serving.events.event_log import EventLog
 from hstu_xd.serving.http.arrivals import Arrivals
-from hstu_xd.serving.http.histories import Histories, Items
+from hstu_xd.serving.http.histories import Histories, Items, Rebuilds
 from hstu_xd.serving.http.settings import ServiceSettings
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.session import EncoderSession
@@ -110,6 +110,7 @@ class LiveModel:
         served: the model and what is known of users.
         log: of the service.
         settings: of the service.
+        rebuilds: the service's count of states that were made anew; None: it begins.
 
     Attributes:
         name: of the run, with the beginning of the fingerprint of its states.
@@ -120,11 +121,17 @@ class LiveModel:
         arrivals: which events are taken.
     """
 
-    def __init__(self, served: Served, log: EventLog, settings: ServiceSettings) -> None:
+    def __init__(
+        self,
+        served: Served,
+        log: EventLog,
+        settings: ServiceSettings,
+        rebuilds: Rebuilds | None = None,
+    ) -> None:
         self.served, self._states = served, settings.states
         self.catalog: DomainCatalog = served.model.catalog
         self.items = Items(self.catalog)
-        self.histories = Histories(log, self.catalog, self.items, served.prepared)
+        self.histories = Histories(log, self.catalog, self.items, served.prepared, rebuilds)
         self.arrivals = Arrivals(self.histories, log, self.items, settings.writes)
         # All sessions share one index: of millions of items it takes long to build.
         self._index = ItemIndex(served.model, settings.states.retrieval, served.scorer)

@@ -144,7 +144,7 @@ class Service:
         old = self.model
         try:
             served = old.served.next_from_run(run, self.settings, allow_imports=allow_imports)
-            model = LiveModel(served, self._log, self.settings)
+            model = LiveModel(served, self._log, self.settings, old.histories.rebuilds)
             changes = model.changes_from(old)
             model.warm_up()
             return Loaded(model, model.session(self._sessions.store), changes)
@@ -206,6 +206,9 @@ class Service:
             "hstu_xd_active_requests": ("Requests under way.", self.active),
             "hstu_xd_states_bytes": ("Bytes of all states in memory.", session.num_bytes),
             "hstu_xd_states_users": ("Users whose states are in memory.", len(session)),
-            "hstu_xd_states_rebuilt_total": ("States made anew.", self.model.histories.rebuilt),
+            "hstu_xd_states_rebuilt_total": (
+                "States made anew.",
+                self.model.histories.rebuilds.count,
+            ),
             "hstu_xd_log_bytes": ("Bytes of the event log.", self._log.num_bytes()),
         }
