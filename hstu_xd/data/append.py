@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_xd.data import store_files
-from hstu_xd.data.encode import EventReader, Events, IdOptions, missing_ids, read_log
+from hstu_xd.data.encode import EventReader, Events, IdOptions, doubts_of_ids, read_log
 from hstu_xd.data.filters import Filters
-from hstu_xd.data.ids import has_decimals
+from hstu_xd.data.ids import may_be_respelt
 from hstu_xd.data.order import Histories, in_time_order
 from hstu_xd.data.prepare import EXACT_IDS, PREFIXED, facts_of, tell_of_files, write_prepared
 from hstu_xd.data.repeats import count_repeats, first_after
@@ -138,8 +138,14 @@ def _appended(
     old_users = pl.read_parquet(store.path / store_files.USERS)["user"]
     old_items = pl.read_parquet(store.path / store_files.CATALOG).select("item", "domain")
     if EXACT_IDS not in store.manifest:
-        raw = (reader.users.tokens()["user"], reader.items.tokens()["item"])
-        _check_decimals(store, [old_users, old_items["item"], *raw])
+        raw = reader.items.tokens()
+        names = old_items["item"]
+        if PREFIXED in store.manifest:
+            # Spellings were judged before the domain was put in front.
+            after = pl.col("domain").str.len_chars() + 1
+            names = old_items.select(pl.col("item").str.slice(after)).to_series()
+        both = (old_users, reader.users.tokens()["user"])
+        _check_spellings(store, [*both, names, raw["item"], old_items["domain"], raw["domain"]])
     users = MergedTokens.of(old_users, events.users)
     items = MergedTokens.of(_pairs(old_items), _pairs(events.items))
     all_users = users.merge(old_users.to_frame("user"), events.users.to_frame("user"))["user"]
@@ -167,7 +173,7 @@ def _appended(
         found=repeats,
         filters=store.manifest["filters"],
     )
-    facts["warnings"] += missing_ids(
+    facts["warnings"] += doubts_of_ids(
         all_users,
         all_items,
         lambda: np.diff(log.offsets),
@@ -182,19 +188,19 @@ def _pairs(items: "pl.DataFrame") -> "pl.Series":
     return items.select(pl.concat_str("domain", "item", separator=_SEPARATOR)).to_series()
 
 
-def _check_decimals(store: InteractionStore, tokens: "Sequence[pl.Series]") -> None:
-    """Refuse ids with decimals: whether 12.0 is 12 follows from all ids as they were written.
+def _check_spellings(store: InteractionStore, tokens: "Sequence[pl.Series]") -> None:
+    """Refuse ids that are written as others are: whether 12.0 is 12 follows from all of a log.
 
     Raises:
         InputError: names one.
     """
     for column in tokens:
-        odd = column.filter(has_decimals(column))
+        odd = column.filter(may_be_respelt(column))
         if len(odd):
             raise InputError(
-                f"{store.path} cannot be appended to: whether ids such as {odd[0]!r} lose their "
-                "decimals follows from all ids of a log; prepare all logs together, or the store "
-                "with --exact-ids first"
+                f"{store.path} cannot be appended to: how ids such as {odd[0]!r} are written "
+                "(decimals, accents, unseen characters) follows from all ids of a log; prepare all "
+                "logs together, or the store with --exact-ids first"
             )
 
 

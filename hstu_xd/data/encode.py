@@ -266,14 +266,12 @@ class EventReader:
             item = renumber(self.item, item_ranks)
             time, moments = order_events(self.seconds, self.nanoseconds, self.order)
             user = user_codes.result()
-            warnings = missing_ids(
+            warnings = doubts_of_ids(
                 users["user"],
                 items,
                 lambda: np.bincount(user, minlength=len(users)),
                 lambda: np.bincount(item, minlength=len(items)),
             )
-            for role, tokens in (("user", users["user"]), ("item", items["item"])):
-                warnings += odd_ids(tokens, role)
         fields = numbered(pl.concat(self.fields)) if self.fields else None
         catalogue = items.select("item", "domain")
         return Events(users["user"], catalogue, user, item, time, moments, warnings, fields)
@@ -349,13 +347,13 @@ def _used(
     return tokens.filter(used), [ranks[part] for part in parts]
 
 
-def missing_ids(
+def doubts_of_ids(
     users: "pl.Series",
     items: "pl.DataFrame",
     count_users: Callable[[], NDArray[np.int64]],
     count_items: Callable[[], NDArray[np.int64]],
 ) -> list[str]:
-    """Describe ids that look like missing values.
+    """Describe ids that look like missing values, or that may not be what they were.
 
     Args:
         users: distinct ids.
@@ -377,7 +375,8 @@ def missing_ids(
     ):
         if missing_as_text(tokens, np.zeros(len(tokens), np.int64), role) is not None:
             found.append(missing_as_text(tokens, count(), role))
-    return [text for text in found if text is not None]
+    odd = odd_ids(users, "user") + odd_ids(items["item"], "item")
+    return [text for text in found if text is not None] + odd
 
 
 def renumber(parts: list[NDArray[np.int32]], ranks: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -12,11 +12,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
+
 from hstu_xd.errors import InputError
-
-if TYPE_CHECKING:
-    import polars as pl
-
 
 CHUNK = 1 << 16
 ABSENT = np.int32(-1)
@@ -178,7 +175,7 @@ def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
             f"spaces at the ends of {len(spaced):,} {role} ids taken away ({_few(spaced)})"
         )
     if (stripped.str.len_bytes() != stripped.str.len_chars()).any():
-        plain = stripped.str.normalize("NFC").str.strip_chars(_UNSEEN).str.strip_chars()
+        plain = _plain(stripped)
         if plain.n_unique() < stripped.n_unique():
             odd = stripped.filter(plain != stripped)
             notes.append(
@@ -197,9 +194,15 @@ def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
     return stripped, notes
 
 
-def has_decimals(tokens: "pl.Series") -> "pl.Series":
-    """Tell which ids are numbers with decimals, whose spelling :func:`tidy` may change."""
-    return tokens.str.strip_chars().str.contains(_DECIMAL)
+def _plain(tokens: "pl.Series") -> "pl.Series":
+    """Write accents in one way, and take away unseen characters at the ends."""
+    return tokens.str.normalize("NFC").str.strip_chars(_UNSEEN).str.strip_chars()
+
+
+def may_be_respelt(tokens: "pl.Series") -> "pl.Series":
+    """Tell which ids :func:`tidy` leaves or changes as the other ids of the log are."""
+    stripped = tokens.str.strip_chars()
+    return stripped.str.contains(_DECIMAL) | (_plain(stripped) != stripped)
 
 
 def number_tokens(tokens: "pl.DataFrame") -> tuple["pl.DataFrame", NDArray[np.int32]]:

@@ -110,6 +110,14 @@ def test_ids_like_missing_values_are_warned_of(tmp_path: Path) -> None:
     assert any("'nan' (2 events)" in text for text in warnings)
 
 
+def test_ids_that_differ_by_little_are_warned_of(tmp_path: Path) -> None:
+    old = [("007", "1.23E+15", "books", str(BEGIN)), ("u2", "'b'", "books", str(BEGIN))]
+    new = [("7", "caf\u00e9", "books", str(BEGIN + 9)), ("u3", "'c'", "films", str(BEGIN))]
+    told = compare(tmp_path, old, new)["warnings"]
+    for words in ("by leading zeros only", "a spreadsheet has shortened", "hold their quotes"):
+        assert any(words in each for each in told), words
+
+
 def test_times_finer_than_seconds_that_meet_no_old_second(tmp_path: Path) -> None:
     old = [row(user, item, "books", BEGIN + item) for user in range(3) for item in range(3)]
     new = [
@@ -159,6 +167,8 @@ FINER = [row(user, item, "books", f"{BEGIN}.{item}5") for user in range(4) for i
 DECIMAL = [row(user, f"{item}", "books", BEGIN) for user in range(4) for item in (1, 2)]
 DECIMAL = [(user, item[-1] + ".0", domain, time) for user, item, domain, time in DECIMAL]
 
+ACCENT = [(user, "Cafe\u0301", "books", time) for user, _, _, time in OLD]
+
 
 @pytest.mark.parametrize(
     ("old", "new", "before", "now", "said"),
@@ -169,8 +179,11 @@ DECIMAL = [(user, item[-1] + ".0", domain, time) for user, item, domain, time in
         (OLD, [row(1, 1, "books", BEGIN + 0.5)], [], [], "which fractions of a second or"),
         (FINER, OLD, [], [], "user 'u0' has old and new events at 2017-07-14 02:40:00"),
         (OLD, [("u1", "books-1", "films", str(BEGIN))], [], [], "item 'books-1' is in domains"),
-        (OLD, DECIMAL, [], [], "whether ids such as '1.0' lose their decimals follows from all"),
-        (DECIMAL, OLD, [], [], "whether ids such as '1.0' lose their decimals follows from all"),
+        (DECIMAL, OLD, ["--prefix-items"], [], "how ids such as '1.0' are written"),
+        (OLD, ACCENT, [], [], "how ids such as 'Cafe\u0301' are written"),
+        (ACCENT, OLD, [], [], "how ids such as 'Cafe\u0301' are written"),
+        (OLD, DECIMAL, [], [], "how ids such as '1.0' are written (decimals, accents, unseen"),
+        (DECIMAL, OLD, [], [], "how ids such as '1.0' are written (decimals, accents, unseen"),
         (OLD, NEW, [], ["--min-user", "2"], "--min-user 2 does not go with --append"),
         (OLD, NEW, [], ["--exact-ids"], "--exact-ids does not go with --append"),
         (OLD, NEW, [], ["--skip-faulty"], "--skip-faulty does not go with --append"),

@@ -293,7 +293,9 @@ def test_first_line_that_is_none(content: str, cli: Callable, tmp_path: Path) ->
     assert_refused(outcome, [f"{log}:1", "not readable as a delimited line"], tmp_path, "log.csv")
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here, Linux's folder that takes no file")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="no /proc here, Linux's folder that takes no file"
+)
 def test_a_folder_that_takes_no_file(cli: Callable, tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.csv", [("a", "b", "books", 1)])
     outcome = cli("prepare", log, "--out", "/proc/none")
