@@ -169,7 +169,10 @@ def prepare(
             **reading,
         )
     print_summary(out, manifest, notes=notes, warnings=warnings)
-    _say_next(out)
+    if append is not None:
+        say_next(["train", "--data", out, "--continue-from", "RUN", "--out", "NEXT_RUN"])
+    else:
+        _say_next(out)
 
 
 def _refuse_with_append(given: Mapping[str, object]) -> None:

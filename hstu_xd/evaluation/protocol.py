@@ -259,5 +259,5 @@ def _unreachable_note(metrics: Mapping[str, float]) -> str:
     return (
         f"{unreachable:,} of {round(metrics['count']):,} targets are items that the user had met "
         "before, so they cannot be recommended and count as misses; xd_evaluate.exclude_seen = "
-        "False makes met items candidates."
+        "False (--include-seen) makes met items candidates."
     )
