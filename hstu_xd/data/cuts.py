@@ -45,7 +45,9 @@ def cut_in_time(
         >>> cut_in_time(np.arange(100), 0.8, 95, told=("the first", "the second"))
         TimeCuts(valid_from=80, test_from=95)
     """
-    ordered = np.sort(times)
+    # Only a share needs the order; times are checked by the first and the last event.
+    is_shared = any(isinstance(cut, float) for cut in (valid_from, test_from))
+    ordered = np.sort(times) if is_shared else np.array([np.min(times), np.max(times)])
     valid, test = (
         _time_of(cut, ordered, name)
         for cut, name in zip((valid_from, test_from), told, strict=True)

@@ -224,11 +224,12 @@ def _new_note(metrics: Mapping[str, float]) -> str:
     """
     users = round(metrics.get("count_without_history", 0))
     items = round(metrics.get("count_new_items", 0))
-    told = [f"{users:,} users with a target have no earlier event to read and are left out"]
-    told = told * bool(users) + [
-        f"{items:,} targets are items without an event that trains"
-    ] * bool(items)
-    return "; ".join(told) + "." * bool(told)
+    told = []
+    if users:
+        told.append(f"{users:,} users with a target have no earlier event to read and are left out")
+    if items:
+        told.append(f"{items:,} targets are items without an event that trains")
+    return "; ".join(told) + "." if told else ""
 
 
 def _trivial_note(metrics: Mapping[str, float]) -> str:

@@ -3,21 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+from quick_runs import QUICKEST
 
 from hstu_xd.data.prepare import prepare_logs
 from hstu_xd.training.run import train
 from hstu_xd.training.settings import load_settings
-
-RECIPE = (
-    "xd_encoder.num_blocks = 1",
-    "xd_encoder.num_heads = 2",
-    "xd_encoder.dqk = 4",
-    "xd_encoder.dv = 4",
-    "xd_train.item_embedding_dim = 8",
-    "xd_train.num_epochs = 1",
-    "xd_train.num_negatives = 16",
-    "xd_train.max_sequence_length = 8",
-)
 
 
 def repeating_store(folder: Path, *, users: int = 40, songs: int = 15, seed: int = 0) -> Path:
@@ -37,5 +27,5 @@ def repeating_store(folder: Path, *, users: int = 40, songs: int = 15, seed: int
 
 def repeating_run(store: Path, out: Path, *more: str) -> Path:
     """Train on it for an epoch."""
-    train(store, load_settings([], [*RECIPE, *more]), out)
+    train(store, load_settings([], [*QUICKEST, *more]), out)
     return out

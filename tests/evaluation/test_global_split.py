@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from repeats import RECIPE
+from quick_runs import QUICKEST
 
 from hstu_xd.cli.app import run
 from hstu_xd.data.batches import SequenceData, Split
@@ -147,7 +147,7 @@ def test_training_reads_nothing_from_the_cut_on(
         return found
 
     monkeypatch.setattr(SequenceData, "batch", batch)
-    train(store, load_settings([], [*RECIPE, *CUT]), tmp_path / "run")
+    train(store, load_settings([], [*QUICKEST, *CUT]), tmp_path / "run")
     cut = read_run(tmp_path / "run")["protocol"]["valid_from"]
     assert max(read) < cut == START + 80 * DAY
 
@@ -168,7 +168,7 @@ def test_events_after_the_cut_change_no_weight(store: Path, tmp_path: Path) -> N
         swapped = [(item, day) for (item, _), (_, day) in zip(reversed(late), late)]
         histories[log.user_token(user)] = [*events[: len(events) - len(late)], *swapped]
     bindings = [
-        *RECIPE,
+        *QUICKEST,
         *CUT,
         f"xd_evaluate.valid_from = {cuts.valid_from}",
         f"xd_evaluate.test_from = {cuts.test_from}",
@@ -185,7 +185,7 @@ def test_a_run_records_its_cut_and_tables_tell_it(
 ) -> None:
     shares = (*CUT, "xd_evaluate.valid_from = 0.7", "xd_evaluate.test_from = '2020-03-25'")
     table = ablate(
-        store, ("hstu", "popularity"), (1,), tmp_path / "runs", bindings=[*RECIPE, *shares]
+        store, ("hstu", "popularity"), (1,), tmp_path / "runs", bindings=[*QUICKEST, *shares]
     )
     told = (
         f"events before {START + 67 * DAY} (2020-03-08 00:00:00) train, and of those from there on "
@@ -196,7 +196,7 @@ def test_a_run_records_its_cut_and_tables_tell_it(
     assert left_out in table
     # What is there is kept: a share is the same as the time that it became.
     assert table == ablate(
-        store, ("hstu", "popularity"), (1,), tmp_path / "runs", bindings=[*RECIPE, *shares]
+        store, ("hstu", "popularity"), (1,), tmp_path / "runs", bindings=[*QUICKEST, *shares]
     )
     recorded = read_run(tmp_path / "runs" / "hstu-seed1")["protocol"]
     assert recorded["split"] == "global"
@@ -222,7 +222,7 @@ def test_settings_that_cut_nothing(
     assert "xd_evaluate.valid_from = 0.5 does nothing while xd_evaluate.split is" in caplog.text
     with pytest.raises(InputError, match=r"split = 'time'; it must be one of leave-one-out, glob"):
         load_settings([], ["xd_evaluate.split = 'time'"])
-    wrong = load_settings([], [*RECIPE, *CUT, "xd_evaluate.test_from = 'soon'"])
+    wrong = load_settings([], [*QUICKEST, *CUT, "xd_evaluate.test_from = 'soon'"])
     with pytest.raises(InputError, match=r"xd_evaluate.test_from = 'soon': write dates such as"):
         train(store, wrong, tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()

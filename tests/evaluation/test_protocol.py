@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from repeats import RECIPE, repeating_run, repeating_store
+from quick_runs import QUICKEST
+from repeats import repeating_run, repeating_store
 
 from hstu_xd.cli.app import run
 from hstu_xd.data.batches import SequenceData, Split
@@ -98,7 +99,7 @@ def test_the_setting_of_the_run_decides(store: Path, tmp_path: Path, say: Say) -
 def test_every_table_says_by_what_it_was_measured(
     store: Path, trained: Path, tmp_path: Path, say: Say
 ) -> None:
-    table = ablate(store, ("hstu", "mask"), (1,), tmp_path / "runs", bindings=RECIPE, jobs=2)
+    table = ablate(store, ("hstu", "mask"), (1,), tmp_path / "runs", bindings=QUICKEST, jobs=2)
     assert "exclude_seen on" in table
     assert "targets are items that the user had met before" in table
     assert table == (tmp_path / "runs" / "ablation.md").read_text()
@@ -127,7 +128,7 @@ def test_rows_of_two_protocols_are_not_compared(
     variant = tmp_path / "own.gin"
     variant.write_text("xd_evaluate.exclude_seen = False\n")
     with pytest.raises(InputError, match=r"variant .*own\.gin is evaluated by Protocol"):
-        ablate(store, ("hstu", str(variant)), (1,), tmp_path / "runs", bindings=RECIPE)
+        ablate(store, ("hstu", str(variant)), (1,), tmp_path / "runs", bindings=QUICKEST)
 
 
 def test_notes_of_old_and_of_differing_runs() -> None:
@@ -205,7 +206,7 @@ def test_a_run_is_measured_and_shown_by_its_own_protocol(
     store: Path, tmp_path: Path, say: Say
 ) -> None:
     bindings = (
-        *RECIPE,
+        *QUICKEST,
         "xd_evaluate.ks = (2, 5)",
         "xd_evaluate.candidates = 4",
         "xd_train.select_metric = 'hr@2'",

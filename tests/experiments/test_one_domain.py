@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quick_runs import QUICKEST
 
 from hstu_xd.cli.app import run
 from hstu_xd.data.batches import SequenceData, Split
@@ -22,16 +23,6 @@ from hstu_xd.training.run import load_trained, train
 from hstu_xd.training.settings import load_settings
 
 START = 1_600_000_000
-QUICK = (
-    "xd_encoder.num_blocks = 1",
-    "xd_encoder.num_heads = 2",
-    "xd_encoder.dqk = 4",
-    "xd_encoder.dv = 4",
-    "xd_train.item_embedding_dim = 8",
-    "xd_train.num_epochs = 1",
-    "xd_train.num_negatives = 16",
-    "xd_train.max_sequence_length = 8",
-)
 
 
 def write_store(folder: Path, histories: dict[str, list[str]]) -> Path:
@@ -63,7 +54,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ablation") / "runs"
-    ablate(store, ("hstu", "single"), (1,), out, bindings=QUICK)
+    ablate(store, ("hstu", "single"), (1,), out, bindings=QUICKEST)
     return out
 
 
@@ -126,7 +117,7 @@ def test_another_domain_s_events_change_no_weight(tmp_path: Path) -> None:
     others = {u: [mapped.get(item, item) for item in items] for u, items in histories.items()}
     weights = []
     for name, found in (("one", histories), ("other", others)):
-        settings = load_settings([], [*QUICK, "xd_train.domain = 'a'"])
+        settings = load_settings([], [*QUICKEST, "xd_train.domain = 'a'"])
         train(write_store(tmp_path / name, found), settings, tmp_path / name / "run")
         weights.append(load_checkpoint(tmp_path / name / "run" / MODEL_FILE)[0])
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -155,7 +146,7 @@ def test_single_is_a_row_over_all_targets(store: Path, runs: Path) -> None:
     assert [x.variant for x in aggregate([a, b, whole])] == ["single", "hstu"]
     assert "earlier event of the domain is a miss: a 0 of" in table
     assert alone_notes([whole]) == []
-    assert ablate(store, ("hstu", "single"), (1,), runs, bindings=QUICK) == table
+    assert ablate(store, ("hstu", "single"), (1,), runs, bindings=QUICKEST) == table
 
 
 def test_runs_are_compared_user_by_user_over_all_targets(
@@ -203,7 +194,7 @@ def test_a_run_of_one_domain_is_a_control_alone(
 def test_what_one_domain_cannot_be(store: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"xd_train.domain = 'a' trains no item of another dom"):
         load_settings([], ["xd_train.domain = 'a'", "xd_evaluate.candidates = 'all'"])
-    unknown = load_settings([], [*QUICK, "xd_train.domain = 'c'"])
+    unknown = load_settings([], [*QUICKEST, "xd_train.domain = 'c'"])
     with pytest.raises(InputError, match="unknown domain 'c'; known: a, b"):
         train(store, unknown, tmp_path / "run")
     with pytest.raises(InputError, match="'single' is a training a domain, which one search can"):

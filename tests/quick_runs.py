@@ -8,3 +8,5 @@ QUICK = (
     "xd_train.num_epochs = 1",
     "xd_train.num_negatives = 20",
 )
+# One layer, and the latest eight events.
+QUICKEST = (*QUICK, "xd_encoder.num_blocks = 1", "xd_train.max_sequence_length = 8")
