@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 _PATIENCE = 120.0
+# However slow the machine is, nobody has waited too long; options given later win.
+_PATIENT = ["--max-delay", "60000"]
 
 
 class ServiceProcess:
@@ -23,7 +25,8 @@ class ServiceProcess:
     """
 
     def __init__(self, run: Path, *options: str, token: str | None = None) -> None:
-        self._command = [sys.executable, "-m", "hstu_xd", "serve", str(run), *options]
+        self._command = [sys.executable, "-m", "hstu_xd", "serve", str(run)]
+        self._command += [*_PATIENT, *options]
         self._environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._headers = {}
         if token is not None:

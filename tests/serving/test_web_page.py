@@ -1,5 +1,6 @@
 """The service's page in a real browser, without a screen."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,23 @@ def test_any_name_is_a_name(page: Any, service: ServiceProcess, user: str) -> No
 def test_a_stranger_is_answered(page: Any) -> None:
     show(page, "nobody")
     assert "no events" in page.locator("#length").text_content()
+
+
+def test_a_busy_service_is_asked_again(page: Any) -> None:
+    refused: list[str] = []
+
+    def busy_once(route: Any) -> None:
+        if refused:
+            route.continue_()
+        else:
+            refused.append(route.request.url)
+            busy = json.dumps({"error": "the service is busy"})
+            route.fulfill(status=503, headers={"Retry-After": "1"}, body=busy)
+
+    page.route("**/v1/recommend", busy_once)
+    show(page, "nobody")
+    assert refused
+    assert page.locator("#problem").is_hidden()
 
 
 def test_a_token_is_asked_for_and_a_dead_service_told_of(browser: Any, tmp_path: Path) -> None:

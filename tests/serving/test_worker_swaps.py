@@ -91,7 +91,7 @@ def wait_for_model(process: ServiceProcess, name: str) -> str:
 def test_sighup_serves_what_a_link_names_now(tmp_path: Path, runs: Path) -> None:
     link = tmp_path / "current"
     link.symlink_to(runs / "old")
-    options = ["--events", str(tmp_path / "events"), "--max-delay", "60000"]
+    options = ["--events", str(tmp_path / "events")]
     with ServiceProcess(link, *options) as process:
         assert process.ask("POST", "/v1/events", {"events": events(5)})[0] == 200
         wait_for_model(process, "old")
@@ -119,7 +119,7 @@ def test_sighup_serves_what_a_link_names_now(tmp_path: Path, runs: Path) -> None
 def test_workers_swap_together_under_load(tmp_path: Path, runs: Path) -> None:
     """Ten swaps, a worker killed after one: all answer by the run that was named last."""
     with postgres_server() as server:
-        options = ["--events", server.database(), "--workers", "2", "--max-delay", "60000"]
+        options = ["--events", server.database(), "--workers", "2"]
         with ServiceProcess(runs / "old", *options, token=TOKEN) as process:
             assert process.ask("POST", "/v1/events", {"events": events(5)})[0] == 200
             wanted = {

@@ -3,6 +3,8 @@
 const TOP = 20;
 // One colour a domain in the order of the catalogue, as in the reports; then hues far apart.
 const COLOURS = ["#2f63e3", "#d42010", "#29a28f", "#85448f", "#ac9615", "#4aa6d6", "#6a705f"];
+// A service that is busy is asked again so often, after the seconds that it names.
+const ATTEMPTS = 5;
 const byId = (id) => document.getElementById(id);
 const colours = new Map();
 let token = sessionStorage.getItem("token") ?? "";
@@ -17,6 +19,20 @@ class Refused extends Error {
   }
 }
 
+async function answerOf(path, options) {
+  for (let attempt = 1; ; attempt += 1) {
+    let answer;
+    try {
+      answer = await fetch(path, options);
+    } catch {
+      throw new Refused(0, "The service does not answer; is it still running?");
+    }
+    const seconds = Number(answer.headers.get("retry-after"));
+    if (answer.status !== 503 || !seconds || attempt === ATTEMPTS) return answer;
+    await new Promise((again) => setTimeout(again, 1000 * seconds));
+  }
+}
+
 async function call(path, body) {
   const headers = token ? { authorization: `Bearer ${token}` } : {};
   const options = { headers };
@@ -25,12 +41,7 @@ async function call(path, body) {
     options.body = JSON.stringify(body);
     headers["content-type"] = "application/json";
   }
-  let answer;
-  try {
-    answer = await fetch(path, options);
-  } catch {
-    throw new Refused(0, "The service does not answer; is it still running?");
-  }
+  const answer = await answerOf(path, options);
   const told = await answer.json().catch(() => ({}));
   if (!answer.ok) {
     throw new Refused(answer.status, told.error ?? `The service answered ${answer.status}.`);
