@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.runs import (
+from hstu_xd.cli.run_options import (
     AllowImports,
     Candidates,
     ExcludeSeen,

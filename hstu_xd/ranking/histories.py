@@ -40,6 +40,11 @@ class HistoryIndex:
         self._offsets, self._times = np.asarray(store.offsets), np.asarray(store.timestamps)
         self._index = HardIndex.build(self.paths[self._items], self._offsets, self._times)
 
+    @property
+    def counts_width(self) -> int:
+        """How many numbers :meth:`counts` gives."""
+        return 2 * len(self.level_names)
+
     def counts(self, asked: Questions) -> NDArray[np.float32]:
         """Count what the user did with the candidate's node on each level, and how long ago.
 
