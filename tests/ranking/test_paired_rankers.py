@@ -156,3 +156,36 @@ def test_what_cannot_be_compared(runs: Path, cli: Cli, store_path: Path, tmp_pat
     said = cli("compare", one, moved)
     wanted = "one is a retrieval run and the other a ranking run"
     assert (said.code, wanted in said.err) == (2, True)
+
+
+def test_report_shows_ranking_runs(runs: Path, cli: Cli, tmp_path: Path) -> None:
+    said = cli("report", runs, "--out", tmp_path / "page")
+    assert said.code == 0, said.err
+    page = (tmp_path / "page" / "index.html").read_text()
+    for name in ("curve_gauc", "domains_gauc", "goals_auc", "history_gauc"):
+        assert (tmp_path / "page" / f"{name}.png").is_file()
+    assert f"{summary(runs / 'mean1')['test']['logloss']:.4f}" in page
+    for words in (
+        "GAUC deal=true\u00a0%",
+        "By length of the history, and candidates never met before",
+        "equal scores count half",
+        "A request is a user, a time, a goal and candidates",
+    ):
+        assert words in page
+    assert "HR@k" not in page
+    assert "attention pairs a user" not in page
+
+
+def test_report_takes_both_kinds_in_sections_of_their_own(
+    runs: Path, cli: Cli, store_path: Path, tmp_path: Path
+) -> None:
+    command = ("train", "--data", store_path, "--out", tmp_path / "popular")
+    assert cli(*command, "--gin_bindings", "xd_train.baseline = 'popularity'").code == 0
+    both = ("report", runs / "none1", tmp_path / "popular", "--out", tmp_path / "page")
+    said = cli(*both)
+    assert said.code == 2
+    assert "one is a ranking run and the other a retrieval run, so their numbers" in said.err
+    assert cli(*both, "--allow-mixed-data").code == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "HR@100" in page
+    assert "GAUC" in page
