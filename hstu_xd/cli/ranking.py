@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.run_options import say_next
+from hstu_xd.cli.run_options import Verify, say_next
 
 
 def requests(
@@ -117,6 +117,50 @@ def rank(
     shown = (f"{m} {'undefined' if test[m] is None else f'{test[m]:.4f}'}" for m in METRICS)
     typer.echo(f"{out}: best epoch {summary['best_epoch']}, test " + ", ".join(shown))
     say_next(["evaluate", out], ["report", out, "--out", "FOLDER"])
+
+
+def score(
+    run: Annotated[Path, typer.Argument(help="Folder of a ranking run.")],
+    user: Annotated[str, typer.Option("--user", help="User id as in the log.")],
+    items: Annotated[
+        str, typer.Option("--items", metavar="A,B,...", help="Candidates, by their ids in the log.")
+    ],
+    goal: Annotated[
+        str | None, typer.Option("--goal", help="Goal of the request. [default: the only one]")
+    ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            help="Time of the request, in seconds as the store's. [default: right after the user's "
+            "last event]",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="Store of the same items with newer events. [default: the run's own]"
+        ),
+    ] = None,
+    verify: Verify = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Rank candidates for a user by a ranking run.
+
+    Prints the chance that each is taken, the highest first. The history is read strictly before the
+    time of the request.
+    """
+    from hstu_xd.serving.ranking_session import RankingSession, RankRequest
+
+    names = [name.strip() for name in items.split(",")]
+    session = RankingSession.open(run, data, verify=verify)
+    (chances,) = session.rank([RankRequest(user, names, goal, at)])
+    found = sorted(zip(names, chances, strict=True), key=lambda pair: -pair[1])
+    if as_json:
+        rows = [{"item": name, "score": chance} for name, chance in found]
+        typer.echo(json.dumps({"user": user, "goal": goal or session.goals[0], "items": rows}))
+        return
+    for place, (name, chance) in enumerate(found, start=1):
+        typer.echo(f"{place:4d}  {name:32s} {chance:.4f}")
 
 
 def evaluate_ranking(run: Path, data: Path | None, *, verify: bool, as_json: bool) -> None:

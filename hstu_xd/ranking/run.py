@@ -163,14 +163,8 @@ def load_ranker(run: Path, data: Path | None = None, *, verify: bool = False) ->
     """
     facts, settings = read_run_of(RANKING, run), load_ranking_settings([run / CONFIG_FILE])
     folder = data or Path(facts["requests"])
-    store = open_data(
-        run, Path(read_manifest(folder)["data"]) if data else None, verify=verify, as_trained=True
-    )
-    if store.manifest["hashes"].get(ITEM_LEVELS) != facts["data_hashes"].get(ITEM_LEVELS):
-        raise InputError(
-            f"{store.path}: its items have other levels than those that {run} was trained with; "
-            "prepare it with the same --item-features and --levels"
-        )
+    place = Path(read_manifest(folder)["data"]) if data else None
+    store = open_store(run, place, verify=verify, as_trained=True)
     store, requests = _opened(folder, store)
     if list(requests.goal_names) != facts["goals"]:
         raise InputError(
@@ -185,7 +179,37 @@ def load_ranker(run: Path, data: Path | None = None, *, verify: bool = False) ->
             )
         _logger.warning("%s has other requests than those that %s was trained on", folder, run)
     task = RankingTask(store, requests, settings, facts["trained_before"])
-    model = task.new_model()
+    return TrainedRanker(task, with_weights(task.new_model(), run))
+
+
+def open_store(
+    run: Path, data: Path | None = None, *, verify: bool = False, as_trained: bool = False
+) -> InteractionStore:
+    """Open the store of a ranking run, or another one with the same items and levels.
+
+    Args:
+        run: the run folder.
+        data, verify, as_trained: as :func:`hstu_xd.training.run_facts.open_data` takes them.
+
+    Raises:
+        InputError: as there, or its items have other levels.
+    """
+    facts = read_run_of(RANKING, run)
+    store = open_data(run, data, verify=verify, as_trained=as_trained)
+    if store.manifest["hashes"].get(ITEM_LEVELS) != facts["data_hashes"].get(ITEM_LEVELS):
+        raise InputError(
+            f"{store.path}: its items have other levels than those that {run} was trained with; "
+            "prepare it with the same --item-features and --levels"
+        )
+    return store
+
+
+def with_weights(model: Ranker, run: Path) -> Ranker:
+    """Give a new model the best weights of a run, in evaluation mode.
+
+    Raises:
+        InputError: the weights are not of this model.
+    """
     weights, _ = load_checkpoint(run / MODEL_FILE)
     load_weights(model, weights, run / MODEL_FILE)
-    return TrainedRanker(task, model.eval())
+    return model.eval()
