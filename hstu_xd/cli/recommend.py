@@ -1,8 +1,9 @@
-"""The command recommend: for one user and domain on the screen, for all of them into a file."""
+"""The command recommend: for one user on the screen, for all users or given pairs into a file."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,8 @@ from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:
     from hstu_xd.data.store import InteractionStore
+    from hstu_xd.serving.recommend_all import BulkSummary
+    from hstu_xd.serving.score_pairs import ScoredPairs
 
 
 def recommend(
@@ -34,10 +37,21 @@ def recommend(
         str | None,
         typer.Option("--domains", help="Domains for --all-users, a,b. [default: all]"),
     ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Items to recommend of a domain.")] = 10,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            "--pairs",
+            help="Score the pairs of a Parquet or CSV file (user, item and perhaps domain), into "
+            "the file --out.",
+        ),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option("--k", min=1, help="Items to recommend of a domain. [default: 10]"),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="File for --all-users: .parquet, .csv or .jsonl."),
+        typer.Option("--out", help="File for --all-users or --pairs: .parquet, .csv or .jsonl."),
     ] = None,
     format: Annotated[  # the option's name is part of the command line's contract
         str | None,
@@ -68,47 +82,59 @@ def recommend(
     """Recommend items to a user, or to all users.
 
     With --all-users the file gets a row an item: user, domain, rank, item, score. What was computed
-    stays when the command is stopped, and the same command goes on with it.
+    stays when the command is stopped, and the same command goes on with it. With --pairs it gets a
+    row a pair: user, item, domain, score.
     """
-    _check_combination(
-        all_users,
-        {"--user": user, "--domain": domain},
-        {"--users": users, "--domains": domains, "--format": format, "--force": force or None},
-        out,
+    use = _use_of(
+        {
+            "--user": user,
+            "--domain": domain,
+            "--all-users": all_users or None,
+            "--users": users,
+            "--domains": domains,
+            "--pairs": pairs,
+            "--k": k,
+            "--out": out,
+            "--format": format,
+            "--force": force or None,
+            "--exclude-seen": exclude_seen,
+        }
     )
     from hstu_xd.serving.recommend_all import open_histories, recommend_to_all
+    from hstu_xd.serving.score_pairs import score_pairs
 
     store = open_histories(run, data=data, log=log, verify=verify)
-    if not all_users:
+    asking: dict[str, Any] = {"store": store, "at": at, "allow_imports": allow_imports}
+    writing: dict[str, Any] = {
+        "file_format": format,
+        "force": force,
+        "announce": lambda line: typer.echo(line, err=True),
+    }
+    if use == "--user":
         assert user is not None
         assert domain is not None
-        found = _of_one(
-            run,
-            user,
-            domain,
-            k,
-            store=store,
-            at=at,
-            exclude_seen=exclude_seen,
-            allow_imports=allow_imports,
-        )
+        found = _of_one(run, user, domain, k or _K, exclude_seen=exclude_seen, **asking)
         _print_one(user, domain, found, as_json=as_json)
         return
     assert out is not None
+    if use == "--pairs":
+        assert pairs is not None
+        _print_pairs(score_pairs(run, pairs, out, **asking, **writing), as_json=as_json)
+        return
     summary = recommend_to_all(
         run,
         out,
-        k=k,
+        k=k or _K,
         users=users,
         domains=None if domains is None else [name.strip() for name in domains.split(",")],
-        store=store,
-        at=at,
         exclude_seen=exclude_seen,
-        file_format=format,
-        force=force,
-        allow_imports=allow_imports,
-        announce=lambda line: typer.echo(line, err=True),
+        **asking,
+        **writing,
     )
+    _print_all(summary, as_json=as_json)
+
+
+def _print_all(summary: "BulkSummary", *, as_json: bool) -> None:
     if as_json:
         typer.echo(
             json.dumps(
@@ -133,30 +159,61 @@ def recommend(
         )
 
 
+def _print_pairs(scored: "ScoredPairs", *, as_json: bool) -> None:
+    if as_json:
+        told = {"out": str(scored.out), "rows": scored.rows, "users": scored.users}
+        typer.echo(json.dumps({**told, "unserved": scored.unserved}))
+        return
+    typer.echo(f"wrote {scored.out}: {scored.rows:,} scores of {scored.users:,} users")
+    if scored.unserved:
+        typer.echo(
+            f"{scored.unserved:,} pairs get no score; they are listed in {scored.unserved_file}"
+        )
+
+
 def _first_of(unserved: dict[str, str], number: int = 3) -> str:
     """Name a few users and why they get nothing."""
     return ", ".join(f"{user!r} {why}" for user, why in list(unserved.items())[:number])
 
 
-def _check_combination(
-    all_users: bool, of_one: dict[str, object], of_all: dict[str, object], out: Path | None
-) -> None:
-    """Refuse options of the one use beside those of the other.
+# What the command is used for, by the option that says so: what that needs, and what it may have.
+_USES = {
+    "--pairs": (("--out",), ("--format", "--force")),
+    "--all-users": (
+        ("--out",),
+        ("--users", "--domains", "--k", "--format", "--force", "--exclude-seen"),
+    ),
+    "--user": (("--domain",), ("--k", "--exclude-seen")),
+}
+_K = 10
+
+
+def _use_of(options: Mapping[str, object]) -> str:
+    """Tell which of the uses is meant.
+
+    Args:
+        options: values by name, None where an option was not given.
 
     Raises:
-        InputError: an option that is missing, or that would do nothing.
+        InputError: an option is missing, or does nothing in this use.
     """
-    given = of_one if all_users else of_all | {"--out": out}
-    idle = next((name for name, value in given.items() if value is not None), None)
-    if idle is not None:
-        needed = "without --all-users" if all_users else "with --all-users"
-        raise InputError(f"{idle} means something only {needed}; leave it out, or change that")
-    needs = {"--out": out} if all_users else of_one
-    missing = next((name for name, value in needs.items() if value is None), None)
-    if missing is not None:
+    given = [name for name, value in options.items() if value is not None]
+    use = next((use for use in _USES if use in given), None)
+    if use is None:
         raise InputError(
-            f"{missing} is missing; give --user and --domain, or --all-users and --out FILE"
+            "--user is missing; give --user and --domain, --all-users and --out FILE, or --pairs "
+            "FILE and --out FILE"
         )
+    needed, allowed = _USES[use]
+    idle = next((name for name in given if name not in (use, *needed, *allowed)), None)
+    if idle is not None:
+        others = [other for other, known in _USES.items() if idle in (*known[0], *known[1])]
+        only = f", only with {' or '.join(others)}" if others else ""
+        raise InputError(f"{idle} does not go with {use}{only}; leave one of them out")
+    missing = next((name for name in needed if name not in given), None)
+    if missing is not None:
+        raise InputError(f"{missing} is missing, which {use} needs; give it")
+    return use
 
 
 def _of_one(

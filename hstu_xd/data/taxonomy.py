@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hstu_xd.data.sources.columns import ColumnOptions, find_column, missing_column
+from hstu_xd.data.sources.columns import ColumnOptions
+from hstu_xd.data.tables import id_column, read_table
 from hstu_xd.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -73,8 +74,6 @@ class ItemFeatures:
     """
 
     def __init__(self, options: FeatureOptions) -> None:
-        import polars as pl
-
         self.options = options
         path, levels = options.path, options.levels
         if not levels:
@@ -82,7 +81,7 @@ class ItemFeatures:
         repeated = next((name for name in levels if levels.count(name) > 1), None)
         if repeated is not None:
             raise InputError(f"--levels names {repeated!r} twice; name every level once")
-        frame = _read(path)
+        frame = read_table(path, "--item-features")
         for name in levels:
             if name not in frame.columns:
                 raise InputError(
@@ -91,11 +90,8 @@ class ItemFeatures:
                 )
         # The log's name of the column, where the file has it too.
         columns = ColumnOptions(item=options.item if options.item in frame.columns else None)
-        place = find_column(path, frame.columns, "item", columns, line=None)
-        if place is None:
-            raise missing_column(path, frame.columns, "item", columns, line=None)
         self._table = frame.select(
-            pl.nth(place).cast(pl.String).str.strip_chars().alias("item"),
+            id_column(path, frame, "item", columns),
             *(_text(name).alias(str(at)) for at, name in enumerate(levels)),
         ).drop_nulls("item")
         twice = self._table.filter(self._table["item"].is_duplicated())
@@ -159,22 +155,6 @@ def _text(name: str) -> "pl.Expr":
 
     text = pl.col(name).cast(pl.String).str.strip_chars()
     return pl.when(text != "").then(text)
-
-
-def _read(path: Path) -> "pl.DataFrame":
-    import polars as pl
-
-    if not path.is_file():
-        raise InputError(f"--item-features {path}: no such file; give a Parquet or CSV file")
-    try:
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path, glob=False)
-        return pl.read_csv(path, infer_schema=False, glob=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise InputError(
-            f"--item-features {path}: not a readable Parquet or CSV file ({reason})"
-        ) from error
 
 
 def level_paths(

@@ -23,9 +23,9 @@ from hstu_xd.parts import Part
 from hstu_xd.training.run import TrainedRun
 
 # Scores that are in memory at once (float32: 16 MB), for a domain of any size.
-_BLOCK_SCORES = 4_000_000
+BLOCK_SCORES = 4_000_000
 # Users that are encoded at once.
-_BATCH_USERS = 256
+BATCH_USERS = 256
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class HistoryReader:
         """Tell which of (B,) users have an event that is read: (B,) bool."""
         if not self.unknown_items:
             return np.ones(len(users), bool)
-        parts = np.split(users, range(_BATCH_USERS, len(users), _BATCH_USERS))
+        parts = np.split(users, range(BATCH_USERS, len(users), BATCH_USERS))
         return np.concatenate([(self.read(part).offsets.diff() > 0).numpy() for part in parts])
 
     def users_after(self, time: int, users: np.ndarray) -> np.ndarray:
@@ -165,8 +165,8 @@ class BulkRecommender:
         """
         items, scores = [], []
         number = histories.offsets.numel() - 1
-        for start in range(0, number, _BATCH_USERS):
-            part = _slice(histories, start, min(start + _BATCH_USERS, number))
+        for start in range(0, number, BATCH_USERS):
+            part = _slice(histories, start, min(start + BATCH_USERS, number))
             vectors = user_vectors(
                 self._model, part.latest(self._window), self._domains, at=self._at
             )
@@ -187,7 +187,7 @@ class BulkRecommender:
             owners, seen = owners[inside], torch.searchsorted(pool, seen[inside])
         else:
             owners, seen = owners[:0], seen[:0]
-        size = max(1, _BLOCK_SCORES // pool.numel())
+        size = max(1, BLOCK_SCORES // pool.numel())
         for start in range(0, len(vectors), size):
             scores = self._scores[number](vectors[start : start + size])
             first, last = torch.searchsorted(owners, torch.tensor([start, start + size])).tolist()

@@ -116,7 +116,8 @@ def recommend_to_all(
             "at": at,
         },
     )
-    listed = _list_unserved(out, unserved)
+    columns = {"user": list(unserved), "reason": list(unserved.values())}
+    listed = list_unserved(out, pl.DataFrame(columns))
     if reader.unknown_items:
         announce(
             f"{reader.unknown_items:,} of {store.num_items:,} items of {store.path} are unknown "
@@ -219,11 +220,11 @@ def refuse_earlier(reader: HistoryReader, at: int, users: np.ndarray) -> None:
         )
 
 
-def _list_unserved(out: Path, unserved: dict[str, str]) -> Path | None:
-    """Write who gets nothing beside the output; a list of an earlier call is removed."""
+def list_unserved(out: Path, unserved: pl.DataFrame) -> Path | None:
+    """Write who gets nothing, and why, beside the output; a list of an earlier call is removed."""
     file = out.with_name(f"{out.stem}.unserved.csv")
-    if not unserved:
+    if unserved.is_empty():
         file.unlink(missing_ok=True)
         return None
-    pl.DataFrame({"user": list(unserved), "reason": list(unserved.values())}).write_csv(file)
+    unserved.write_csv(file)
     return file

@@ -1,4 +1,4 @@
-"""``recommend --all-users``: what each user would get alone, whole or resumed, in every format."""
+"""``recommend --all-users`` and ``--pairs``: what each user would get alone, in every format."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from hstu_xd.cli import app
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.errors import InputError
-from hstu_xd.serving import bulk_files
+from hstu_xd.serving import bulk_files, score_pairs
 from hstu_xd.serving.bulk import Histories, user_vectors
 
 RECIPE = (
@@ -147,6 +147,59 @@ def test_parts_of_another_request_are_not_used(trained: Path, tmp_path: Path, ca
     assert not parts.exists()
 
 
+def test_pairs_get_the_scores_that_a_user_is_shown(
+    store: InteractionStore,
+    trained: Path,
+    tmp_path: Path,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks are made small; a user's pairs need not stand together."""
+    monkeypatch.setattr(score_pairs, "BATCH_USERS", 3)
+    monkeypatch.setattr(score_pairs, "BLOCK_SCORES", 40)
+    rows, scores = [], []
+    for index in range(0, store.num_users, 11):
+        user = store.user_token(index)
+        for domain in store.domain_names:
+            ask = ("--user", user, "--domain", domain, "--k", "40", "--include-seen")
+            found = alone(call, trained, *ask)[index % 7 :: 5]
+            rows += [(user, row["item"], domain) for row in found]
+            scores += [row["score"] for row in found]
+    places = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
+    rows, scores = [rows[i] for i in places], [scores[i] for i in places]
+    table = pl.DataFrame(rows, schema=["user_id", "item", "domain"], orient="row")
+    table.write_parquet(tmp_path / "pairs.parquet")
+    table.drop("domain").write_csv(tmp_path / "pairs.csv")
+    read = {"parquet": pl.read_parquet, "csv": pl.read_csv, "jsonl": pl.read_ndjson}
+    for suffix, pairs in (("parquet", "parquet"), ("csv", "csv"), ("jsonl", "csv")):
+        file = tmp_path / f"scores.{suffix}"
+        said = call("recommend", trained, "--pairs", tmp_path / f"pairs.{pairs}", "--out", file)
+        assert f"wrote {file}: {len(rows)} scores of 11 users" in said
+        written = read[suffix](file)
+        assert written.columns == ["user", "item", "domain", "score"]
+        assert written.select("user", "item", "domain").rows() == rows
+        assert written["score"].to_list() == pytest.approx(scores, abs=1e-5)
+
+
+def test_pairs_that_cannot_be_scored_are_listed(
+    store: InteractionStore, trained: Path, tmp_path: Path, call: Call
+) -> None:
+    user, item = store.user_token(4), store.catalog.token(1)
+    (tmp_path / "pairs.csv").write_text(
+        f"user,item,domain\n{user},{item},\nnobody,{item},\n{user},no,\n{user},{item},films\n"
+    )
+    ask = ("recommend", trained, "--pairs", tmp_path / "pairs.csv", "--out", tmp_path / "s.csv")
+    assert "3 pairs get no score" in call(*ask)
+    assert pl.read_csv(tmp_path / "s.csv").select("user", "item").rows() == [(user, item)]
+    assert pl.read_csv(tmp_path / "s.unserved.csv").rows() == [
+        ("nobody", item, "the user is not in the log"),
+        (user, "no", "the model does not know the item"),
+        (user, item, "the item is of domain 'books', not 'films'"),
+    ]
+    told = json.loads(call(*ask, "--force", "--json").splitlines()[0])
+    assert (told["rows"], told["users"], told["unserved"]) == (1, 1, 3)
+
+
 def test_users_of_a_file_and_those_who_get_nothing(
     store: InteractionStore, trained: Path, tmp_path: Path, call: Call
 ) -> None:
@@ -214,8 +267,21 @@ def test_a_catalogue_that_contradicts_is_refused() -> None:
     [
         (["--all-users"], "--out is missing"),
         (["--user", "u"], "--domain is missing"),
-        (["--all-users", "--out", "OUT.parquet", "--user", "u"], "--user .*without --all-users"),
-        (["--user", "u", "--domain", "books", "--domains", "books"], "--domains .*with --all"),
+        ([], "--user is missing"),
+        (["--pairs", "NOBODY"], "--out is missing"),
+        (
+            ["--all-users", "--out", "OUT.parquet", "--user", "u"],
+            "--user .*not go with --all-users",
+        ),
+        (["--user", "u", "--domain", "books", "--domains", "books"], "--domains .*only with --all"),
+        (["--pairs", "NOBODY", "--out", "OUT.csv", "--k", "3"], "--k does not go with --pairs"),
+        (["--pairs", "RUN/absent", "--out", "OUT.csv"], "--pairs .*no such file"),
+        (["--pairs", "NOBODY", "--out", "OUT.csv"], "no user column"),
+        (["--pairs", "NOITEM", "--out", "OUT.csv"], "row 2 has no item"),
+        (["--pairs", "NOPAIR", "--out", "OUT.csv"], "holds no pair"),
+        (["--pairs", "NOFIT", "--out", "OUT.csv"], "none of 1 pairs can be scored: .*not know"),
+        (["--pairs", "NOFIT", "--out", "RUN/run.json/a.csv"], "cannot be written"),
+        (["--pairs", "NOFIT", "--out", "OUT.csv", "--at", "5"], "--at 5 is before the last event"),
         (["--all-users", "--out", "OUT.xls"], "parquet, csv, jsonl"),
         (["--all-users", "--out", "OUT.csv", "--format", "xls"], "--format xls"),
         (["--all-users", "--out", "OUT.csv", "--domains", "boks"], "did you mean 'books'"),
@@ -233,11 +299,20 @@ def test_a_catalogue_that_contradicts_is_refused() -> None:
     ],
 )
 def test_bad_input_is_said_before_anything_is_computed(
-    trained: Path, tmp_path: Path, call: Call, words: list[str], message: str
+    store: InteractionStore,
+    trained: Path,
+    tmp_path: Path,
+    call: Call,
+    words: list[str],
+    message: str,
 ) -> None:
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "nobody").write_text("nobody\n")
     places = {"OUT": tmp_path / "out", "RUN": trained, "EMPTY": tmp_path / "empty"}
+    pair = f"{store.user_token(0)},a"
+    for name, rows in {"NOITEM": [pair, "b,"], "NOPAIR": [], "NOFIT": [pair]}.items():
+        places[name] = tmp_path / f"{name}.csv"
+        places[name].write_text("\n".join(["user,item", *rows]))
     places["NOBODY"] = tmp_path / "nobody"
     for name, place in places.items():
         words = [word.replace(name, str(place)) for word in words]
