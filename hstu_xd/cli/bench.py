@@ -1,7 +1,6 @@
 """``hstu-xd bench``: a sub-command for each benchmark, with only those options that it heeds."""
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -41,10 +40,12 @@ from hstu_xd.cli.bench_options import (
     chosen_providers,
     chosen_rivals,
     given_options,
+    one_length,
     refuse_bias_without_effect,
+    show,
     sizes_of_recipe,
 )
-from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.errors import InputError
 
 bench = typer.Typer(
     help="Measure speed and memory, results checked first.\n\n"
@@ -91,7 +92,7 @@ def encoder(
         layers=layers, device=device, dtype=dtype, biased=bias, plan=plan,
     )  # fmt: skip
     cases = chosen_cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
-    _show(
+    show(
         lambda: passes.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
         as_json,
         out,
@@ -133,7 +134,7 @@ def attention(
         device=device, dtype=dtype, biased=bias, plan=plan,
     )  # fmt: skip
     cases = chosen_cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
-    _show(
+    show(
         lambda: passes.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
         as_json,
         out,
@@ -179,7 +180,7 @@ def train_step(
 
         sizes = sizes_of_recipe(context, seq_len)
         recipe = gin_config_file or [], gin_bindings or []
-        _show(
+        show(
             lambda: measure_on_store(
                 data, variants, recipe, sizes, device=device, threads=threads, repeats=repeats
             ),
@@ -196,11 +197,41 @@ def train_step(
         layers=layers, device=device,
     )  # fmt: skip
     cases = chosen_cases(base, seq_len, num_domains, skew, interleaving, sweep=sweep)
-    _show(
+    show(
         lambda: steps.measure(cases, names, threads=threads, repeats=repeats, against=rivals),
         as_json,
         out,
     )
+
+
+@bench.command(rich_help_panel=_MODEL)
+def dlrm(
+    context: typer.Context,
+    data: StoreData = None,
+    seq_len: SeqLens = None,
+    num_domains: NumDomains = None,
+    provider: Providers = None,
+    batch_size: BatchSize = 4,
+    threads: Threads = 1,
+    repeats: Repeats = 5,
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Time upstream's production path against its extension.
+
+    Its layers on a CPU, stock and regrouped by domain; with --data the batches of that store.
+    """
+    from hstu_xd.bench import dlrm as passes
+    from hstu_xd.bench.cases import Case
+
+    if data is not None:
+        length = one_length(context, seq_len)
+        show(lambda: passes.measure_batches(data, length, batch_size, repeats), as_json, out)
+        return
+    names = chosen_providers(passes.PROVIDERS, provider)
+    base = Case("dlrm", 1000, 1, batch_size=batch_size)
+    cases = chosen_cases(base, seq_len, num_domains, None, None, sweep=False)
+    show(lambda: passes.measure_stack(cases, names, threads=threads, repeats=repeats), as_json, out)
 
 
 @bench.command(rich_help_panel=_SERVING)
@@ -239,7 +270,7 @@ def serving(
                 retrieval_items, width=width, threads=threads, repeats=repeats
             )
 
-    _show(measure, as_json, out)
+    show(measure, as_json, out)
 
 
 @bench.command(rich_help_panel=_SERVING)
@@ -288,7 +319,7 @@ def service(
     case = Case(
         "service", seq_len, num_domains, heads=heads, dqk=dqk, dv=dv, width=width, layers=layers
     )
-    _show(
+    show(
         lambda: loads.measure(
             run, case, seconds=seconds, threads=threads, workers=workers, events=events
         ),
@@ -310,7 +341,7 @@ def prepare(
     from hstu_xd.bench.prepare import measure_prepare
 
     with TemporaryDirectory() as folder:
-        _show(lambda: measure_prepare(rows, out or Path(folder)), as_json)
+        show(lambda: measure_prepare(rows, out or Path(folder)), as_json)
 
 
 @bench.command(rich_help_panel=_DATA)
@@ -327,7 +358,7 @@ def sampler(
     """Time the batches that training draws from a store."""
     from hstu_xd.bench.sampler import measure_sampler
 
-    _show(
+    show(
         lambda: measure_sampler(data, history=seq_len, batch_size=batch_size, repeats=repeats),
         as_json,
         out,
@@ -353,7 +384,7 @@ def search(
     """Time hard search in a long history against a scan of it."""
     from hstu_xd.bench.search import LENGTHS, measure_search
 
-    _show(
+    show(
         lambda: measure_search(events or LENGTHS, k=k, candidates=candidates, repeats=repeats),
         as_json,
         out,
@@ -414,30 +445,3 @@ def plot(
 
     for path in draw(read_rows(rows), out):
         typer.echo(path)
-
-
-def _show(
-    measure: Callable[[], Iterable[dict[str, Any]]], as_json: bool, out: Path | None = None
-) -> None:
-    """Measure, store the rows as they come, and print them.
-
-    Raises:
-        InputError: rows cannot be stored in that file.
-        HstuXdError: a provider disagrees with the reference, or raised.
-    """
-    from hstu_xd.bench.rows import check_file_name, render, write_rows
-
-    if out is not None:
-        check_file_name(out)
-    rows: list[dict[str, Any]] = []
-    for row in measure():
-        rows.append(row)
-        if out is not None:
-            write_rows(out, rows)
-    typer.echo(json.dumps(rows) if as_json else render(rows))
-    wrong = sorted({row["provider"] for row in rows if row["correct"] is False})
-    if wrong:
-        raise HstuXdError(f"{', '.join(wrong)} disagrees with the reference and was not timed")
-    for row in rows:
-        if row.get("failed"):
-            raise HstuXdError(f"{row['provider']} failed: {row['failed']}")

@@ -1,14 +1,15 @@
 """Options of the benchmarks and what is made of them; the commands hold the defaults."""
 
-from collections.abc import Collection, Iterable, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hstu_xd.errors import InputError
+from hstu_xd.errors import HstuXdError, InputError
 
 if TYPE_CHECKING:
     from hstu_xd.bench.cases import Case
@@ -153,6 +154,19 @@ def sizes_of_recipe(context: typer.Context, seq_len: list[int] | None) -> list[l
     return [[*length, *sizes] for length in lengths or [[]]]
 
 
+def one_length(context: typer.Context, seq_len: list[int] | None) -> int:
+    """Return the longest history of a batch of a store, 100 where none is given.
+
+    Raises:
+        InputError: several are, or an option has no effect on batches that are only read.
+    """
+    if given := given_options(context, ("num_domains", "provider", "threads")):
+        raise InputError(f"{given[0]} has no effect on batches that are read; drop it, or --data")
+    if seq_len and len(seq_len) > 1:
+        raise InputError("--seq-len: with --data one length is measured; give one")
+    return (seq_len or [100])[0]
+
+
 def chosen_providers(known: Collection[str], provider: list[str] | None) -> list[str]:
     """Return the providers to measure: those that the user named, or all."""
     for name in provider or ():
@@ -237,3 +251,30 @@ def chosen_cases(
         for s in skews
         for order in orders
     ]
+
+
+def show(
+    measure: Callable[[], Iterable[dict[str, Any]]], as_json: bool, out: Path | None = None
+) -> None:
+    """Measure, store the rows as they come, and print them.
+
+    Raises:
+        InputError: rows cannot be stored in that file.
+        HstuXdError: a provider disagrees with the reference, or raised.
+    """
+    from hstu_xd.bench.rows import check_file_name, render, write_rows
+
+    if out is not None:
+        check_file_name(out)
+    rows: list[dict[str, Any]] = []
+    for row in measure():
+        rows.append(row)
+        if out is not None:
+            write_rows(out, rows)
+    typer.echo(json.dumps(rows) if as_json else render(rows))
+    wrong = sorted({row["provider"] for row in rows if row["correct"] is False})
+    if wrong:
+        raise HstuXdError(f"{', '.join(wrong)} disagrees with the reference and was not timed")
+    for row in rows:
+        if row.get("failed"):
+            raise HstuXdError(f"{row['provider']} failed: {row['failed']}")

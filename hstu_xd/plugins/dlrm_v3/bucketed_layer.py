@@ -1,19 +1,17 @@
 """Upstream's STU layer on a CPU, with groups of like length padded together."""
 
-from typing import Any
-
 import torch
 from generative_recommenders.modules.stu import STULayer
 from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_compute_uqvk
-from generative_recommenders.ops.pytorch.pt_hstu_attention import pytorch_hstu_mha
 from torch import Tensor
-
-from hstu_xd.errors import InputError
+from torch.nn.functional import silu
 
 # Upstream's own, in both of its layer norms.
 _EPS = 1e-6
 # A bucket ends before a group that is this much longer than the bucket's first one.
 _GROWTH, _SLACK = 1.25, 8
+# Queries that attend together; keys behind the last of them are left out.
+_BLOCK = 128
 
 
 class BucketedSTULayer(STULayer):
@@ -78,10 +76,6 @@ class BucketedSTULayer(STULayer):
             recompute_y_in_backward=self._recompute_y,
         )
 
-    def cached_forward(self, **arguments: Any) -> Tensor:
-        """Refuse upstream's incremental mode, which knows no domains."""
-        raise InputError("cached_forward knows no domains; encode whole histories instead")
-
 
 def _attend(
     qkv: tuple[Tensor, Tensor, Tensor],
@@ -93,25 +87,54 @@ def _attend(
     norm: int,
 ) -> Tensor:
     """Attend inside groups, bucket by bucket: (R, H, dv)."""
-    scale = torch.tensor(1 / norm, dtype=qkv[0].dtype)
     parts = []
     for first, end in buckets(lengths.tolist()):
         rows = slice(int(offsets[first]), int(offsets[end]))
-        q, k, v = (each[rows] for each in qkv)
-        parts.append(
-            pytorch_hstu_mha(
-                max_seq_len=int(lengths[end - 1]),
-                alpha=alpha,
-                q=q,
-                k=k,
-                v=v,
-                seq_offsets=offsets[first : end + 1] - offsets[first],
-                num_targets=num_targets[first:end],
-                attn_scale=scale,
-                training=False,
-            )
-        )
+        places = offsets[first : end + 1] - offsets[first]
+        q, k, v = (_padded(each[rows], places, int(lengths[end - 1])) for each in qkv)
+        events = (lengths - num_targets)[first:end]
+        attended = _attend_padded(q, k, v, events, alpha=alpha, norm=norm)
+        parts.append(_unpadded(attended, places))
     return torch.cat(parts) if parts else qkv[2]
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, events: Tensor, *, alpha: float, norm: int
+) -> Tensor:
+    """Attend in blocks of queries, each over the keys up to its end: (G, H, n, dv).
+
+    Args:
+        q, k: (G, H, n, dqk).
+        v: (G, H, n, dv).
+        events: (G,) int64, rows of each group that stand before its targets; these see them and
+            themselves.
+        alpha: factor of the scores.
+        norm: what weights are divided by.
+    """
+    at = torch.arange(q.shape[2])
+    blocks = []
+    for begin in range(0, q.shape[2], _BLOCK):
+        end = min(begin + _BLOCK, q.shape[2])
+        queries = at[begin:end].unsqueeze(1)
+        seen = torch.minimum(queries, events.view(-1, 1, 1)) > at[:end]
+        seen |= queries == at[:end]
+        scores = q[:, :, begin:end] @ (k[:, :, :end] * alpha).transpose(2, 3)
+        weights = silu(scores) * (seen / norm).unsqueeze(1)
+        blocks.append(weights @ v[:, :, :end])
+    return torch.cat(blocks, dim=2)
+
+
+def _padded(x: Tensor, offsets: Tensor, length: int) -> Tensor:
+    """Lay the rows of groups out alike: (R, H, d) -> (G, H, length, d)."""
+    padded = torch.ops.fbgemm.jagged_to_padded_dense(x.flatten(1), [offsets], [length], 0.0)
+    return padded.unflatten(2, x.shape[1:]).transpose(1, 2)
+
+
+def _unpadded(x: Tensor, offsets: Tensor) -> Tensor:
+    """Undo :func:`_padded`: (G, H, length, d) -> (R, H, d)."""
+    dense = x.transpose(1, 2)
+    jagged = torch.ops.fbgemm.dense_to_jagged(dense.flatten(2), [offsets], int(offsets[-1]))[0]
+    return jagged.unflatten(1, dense.shape[2:])
 
 
 def buckets(lengths: list[int]) -> list[tuple[int, int]]:

@@ -12,8 +12,9 @@ class DomainGroups:
     """A jagged batch [contextual | history | targets] of every user, cut into one of every domain.
 
     A group holds one user's rows of one domain in their order, behind a copy of the user's
-    contextual prefix; shorter groups come first. Only targets are read from a stack of layers:
-    groups without a target are left out, unless rows read the states of other domains.
+    contextual prefix. Groups stand in the order of users and then of domains, or the shorter ones
+    first. Only targets are read from a stack of layers: groups without a target are left out,
+    unless rows read the states of other domains.
 
     Attributes:
         rows: (R,) int64, the row of the batch that stands at each row of the groups.
@@ -39,6 +40,7 @@ class DomainGroups:
         num_domains: int,
         *,
         with_unasked: bool = False,
+        shortest_first: bool = False,
     ) -> "DomainGroups":
         """Regroup a batch.
 
@@ -47,14 +49,16 @@ class DomainGroups:
             row_domains: (L,) int64 in ``0..num_domains - 1``, of every row.
             num_domains: number of domains ``D``.
             with_unasked: keep groups without a target.
+            shortest_first: sort groups by length; else users who visit one domain alone keep
+                their places, and sums over rows their order.
         """
         own = layout.users * num_domains + row_domains
         places = layout.num_users * num_domains
         asked = torch.bincount(own[layout.is_target], minlength=places)
         members = torch.bincount(own[~layout.is_context], minlength=places)
         groups = (members if with_unasked else asked).nonzero().squeeze(1)
-        # Shortest first, then in the order of users and domains.
-        groups = groups[torch.argsort(members[groups], stable=True)]
+        if shortest_first:
+            groups = groups[torch.argsort(members[groups], stable=True)]
         number = torch.full((places,), -1, device=own.device)
         number[groups] = torch.arange(groups.numel(), device=own.device)
         own_groups = number[own].masked_fill(layout.is_context, -1)

@@ -10,6 +10,7 @@ from generative_recommenders.modules.stu import STUStack
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 
+from hstu_xd.errors import InputError
 from hstu_xd.model.ddsr import DynamicDomainState
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops.grouping import DomainGrouping
@@ -113,7 +114,19 @@ class DomainStateSublayer(nn.Module):
             return x.index_add(0, states.places, self._output(answer).to(x.dtype))
 
 
-class DomainStateStack(STUStack):
+class UncachedStack(STUStack):
+    """Upstream's stack without its incremental mode, which knows no domains."""
+
+    def cached_forward(self, *arguments: Any, **others: Any) -> Tensor:
+        """Refuse.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("cached_forward knows no domains; encode whole histories instead")
+
+
+class DomainStateStack(UncachedStack):
     """Upstream's stack with DDSR behind each layer; the layers keep their parameter names.
 
     Args:

@@ -13,7 +13,11 @@ from hstu_xd.errors import InputError
 from hstu_xd.model.inputs import next_domain_modules, next_domain_signal
 from hstu_xd.plugins.dlrm_v3.bucketed_layer import BucketedSTULayer
 from hstu_xd.plugins.dlrm_v3.domain_groups import DomainGroups, RequestLayout
-from hstu_xd.plugins.dlrm_v3.domain_states import DomainStateStack, RequestStates
+from hstu_xd.plugins.dlrm_v3.domain_states import (
+    DomainStateStack,
+    RequestStates,
+    UncachedStack,
+)
 from hstu_xd.plugins.dlrm_v3.settings import CrossDomain
 from hstu_xd.plugins.rebinding import Rebinding, apply
 
@@ -59,10 +63,13 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
             cross_domain=cross_domain,
             num_context=sum(hstu_configs.contextual_feature_to_max_length.values()),
         )
-        rebindings = [Rebinding(_MODULE, "HSTUTransducer", lambda original: transducer)]
+        stack: Any = UncachedStack
         if cross_domain.settings.ddsr:
             stack = partial(DomainStateStack, settings=cross_domain.settings)
-            rebindings.append(Rebinding(_MODULE, "STUStack", lambda original: stack))
+        rebindings = [
+            Rebinding(_MODULE, "HSTUTransducer", lambda original: transducer),
+            Rebinding(_MODULE, "STUStack", lambda original: stack),
+        ]
         if cross_domain.in_buckets:
             rebindings.append(Rebinding(_MODULE, "STULayer", lambda original: BucketedSTULayer))
         with apply(rebindings):
@@ -161,6 +168,7 @@ class CrossDomainTransducer(HSTUTransducer):
                 settings.num_domains,
                 # States of all domains are read, so all of them are computed.
                 with_unasked=settings.ddsr,
+                shortest_first=self._cross_domain.in_buckets,
             )
         if settings.ddsr:
             self._states = RequestStates.build(layout, domains, times, settings, self._groups)

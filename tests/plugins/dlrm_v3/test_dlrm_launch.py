@@ -168,6 +168,89 @@ def test_what_goes_wrong_while_it_runs_is_one_line_too(workplace: Path) -> None:
     assert "python -m hstu_xd.plugins.dlrm_v3: xd_dlrm.norm_length = 5, but" in done.stderr
 
 
+# What only shows when the model is built or reads a batch: (an upstream that differs, bindings of
+# a gin file, message). Upstream has no binding for the layers' reach; who wants it edits that call.
+REACHING = (
+    "from generative_recommenders.modules import dlrm_hstu\n"
+    "original = dlrm_hstu.STULayerConfig\n"
+    "dlrm_hstu.STULayerConfig = lambda **given: original(**(given | {{{}}}))\n"
+)
+WHILE_IT_RUNS = {
+    "domain_out_of_range": (
+        "",
+        ("xd_dlrm.num_domains = 2",),
+        "feature 'uih_domain' holds domain 2, outside 0..1; correct the data or",
+    ),
+    "max_attn_len": (
+        REACHING.format("'max_attn_len': 5"),
+        (),
+        "a layer has max_attn_len = 5, which counts rows of the whole history",
+    ),
+    "contextual_seq_len": (
+        REACHING.format("'contextual_seq_len': 1"),
+        (),
+        "a layer has contextual_seq_len = 1, which counts rows of the whole history",
+    ),
+    "scripted_inference": (
+        "from generative_recommenders.dlrm_v3.train import utils\n"
+        "original = utils.DlrmHSTU\n"
+        "utils.DlrmHSTU = lambda **given: original(**given | {'is_inference': True})\n",
+        (),
+        "is_inference = True: upstream's scripted inference does not know domains",
+    ),
+    "cached_forward": (
+        "from generative_recommenders.modules.hstu_transducer import HSTUTransducer\n"
+        "HSTUTransducer._hstu_compute = lambda self, *, seq_embeddings, num_targets, **others: (\n"
+        "    self._stu_module.cached_forward(seq_embeddings, num_targets))\n",
+        (),
+        "cached_forward knows no domains; encode whole histories instead",
+    ),
+    "no_pair_of_domains": (
+        "",
+        (
+            'dataset = "debug"',
+            "xd_dlrm.num_domains = 2",
+            "xd_dlrm.table_rows = 1000",
+            "xd_dlrm.max_seq_len = 40",
+            "make_train_test_dataloaders.train_split_percentage = 0.75",
+            "make_train_test_dataloaders.num_blocks = 1",
+        ),
+        "xd_dlrm.domain_features: the batch has no feature 'uih_domain' but",
+    ),
+}
+
+
+@slow
+@pytest.mark.parametrize(
+    ("upstream", "bindings", "message"), WHILE_IT_RUNS.values(), ids=list(WHILE_IT_RUNS)
+)
+def test_what_the_model_refuses_is_one_line_and_exit_code_2(
+    workplace: Path, upstream: str, bindings: tuple[str, ...], message: str
+) -> None:
+    (workplace / "upstream_differs.py").write_text(upstream)
+    switches = "xd_encoder.domain_mask = True", "import upstream_differs"
+    done = launch(workplace, "gin/dlrm_xd.gin", *switches, *bindings, mode="train")
+    assert done.returncode == 2, done.stderr[-2000:]
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("python -m hstu_xd.plugins.dlrm_v3: ")
+    assert message in last
+
+
+@slow
+def test_users_with_too_few_events_are_left_out_and_counted(workplace: Path) -> None:
+    rows = [
+        f"u{user},i{at},{at % 2},{at}"
+        for user, length in enumerate((1, 2, 3, *[8] * 40))
+        for at in range(length)
+    ]
+    (workplace / "log.csv").write_text("\n".join(["user,item,domain,time", *rows, ""]))
+    prepare = ["prepare", "log.csv", "--out", "data/short", "--min-user", "1", "--min-item", "1"]
+    subprocess.run([sys.executable, "-m", "hstu_xd", *prepare], cwd=workplace, check=True)
+    done = launch(workplace, "gin/dlrm_xd.gin", 'dataset = "xd:data/short"')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "3 of 43 users have fewer than 4 events and give no training request" in done.stderr
+
+
 @slow
 def test_what_goes_wrong_in_several_processes_is_one_line_too(workplace: Path) -> None:
     done = launch(workplace, "gin/dlrm_xd.gin", "xd_dlrm.norm_length = 5", WORLD_SIZE="2")

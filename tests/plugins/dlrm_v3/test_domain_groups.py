@@ -23,9 +23,13 @@ def lay_out(batch: list[tuple[list[int], list[int]]], num_context: int) -> tuple
     return layout, domains
 
 
-@given(users, st.integers(0, 2))
-def test_groups_are_what_a_walk_over_users_and_domains_finds(batch, num_context) -> None:
-    groups = DomainGroups.build(*lay_out(batch, num_context), DOMAINS)
+@given(users, st.integers(0, 2), st.booleans())
+def test_groups_are_what_a_walk_over_users_and_domains_finds(
+    batch, num_context, shortest_first
+) -> None:
+    groups = DomainGroups.build(
+        *lay_out(batch, num_context), DOMAINS, shortest_first=shortest_first
+    )
     start, expected = 0, []
     for history, targets in batch:
         prefix = list(range(start, start + num_context))
@@ -37,8 +41,9 @@ def test_groups_are_what_a_walk_over_users_and_domains_finds(batch, num_context)
             seen = [row for row, d in rows["history"] if d == domain]
             asked = [row for row, d in rows["target"] if d == domain]
             expected.append((prefix + seen + asked, len(asked)))
-            expected.sort(key=lambda group: len(group[0]))
         start += num_context + len(history) + len(targets)
+    if shortest_first:
+        expected.sort(key=lambda group: len(group[0]))
     found = [
         groups.rows[groups.offsets[g] : groups.offsets[g + 1]].tolist()
         for g in range(groups.lengths.numel())
