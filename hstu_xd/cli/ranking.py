@@ -153,6 +153,8 @@ def score(
 
     names = [name.strip() for name in items.split(",")]
     session = RankingSession.open(run, data, verify=verify)
+    if session.latest_time(user) is None:
+        typer.echo(f"WARNING: {user!r} has no events; scored without a history", err=True)
     (chances,) = session.rank([RankRequest(user, names, goal, at)])
     found = sorted(zip(names, chances, strict=True), key=lambda pair: -pair[1])
     if as_json:

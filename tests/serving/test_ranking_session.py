@@ -212,6 +212,10 @@ def test_the_command_line_gives_the_same_scores(
     assert [line.split()[1] for line in lines] == [row["item"] for row in found["items"]]
     said = cli(*command)
     assert (said.code, "no goal is named" in said.err) == (2, True)
+    stranger = cli(
+        "score", folder / "hard", "--user", "u2 ", "--items", "i3", "--goal", "deal=true"
+    )
+    assert (stranger.code, "'u2 ' has no events" in stranger.err) == (0, True)
 
 
 def test_a_retrieval_run_does_not_score(folder: Path, cli: Cli, tmp_path: Path) -> None:
