@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hstu_xd.data.cuts import TimeCuts, events_before
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.bridge import draw_places
@@ -68,8 +69,10 @@ class StoreRequests:
 
     A request asks for one event of a user: it shows the events before it, at most the latest
     ``max_history``, and candidates of the event's domain. Training asks for all events of a user
-    but the last two, evaluation for one of those two. Candidates are drawn uniformly, the same ones
-    every time in evaluation, new ones every time in training.
+    but the last two, evaluation for one of those two. Where the log is cut in time, training asks
+    for all events before validation begins, and evaluation for the last event of its period.
+    Candidates are drawn uniformly, the same ones every time in evaluation, new ones every time in
+    training.
 
     Args:
         store: prepared by ``hstu-xd prepare``.
@@ -78,6 +81,7 @@ class StoreRequests:
         cut_points: latest events of a user that training asks for; 0: all.
         num_candidates: the true item and the drawn ones together.
         seed: of the candidates in evaluation; those of training are PyTorch's.
+        cuts: where the log is cut in time; None: leave-one-out.
 
     Attributes:
         num_train: requests ``0..num_train - 1`` are of training.
@@ -95,34 +99,35 @@ class StoreRequests:
         cut_points: int,
         num_candidates: int,
         seed: int,
+        cuts: TimeCuts | None = None,
     ) -> None:
         self.store = store
         self._max_history = max_history
         self._num_drawn = num_candidates - 1
         self._domains = store.catalog.item_domains.numpy()
-        starts, ends = store.offsets[:-1], store.offsets[1:]
-        held_out = _HELD_OUT[split]
+        last, evaluated = _held_out(store, split, cuts)
         # The first event of a user has no history to be ranked by.
-        last = ends - max(_HELD_OUT.values())
-        first = np.maximum(starts + 1, last - cut_points if cut_points else starts + 1)
+        starts = np.asarray(store.offsets[:-1]) + 1
+        first = np.maximum(starts, last - cut_points) if cut_points else starts
         train = _runs(first, np.maximum(last - first, 0))
-        evaluated = (ends - held_out)[ends - held_out > starts]
         train, evaluated = self._rankable(train), self._rankable(evaluated)
         self._places = np.concatenate([train, evaluated])
         self.num_train = train.size
         short = int((last <= first).sum())
         if short:
             _logger.warning(
-                "%s: %d of %d users have fewer than 4 events and give no training request",
+                "%s: %d of %d users have fewer than %s and give no training request",
                 store.path,
                 short,
                 store.num_users,
+                "4 events" if cuts is None else f"2 events before {cuts.valid_from}",
             )
         if not 0 < self.num_train < len(self):
             raise InputError(
                 f"{store.path}: {self.num_train} requests of training and "
-                f"{len(self) - self.num_train} of evaluation; users with four events and domains "
-                "of two items are needed"
+                f"{len(self) - self.num_train} of evaluation; users with "
+                f"{'four events' if cuts is None else 'two events before each cut'} and domains of "
+                "two items are needed"
             )
         asked = store.catalog.item_domains[torch.from_numpy(store.item_ids[evaluated]).long()]
         self._evaluated = self._draw(asked, torch.Generator().manual_seed(seed))
@@ -207,6 +212,26 @@ class StoreRequests:
         last = catalog.domain_items[catalog.domain_offsets[domains + 1] - 1].unsqueeze(1)
         others = torch.where(drawn == targets.unsqueeze(1), last, drawn)
         return torch.cat([targets.unsqueeze(1), others], dim=1)
+
+
+def _held_out(
+    store: InteractionStore, split: str, cuts: TimeCuts | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the row of the store where each user's training ends, and rows that are evaluated.
+
+    Returns:
+        (U,) int64; (Q,) int64, of users who have an event before.
+    """
+    starts, ends = (np.asarray(x).astype(np.int64) for x in (store.offsets[:-1], store.offsets[1:]))
+    if cuts is None:
+        asked = ends - _HELD_OUT[split]
+        return ends - max(_HELD_OUT.values()), asked[asked > starts]
+    valid, test = (
+        starts + events_before(store.timestamps, store.offsets, cut)
+        for cut in (cuts.valid_from, cuts.test_from)
+    )
+    begin, end = (valid, test) if split == "valid" else (test, ends)
+    return valid, (end - 1)[(end > begin) & (begin > starts)]
 
 
 def _runs(first: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 import gin
+from hstu_xd.data.cuts import TimeCuts, cut_in_time
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import check, defaults_of, setting
 from hstu_xd.errors import InputError
 from hstu_xd.model.settings import EncoderSettings
@@ -57,8 +59,12 @@ class DlrmSettings:
         max_history: latest events of a user that a request of a prepared store reads.
         cut_points: latest events of a user that become training requests; 0: all.
         num_candidates: the next item and how many drawn from its domain, together.
-        split: whom evaluation reads: "valid", the last event but one, or "test", the last. Training
-            reads neither.
+        split: whom evaluation reads: "valid", the last event but one, or "test", the last, or
+            those periods of a log that is cut in time. Training reads neither.
+        valid_from: when validation begins, for all users alike: a date such as "2020-01-30", a time
+            of the log, or the share of the events before it, 0.8; what is earlier trains, and
+            evaluation asks for a user's last event of its period. Empty: leave-one-out.
+        test_from: when test begins, told alike.
         ranked_requests: requests of evaluation, spread evenly, whose next item is ranked among all
             items of its domain, in chunks of norm_length - max_history (- 1 for user_token); 0:
             none.
@@ -93,6 +99,8 @@ class DlrmSettings:
     cut_points: int = setting(0, at_least=0)
     num_candidates: int = setting(10, at_least=2, also=("max_num_candidates", "num_negatives"))
     split: str = setting("valid", allowed=("valid", "test"))
+    valid_from: str | int | float = setting("", also=("cut", "temporal_split", "time_split"))
+    test_from: str | int | float = setting("", also=("cut", "temporal_split", "time_split"))
     ranked_requests: int = setting(0, at_least=0)
     user_token: bool = setting(True)
     domain_as_feature: bool = setting(False)
@@ -109,6 +117,11 @@ class DlrmSettings:
                 f"xd_dlrm.domain_features = {self.domain_features!r}; two names are needed, of the "
                 "history's and of the candidates' domains"
             )
+        if (self.valid_from == "") != (self.test_from == ""):
+            raise InputError(
+                f"xd_dlrm.valid_from = {self.valid_from!r}, xd_dlrm.test_from = "
+                f"{self.test_from!r}; a cut in time needs both"
+            )
         if self.ranked_requests and self.chunk_length < 1:
             raise InputError(
                 f"xd_dlrm.ranked_requests = {self.ranked_requests} needs xd_dlrm.norm_length above "
@@ -120,6 +133,19 @@ class DlrmSettings:
                 f"xd_dlrm.hstu_embedding_table_dim = {self.hstu_embedding_table_dim}; a multiple "
                 "of 4 is needed by the tables' kernels"
             )
+
+    def cuts(self, store: InteractionStore) -> TimeCuts | None:
+        """Find where a store's log is cut in time; None under leave-one-out.
+
+        Raises:
+            InputError: what is no date, time or share, or does not cut this log.
+        """
+        if self.valid_from == "":
+            return None
+        told = [f"xd_dlrm.{name} = {getattr(self, name)!r}" for name in ("valid_from", "test_from")]
+        return cut_in_time(
+            store.timestamps, self.valid_from, self.test_from, told=(told[0], told[1])
+        )
 
     @property
     def chunk_length(self) -> int:
@@ -194,9 +220,15 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
         config: upstream's DlrmHSTUConfig, with the sizes of the layers.
 
     Raises:
-        InputError: a switch that is not computed here, or one that is on while no domains are
-            known.
+        InputError: a setting of another trainer, a switch that is not computed here, or one that is
+            on while no domains are known.
     """
+    for block in shared.BLOCKS:
+        for name, value in gin.get_bindings(block).items() if block != "xd_encoder" else ():
+            raise InputError(
+                f"{block}.{name} = {value!r}: the host dlrm_v3 reads xd_dlrm.* and xd_encoder.* "
+                "only; remove the binding (cuts in time are xd_dlrm.valid_from and .test_from)"
+            )
     bound = dict(gin.get_bindings("xd_encoder"))
     check_types(EncoderSettings, "xd_encoder", bound)
     defaults = defaults_of(EncoderSettings)

@@ -30,15 +30,17 @@ def open_requests(folder: Path, settings: DlrmSettings) -> StoreRequests:
     """Open the requests of a prepared store, once in a process.
 
     Raises:
-        InputError: no store there, or one without a request.
+        InputError: no store there, or one without a request, or cuts that do not cut its log.
     """
+    store = InteractionStore.open(folder)
     return StoreRequests(
-        InteractionStore.open(folder),
+        store,
         split=settings.split,
         max_history=settings.max_history,
         cut_points=settings.cut_points,
         num_candidates=settings.num_candidates,
         seed=settings.seed,
+        cuts=settings.cuts(store),
     )
 
 

@@ -71,6 +71,15 @@ def test_every_recipe_trains_and_evaluates(workplace: Path, name: str) -> None:
 
 
 @slow
+def test_a_log_that_is_cut_in_time_trains_and_evaluates(workplace: Path) -> None:
+    cuts = "xd_dlrm.valid_from = 0.6", "xd_dlrm.test_from = 0.8"
+    few = "make_train_test_dataloaders.batch_size = 4"
+    done = launch(workplace, "gin/dlrm_xd.gin", *cuts, few)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"^xd/valid/gauc: \d", done.stdout, re.MULTILINE)
+
+
+@slow
 def test_two_processes_train_together(workplace: Path) -> None:
     done = launch(workplace, "gin/dlrm_xd.gin", mode="train", WORLD_SIZE="2")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -135,6 +144,16 @@ BAD = {
         "gin/dlrm_xd.gin",
         ("xd_dlrm.ranked_requests = 5",),
         "xd_dlrm.ranked_requests = 5 needs xd_dlrm.norm_length above max_history = 100, got 0",
+    ),
+    "half_a_cut": (
+        "gin/dlrm_xd.gin",
+        ("xd_dlrm.test_from = 0.9",),
+        "xd_dlrm.valid_from = '', xd_dlrm.test_from = 0.9; a cut in time needs both",
+    ),
+    "of_another_trainer": (
+        "gin/dlrm_xd.gin",
+        ('xd_evaluate.split = "global"',),
+        "xd_evaluate.split = 'global': the host dlrm_v3 reads xd_dlrm.* and xd_encoder.* only",
     ),
     "out_of_range": ("gin/dlrm_xd.gin", ("xd_dlrm.max_history = 0",), "at least 1 is needed"),
 }

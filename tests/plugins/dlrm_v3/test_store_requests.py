@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from hstu_xd.cli.app import run
+from hstu_xd.data.cuts import TimeCuts, cut_in_time
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.dlrm_v3.requests import StoreRequests
+from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
 
 
 def requests_of(path: Path, **changed: Any) -> StoreRequests:
@@ -58,6 +60,65 @@ def test_requests_are_what_a_walk_over_users_finds(
         assert batch.request_times[number * 5] == time
     assert torch.equal(batch.domains, store.catalog.domain_of(batch.items))
     assert requests.num_train == len(expected) - store.num_users
+
+
+def walk_in_time(store: InteractionStore, split: str, cuts: TimeCuts, cut_points: int) -> list:
+    """(user, length of the history, target, time) of every request."""
+    train, held_out = [], []
+    begin, end = cuts.valid_from, cuts.test_from
+    if split == "test":
+        begin, end = cuts.test_from, 10**18
+    for user in range(store.num_users):
+        events = list(zip(*store.history(user)))
+        asked = [at for at, (_, time) in enumerate(events) if at and time < cuts.valid_from]
+        for at in asked[-cut_points:] if cut_points else asked:
+            train.append((user, at, *events[at]))
+        period = [at for at, (_, time) in enumerate(events) if begin <= time < end]
+        if period and period[0] > 0:
+            held_out.append((user, period[-1], *events[period[-1]]))
+    return [*train, *held_out]
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("cut_points", [0, 2])
+def test_a_log_that_is_cut_in_time_trains_on_what_comes_before(
+    tiny_store: Path, split: str, cut_points: int
+) -> None:
+    store = InteractionStore.open(tiny_store)
+    cuts = cut_in_time(store.timestamps, 0.6, 0.8, told=("first", "second"))
+    requests = requests_of(
+        tiny_store, split=split, cut_points=cut_points, max_history=999, cuts=cuts
+    )
+    expected = walk_in_time(store, split, cuts, cut_points)
+    batch = requests.batch(np.arange(len(requests)))
+    found = zip(batch.users, batch.history_lengths, batch.candidates[::5], batch.request_times[::5])
+    assert [tuple(map(int, each)) for each in found] == [tuple(map(int, e)) for e in expected]
+    assert (batch.request_times[: requests.num_train * 5] < cuts.valid_from).all()
+    asked = requests.evaluated()
+    assert (store.timestamps[asked.places] >= cuts.valid_from).all()
+
+
+def test_settings_cut_the_log(tiny_store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = InteractionStore.open(tiny_store)
+    assert DlrmSettings().cuts(store) is None
+    cuts = DlrmSettings(valid_from=0.2, test_from=0.9).cuts(store)
+    assert cuts == cut_in_time(store.timestamps, 0.2, 0.9, told=("first", "second"))
+    with caplog.at_level(logging.WARNING):
+        requests_of(tiny_store, cuts=cuts)
+    assert f"have fewer than 2 events before {cuts.valid_from} and give no" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        ((0.8, ""), r"xd_dlrm.valid_from = 0.8, xd_dlrm.test_from = ''; a cut in time needs both"),
+        ((0.9, 0.8), r"xd_dlrm.valid_from = 0.9 and xd_dlrm.test_from = 0.8 do not cut the log"),
+        (("soon", 0.9), r"xd_dlrm.valid_from = 'soon': write dates such as"),
+    ],
+)
+def test_cuts_that_cannot_be_are_refused(cuts: tuple, message: str, tiny_store: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        DlrmSettings(valid_from=cuts[0], test_from=cuts[1]).cuts(InteractionStore.open(tiny_store))
 
 
 def test_candidates_are_of_the_targets_domain_and_labels_mark_the_target(tiny_store: Path) -> None:
