@@ -49,7 +49,7 @@ class ServiceProcess:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         # A file: nobody reads a pipe meanwhile, and a service that says much would wait for it.
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the process has ended
         self._process = subprocess.Popen(
             [*self._command, "--port", str(self.port)],
             env=self._environment,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def check_log(process: ServiceProcess, log: str, known: dict[int, Fate]) -> dict
         if fate.taken_at < float("inf"):
             event = fate.event
             taken[event["user"]].append(Event(event["user"], event["item"], event["timestamp"]))
-    there, told = (Counter(sum(rows.values(), [])) for rows in (logged, taken))
+    there, told = (Counter(chain.from_iterable(rows.values())) for rows in (logged, taken))
     assert not told - there, f"{(told - there).total()} accepted events are lost"
     assert not there - told, f"{(there - told).total()} events are there twice or were refused"
     assert logged == taken
