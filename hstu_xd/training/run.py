@@ -19,6 +19,7 @@ from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import LOCK_FILE, locked_folder
+from hstu_xd.model.featured_items import FeatureTable
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective, Scorer
 from hstu_xd.ops.domain_attention.api import check_impl
@@ -41,6 +42,7 @@ from hstu_xd.training.run_facts import (
     note_resumption,
     read_run,
 )
+from hstu_xd.training.run_features import FEATURES_FILE, features_of, load_features
 from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
 from hstu_xd.training.stored_settings import stored_settings
 from hstu_xd.training.trainer import Trainer
@@ -155,8 +157,11 @@ def _new_trainer(
         return BaselineTrainer(store, settings, out, here)
     if earlier is not None:
         earlier.check_news(store, settings)
+    # A run that is resumed keeps the features that it began with.
+    begun = (out / RUN_FILE).exists()
+    features = load_features(out, settings) if begun else features_of(store, settings)
     return Trainer(
-        _new_model(store.catalog, settings).to(here.device),
+        _new_model(store.catalog, settings, features).to(here.device),
         store,
         settings.train,
         out,
@@ -187,13 +192,17 @@ def _take_over(
     return found
 
 
-def _new_model(catalog: DomainCatalog, settings: RunSettings) -> CrossDomainHSTU:
+def _new_model(
+    catalog: DomainCatalog, settings: RunSettings, features: FeatureTable | None = None
+) -> CrossDomainHSTU:
     train = settings.train
     return CrossDomainHSTU(
         catalog,
         settings.encoder_settings(catalog.num_domains),
         dropout_rate=train.dropout_rate,
         window=train.max_sequence_length,
+        features=features,
+        row_dropout=settings.item.row_dropout,
     )
 
 
@@ -231,7 +240,7 @@ def _check_new(out: Path) -> None:
     found = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if RUN_FILE in found:
         raise InputError(f"{out} exists; resume it with --resume or give another --out")
-    begun = {CONFIG_FILE, CATALOG_FILE, LOCK_FILE, PARTIAL_FILE}
+    begun = {CONFIG_FILE, CATALOG_FILE, FEATURES_FILE, LOCK_FILE, PARTIAL_FILE}
     if found - begun or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} exists and is not a run folder; give another --out")
 
@@ -311,7 +320,7 @@ def load_trained(
     if settings.train.baseline != NO_BASELINE:
         ranker = load_baseline(run, settings, catalog)
     else:
-        ranker = _new_model(catalog, settings)
+        ranker = _new_model(catalog, settings, load_features(run, settings))
         weights, _ = load_checkpoint(run / MODEL_FILE)
         load_weights(ranker, weights, run / MODEL_FILE)
     return TrainedRun(
@@ -336,6 +345,8 @@ def variant_name(settings: RunSettings) -> str:
     if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
         parts.append(f"{settings.train.negatives} negatives")
     parts += labels(settings.encoder_settings(num_domains=1))
+    if settings.item.features:
+        parts.append(f"item features {', '.join(settings.item.features)}")
     if settings.train.domain:
         parts.append(f"{settings.train.domain} alone")
     asked = settings.train.asked_domains

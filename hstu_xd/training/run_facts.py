@@ -21,6 +21,7 @@ from hstu_xd.files import check_readable
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.training.distributed import World
+from hstu_xd.training.run_features import save_features
 from hstu_xd.training.settings import RunSettings
 from hstu_xd.version import __version__
 
@@ -76,6 +77,8 @@ def lay_out(
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG_FILE).write_text(settings.to_gin())
     store.catalog.save(out / CATALOG_FILE)
+    if isinstance(model, CrossDomainHSTU):
+        save_features(out, model.item_features)
     encoder = asdict(model.settings)
     facts = {
         **facts_of_start(here),
@@ -86,6 +89,7 @@ def lay_out(
         "switches": {key: encoder[key] for key in SWITCHES},
         "encoder": encoder,
         "train": asdict(settings.train),
+        "item": asdict(settings.item),
         "protocol": settings.protocol.as_json(),
         "max_sequence_length": settings.train.max_sequence_length,
     }
