@@ -199,7 +199,7 @@ def _check_spellings(store: InteractionStore, tokens: "Sequence[pl.Series]") -> 
         odd = column.filter(may_be_respelt(column))
         if len(odd):
             raise InputError(
-                f"{store.path} cannot be appended to: how ids such as {odd[0]!r} are written "
+                f"{store.path} cannot be appended to: how ids such as {odd.min()!r} are written "
                 "(decimals, accents, unseen characters) follows from all ids of a log; prepare all "
                 "logs together, or the store with --exact-ids first"
             )

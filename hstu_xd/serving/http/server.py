@@ -5,6 +5,7 @@ how long an answer may take to be read.
 """
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -306,6 +307,10 @@ def serve(
     """
     server = Server(service, swaps, announce)
     signal.signal(signal.SIGHUP, lambda which, frame: swaps.reload())
+    # What is loaded by now stays. Each full collection would look through all of it, and hold up
+    # every request meanwhile.
+    gc.collect()
+    gc.freeze()
     try:
         server.run(sockets=[sock])
     finally:
