@@ -18,6 +18,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.model.featured_items import FeaturedItemEmbedding, FeatureTable
 from hstu_xd.objectives.retrieval import sample_negatives
+from hstu_xd.serving import EncoderSession
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoint
 from hstu_xd.training.run_features import features_of
 from hstu_xd.training.settings import load_settings
@@ -129,6 +130,27 @@ def test_items_without_events_are_recommended_and_exported(
     torch.testing.assert_close(encode(*asked), model.encode(*asked), rtol=0, atol=1e-5)
     vectors = torch.load(tmp_path / "export" / "item_vectors.pt")
     assert torch.equal(vectors, model.item_vectors(torch.arange(model.catalog.num_items + 1)))
+
+
+def test_a_session_serves_them(run: Path) -> None:
+    model = hstu_xd.load(run)
+    session = EncoderSession(model)
+    items = ids_of(model.catalog, "b1", "a9", "b8", "a2").tolist()
+    session.append(["u"] * 4, items, [10, 20, 30, 40])
+    times = torch.tensor([[10, 20, 30, 40]])
+    wanted = model.encode(torch.tensor([items]), times, torch.tensor([0]))
+    torch.testing.assert_close(session.query(["u"], [0]), wanted, rtol=0, atol=1e-5)
+    found = session.recommend(["u"], [0], 10, exclude_seen=False)[0]
+    assert set(ids_of(model.catalog, "a8", "a9").tolist()) < {item for item, _ in found}
+
+
+def test_a_benchmark_of_steps_reads_them(cli: Cli, run: Path, tmp_path: Path) -> None:
+    said = cli(
+        *("bench", "train-step", "--data", tmp_path / "store", "--variants", "hstu"),
+        *("--gin_config_file", run / "config.gin", "--repeats", "2", "--json"),
+    )
+    assert said.code == 0, said.err
+    assert all(row["correct"] for row in json.loads(said.out))
 
 
 def test_a_continued_run_keeps_values_by_name(cli: Cli, run: Path, tmp_path: Path) -> None:
