@@ -102,7 +102,12 @@ def export_encoder(model: CrossDomainHSTU) -> ExportedProgram:
             "with xd_encoder.segment_by = 'none'"
         )
     catalog = DomainCatalog(model.catalog.item_domains.cpu(), model.catalog.domain_names)
-    traced = CrossDomainHSTU(catalog, replace(settings, impl="reference"), window=model.window)
+    traced = CrossDomainHSTU(
+        catalog,
+        replace(settings, impl="reference"),
+        window=model.window,
+        features=model.item_features,
+    )
     # DDSR's tiles can be traced, too, and need far less memory than the definition.
     attend_states_in_tiles(traced)
     traced.load_state_dict(model.state_dict())

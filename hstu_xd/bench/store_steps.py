@@ -29,6 +29,7 @@ from hstu_xd.experiments.variants import parse_variants, recipe_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.training.distributed import World
 from hstu_xd.training.extension import objective_of
+from hstu_xd.training.run_features import features_of
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trainer import Trainer
 
@@ -67,7 +68,13 @@ class StoreSteps:
         settings = self.settings
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
-        model = CrossDomainHSTU(store.catalog, encoder, dropout_rate=settings.train.dropout_rate)
+        model = CrossDomainHSTU(
+            store.catalog,
+            encoder,
+            dropout_rate=settings.train.dropout_rate,
+            features=features_of(store, settings),
+            row_dropout=settings.item.row_dropout,
+        )
         here = World(0, 1, torch.device(self.device))
         trainer = Trainer(model.to(here.device), store, settings.train, Path(), here)
         model.train()
@@ -197,7 +204,8 @@ def _error(steps: StoreSteps, store: InteractionStore) -> float:
     model, train = trainer.model, trainer.settings
     number_zeros(model)
     definition = replace(model.settings, impl="reference")
-    truth = CrossDomainHSTU(store.catalog, definition).to(steps.device).double()
+    truth = CrossDomainHSTU(store.catalog, definition, features=model.item_features)
+    truth = truth.to(steps.device).double()
     truth.load_state_dict(model.state_dict())
     data = SequenceData(store, Split.TRAIN, min(_CHECKED_EVENTS, train.max_sequence_length))
     batch, targets = data.batch(trainer.batches(0)[0][:_CHECKED_USERS])

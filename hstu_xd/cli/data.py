@@ -80,7 +80,7 @@ def prepare(
     ] = None,
     item_features: Annotated[
         Path | None,
-        typer.Option(help="Parquet or CSV file with one row an item, for --levels."),
+        typer.Option(help="Parquet or CSV file with one row an item (--levels, --features)."),
     ] = None,
     levels: Annotated[
         str | None,
@@ -89,6 +89,19 @@ def prepare(
             "type,category,department."
         ),
     ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of the item features that models may read (xd_item.features): text is a "
+            "category, numbers and lists of numbers are themselves: brand,price,text_vector."
+        ),
+    ] = None,
+    cold_items: Annotated[
+        bool,
+        typer.Option(
+            "--cold-items", help="Put items without events into the catalogue, by their features."
+        ),
+    ] = False,
     write_upstream: Annotated[
         bool,
         typer.Option(
@@ -114,16 +127,26 @@ def prepare(
     from hstu_xd.data.append import append_logs
     from hstu_xd.data.encode import IdOptions
     from hstu_xd.data.filters import Filters
+    from hstu_xd.data.item_table import FeatureOptions
     from hstu_xd.data.prepare import prepare_logs
     from hstu_xd.data.sources.columns import ColumnOptions
     from hstu_xd.data.statistics import print_summary
-    from hstu_xd.data.taxonomy import FeatureOptions
 
-    if levels is not None and item_features is None:
-        raise InputError(f"--levels {levels}: name the file they are in with --item-features")
-    features = None
+    of_items = {"--levels": levels, "--features": features, "--cold-items": cold_items or None}
+    if item_features is None:
+        idle = next((name for name, value in of_items.items() if value is not None), None)
+        if idle is not None:
+            raise InputError(f"{idle} needs a file of items; name it with --item-features")
+    taken = None
     if item_features is not None:
-        features = FeatureOptions(item_features, _listed(levels, "--levels"), item_col)
+        taken = FeatureOptions(
+            item_features,
+            _listed(levels, "--levels"),
+            item_col,
+            _listed(features, "--features"),
+            cold_items,
+            domain_col,
+        )
     notes: list[str] = []
     warnings: list[str] = []
     filters = Filters(min_user=min_user, min_item=min_item, min_user_total=min_user_total)
@@ -165,7 +188,7 @@ def prepare(
             ids=IdOptions(exact_ids, prefix_items, skip_faulty),
             drop_repeats=drop_repeats,
             filters=filters,
-            features=features,
+            features=taken,
             **reading,
         )
     print_summary(out, manifest, notes=notes, warnings=warnings)

@@ -181,7 +181,7 @@ def evaluate(
         told["data_changes"] = data_changes(facts, store)
         typer.echo(json.dumps(told | values))
         return
-    groups = ["", *(f"[{name}]" for name in ("switch", "stay", *store.domain_names))]
+    groups = ["", *(f"[{name}]" for name in ("switch", "stay", "cold", *store.domain_names))]
     # Metrics of one's own are shown in hundredths like the others.
     names = [*protocol.metrics, *trained.metrics]
     for split, metrics in values.items():

@@ -117,6 +117,7 @@ def _check_appendable(store: InteractionStore, columns: ColumnOptions) -> None:
         "faulty lines were left out of it (--skip-faulty)": "skipped_lines" in manifest,
         "its events have fields (--event-cols)": "event_fields" in manifest,
         "its items have levels (--item-features)": "levels" in manifest,
+        "its items have features (--item-features)": "item_features" in manifest,
         "a column orders its ties: name it with --order-col": by_column and columns.order is None,
         "no column orders its ties, but --order-col names one": (
             not by_column and columns.order is not None

@@ -12,6 +12,7 @@ from hstu_xd.data.encode import EventReader, Events, IdOptions, read_log
 from hstu_xd.data.event_fields import FieldRows
 from hstu_xd.data.filters import Filters, apply_filters, offsets_of
 from hstu_xd.data.ids import alike_without_case, strangers
+from hstu_xd.data.item_table import FeatureOptions, ItemTable
 from hstu_xd.data.order import Histories, in_time_order
 from hstu_xd.data.reading import check_agreement, describe_readings
 from hstu_xd.data.repeats import count_repeats, parse_rule, repeat_warnings, targets_met
@@ -21,7 +22,6 @@ from hstu_xd.data.sources.columns import ColumnOptions
 from hstu_xd.data.statistics import DIGITS
 from hstu_xd.data.store import is_store
 from hstu_xd.data.store_files import Log, domains_of, write_store
-from hstu_xd.data.taxonomy import FeatureOptions, ItemFeatures
 from hstu_xd.data.upstream_csv import MIN_EVENTS, SEQUENCES, write_upstream_csv
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SOME_USERS = 1000
 # Metrics carry the domain's name in brackets, beside these groups of targets.
-_METRIC_GROUPS = ("switch", "stay")
+_METRIC_GROUPS = ("switch", "stay", "cold")
 # Entries of the manifest where ids were kept as they are written, or their domain put before them.
 EXACT_IDS, PREFIXED = "exact_ids", "prefixed_items"
 
@@ -68,7 +68,7 @@ def prepare_logs(
         drop_repeats: ``exact`` or a number of seconds within which the same item of a user counts
             once; by default repeats are kept and counted.
         filters: least numbers of events; nothing is dropped by default.
-        features: where the items' taxonomy is; None: the store has none.
+        features: where the items' taxonomy and features are; None: the store has none.
         write_upstream: also write the CSV files of
             :func:`hstu_xd.data.upstream_csv.write_upstream_csv`.
         force: replace an existing prepared store.
@@ -89,14 +89,15 @@ def prepare_logs(
         out, force=force, ours=is_store, kind="prepared store", parts=store_files.ALL_FILES
     )
     window = parse_rule(drop_repeats)
-    table = ItemFeatures(features) if features is not None else None
+    table = ItemTable(features) if features is not None else None
     options = ReadOptions(columns or ColumnOptions(), time_unit, quote)
     sources = open_sources(inputs, file_format=file_format, options=options, tell=tell)
     events, reader = read_log(sources, ids or IdOptions(), tell=tell)
     tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
     log, facts = build_log(events, filters, window=window)
     if table is not None:
-        log.taxonomy = table.of(log.items["item"], facts["warnings"].append)
+        added = table.describe_items(log, facts["warnings"].append)
+        facts |= {"cold_items": added} if added else {}
     if options.columns.order is not None:
         facts["ties"]["order"] = "column, then hash"
     facts |= _facts_of_ids(ids or IdOptions())

@@ -1,10 +1,8 @@
 """The prepared store: a memory-mapped log of time-ordered histories with its item catalogue."""
 
 import json
-import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +13,14 @@ from numpy.typing import NDArray
 
 from hstu_xd.data import store_files
 from hstu_xd.data.event_fields import NO_FIELDS, EventFields
+from hstu_xd.data.item_features import StoredFeatures
+from hstu_xd.data.mapped_files import (
+    damage_named,
+    damaged,
+    map_array,
+    read_values,
+    unreadable,
+)
 from hstu_xd.data.taxonomy import Taxonomy
 from hstu_xd.errors import InputError
 from hstu_xd.files import sha256_of
@@ -83,9 +89,9 @@ class InteractionStore:
             _check_hashes(folder, manifest)
         users, events = manifest["users"], manifest["interactions"]
         arrays = (
-            _map(folder / store_files.OFFSETS, users + 1, np.dtype("<i8")),
-            _map(folder / store_files.ITEM_IDS, events, np.dtype("<i4")),
-            _map(folder / store_files.TIMESTAMPS, events, np.dtype("<i8")),
+            map_array(folder / store_files.OFFSETS, users + 1, np.dtype("<i8")),
+            map_array(folder / store_files.ITEM_IDS, events, np.dtype("<i4")),
+            map_array(folder / store_files.TIMESTAMPS, events, np.dtype("<i8")),
         )
         _check_tables(folder, manifest)
         _check_arrays(folder, manifest, *arrays)
@@ -122,10 +128,10 @@ class InteractionStore:
         from hstu_xd.catalog import DomainCatalog
 
         file = self.path / store_files.CATALOG
-        with _damage_named(file):
+        with damage_named(file):
             catalog = DomainCatalog.load(file)
         if list(catalog.domain_names) != self.domain_names:
-            raise _damaged(file, f"has domains {list(catalog.domain_names)}")
+            raise damaged(file, f"has domains {list(catalog.domain_names)}")
         return catalog
 
     @cached_property
@@ -135,22 +141,43 @@ class InteractionStore:
         if described is None:
             return NO_FIELDS
         shape = (len(described), self.num_interactions)
-        codes = _map(self.path / store_files.EVENT_FIELDS, shape, np.dtype("<i4"))
+        codes = map_array(self.path / store_files.EVENT_FIELDS, shape, np.dtype("<i4"))
         counts = [each["values"] for each in described.values()]
-        values = _values(self.path / store_files.EVENT_VALUES, list(described), counts)
+        values = read_values(self.path / store_files.EVENT_VALUES, list(described), counts)
         return EventFields(tuple(described), codes, values)
 
     @cached_property
     def taxonomy(self) -> Taxonomy | None:
         """Levels of the items; None where the log was prepared without."""
         described = self.manifest.get("levels")
+        files = store_files.ITEM_LEVELS, store_files.LEVEL_VALUES
+        return self._nodes(described, *files) if described is not None else None
+
+    @cached_property
+    def features(self) -> StoredFeatures | None:
+        """Features of the items; None where the log was prepared without."""
+        described = self.manifest.get("item_features")
         if described is None:
             return None
-        shape = (len(described), self.num_items)
-        nodes = _map(self.path / store_files.ITEM_LEVELS, shape, np.dtype("<i4"))
+        files = store_files.ITEM_CATEGORIES, store_files.CATEGORY_VALUES
+        categories = self._nodes(described["categories"], *files)
+        widths = [each["width"] for each in described["numbers"].values()]
+        if not widths:
+            return StoredFeatures(categories, {})
+        shape = (self.num_items, sum(widths))
+        values = map_array(self.path / store_files.ITEM_NUMBERS, shape, np.dtype("<f4"))
+        parts = np.split(values, np.cumsum(widths)[:-1], axis=1)
+        return StoredFeatures(categories, dict(zip(described["numbers"], parts)))
+
+    def _nodes(self, described: dict[str, Any], codes: str, values: str) -> Taxonomy | None:
+        """Map the codes of levels or categories and read their values; None without any."""
+        if not described:
+            return None
+        nodes = map_array(self.path / codes, (len(described), self.num_items), np.dtype("<i4"))
         counts = [each["nodes"] for each in described.values()]
-        values = _values(self.path / store_files.LEVEL_VALUES, list(described), counts)
-        return Taxonomy(tuple(described), nodes, values)
+        return Taxonomy(
+            tuple(described), nodes, read_values(self.path / values, list(described), counts)
+        )
 
     @cached_property
     def _users(self) -> "pl.Series":
@@ -158,10 +185,10 @@ class InteractionStore:
         from pyarrow import parquet
 
         file = self.path / store_files.USERS
-        with _damage_named(file):  # polars panics on some damaged files, pyarrow raises
+        with damage_named(file):  # polars panics on some damaged files, pyarrow raises
             users = pl.Series("user", parquet.read_table(file.absolute())["user"])
         if users.dtype != pl.String or users.null_count() or not (users[1:] > users[:-1]).all():
-            raise _damaged(file, "does not hold sorted ids")
+            raise damaged(file, "does not hold sorted ids")
         return users
 
     def user_index(self, token: str) -> int:
@@ -252,7 +279,7 @@ def is_store(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / store_files.MANIFEST).read_text(encoding="utf-8"))
     except PermissionError as error:
-        raise _unreadable(folder / store_files.MANIFEST, error) from error
+        raise unreadable(folder / store_files.MANIFEST, error) from error
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and "format_version" in manifest and "domains" in manifest
@@ -268,7 +295,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "hstu-xd prepare or hstu-xd synth"
         ) from error
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     try:
         manifest = json.loads(text)
         found = manifest["format_version"]
@@ -323,10 +350,10 @@ def _check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
         InputError: a file was changed.
     """
     for name in _files_of(manifest):
-        with _damage_named(folder / name):
+        with damage_named(folder / name):
             digest = sha256_of(folder / name)
         if not isinstance(manifest["hashes"], dict) or manifest["hashes"].get(name) != digest:
-            raise _damaged(folder / name, "has another SHA-256 than its manifest says")
+            raise damaged(folder / name, "has another SHA-256 than its manifest says")
 
 
 def _check_tables(folder: Path, manifest: dict[str, Any]) -> None:
@@ -338,10 +365,10 @@ def _check_tables(folder: Path, manifest: dict[str, Any]) -> None:
     from pyarrow import parquet
 
     for name, count in ((store_files.USERS, "users"), (store_files.CATALOG, "items")):
-        with _damage_named(folder / name):
+        with damage_named(folder / name):
             rows = parquet.read_metadata((folder / name).absolute()).num_rows
         if rows != manifest[count]:
-            raise _damaged(folder / name, f"has {rows} rows, not {manifest[count]} {count}")
+            raise damaged(folder / name, f"has {rows} rows, not {manifest[count]} {count}")
 
 
 def _check_arrays(
@@ -358,86 +385,22 @@ def _check_arrays(
     """
     events, items = manifest["interactions"], manifest["items"]
     if offsets[0] != 0 or offsets[-1] != events or (offsets[1:] < offsets[:-1]).any():
-        raise _damaged(folder / store_files.OFFSETS, "does not divide the events among the users")
+        raise damaged(folder / store_files.OFFSETS, "does not divide the events among the users")
     places = np.linspace(0, max(0, events - CHECKED_BLOCK), CHECKED_BLOCKS, dtype=np.int64)
     starts = np.asarray(offsets)
     for start in np.unique(places).tolist() if events > CHECKED_ALL else [0]:
         rows = slice(start, start + (CHECKED_BLOCK if events > CHECKED_ALL else events))
         ids, times = item_ids[rows], timestamps[rows]
         if ids.size and not (ids.min() > 0 and ids.max() <= items):
-            raise _damaged(folder / store_files.ITEM_IDS, f"holds items outside 1..{items}")
+            raise damaged(folder / store_files.ITEM_IDS, f"holds items outside 1..{items}")
         falls = np.flatnonzero(times[1:] < times[:-1]) + 1 + start
         places_of_users = np.searchsorted(starts, falls)
         begins = starts[np.minimum(places_of_users, len(starts) - 1)] == falls
         if (times.size and times.min() < 0) or not begins.all():
-            raise _damaged(folder / store_files.TIMESTAMPS, "holds times that are out of order")
-
-
-def _damaged(file: Path, what: str) -> InputError:
-    return InputError(f"{file}: {what}, the store is damaged; prepare the log again")
-
-
-@contextmanager
-def _damage_named(file: Path) -> Iterator[None]:
-    """Turn what a library raises for a damaged file into an error that names it.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    import polars as pl
-    import pyarrow as pa
-
-    try:
-        yield
-    except InputError:
-        raise
-    except PermissionError as error:
-        raise _unreadable(file, error) from error
-    except (pl.exceptions.PolarsError, pa.ArrowException, OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise _damaged(file, f"cannot be read ({reason})") from error
-
-
-def _unreadable(file: Path, error: OSError) -> InputError:
-    reason = os.strerror(error.errno) if error.errno else error
-    return InputError(f"{file}: cannot be read ({reason}); check the store")
+            raise damaged(folder / store_files.TIMESTAMPS, "holds times that are out of order")
 
 
 def _files_of(manifest: dict[str, Any]) -> list[str]:
     """Name the files of a store: those of every store, and those of what this one has beside."""
     asked = [name for name in store_files.SIDE_FILES if name in manifest["sizes"]]
     return [*store_files.DATA_FILES, *asked]
-
-
-def _values(file: Path, names: list[str], counts: list[int]) -> tuple[list[str], ...]:
-    """Read the values of fields or levels.
-
-    Raises:
-        InputError: they are not those that the manifest counts.
-    """
-    from pyarrow import parquet
-
-    with _damage_named(file):
-        table = parquet.read_table(file.absolute()).to_pydict()
-        rows: dict[str, list[str]] = {name: [] for name in names}
-        for name, value in zip(table["name"], table["value"], strict=True):
-            rows[name].append(value)
-    if [len(values) for values in rows.values()] != counts:
-        raise _damaged(file, "does not hold the values that the manifest counts")
-    return tuple(rows.values())
-
-
-def _map(file: Path, shape: int | tuple[int, ...], dtype: np.dtype) -> NDArray:
-    try:
-        array = np.load(file, mmap_mode="r")
-    except PermissionError as error:
-        raise _unreadable(file, error) from error
-    except Exception as error:  # a damaged header makes numpy raise nearly anything
-        raise InputError(f"{file}: damaged ({error}); prepare the log again") from error
-    shape = shape if isinstance(shape, tuple) else (shape,)
-    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
-        raise InputError(
-            f"{file}: holds {getattr(array, 'dtype', 'no array')} {getattr(array, 'shape', '')} "
-            f"where the manifest says {dtype} {shape}; prepare the log again"
-        )
-    return array

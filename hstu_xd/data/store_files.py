@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_xd.data.event_fields import EventFields
+from hstu_xd.data.item_features import StoredFeatures
 from hstu_xd.data.statistics import describe
 from hstu_xd.data.taxonomy import Taxonomy
 from hstu_xd.files import sha256_of
@@ -35,7 +36,15 @@ EVENT_FIELDS = "event_fields.npy"
 EVENT_VALUES = "event_values.parquet"
 ITEM_LEVELS = "item_levels.npy"
 LEVEL_VALUES = "level_values.parquet"
-SIDE_FILES = (EVENT_FIELDS, EVENT_VALUES, ITEM_LEVELS, LEVEL_VALUES)
+# Likewise features of items: codes of categories with their values, and numbers.
+ITEM_CATEGORIES = "item_categories.npy"
+CATEGORY_VALUES = "category_values.parquet"
+ITEM_NUMBERS = "item_numbers.npy"
+_VALUE_FILES = (EVENT_VALUES, LEVEL_VALUES, CATEGORY_VALUES)
+SIDE_FILES = (
+    *(EVENT_FIELDS, EVENT_VALUES, ITEM_LEVELS, LEVEL_VALUES),
+    *(ITEM_CATEGORIES, CATEGORY_VALUES, ITEM_NUMBERS),
+)
 # What generative-recommenders reads, where it was asked for.
 UPSTREAM_FILES = (SEQUENCES, ITEM_DOMAINS)
 # The lines that --skip-faulty left out.
@@ -58,6 +67,7 @@ class Log:
         time: (L,) int64, seconds.
         fields: of the events, in the order of ``item``; None without such.
         taxonomy: of ``items``; None without one.
+        features: of ``items``; None without such.
     """
 
     users: "pl.Series"
@@ -67,6 +77,7 @@ class Log:
     time: NDArray[np.int64]
     fields: EventFields | None = None
     taxonomy: Taxonomy | None = None
+    features: StoredFeatures | None = None
 
 
 def domains_of(items: "pl.DataFrame") -> tuple[list[str], NDArray[np.int32]]:
@@ -100,7 +111,7 @@ def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]
     }
     side = _write_side(folder, log, arrays)
     files = [folder / name for name in (*DATA_FILES, *(n for n in SIDE_FILES if n in arrays))]
-    files += [folder / name for name in (EVENT_VALUES, LEVEL_VALUES) if (folder / name).exists()]
+    files += [folder / name for name in _VALUE_FILES if (folder / name).exists()]
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(_save_and_hash, arrays, files)
         description = describe(log.offsets, log.item, item_domain, names)
@@ -130,6 +141,13 @@ def _write_side(folder: Path, log: Log, arrays: dict[str, NDArray]) -> dict[str,
         arrays[ITEM_LEVELS] = log.taxonomy.nodes.astype("<i4", copy=False)
         _write_values(folder / LEVEL_VALUES, log.taxonomy.names, log.taxonomy.values)
         facts["levels"] = log.taxonomy.described()
+    if log.features is not None:
+        if (categories := log.features.categories) is not None:
+            arrays[ITEM_CATEGORIES] = categories.nodes.astype("<i4", copy=False)
+            _write_values(folder / CATEGORY_VALUES, categories.names, categories.values)
+        if log.features.numbers:
+            arrays[ITEM_NUMBERS] = log.features.stacked().astype("<f4", copy=False)
+        facts["item_features"] = log.features.described()
     return facts
 
 

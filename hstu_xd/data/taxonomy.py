@@ -5,17 +5,12 @@ the next: a category that occurs in two departments has two parents, and that is
 node is looked for on its own level only. There are no cycles, since a level is a column.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from hstu_xd.data.sources.columns import ColumnOptions
-from hstu_xd.data.tables import id_column, read_table
-from hstu_xd.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     import polars as pl
@@ -46,92 +41,6 @@ class Taxonomy:
         }
 
 
-@dataclass(frozen=True)
-class FeatureOptions:
-    """Where the taxonomy comes from.
-
-    Attributes:
-        path: a Parquet or CSV file with one row an item.
-        levels: columns that are levels, finest first.
-        item: the log's column of the item id; None, or where the file has none of this name: its
-            usual names.
-    """
-
-    path: Path
-    levels: tuple[str, ...]
-    item: str | None = None
-
-
-class ItemFeatures:
-    """A table of items, read and checked before the log is.
-
-    Args:
-        options: file and columns.
-
-    Raises:
-        InputError: a file that cannot be read, a column that is not there, or an item that has
-            two rows.
-    """
-
-    def __init__(self, options: FeatureOptions) -> None:
-        self.options = options
-        path, levels = options.path, options.levels
-        if not levels:
-            raise InputError(f"--item-features {path}: name its levels with --levels, finest first")
-        repeated = next((name for name in levels if levels.count(name) > 1), None)
-        if repeated is not None:
-            raise InputError(f"--levels names {repeated!r} twice; name every level once")
-        frame = read_table(path, "--item-features")
-        for name in levels:
-            if name not in frame.columns:
-                raise InputError(
-                    f"{path}: no column {name!r}{did_you_mean(name, frame.columns)}; it has "
-                    f"{', '.join(frame.columns)}; give --levels columns of it"
-                )
-        # The log's name of the column, where the file has it too.
-        columns = ColumnOptions(item=options.item if options.item in frame.columns else None)
-        self._table = frame.select(
-            id_column(path, frame, "item", columns),
-            *(_text(name).alias(str(at)) for at, name in enumerate(levels)),
-        ).drop_nulls("item")
-        twice = self._table.filter(self._table["item"].is_duplicated())
-        if len(twice):
-            raise InputError(
-                f"{path}: item {twice['item'][0]!r} has more than one row; give every item one"
-            )
-
-    def of(self, items: "pl.Series", warn: Callable[[str], object]) -> Taxonomy:
-        """Return the nodes of a catalogue's items.
-
-        Args:
-            items: their ids in the log, in the catalogue's order.
-            warn: is told how many items have no row.
-
-        Raises:
-            InputError: no item has a row.
-        """
-
-        path, levels = self.options.path, self.options.levels
-        known = items.is_in(self._table["item"].implode())
-        if not known.any():
-            raise InputError(
-                f"{path}: none of the log's items has a row there ({items[0]!r} is one of the log, "
-                f"{self._table['item'].first()!r} one of the file); give the file with the same ids"
-            )
-        if not known.all():
-            warn(
-                f"{(~known).sum():,} of {len(items):,} items have no row in {path.name}: they have "
-                "no node on any level and are found by their id alone"
-            )
-        rows = (
-            items.alias("item")
-            .to_frame()
-            .join(self._table, on="item", how="left", maintain_order="left")
-        )
-        names = {str(at): name for at, name in enumerate(levels)}
-        return numbered_levels(rows.select(*names).rename(names))
-
-
 def numbered_levels(nodes: "pl.DataFrame") -> Taxonomy:
     """Give the nodes of each level their numbers.
 
@@ -149,8 +58,8 @@ def numbered_levels(nodes: "pl.DataFrame") -> Taxonomy:
     return Taxonomy(tuple(nodes.columns), np.stack(codes), tuple(values))
 
 
-def _text(name: str) -> "pl.Expr":
-    """Write a level's values as text; empty texts are missing."""
+def text_of(name: str) -> "pl.Expr":
+    """Write a column's values as text; empty texts are missing."""
     import polars as pl
 
     text = pl.col(name).cast(pl.String).str.strip_chars()

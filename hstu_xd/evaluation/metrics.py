@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,22 +30,30 @@ class RankedTargets:
         domains: (Q,) int64, domain of the target.
         switched: (Q,) bool, whether it differs from that of the event before the target.
         others: (Q,) int64, number of candidates beside the target.
+        cold: (Q,) bool, whether training never met the target; None where nothing is known of it.
     """
 
     ranks: Tensor
     domains: Tensor
     switched: Tensor
     others: Tensor
+    cold: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Sequence["RankedTargets"]) -> "RankedTargets":
         """Put targets one after the other."""
-        names = [field.name for field in fields(cls)]
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        tensors = [part.tensors for part in parts]
+        return cls(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Return all that is known, by name."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in known.items() if value is not None}
 
     def to(self, device: torch.device | str) -> "RankedTargets":
         """Move all tensors."""
-        return RankedTargets(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return RankedTargets(**{name: value.to(device) for name, value in self.tensors.items()})
 
     def right_by_necessity(self, k: int, protocol: Protocol) -> Tensor:
         """Tell targets with no more than k candidates, whose rank is at most k: (Q,) bool."""
@@ -155,19 +164,21 @@ def _numbers(name: str, found: object, ranks: Tensor) -> Tensor:
 
 
 def target_groups(
-    domains: Tensor, switched: Tensor, domain_names: Sequence[str]
+    domains: Tensor, switched: Tensor, domain_names: Sequence[str], cold: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Which targets count to what: "" all, "[switch]", "[stay]" and "[domain]" of each name.
+    """Which targets count to what: "" all, "[switch]", "[stay]", "[cold]", "[domain]" of each name.
 
     Args:
         domains: (Q,) int64, domain of each target.
         switched: (Q,) bool, the target's domain differs from that of the event before it.
         domain_names: names by domain id.
+        cold: (Q,) bool, training never met the target; None: that is not told apart.
 
     Returns:
         (Q,) bool for every group that has a target.
     """
     groups = {"": torch.ones_like(switched), "[switch]": switched, "[stay]": ~switched}
+    groups |= {} if cold is None else {"[cold]": cold}
     groups |= {f"[{name}]": domains == i for i, name in enumerate(domain_names)}
     return {suffix: members for suffix, members in groups.items() if bool(members.any())}
 
@@ -194,7 +205,8 @@ def grouped_metrics(
     """
     values: dict[str, float] = {}
     of_users = user_metrics(ranked, protocol, more)
-    for suffix, members in target_groups(ranked.domains, ranked.switched, domain_names).items():
+    groups = target_groups(ranked.domains, ranked.switched, domain_names, ranked.cold)
+    for suffix, members in groups.items():
         values |= {f"{k}{suffix}": float(v[members].mean()) for k, v in of_users.items()}
         values[f"count{suffix}"] = int(members.sum())
         if unreachable := int((ranked.ranks[members] == UNREACHABLE).sum()):

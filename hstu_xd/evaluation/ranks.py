@@ -308,7 +308,9 @@ def rank_targets(
             )
             listed(ListedTargets(some, wanted, domains, ranks, *best))
         switched = model.catalog.domain_of(batch.item_ids[last]) != domains
-        parts.append(RankedTargets(ranks, domains, switched, others))
+        met = None if isinstance(model, Baseline) else model.met_items
+        cold = None if met is None else ~met[wanted]
+        parts.append(RankedTargets(ranks, domains, switched, others, cold))
         progress(some.size)
     model.train(was_training)
     return RankedTargets.joined(parts)

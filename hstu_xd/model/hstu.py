@@ -14,6 +14,7 @@ from hstu_xd.batch import JaggedBatch, Questions
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.encoder import CrossDomainEncoder, LayerCache
+from hstu_xd.model.featured_items import FeaturedItemEmbedding, FeatureTable
 from hstu_xd.model.inputs import (
     ItemEmbedding,
     PositionalInput,
@@ -85,6 +86,8 @@ class CrossDomainHSTU(nn.Module):
         dropout_rate: dropout on the input features.
         window: most events of a history, a run's ``max_sequence_length``: later positions, for
             which the model has room, were never trained; default: ``settings.norm_length``.
+        features: of the items, which their vectors are made of beside their rows; None: of none.
+        row_dropout: share of the items' rows that are dropped in training beside features.
 
     Example:
         >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1, 1]), ["books", "films"])
@@ -103,6 +106,8 @@ class CrossDomainHSTU(nn.Module):
         *,
         dropout_rate: float = 0.2,
         window: int | None = None,
+        features: FeatureTable | None = None,
+        row_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if settings.num_domains != catalog.num_domains:
@@ -114,7 +119,11 @@ class CrossDomainHSTU(nn.Module):
         self.catalog = catalog
         self.settings = settings
         self.window = settings.norm_length if window is None else window
-        self._embedding_module = ItemEmbedding(catalog.num_items, width)
+        self._embedding_module = (
+            ItemEmbedding(catalog.num_items, width)
+            if features is None
+            else FeaturedItemEmbedding(catalog.num_items, width, features, row_dropout)
+        )
         self._input_features_preproc = PositionalInput(settings.norm_length, width, dropout_rate)
         self._hstu = CrossDomainEncoder(settings)
         self._tape, self._target_domain_emb = next_domain_modules(settings)
@@ -159,6 +168,18 @@ class CrossDomainHSTU(nn.Module):
     def item_table(self) -> nn.Module:
         """Return the table of items, which ranks as well as it feeds the input."""
         return self._embedding_module
+
+    @property
+    def item_features(self) -> FeatureTable | None:
+        """Return what item vectors are made of beside their rows."""
+        table = self._embedding_module
+        return table.table if isinstance(table, FeaturedItemEmbedding) else None
+
+    @property
+    def met_items(self) -> Tensor | None:
+        """(I + 1,) bool, which items training meets; None where all are taken alike."""
+        table = self._embedding_module
+        return table.is_met if isinstance(table, FeaturedItemEmbedding) else None
 
     @property
     def encoder(self) -> CrossDomainEncoder:

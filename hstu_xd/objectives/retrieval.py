@@ -21,7 +21,12 @@ from hstu_xd.objectives.objective import DotProduct, Metric, Scorer
 
 
 def sample_negatives(
-    catalog: DomainCatalog, num_negatives: int, generator: torch.Generator, *, scope: str
+    catalog: DomainCatalog,
+    num_negatives: int,
+    generator: torch.Generator,
+    *,
+    scope: str,
+    among: Tensor | None = None,
 ) -> list[Tensor]:
     """Draw the negatives of a step: one uniform sample shared by all positives of a domain.
 
@@ -31,6 +36,7 @@ def sample_negatives(
             items is taken whole.
         generator: seeded per step, so that every process of a job draws the same.
         scope: "domain" (a sample of each domain's items) or "catalogue" (one of all items).
+        among: (I + 1,) bool, items that may be drawn; default: all.
 
     Returns:
         Distinct item ids (R_d,) int64, ascending, per domain, or one tensor under "catalogue".
@@ -40,6 +46,8 @@ def sample_negatives(
         if scope == "catalogue"
         else [catalog.items_of(d) for d in range(catalog.num_domains)]
     )
+    if among is not None:
+        pools = [pool[among[pool]] for pool in pools]
     return [
         (pool if pool.numel() <= num_negatives else _draw(pool, num_negatives, generator))
         .sort()
@@ -266,7 +274,7 @@ class Retrieval:
         """
         if batch.asked is None:
             batch = self.prepare(model.catalog, batch, targets, generator)
-        negatives = self._draw(model.catalog, generator)
+        negatives = self._draw(model, generator)
         asked, counts = batch.asked, batch.targets_per_domain
         if asked is None or not asked.targets.numel():
             vectors, weights = model(batch), None
@@ -293,9 +301,17 @@ class Retrieval:
         """Return the dot product with the model's item vectors."""
         return DotProduct(model.item_vectors)
 
-    def _draw(self, catalog: DomainCatalog, generator: torch.Generator) -> list[Tensor]:
+    def _draw(self, model: CrossDomainHSTU, generator: torch.Generator) -> list[Tensor]:
+        catalog = model.catalog
         if isinstance(self.negatives, str):
-            return sample_negatives(catalog, self.num_negatives, generator, scope=self.negatives)
+            # An item that is never a positive would only teach that its features are bad.
+            return sample_negatives(
+                catalog,
+                self.num_negatives,
+                generator,
+                scope=self.negatives,
+                among=model.met_items,
+            )
         drawn = self.negatives(catalog, self.num_negatives, generator)
         return _checked(drawn, catalog)
 

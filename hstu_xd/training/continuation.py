@@ -19,6 +19,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import NO_BASELINE
 from hstu_xd.files import sha256_of
+from hstu_xd.model.featured_items import VALUES, FeatureTable
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
@@ -27,17 +28,19 @@ from hstu_xd.training.checkpoint import (
     parameter_of,
 )
 from hstu_xd.training.run_facts import last_time_of, read_run
+from hstu_xd.training.run_features import load_features
 from hstu_xd.training.settings import RunSettings
 
 # Settings of the encoder that change neither the weights nor what they compute.
 _FREE = ("xd_encoder.linear_dropout_rate", "xd_encoder.impl")
 # Settings of the training that the weights follow from.
 _SIZES = (
+    "xd_item.features",
     "xd_train.item_embedding_dim",
     "xd_train.max_sequence_length",
     "xd_train.gr_output_length",
 )
-_ITEM, _DOMAIN = "item", "domain"
+_ITEM, _DOMAIN, _VALUE = "item", "domain", "value of a category"
 
 
 def check_continuable(run: Path, settings: RunSettings, stored: RunSettings) -> None:
@@ -178,6 +181,12 @@ def continuation_of(
     names = {name: number for number, name in enumerate(old.domain_names)}
     domain_rows = torch.tensor([names.get(name, -1) for name in new.domain_names])
     kinds, rows = _kinds(build), {_ITEM: item_rows, _DOMAIN: domain_rows}
+    if model.item_features is not None:
+        theirs = load_features(run, settings)
+        assert theirs is not None
+        _check_widths(run, model.item_features, theirs)
+        rows[_VALUE] = model.item_features.value_rows_in(theirs)
+        kinds |= {name: _VALUE for name in model.state_dict() if name.endswith(f".{VALUES}")}
     weights, _ = load_checkpoint(run / MODEL_FILE)
     carried = {}
     for name, fresh in model.state_dict().items():
@@ -208,6 +217,22 @@ def continuation_of(
         "users": dict(users),
     }
     return Continuation(carried, _optimizer_state(run, kinds, rows), facts)
+
+
+def _check_widths(run: Path, ours: FeatureTable, theirs: FeatureTable) -> None:
+    """Refuse features that are of another kind or length in the newer store.
+
+    Raises:
+        InputError: the message names the first of them.
+    """
+    for name in (*theirs.categories, *theirs.widths):
+        here, there = (table.widths.get(name, "a category") for table in (ours, theirs))
+        if here != there:
+            told = [f"{x} numbers" if isinstance(x, int) else x for x in (here, there)]
+            raise InputError(
+                f"{run} was trained with {told[1]} as the feature {name!r}, and the newer store "
+                f"has {told[0]}; prepare it with the same features"
+            )
 
 
 def _check_known(run: Path, name: str, weights: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
 from hstu_xd.evaluation.protocol import Protocol
+from hstu_xd.model.featured_items import FeatureTable
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective, Scorer
 from hstu_xd.ops.domain_attention.api import check_impl
@@ -32,12 +33,14 @@ from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.run_facts import (
     RETRIEVAL,
+    RUN_FILE,
     check_same_data,
     held_folder,
     lay_out,
     note_resumption,
     read_run,
 )
+from hstu_xd.training.run_features import features_of, load_features
 from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
 from hstu_xd.training.stored_settings import stored_settings
 from hstu_xd.training.trainer import Trainer
@@ -152,8 +155,11 @@ def _new_trainer(
         return BaselineTrainer(store, settings, out, here)
     if earlier is not None:
         earlier.check_news(store, settings)
+    # A run that is resumed keeps the features that it began with.
+    begun = (out / RUN_FILE).exists()
+    features = load_features(out, settings) if begun else features_of(store, settings)
     return Trainer(
-        _new_model(store.catalog, settings).to(here.device),
+        _new_model(store.catalog, settings, features).to(here.device),
         store,
         settings.train,
         out,
@@ -184,13 +190,17 @@ def _take_over(
     return found
 
 
-def _new_model(catalog: DomainCatalog, settings: RunSettings) -> CrossDomainHSTU:
+def _new_model(
+    catalog: DomainCatalog, settings: RunSettings, features: FeatureTable | None = None
+) -> CrossDomainHSTU:
     train = settings.train
     return CrossDomainHSTU(
         catalog,
         settings.encoder_settings(catalog.num_domains),
         dropout_rate=train.dropout_rate,
         window=train.max_sequence_length,
+        features=features,
+        row_dropout=settings.item.row_dropout,
     )
 
 
@@ -281,7 +291,7 @@ def load_trained(
     if settings.train.baseline != NO_BASELINE:
         ranker = load_baseline(run, settings, catalog)
     else:
-        ranker = _new_model(catalog, settings)
+        ranker = _new_model(catalog, settings, load_features(run, settings))
         weights, _ = load_checkpoint(run / MODEL_FILE)
         load_weights(ranker, weights, run / MODEL_FILE)
     return TrainedRun(
@@ -306,6 +316,8 @@ def variant_name(settings: RunSettings) -> str:
     if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
         parts.append(f"{settings.train.negatives} negatives")
     parts += labels(settings.encoder_settings(num_domains=1))
+    if settings.item.features:
+        parts.append(f"item features {', '.join(settings.item.features)}")
     if settings.train.domain:
         parts.append(f"{settings.train.domain} alone")
     asked = settings.train.asked_domains

@@ -23,6 +23,7 @@ from hstu_xd.files import LOCK_FILE, check_readable, locked_folder
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.training.distributed import World
+from hstu_xd.training.run_features import FEATURES_FILE, save_features
 from hstu_xd.training.settings import RunSettings
 from hstu_xd.version import __version__
 
@@ -103,7 +104,7 @@ def _check_new(out: Path) -> None:
     found = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if RUN_FILE in found:
         raise InputError(f"{out} exists; resume it with --resume or give another --out")
-    begun = {CONFIG_FILE, CATALOG_FILE, LOCK_FILE, PARTIAL_FILE}
+    begun = {CONFIG_FILE, CATALOG_FILE, FEATURES_FILE, LOCK_FILE, PARTIAL_FILE}
     if found - begun or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} exists and is not a run folder; give another --out")
 
@@ -138,6 +139,8 @@ def lay_out(
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG_FILE).write_text(settings.to_gin())
     store.catalog.save(out / CATALOG_FILE)
+    if isinstance(model, CrossDomainHSTU):
+        save_features(out, model.item_features)
     encoder = asdict(model.settings)
     facts = {
         **facts_of_start(here),
@@ -148,6 +151,7 @@ def lay_out(
         "switches": {key: encoder[key] for key in SWITCHES},
         "encoder": encoder,
         "train": asdict(settings.train),
+        "item": asdict(settings.item),
         "protocol": settings.protocol.as_json(),
         "max_sequence_length": settings.train.max_sequence_length,
     }

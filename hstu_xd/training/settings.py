@@ -12,6 +12,8 @@ from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
 from hstu_xd.evaluation.protocol import ALL, Protocol
 from hstu_xd.evaluation.protocol import BLOCK as PROTOCOL_BLOCK
+from hstu_xd.model.featured_items import BLOCK as ITEM_BLOCK
+from hstu_xd.model.featured_items import ItemSettings
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.training.extension import (
     RETRIEVAL,
@@ -160,6 +162,7 @@ class TrainSettings:
 BLOCKS: dict[str, type] = {
     "xd_encoder": EncoderSettings,
     "xd_train": TrainSettings,
+    ITEM_BLOCK: ItemSettings,
     PROTOCOL_BLOCK: Protocol,
     TUNE_BLOCK: TuneSettings,
 }
@@ -175,6 +178,7 @@ class RunSettings:
         protocol: of its evaluations.
         foreign: what the parts among them need that are not of this package.
         tune: of a search over them, which a run does not store.
+        item: what items are told by beside their own row.
     """
 
     encoder: Mapping[str, Any]
@@ -182,6 +186,7 @@ class RunSettings:
     protocol: Protocol = dataclasses.field(default_factory=Protocol)
     foreign: ForeignCode = dataclasses.field(default_factory=ForeignCode)
     tune: TuneSettings = dataclasses.field(default_factory=TuneSettings)
+    item: ItemSettings = dataclasses.field(default_factory=ItemSettings)
 
     @property
     def search_space(self) -> list[Dimension]:
@@ -201,6 +206,7 @@ class RunSettings:
         return {
             "xd_encoder": self.encoder_settings(num_domains=1),
             "xd_train": self.train,
+            ITEM_BLOCK: self.item,
             PROTOCOL_BLOCK: self.protocol,
         }
 
@@ -243,6 +249,7 @@ class RunSettings:
         pairs = (
             ("xd_encoder", encoder, recorded["encoder"]),
             ("xd_train", self.train, recorded["train"]),
+            (ITEM_BLOCK, self.item, recorded.get("item") or {}),
             (PROTOCOL_BLOCK, self.protocol, recorded.get("protocol") or {}),
         )
         return [
@@ -271,14 +278,17 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
     check_layer(encoder.get("layer"))
     protocol = Protocol(**bound.blocks[PROTOCOL_BLOCK])
     tune = TuneSettings(**bound.blocks[TUNE_BLOCK])
-    settings = RunSettings(encoder, train, protocol, bound.foreign, tune)
+    item = ItemSettings(**bound.blocks[ITEM_BLOCK])
+    settings = RunSettings(encoder, train, protocol, bound.foreign, tune, item)
     parse_space(tune.space, BLOCKS)
     # Range checks, before any data are read.
-    _check_together(settings.encoder_settings(num_domains=1), train, protocol)
+    _check_together(settings.encoder_settings(num_domains=1), train, protocol, item)
     return settings
 
 
-def _check_together(encoder: EncoderSettings, train: TrainSettings, protocol: Protocol) -> None:
+def _check_together(
+    encoder: EncoderSettings, train: TrainSettings, protocol: Protocol, item: ItemSettings
+) -> None:
     """Refuse settings that exclude one another, and say which do nothing."""
     if train.asked_domains and train.asked_within_events == 1:
         raise InputError(
@@ -296,7 +306,17 @@ def _check_together(encoder: EncoderSettings, train: TrainSettings, protocol: Pr
             f"xd_train.domain = {train.domain!r} trains no item of another domain, and "
             "xd_evaluate.candidates = 'all' ranks them; rank among 'domain'"
         )
-    blocks = (("xd_encoder", encoder), ("xd_train", train), (PROTOCOL_BLOCK, protocol))
+    if item.features and train.baseline != NO_BASELINE:
+        _logger.warning(
+            "%s.features = %r does nothing while xd_train.baseline is %r",
+            *(ITEM_BLOCK, item.features, train.baseline),
+        )
+    blocks = (
+        ("xd_encoder", encoder),
+        ("xd_train", train),
+        (ITEM_BLOCK, item),
+        (PROTOCOL_BLOCK, protocol),
+    )
     for block, settings in blocks:
         for name, needed in inert(type(settings), vars(settings)):
             _logger.warning(

@@ -29,6 +29,7 @@ def test_every_binding_and_key_is_listed(capsys: pytest.CaptureFixture[str]) -> 
     assert {block for row in rows.values() for block in [row["block"]]} == {
         "xd_encoder",
         "xd_train",
+        "xd_item",
         "xd_evaluate",
         "xd_tune",
         "xd_search",
