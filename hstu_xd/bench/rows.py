@@ -269,6 +269,7 @@ _COLUMNS = {
     "events/s": ("events_per_second", "{:,}".format),
     "peak MiB": ("peak_bytes", lambda value: f"{value / 2**20:.0f}"),
     "us a candidate": ("us_per_candidate", _tenth),
+    "us cold": ("us_per_candidate_cold", _tenth),
     "bytes an event": ("bytes_per_event", _tenth),
     "append us": ("append_us", _tenth),
     "open ms": ("open_ms", _tenth),

@@ -20,6 +20,8 @@ ITEMS = 50_000
 SPAN = 100_000_000
 APPENDS = 2_000
 CHECKED = 5
+# Requests of a turn, of which the index answers all and the scan a candidate of the first.
+IN_A_ROW = 4
 
 Ints = NDArray[np.int64]
 Search = Callable[[Ints, int], Found]
@@ -34,12 +36,14 @@ def measure_search(
         lengths: events of the user, one case each.
         k: events to find for a candidate.
         candidates: candidates of a request; they share its time.
-        repeats: timed requests; the scan answers one candidate of each, in turn with the index.
+        repeats: turns, in each of which the scan answers one candidate of a request, and the index
+            that request and then others.
 
     Yields:
-        Rows {provider, seq_len, us_per_candidate, ...}; of the index also the speed of its
-        building, its size, an append and the opening. ``correct`` says that both found the same
-        events and levels, and nothing else is timed.
+        Rows {provider, seq_len, us_per_candidate, ...}; of the index also the time in a turn's
+        first request, for which the scan has just emptied the caches (``us_per_candidate_cold``),
+        the speed of its building, its size, an append and the opening. ``correct`` says that both
+        found the same events and levels, and nothing else is timed.
     """
     for length in lengths:
         with TemporaryDirectory() as folder:
@@ -92,24 +96,31 @@ def _measure(
 
     requests = [
         (paths[rng.integers(0, length, candidates)], int(rng.integers(SPAN // 10, SPAN)))
-        for _ in range(repeats + 1)
+        for _ in range((repeats + 1) * IN_A_ROW)
     ]
     correct = _agree(searched, scanned, requests[:CHECKED])
     row = {"seq_len": length, "k": k, "candidates": candidates, "correct": correct}
     if not correct:
         yield {"provider": "index", **row}
         return
-    pairs = [
-        (_seconds(partial(searched, *asked)) / candidates, _seconds(partial(scanned, *asked)))
-        for asked in requests
-    ][1:]
-    index_times, scan_times = np.array(pairs).T * 1e6
+    # A scan leaves nothing of the index, nor of the interpreter, in the processor's caches.
+    turns = [
+        [_seconds(partial(scanned, *requests[first]))]
+        + [
+            _seconds(partial(searched, *asked)) / candidates
+            for asked in requests[first:][:IN_A_ROW]
+        ]
+        for first in range(IN_A_ROW, len(requests), IN_A_ROW)
+    ]
+    scan_times, cold_times, *warm_times = np.array(turns).T * 1e6
+    index_times = np.median(warm_times, axis=0)
     starts = np.arange(APPENDS)
     appending = _seconds(lambda: [index.append(0, paths[i % length], SPAN) for i in starts])
     yield {
         "provider": "index",
         **row,
         "us_per_candidate": float(np.median(index_times)),
+        "us_per_candidate_cold": float(np.median(cold_times)),
         "times_faster_than_scan": float(np.median(scan_times / index_times)),
         "events_per_second": round(length / build_seconds),
         "bytes_per_event": index.nbytes / length,

@@ -19,6 +19,7 @@ COMMANDS = {
     "rank": ("ranking", "Models"),
     "evaluate": ("runs", "Models"),
     "recommend": ("recommend", "Models"),
+    "score": ("ranking", "Models"),
     "settings": ("runs", "Models"),
     "ablate": ("experiments", "Experiments"),
     "tune": ("experiments", "Experiments"),

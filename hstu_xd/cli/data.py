@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hstu_xd.cli.runs import say_next
+from hstu_xd.cli.run_options import say_next
 from hstu_xd.errors import InputError
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.runs import (
+from hstu_xd.cli.run_options import (
     AllowImports,
     Candidates,
     ExcludeSeen,
@@ -23,7 +23,7 @@ Runs = Annotated[
     list[Path],
     typer.Argument(
         metavar="RUN",
-        help="Folders written by train, or folders of such folders (as ablate writes them). "
+        help="Folders written by train or rank, or folders of such (as ablate writes them). "
         "The first variant is what the others are compared with.",
     ),
 ]
@@ -152,7 +152,10 @@ def compare(
         str, typer.Option("--split", help="Split of the events: valid or test.")
     ] = "test",
     data: Annotated[
-        Path | None, typer.Option("--data", help="The prepared folder, if it has moved.")
+        Path | None,
+        typer.Option(
+            "--data", help="The prepared folder, of ranking runs the requests, if it has moved."
+        ),
     ] = None,
     exclude_seen: ExcludeSeen = None,
     candidates: Candidates = None,
@@ -164,7 +167,8 @@ def compare(
 ) -> None:
     """Compare variants user by user.
 
-    Prints the differences on the same users, with their standard errors over users.
+    Prints the differences on the same users, with their standard errors over users: of retrieval
+    runs on held-out events, of ranking runs on the candidates of their requests.
     """
     from hstu_xd.experiments.comparison import pair_runs, paired_table
 

@@ -1,9 +1,12 @@
 """Commands of ranking: make requests, and train a model that ranks their candidates."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hstu_xd.cli.run_options import Verify, say_next
 
 
 def requests(
@@ -83,18 +86,117 @@ def rank(
         list[str] | None,
         typer.Option("--gin_bindings", help='Setting, "xd_search.k = 50"; repeat for several.'),
     ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run in tables.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
+    ] = False,
 ) -> None:
     """Train a model that ranks the candidates of requests.
 
     It searches each user's history, reads what it found in the light of the candidate, and gives
-    the chance that the candidate is taken. Validation picks the epoch; test is read once.
+    the chance that the candidate is taken. Validation picks the epoch; test is read once. Ctrl-C or
+    SIGTERM saves and stops it (exit code 130 or 143), and --resume goes on there.
     """
     from hstu_xd.evaluation.ranking import METRICS
     from hstu_xd.ranking.run import train as run_training
     from hstu_xd.ranking.settings import load_ranking_settings
 
-    settings = load_ranking_settings(gin_config_file or [], gin_bindings or [])
-    summary = run_training(data, settings, out)
+    settings, files, bindings = None, gin_config_file or [], gin_bindings or []
+    if files or bindings or not resume:
+        settings = load_ranking_settings(files, bindings)
+    summary = run_training(
+        data,
+        settings,
+        out,
+        name=name,
+        resume=resume,
+        # Each line at once, also where the output is a file that somebody follows.
+        announce=lambda line: print(line, flush=True),
+    )
     test = summary["test"]
     shown = (f"{m} {'undefined' if test[m] is None else f'{test[m]:.4f}'}" for m in METRICS)
     typer.echo(f"{out}: best epoch {summary['best_epoch']}, test " + ", ".join(shown))
+    say_next(["evaluate", out], ["report", out, "--out", "FOLDER"])
+
+
+def score(
+    run: Annotated[Path, typer.Argument(help="Folder of a ranking run.")],
+    user: Annotated[str, typer.Option("--user", help="User id as in the log.")],
+    items: Annotated[
+        str, typer.Option("--items", metavar="A,B,...", help="Candidates, by their ids in the log.")
+    ],
+    goal: Annotated[
+        str | None, typer.Option("--goal", help="Goal of the request. [default: the only one]")
+    ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            help="Time of the request, in seconds as the store's. [default: right after the user's "
+            "last event]",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="Store of the same items with newer events. [default: the run's own]"
+        ),
+    ] = None,
+    verify: Verify = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Rank candidates for a user by a ranking run.
+
+    Prints the chance that each is taken, the highest first. The history is read strictly before the
+    time of the request.
+    """
+    from hstu_xd.serving.ranking_session import RankingSession, RankRequest
+
+    names = [name.strip() for name in items.split(",")]
+    session = RankingSession.open(run, data, verify=verify)
+    if session.latest_time(user) is None:
+        typer.echo(f"WARNING: {user!r} has no events; scored without a history", err=True)
+    (chances,) = session.rank([RankRequest(user, names, goal, at)])
+    found = sorted(zip(names, chances, strict=True), key=lambda pair: -pair[1])
+    if as_json:
+        rows = [{"item": name, "score": chance} for name, chance in found]
+        typer.echo(json.dumps({"user": user, "goal": goal or session.goals[0], "items": rows}))
+        return
+    for place, (name, chance) in enumerate(found, start=1):
+        typer.echo(f"{place:4d}  {name:32s} {chance:.4f}")
+
+
+def evaluate_ranking(run: Path, data: Path | None, *, verify: bool, as_json: bool) -> None:
+    """Measure a ranking run on its requests, or on others, and print what was found.
+
+    Args:
+        run: the run folder.
+        data: the other requests.
+        verify: compare the hash of every file of the store with its manifest first.
+        as_json: print one JSON object instead of tables.
+    """
+    from hstu_xd.data.batches import Split
+    from hstu_xd.evaluation.ranking import RankingProtocol, undefined_notes
+    from hstu_xd.ranking.run import load_ranker
+    from hstu_xd.training.run_facts import data_changes, read_run
+
+    trained = load_ranker(run, data, verify=verify)
+    task, protocol = trained.task, RankingProtocol()
+    values = {s.value: task.measure(trained.model, s) for s in (Split.VALID, Split.TEST)}
+    if as_json:
+        told = {"run": str(run), "data": str(task.store.path)}
+        told["requests_hash"] = task.requests.manifest["hash"]
+        told["data_changes"] = data_changes(read_run(run), task.store)
+        typer.echo(json.dumps(told | values))
+        return
+    groups = [f"[{name}]" for names, _ in task.groups(Split.TEST) for name in names]
+    for split, found in values.items():
+        heads = [*protocol.metrics, "candidates", "users"]
+        typer.echo(split.ljust(24) + "".join(f" {name:>11}" for name in heads))
+        for group in ["", *groups]:
+            cells = [found[name + group] for name in protocol.metrics]
+            shown = ["-" if cell is None else f"{cell:.4f}" for cell in cells]
+            shown += [f"{found[name + group]:,}" for name in ("rows", "users")]
+            typer.echo((group or "all").ljust(24) + "".join(f" {cell:>11}" for cell in shown))
+    for sentence in (*protocol.sentences(), *undefined_notes(values["test"])):
+        typer.echo(sentence)
+    say_next(["report", run, "--out", "FOLDER"], ["compare", run, "OTHER_RUN"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports, ExcludeSeen, Verify
+from hstu_xd.cli.run_options import AllowImports, ExcludeSeen, Verify
 from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:

@@ -2,97 +2,26 @@
 
 import json
 import re
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from hstu_xd.cli.ranking import evaluate_ranking
+from hstu_xd.cli.run_options import (
+    AllowImports,
+    Candidates,
+    ExcludeSeen,
+    Ks,
+    Ties,
+    Verify,
+    is_ranking,
+    protocol_changes,
+    retrieval_options,
+    say_next,
+)
 from hstu_xd.errors import InputError
-
-AllowImports = Annotated[
-    bool,
-    typer.Option(
-        "--allow-imports",
-        help="Import, and so execute, the modules of your own that a run names; "
-        "HSTU_XD_ALLOW_IMPORTS=1 says the same.",
-    ),
-]
-Verify = Annotated[
-    bool,
-    typer.Option("--verify", help="Compare the store's files with the hashes of its manifest."),
-]
-ExcludeSeen = Annotated[
-    bool | None,
-    typer.Option(
-        "--exclude-seen/--include-seen",
-        help="Items that a user has met are no candidates, or are. [default: as the run was "
-        "trained, xd_evaluate.exclude_seen]",
-    ),
-]
-
-Candidates = Annotated[
-    str | None,
-    typer.Option(
-        "--candidates",
-        metavar="domain|all|N",
-        help="Whom a target is ranked among: all items of its domain, those of all domains, or in "
-        "exact expectation N random ones of its domain. [default: as the run was trained]",
-    ),
-]
-Ties = Annotated[
-    str | None,
-    typer.Option(
-        "--ties",
-        metavar="against|favour",
-        help="Equal scores count against the target, or for it. [default: as the run was trained]",
-    ),
-]
-Ks = Annotated[
-    str | None,
-    typer.Option(
-        "--ks",
-        metavar="K,K,...",
-        help="Every k of hr@k and ndcg@k. [default: as the run was trained]",
-    ),
-]
-
-
-def protocol_changes(
-    exclude_seen: bool | None, candidates: str | None, ties: str | None, ks: str | None
-) -> dict[str, Any]:
-    """Read the options that change a protocol; None changes nothing.
-
-    Raises:
-        InputError: no numbers where some are needed.
-    """
-    cutoffs = None
-    if ks is not None:
-        try:
-            cutoffs = tuple(sorted({int(k) for k in ks.split(",")}))
-        except ValueError:
-            raise InputError(f"--ks {ks}: numbers with commas are needed, 5,10,50") from None
-    is_number = re.fullmatch(r"-?\d+", candidates or "")
-    return {
-        "exclude_seen": exclude_seen,
-        "candidates": int(candidates) if candidates and is_number else candidates,
-        "ties": ties,
-        "ks": cutoffs,
-    }
-
-
-def say_next(*commands: Sequence[str | Path], err: bool = False) -> None:
-    """Name the commands that go on from here; words in capitals are for the reader to choose.
-
-    Args:
-        commands: the words of each, after the program's name.
-        err: print to stderr, where stdout holds a document.
-    """
-    typer.echo("next:", err=err)
-    for words in commands:
-        typer.echo("  " + shlex.join(["hstu-xd", *map(str, words)]), err=err)
 
 
 def train(
@@ -186,7 +115,10 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared store. [default: the run's own]")
+        Path | None,
+        typer.Option(
+            "--data", help="Prepared store; of a ranking run requests. [default: the run's own]"
+        ),
     ] = None,
     exclude_seen: ExcludeSeen = None,
     candidates: Candidates = None,
@@ -206,9 +138,17 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow_imports: AllowImports = False,
 ) -> None:
-    """Rank every user's held-out events with a trained run."""
+    """Rank held-out events, or a ranking run's requests.
+
+    Of a ranking run it gives AUC, GAUC, log loss, calibration, NDCG@10 and MRR: of all candidates,
+    by goal, domain and length of the history, and of candidates without a training event.
+    """
     if force and ranks is None:
         raise InputError("--force replaces an existing --ranks, which is not given")
+    options = retrieval_options(exclude_seen, candidates, ties, ks)
+    if is_ranking(run, {**options, "--ranks": ranks, "--allow-imports": allow_imports}):
+        evaluate_ranking(run, data, verify=verify, as_json=as_json)
+        return
     from contextlib import nullcontext
 
     from hstu_xd.data.batches import Split

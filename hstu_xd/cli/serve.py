@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hstu_xd.cli.runs import AllowImports, Verify
+from hstu_xd.cli.run_options import AllowImports, Verify
 from hstu_xd.errors import HstuXdError, InputError
 
 if TYPE_CHECKING:

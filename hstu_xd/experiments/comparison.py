@@ -1,11 +1,6 @@
-"""Compare runs on the same held-out events, user by user, with standard errors.
-
-Which users are easy and which are hard is the same for two models, so it cancels in the difference:
-its error is below that of two metrics taken apart.
-"""
+"""Compare runs on the same held-out events or requests, user by user, with standard errors."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,98 +8,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hstu_xd.data.batches import Split
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.metrics import (
-    UNREACHABLE,
-    Metrics,
-    RankedTargets,
-    target_groups,
-    user_metrics,
+from hstu_xd.evaluation.metrics import UNREACHABLE, RankedTargets
+from hstu_xd.evaluation.paired import (
+    Difference,
+    paired_differences,
+    paired_ranking_differences,
 )
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol, measured_notes
+from hstu_xd.evaluation.ranking import Grouping, RankingProtocol, ScoredRows
 from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.experiments.report.shared_data import group_by_data, variant_notes
 from hstu_xd.experiments.report.tables import (
     MISSING,
     escape,
+    heading,
     markdown_lines,
-    metric_label,
-    points,
+    shown,
+    shown_difference,
 )
 from hstu_xd.experiments.run_folders import Run, read_runs
 from hstu_xd.objectives.objective import Metric
+from hstu_xd.ranking.run import load_ranker
 from hstu_xd.training.run import load_trained
-from hstu_xd.training.run_facts import open_data
+from hstu_xd.training.run_facts import RANKING, open_data
 from hstu_xd.training.stored_settings import allowed_imports
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of one metric over one group of targets.
-
-    Attributes:
-        mean: difference of the metric, a fraction.
-        standard_error: of that mean as a mean over users; None for a single one.
-        count: users.
-    """
-
-    mean: float
-    standard_error: float | None
-    count: int
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether it is more than 1.96 standard errors from zero: 95 % confidence."""
-        return self.standard_error is not None and abs(self.mean) > 1.96 * self.standard_error
-
-
-def paired_differences(
-    base: Sequence[RankedTargets],
-    other: Sequence[RankedTargets],
-    domain_names: Sequence[str],
-    protocol: Protocol = DEFAULTS,
-    more: Metrics | None = None,
-) -> dict[str, Difference]:
-    """Metrics of one model minus those of another, a user's mean over seeds first.
-
-    The error says how far the difference would move with other users; that of other seeds is not
-    in it, but for what they do to each user alone.
-
-    Args:
-        base: the users' targets as each seed of one model ranks them.
-        other: the same of the other model; as many seeds or not.
-        domain_names: names by domain id.
-        protocol: which metrics.
-        more: further metrics that both models are measured by.
-
-    Returns:
-        Names as :func:`hstu_xd.evaluation.metrics.grouped_metrics` has them.
-    """
-    found, of_base = (_over_seeds(each, protocol, more) for each in (other, base))
-    differences = {name: found[name] - of_base[name] for name in found}
-    domains, switched = base[0].domains, base[0].switched
-    return {
-        f"{name}{suffix}": _difference(values[members])
-        for suffix, members in target_groups(domains, switched, domain_names).items()
-        for name, values in differences.items()
-    }
-
-
-def _over_seeds(
-    ranked: Sequence[RankedTargets], protocol: Protocol, more: Metrics | None
-) -> dict[str, Tensor]:
-    each = [user_metrics(one, protocol, more) for one in ranked]
-    return {name: torch.stack([values[name] for values in each]).mean(0) for name in each[0]}
-
-
-def _difference(values: Tensor) -> Difference:
-    count = len(values)
-    error = float(values.std()) / math.sqrt(count) if count > 1 else None
-    return Difference(float(values.mean()), error, count)
-
 
 _logger = logging.getLogger(__name__)
 
@@ -117,7 +47,7 @@ class PairedResult:
         variant: its name.
         base: name of the first.
         seeds: of its runs.
-        differences: by metric, see :func:`hstu_xd.experiments.comparison.paired_differences`.
+        differences: by metric, see :mod:`hstu_xd.evaluation.paired`.
         protocol: by which all runs were measured.
         notes: what the numbers mean, in sentences.
     """
@@ -126,8 +56,23 @@ class PairedResult:
     base: str
     seeds: tuple[int, ...]
     differences: dict[str, Difference]
-    protocol: Protocol = DEFAULTS
+    protocol: Protocol | RankingProtocol = DEFAULTS
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Runs that were measured alike.
+
+    Attributes:
+        differences: gives those of a second variant to a first, by their names.
+        protocol: by which they were measured.
+        notes: what the numbers mean.
+    """
+
+    differences: Callable[[str, str], dict[str, Difference]]
+    protocol: Protocol | RankingProtocol
+    notes: tuple[str, ...]
 
 
 def pair_runs(
@@ -140,37 +85,103 @@ def pair_runs(
     allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
 ) -> list[PairedResult]:
-    """Rank a split's targets with the best model of every run, and take differences user by user.
+    """Measure the best model of every run on a split, and take differences user by user.
 
     Args:
-        paths: run folders, or folders of run folders; runs of one variant differ in their seed.
-            The first variant is what the others are compared with.
+        paths: folders of runs of one kind, or folders of run folders; runs of one variant differ
+            in their seed. The first variant is what the others are compared with.
         split: "valid" or "test".
-        data: the prepared store, if it has moved since training.
-        changes: of the protocol by which the runs were measured in training, by name.
+        data: the prepared store, or of ranking runs the requests, if it has moved since training.
+        changes: of the protocol by which retrieval runs were measured in training, by name.
         verify: compare the hash of every file of the store with its manifest first.
-        allow_imports: import the modules that runs name beside this package.
+        allow_imports: import the modules that retrieval runs name beside this package.
         announce: called with a line before every run.
 
     Raises:
-        InputError: not a run or an unfinished one, a single variant, runs on different data or
-            with different protocols, none of all domains, or an unknown split.
+        InputError: not a run or an unfinished one, a single variant, runs of different kinds, on
+            different data or with different protocols, none of all domains, an unknown split, or
+            what has no meaning for ranking runs.
     """
     if split not in (known := [one.value for one in (Split.VALID, Split.TEST)]):
         raise InputError(f"split is {split!r}; one of {', '.join(known)}")
     runs = read_runs(paths)
     variants = _comparable_variants(runs)
+    given = {name: value for name, value in (changes or {}).items() if value is not None}
+    if runs[0].kind == RANKING:
+        _refuse_options(runs[0], given | {"allow_imports": True} if allow_imports else given)
+        measured = _measure_ranking(runs, Split(split), data, verify, announce)
+    else:
+        measured = _measure_retrieval(
+            runs, Split(split), data, given, verify, allow_imports, announce
+        )
+    base, *rest = variants
+    return [
+        PairedResult(
+            variant,
+            base,
+            tuple(dict.fromkeys(run.seed for run in variants[variant])),
+            measured.differences(base, variant),
+            measured.protocol,
+            measured.notes,
+        )
+        for variant in rest
+    ]
+
+
+def _refuse_options(run: Run, given: Mapping[str, Any]) -> None:
+    if given:
+        told = ", ".join(f"{name} = {value!r}" for name, value in given.items())
+        raise InputError(
+            f"{run.path} is a ranking run, of candidates that its requests name: {told} has no "
+            "meaning there; leave it out"
+        )
+
+
+def _measure_ranking(
+    runs: Sequence[Run],
+    split: Split,
+    data: Path | None,
+    verify: bool,
+    announce: Callable[[str], object],
+) -> _Measured:
+    """Score the candidates of a split by every run."""
+    scored: dict[str, list[ScoredRows]] = {}
+    groups: list[Grouping] = []
+    for run in runs:
+        announce(f"{run.variant} seed {run.seed}")
+        trained = load_ranker(run.path, data, verify=verify)
+        scored.setdefault(run.variant, []).append(trained.task.scored(trained.model, split))
+        groups = groups or trained.task.groups(split)
+        verify = False  # the store is the same
+    protocol = RankingProtocol()
+    return _Measured(
+        lambda base, other: paired_ranking_differences(scored[base], scored[other], groups),
+        protocol,
+        tuple(protocol.sentences()),
+    )
+
+
+def _measure_retrieval(
+    runs: Sequence[Run],
+    split: Split,
+    data: Path | None,
+    changes: Mapping[str, Any],
+    verify: bool,
+    allow_imports: bool,
+    announce: Callable[[str], object],
+) -> _Measured:
+    """Rank the targets of a split by every run."""
     _check_parts(runs, allow_imports=allow_imports)
-    protocol = _shared_protocol(runs, changes or {})
+    protocol = _shared_protocol(runs, changes)
     store = open_data(runs[0].path, data, verify=verify, as_trained=True)
-    ranked: dict[str, list[RankedTargets]] = {variant: [] for variant in variants}
+    ranked: dict[str, list[RankedTargets]] = {run.variant: [] for run in runs}
     alone: dict[tuple[str, int], list[tuple[np.ndarray, RankedTargets]]] = {}
     metrics: dict[str, Metric] = {}
     users, counts = np.empty(0, np.int64), {}
     for run in runs:
         announce(f"{run.variant} seed {run.seed}" + f" {run.domain}" * bool(run.domain))
         length = run.info["max_sequence_length"]
-        held_out = protocol.sequences(store, Split(split), length, domain=run.domain)
+        held_out = protocol.sequences(store, split, length, domain=run.domain)
         trained = load_trained(run.path, allow_imports=allow_imports, one_domain=True)
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
@@ -185,21 +196,13 @@ def pair_runs(
     whole = [found for each in ranked.values() for found in each]
     for (variant, _), parts in alone.items():
         ranked[variant].append(_joined(parts, users, whole[0]))
-    base, *rest = variants
-    notes = measured_notes(protocol, counts)
-    return [
-        PairedResult(
-            variant,
-            base,
-            tuple(dict.fromkeys(run.seed for run in variants[variant])),
-            paired_differences(
-                ranked[base], ranked[variant], store.domain_names, protocol, metrics
-            ),
-            protocol,
-            notes,
-        )
-        for variant in rest
-    ]
+    return _Measured(
+        lambda base, other: paired_differences(
+            ranked[base], ranked[other], store.domain_names, protocol, metrics
+        ),
+        protocol,
+        measured_notes(protocol, counts),
+    )
 
 
 def _joined(
@@ -235,8 +238,8 @@ def _comparable_variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     _, *others = group_by_data(runs, allow_mixed_data=True)
     if others:
         raise InputError(
-            f"{others[0][0].path} was trained on other data than {runs[0].path} (hashes differ); "
-            "their users cannot be paired"
+            f"{others[0][0].path} cannot be paired with {runs[0].path}: "
+            f"{others[0][0].unlike_data_of(runs[0])}"
         )
     variants: dict[str, list[Run]] = {}
     for run in runs:
@@ -274,22 +277,22 @@ def paired_table(results: Sequence[PairedResult]) -> str:
     """Write differences in points and their standard errors as Markdown, clear ones in bold."""
     heads = [f"minus {escape(results[0].base)}", "seeds"]
     columns = results[0].protocol.main_columns
-    heads += [escape(f"{metric_label(name)}, points") for name in columns]
+    heads += [escape(heading(name, ", points")) for name in columns]
     rows = [
         [
             escape(one.variant),
             str(len(one.seeds)),
-            *(_cell(one.differences.get(name)) for name in columns),
+            *(_cell(name, one.differences.get(name)) for name in columns),
         ]
         for one in results
     ]
     return "\n".join([*markdown_lines(heads, rows), "", *results[0].notes]) + "\n"
 
 
-def _cell(difference: Difference | None) -> str:
+def _cell(name: str, difference: Difference | None) -> str:
     if difference is None:
         return MISSING
-    text = points(difference.mean)
+    text = shown_difference(name, difference.mean)
     text = f"**{text}**" if difference.is_clear else text
     error = difference.standard_error
-    return text if error is None else f"{text} \u00b1 {100 * error:.2f}"
+    return text if error is None else f"{text} \u00b1 {shown(name, error)}"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.protocol import Protocol
+from hstu_xd.evaluation.ranking import RankingProtocol
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -25,8 +27,11 @@ SETTINGS = (
     "train",
     "protocol",
     "loss",
+    "search",
+    "interest",
+    "rank",
 )
-SEEDS = ("train.random_seed", "train.seed")
+SEEDS = ("train.random_seed", "train.seed", "rank.random_seed")
 
 Row = dict[str, Any]
 
@@ -63,6 +68,28 @@ class Run:
     def seed(self) -> int:
         """The random seed."""
         return self.info["seed"]
+
+    @property
+    def kind(self) -> str:
+        """What it is trained for: "retrieval" or "ranking"."""
+        return self.info.get("kind", "retrieval")
+
+    @property
+    def protocol(self) -> Protocol | RankingProtocol:
+        """By what it was measured, and which metrics tables of it show."""
+        return RankingProtocol() if self.kind == "ranking" else Protocol.from_run(self.info)
+
+    def unlike_data_of(self, other: "Run") -> str:
+        """Say what makes its numbers not compare with another run's; empty where they do."""
+        if self.kind != other.kind:
+            return f"one is a {self.kind} run and the other a {other.kind} run"
+        if self.info["data_hashes"] != other.info["data_hashes"]:
+            places = f"{self.info.get('data')} and {other.info.get('data')}"
+            return f"trained on different data ({places}; hashes differ)"
+        if self.info.get("requests_hash") != other.info.get("requests_hash"):
+            places = f"{self.info.get('requests')} and {other.info.get('requests')}"
+            return f"trained on different requests ({places}; hashes differ)"
+        return ""
 
     @property
     def domain(self) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from hstu_xd.declaration import check, setting
 from hstu_xd.errors import InputError
 
-KINDS = ("none", "mean", "din", "tin")
+# Ways to read events, and what people call them.
+KIND_NAMES = {"none": "no events", "mean": "mean", "din": "DIN", "tin": "TIN"}
 _TIN = {"kind": "tin"}
 
 
@@ -35,8 +36,8 @@ class InterestSettings:
         hidden: width of the MLP of DIN.
     """
 
-    kind: str = setting("tin", allowed=KINDS)
-    counts: bool = setting(False, also=("hand-made counts",))
+    kind: str = setting("tin", allowed=tuple(KIND_NAMES))
+    counts: bool = setting(False, label="counts", also=("hand-made counts",))
     rank_encoding: bool = setting(True, needs=_TIN, also=("tte",))
     gap_encoding: bool = setting(True, needs=_TIN, also=("time",))
     target_product: bool = setting(True, needs=_TIN, also=("tr",))

@@ -84,7 +84,7 @@ class RequestData:
     @property
     def counts_width(self) -> int:
         """How many counts a candidate has; 0 where they are not asked for."""
-        return self._counts.shape[1] if self._settings.interest.counts else 0
+        return self._index.counts_width if self._settings.interest.counts else 0
 
     def batch(self, chosen: NDArray[np.int64]) -> RequestBatch:
         """Make the batch of some requests.

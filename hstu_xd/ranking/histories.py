@@ -1,5 +1,6 @@
 """The histories of a store as a ranker asks them: by item and level, strictly before a time."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,36 @@ class HistoryIndex:
         self._items = np.asarray(store.item_ids).astype(np.int64)
         self._offsets, self._times = np.asarray(store.offsets), np.asarray(store.timestamps)
         self._index = HardIndex.build(self.paths[self._items], self._offsets, self._times)
+        # Items and times of events that came later, in rows that double as they fill up.
+        self._later = np.empty((2, 0), np.int64)
+        self._later_of: Counter[int] = Counter()
+
+    @property
+    def first_time(self) -> int:
+        """Time of the log's first event: nobody has one before it."""
+        return int(self._times.min(initial=np.iinfo(np.int64).max))
+
+    def append(self, user: int, item: int, time: int) -> None:
+        """Add an event that is not earlier than any of its user's.
+
+        Args:
+            user: number of the user, who may be new.
+            item: item id.
+            time: seconds.
+
+        Raises:
+            InputError: a time before the user's latest event.
+        """
+        place = self._index.append(user, self.paths[item], time) - len(self._items)
+        if place == self._later.shape[1]:
+            self._later = np.concatenate([self._later, np.empty((2, max(64, place)), np.int64)], 1)
+        self._later[:, place] = item, time
+        self._later_of[user] += 1
+
+    @property
+    def counts_width(self) -> int:
+        """How many numbers :meth:`counts` gives."""
+        return 2 * len(self.level_names)
 
     def counts(self, asked: Questions) -> NDArray[np.float32]:
         """Count what the user did with the candidate's node on each level, and how long ago.
@@ -48,14 +79,19 @@ class HistoryIndex:
             was: 1 a day ago, 0 ten years ago or never, on a scale of logarithms.
         """
         counts, latest = self._index.count(asked.users, self.paths[asked.items], asked.times)
-        days = np.maximum(asked.times[:, None] - self._times[latest], 1) / _DAY
+        days = np.maximum(asked.times[:, None] - self.read(latest)[1], 1) / _DAY
         recency = np.maximum(np.log(_LONGEST / days) / np.log(_LONGEST), 0)
         found = np.concatenate([np.log1p(counts), np.where(latest < 0, 0, recency)], axis=1)
         return found.astype(np.float32)
 
     def recent(self, asked: Questions, k: int) -> NDArray[np.int64]:
         """Find the latest K events before each question, latest first: (Q, K) int64, -1 pads."""
-        return search_recent(self._offsets, self._times, asked.users, asked.times, k).events
+        if not self._later_of:
+            return search_recent(self._offsets, self._times, asked.users, asked.times, k).events
+        # No candidate: nothing matches, and the latest events fill up.
+        nowhere = np.full((len(asked.users), len(self.level_names)), -1)
+        found = self._index.search(asked.users, nowhere, asked.times, k, levels=[0], fill="recent")
+        return found.events
 
     def hard(
         self,
@@ -132,7 +168,15 @@ class HistoryIndex:
         """Return item ids and times of events; of padding, -1, both are 0."""
         there = events >= 0
         places = np.where(there, events, 0)
-        return self._items[places] * there, self._times[places] * there
+        if not self._later_of:
+            return self._items[places] * there, self._times[places] * there
+        before = len(self._items)
+        late, places = places >= before, np.where(places >= before, 0, places)
+        items, times = self._later[:, np.where(late, events - before, 0)]
+        return (
+            np.where(late, items, self._items[places]) * there,
+            np.where(late, times, self._times[places]) * there,
+        )
 
     def before(
         self, users: NDArray[np.int64], times: NDArray[np.int64]
@@ -147,12 +191,26 @@ class HistoryIndex:
             The events, oldest first in each history, end to end: (L,) int64; the offsets of the
             histories in them: (R + 1,) int64.
         """
+        if self._later_of:
+            return self._before_with_later(users, times)
         first = self._offsets[users]
         lengths = self.lengths(Questions(users, np.zeros_like(users), times))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths), offsets
 
+    def _before_with_later(
+        self, users: NDArray[np.int64], times: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        known = len(self._offsets) - 1
+        longest = 1
+        for user in users.tolist():
+            own = int(np.diff(self._offsets[user : user + 2])[0]) if user < known else 0
+            longest = max(longest, own + self._later_of[user])
+        found = self.recent(Questions(users, np.zeros_like(users), times), longest)[:, ::-1]
+        there = found >= 0
+        return found[there], np.concatenate([[0], np.cumsum(there.sum(1))])
+
     def lengths(self, asked: Questions) -> NDArray[np.int64]:
-        """Return how many events each question may read: (Q,) int64."""
+        """Return how many events of the log itself each question may read: (Q,) int64."""
         first, end = self._offsets[asked.users], self._offsets[asked.users + 1]
         return lower_bound(self._times, first, end, asked.times) - first

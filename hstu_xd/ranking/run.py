@@ -1,248 +1,215 @@
-"""Train a ranker on requests into a run folder, and measure it on candidates that all share."""
+"""Ranking runs: make one by training on requests, continue one, load the ranker of one."""
 
-import json
-import time
-from dataclasses import asdict
-from datetime import datetime, timezone
+import logging
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from hstu_xd.data.batches import Split
 from hstu_xd.data.requests import RequestSet, read_manifest
 from hstu_xd.data.store import InteractionStore, is_store
-from hstu_xd.errors import HstuXdError, InputError
-from hstu_xd.evaluation.ranking import (
-    ScoredRows,
-    Values,
-    defined,
-    grouped_auc,
-    grouped_ranking_metrics,
-)
-from hstu_xd.files import locked_folder
-from hstu_xd.ranking.batches import RequestData
-from hstu_xd.ranking.histories import HistoryIndex
+from hstu_xd.data.store_files import ITEM_LEVELS
+from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.ranking.model import Ranker
-from hstu_xd.ranking.settings import RankingSettings
-from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights, save_checkpoint
-from hstu_xd.training.metrics_log import MetricsLog
-from hstu_xd.version import __version__
+from hstu_xd.ranking.settings import RankingSettings, load_ranking_settings, variant_name
+from hstu_xd.ranking.task import RankingTask
+from hstu_xd.ranking.trainer import RankTrainer
+from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
+from hstu_xd.training.distributed import World, world
+from hstu_xd.training.run_facts import (
+    CONFIG_FILE,
+    RANKING,
+    facts_of_data,
+    facts_of_start,
+    held_folder,
+    open_data,
+    read_run_of,
+    write_facts,
+)
 
-CONFIG_FILE, RUN_FILE, SUMMARY_FILE = "config.gin", "rank.json", "summary.json"
-USERS_FILE = "test_users.json"
-_QUARTERS = tuple(f"history {name}" for name in ("shortest", "short", "long", "longest"))
-_EVAL_REQUESTS = 256
+_logger = logging.getLogger(__name__)
 
 
-def train(data: Path, settings: RankingSettings, out: Path) -> dict[str, Any]:
+def train(
+    data: Path,
+    settings: RankingSettings | None,
+    out: Path,
+    *,
+    name: str | None = None,
+    resume: bool = False,
+    announce: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
     """Train one ranker into a run folder.
 
     Args:
         data: requests, written by ``hstu-xd requests``.
-        settings: of :func:`hstu_xd.ranking.settings.load_ranking_settings`.
-        out: the run folder; new.
+        settings: of :func:`hstu_xd.ranking.settings.load_ranking_settings`; None: the defaults, or
+            those of the run that is resumed.
+        out: the run folder; new, unless ``resume``.
+        name: what tables call the run; default: its model.
+        resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
+            given and differ, a warning says so.
+        announce: called with a line after every epoch.
 
     Returns:
         The summary, as written to ``summary.json``.
 
     Raises:
-        InputError: ``out`` exists, or there are no requests of the store they name.
+        InputError: ``out`` exists (or does not, to resume), belongs to other requests, or another
+            process trains into it; or there are no requests of the store they name.
         HstuXdError: the loss became not finite.
+        Interrupted: Ctrl-C or a signal asked to stop; the message says how to go on.
     """
+    with world() as here:
+        if here.size > 1:
+            raise InputError(
+                f"rank trains in one process, and {here.size} were started; start it without "
+                "torchrun"
+            )
+        store, requests = _opened(data)
+        with held_folder(out, here, RANKING, resume=resume):
+            if resume:
+                settings = _settings_to_resume(out, data, requests, settings)
+            settings = settings or RankingSettings()
+            before = requests.manifest["cuts"]["valid_from"]
+            trainer = RankTrainer(RankingTask(store, requests, settings, before), out, announce)
+            if resume:
+                trainer.resume()
+            else:
+                _lay_out(out, data, trainer, name or variant_name(settings), here)
+            try:
+                return trainer.fit()
+            except Interrupted as stopped:
+                words = ["rank", "--data", str(data), "--out", str(out), "--resume"]
+                message = f"{stopped}; go on with: hstu-xd {shlex.join(words)}"
+                raise Interrupted(message, stopped.signal) from None
+
+
+def _opened(
+    data: Path, store: InteractionStore | None = None
+) -> tuple[InteractionStore, RequestSet]:
+    """Open requests and the store that they were made of."""
     if is_store(data):
         raise InputError(
             f"{data} is a store; make requests of it with hstu-xd requests --data {data} --out DIR "
             "and give DIR"
         )
-    store = InteractionStore.open(Path(read_manifest(data)["data"]))
-    requests = RequestSet.open(data, store)
-    if out.exists():
-        raise InputError(f"{out} exists; give another --out")
-    with locked_folder(out, "trains into"):
-        trainer = RankTrainer(store, requests, settings, out)
-        facts = {
-            "version": __version__,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "requests": str(data.resolve()),
-            "requests_hash": requests.manifest["hash"],
-            "goals": list(requests.goal_names),
-            "parameters": trainer.parameters,
-            **{name: asdict(getattr(settings, name)) for name in ("search", "interest", "rank")},
-        }
-        (out / CONFIG_FILE).write_text(settings.to_gin())
-        (out / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n")
-        return trainer.fit()
+    store = store or InteractionStore.open(Path(read_manifest(data)["data"]))
+    return store, RequestSet.open(data, store)
 
 
-class RankTrainer:
-    """Trains and measures one ranker.
+def _lay_out(out: Path, data: Path, trainer: RankTrainer, name: str, here: World) -> None:
+    """Write what a run is; run.json comes last."""
+    task = trainer.task
+    settings, manifest = task.settings, task.requests.manifest
+    (out / CONFIG_FILE).write_text(settings.to_gin())
+    facts = {
+        "kind": RANKING,
+        **facts_of_start(here),
+        **facts_of_data(task.store),
+        "variant_name": name,
+        "seed": settings.rank.random_seed,
+        "requests": str(data.resolve()),
+        "requests_hash": manifest["hash"],
+        "trained_before": manifest["cuts"]["valid_from"],
+        "goals": list(task.requests.goal_names),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        **settings.facts(),
+    }
+    write_facts(out, facts)
+
+
+def _settings_to_resume(
+    out: Path, data: Path, requests: RequestSet, given: RankingSettings | None
+) -> RankingSettings:
+    facts = read_run_of(RANKING, out)
+    if facts["requests_hash"] != requests.manifest["hash"]:
+        raise InputError(
+            f"{out} was trained on other requests than {data} (hashes differ); resume it with "
+            f"--data {facts['requests']}, or give a new --out"
+        )
+    own = load_ranking_settings([out / CONFIG_FILE])
+    if given is not None and (unlike := given.unlike(own)):
+        _logger.warning("%s goes on with its own settings: %s", out, "; ".join(unlike))
+    return own
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRanker:
+    """A ranking run, ready to be measured.
+
+    Attributes:
+        task: requests and how they are measured.
+        model: the best one, in evaluation mode.
+    """
+
+    task: RankingTask
+    model: Ranker
+
+
+def load_ranker(run: Path, data: Path | None = None, *, verify: bool = False) -> TrainedRanker:
+    """Load the best ranker of a run with requests to measure it by.
 
     Args:
-        store: the log.
-        requests: of it.
-        settings: all of the run.
-        out: the run folder.
+        run: a folder written by ``hstu-xd rank``.
+        data: requests for the same goals, of the run's store or of one with the same items; None:
+            the run's own.
+        verify: compare the hash of every file of the store with its manifest first.
+
+    Raises:
+        InputError: not a ranking run, its requests or their store are not what they were, or those
+            that are given do not fit.
     """
-
-    def __init__(
-        self, store: InteractionStore, requests: RequestSet, settings: RankingSettings, out: Path
-    ) -> None:
-        self._settings, self._out, self._requests = settings, out, requests
-        rank = settings.rank
-        index = HistoryIndex(store)
-        self._data = RequestData(index, requests, settings)
-        torch.manual_seed(rank.random_seed)
-        before_cut = np.asarray(store.timestamps) < requests.manifest["cuts"]["valid_from"]
-        trained = np.bincount(store.item_ids[before_cut], minlength=store.num_items + 1)
-        self._model = Ranker(
-            index.paths,
-            index.level_names,
-            trained >= rank.min_item_count,
-            len(requests.goal_names),
-            self._data.counts_width,
-            settings,
+    facts, settings = read_run_of(RANKING, run), load_ranking_settings([run / CONFIG_FILE])
+    folder = data or Path(facts["requests"])
+    place = Path(read_manifest(folder)["data"]) if data else None
+    store = open_store(run, place, verify=verify, as_trained=True)
+    store, requests = _opened(folder, store)
+    if list(requests.goal_names) != facts["goals"]:
+        raise InputError(
+            f"{folder} has the goals {', '.join(requests.goal_names)}, {run} was trained for "
+            f"{', '.join(facts['goals'])}; make the requests with the --goal of the run"
         )
-        self.parameters = sum(p.numel() for p in self._model.parameters())
-        self._groupings = _groupings(store, requests, index, self._data, trained)
-        tables = self._model.tables()
-        in_tables = set(map(id, tables))
-        rest = [p for p in self._model.parameters() if id(p) not in in_tables]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": tables, "lr": rank.table_learning_rate, "weight_decay": 0.0},
-                {"params": rest, "lr": rank.learning_rate, "weight_decay": rank.weight_decay},
-            ],
-            fused=True,
-        )
-
-    def fit(self) -> dict[str, Any]:
-        """Train, keep the epoch that validation picks, and read the test split once."""
-        rank, log = self._settings.rank, MetricsLog(self._out, enabled=True)
-        best, best_epoch, seconds, steps, rows, epoch = None, -1, 0.0, 0, 0, 0
-        for epoch in range(rank.num_epochs):
-            began = time.perf_counter()
-            loss, taken, read = self._train_epoch(epoch)
-            seconds, steps, rows = seconds + time.perf_counter() - began, steps + taken, rows + read
-            log.write(Split.TRAIN, epoch, steps, {"loss": loss})
-            values = self.evaluate(Split.VALID)
-            log.write(Split.VALID, epoch, steps, defined(values))
-            found = values[rank.select_metric]
-            if found is None:
-                raise InputError(
-                    f"xd_rank.select_metric = {rank.select_metric!r} is not defined on the "
-                    "validation requests: no user there has candidates of both classes; take "
-                    "another, or make more requests"
-                )
-            if best is None or found > best:
-                best, best_epoch = found, epoch
-                save_checkpoint(self._out / MODEL_FILE, self._model.state_dict(), {"epoch": epoch})
-            elif epoch - best_epoch >= rank.early_stop_patience:
-                break
-        weights, _ = load_checkpoint(self._out / MODEL_FILE)
-        load_weights(self._model, weights, self._out / MODEL_FILE)
-        valid, test = self.evaluate(Split.VALID), self.evaluate(Split.TEST, keep=True)
-        log.write(Split.TEST, best_epoch, steps, defined(test))
-        log.close()
-        summary = {
-            "best_epoch": best_epoch,
-            "epochs": epoch + 1,
-            "valid": valid,
-            "test": test,
-            "seconds_per_step": seconds / max(1, steps),
-            "candidates_per_second": rows / max(1e-9, seconds),
-            "parameters": self.parameters,
-            "requests_hash": self._requests.manifest["hash"],
-            "seed": rank.random_seed,
-        }
-        _write_whole(self._out / SUMMARY_FILE, summary)
-        return summary
-
-    def _train_epoch(self, epoch: int) -> tuple[float, int, int]:
-        """Pass over the training requests; return the mean loss, the steps and the rows."""
-        rank, total, rows, steps = self._settings.rank, 0.0, 0, 0
-        self._model.train()
-        order = np.random.default_rng([rank.random_seed, epoch])
-        chosen = order.permutation(self._requests.of_split(Split.TRAIN))
-        for first in range(0, len(chosen), rank.batch_requests):
-            batch = self._data.batch(chosen[first : first + rank.batch_requests])
-            loss = self._model.loss(batch)
-            self._optimizer.zero_grad(set_to_none=True)
-            (loss / batch.mask.sum()).backward()
-            self._optimizer.step()
-            total, rows, steps = total + loss.item(), rows + int(batch.mask.sum()), steps + 1
-        if not np.isfinite(total):
-            raise HstuXdError(
-                f"the loss is not finite in epoch {epoch}; lower xd_rank.learning_rate "
-                f"({rank.learning_rate}) and xd_rank.table_learning_rate "
-                f"({rank.table_learning_rate}) and train again"
+    if requests.manifest["hash"] != facts["requests_hash"]:
+        if data is None:
+            raise InputError(
+                f"{folder} was made again since {run} was trained on it; make the old requests "
+                f"again, or add --data {folder} to take them as they are now"
             )
-        return total / max(1, rows), steps, rows
-
-    def evaluate(self, split: Split, *, keep: bool = False) -> Values:
-        """Measure a split.
-
-        Args:
-            split: which requests.
-            keep: write the users' own AUC, for paired comparisons of runs.
-        """
-        chosen = self._requests.of_split(split)
-        places = self._requests.rows(chosen)
-        counts = np.diff(self._requests.offsets)[chosen]
-        scored = ScoredRows(
-            self.scores(chosen),
-            self._requests.labels[places],
-            np.repeat(chosen, counts),
-            self._data.asked.users[places],
-        )
-        if keep:
-            users, aucs, rows = grouped_auc(scored.scores, scored.labels, scored.users)
-            each = {"users": users.tolist(), "auc": aucs.tolist(), "rows": rows.tolist()}
-            _write_whole(self._out / USERS_FILE, each)
-        groups = [(names, of_row[places]) for names, of_row in self._groupings]
-        return grouped_ranking_metrics(scored, groups)
-
-    @torch.no_grad()
-    def scores(self, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the chance of every candidate of some requests, in their order."""
-        self._model.eval()
-        found = []
-        for first in range(0, len(chosen), _EVAL_REQUESTS):
-            batch = self._data.batch(chosen[first : first + _EVAL_REQUESTS])
-            found.append(self._model(batch)[batch.mask].double().sigmoid().numpy())
-        return np.concatenate(found)
+        _logger.warning("%s has other requests than those that %s was trained on", folder, run)
+    task = RankingTask(store, requests, settings, facts["trained_before"])
+    return TrainedRanker(task, with_weights(task.new_model(), run))
 
 
-def _groupings(
-    store: InteractionStore,
-    requests: RequestSet,
-    index: HistoryIndex,
-    data: RequestData,
-    trained: NDArray[np.int64],
-) -> list[tuple[tuple[str, ...], NDArray[np.int64]]]:
-    """Name the groups of candidates that are measured apart, with the group of each candidate.
+def open_store(
+    run: Path, data: Path | None = None, *, verify: bool = False, as_trained: bool = False
+) -> InteractionStore:
+    """Open the store of a ranking run, or another one with the same items and levels.
 
-    These are the goal, the candidate's domain, the quarter of the history's length (quarters of the
-    training requests), and items that no training event has.
+    Args:
+        run: the run folder.
+        data, verify, as_trained: as :func:`hstu_xd.training.run_facts.open_data` takes them.
+
+    Raises:
+        InputError: as there, or its items have other levels.
     """
-    counts = np.diff(requests.offsets)
-    request = np.repeat(np.arange(len(counts)), counts)
-    domains = store.catalog.item_domains.numpy(force=True)[requests.candidates]
-    lengths = index.lengths(data.asked)
-    training = requests.splits[request] == 0
-    cuts = np.quantile(lengths[training], (0.25, 0.5, 0.75))
-    unseen = np.where(trained[requests.candidates] == 0, 0, -1)
-    return [
-        (requests.goal_names, requests.goals[request]),
-        (tuple(store.domain_names), domains.astype(np.int64)),
-        (_QUARTERS, np.searchsorted(cuts, lengths, side="right")),
-        (("unseen",), unseen),
-    ]
+    facts = read_run_of(RANKING, run)
+    store = open_data(run, data, verify=verify, as_trained=as_trained)
+    if store.manifest["hashes"].get(ITEM_LEVELS) != facts["data_hashes"].get(ITEM_LEVELS):
+        raise InputError(
+            f"{store.path}: its items have other levels than those that {run} was trained with; "
+            "prepare it with the same --item-features and --levels"
+        )
+    return store
 
 
-def _write_whole(file: Path, values: Any) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.replace(file)
+def with_weights(model: Ranker, run: Path) -> Ranker:
+    """Give a new model the best weights of a run, in evaluation mode.
+
+    Raises:
+        InputError: the weights are not of this model.
+    """
+    weights, _ = load_checkpoint(run / MODEL_FILE)
+    load_weights(model, weights, run / MODEL_FILE)
+    return model.eval()

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from hstu_xd.declaration import check, inert, setting
+from hstu_xd.declaration import check, inert, labels, setting
 from hstu_xd.errors import InputError
-from hstu_xd.interest.settings import InterestSettings
+from hstu_xd.interest.settings import KIND_NAMES, InterestSettings
 from hstu_xd.search.soft import TABLES
 from hstu_xd.training.gin_files import gin_lines, read_blocks, register
 
@@ -42,14 +43,19 @@ class SearchSettings:
             that find: these learn of events that were not found.
     """
 
-    kind: str = setting("recent", allowed=("recent", "hard"))
-    k: int = setting(50, at_least=1, also=("window", "max_len"))
+    kind: str = setting("recent", allowed=("recent", "hard"), label={"hard": "hard"})
+    k: int = setting(50, at_least=1, label="{k} events", also=("window", "max_len"))
     levels: tuple[str, ...] = setting((), needs=_HARD)
     skip_recent: int = setting(0, at_least=0, needs=_HARD)
     fill: bool = setting(True, needs=_HARD)
     quotas: tuple[int, ...] = setting((), at_least=0, needs=_HARD)
     scope: str = setting("all", allowed=("all", "target_domain"), needs=_HARD)
-    soft: str = setting("none", allowed=("none", *TABLES), also=("tables", "dare", "twin"))
+    soft: str = setting(
+        "none",
+        allowed=("none", *TABLES),
+        label={"decoupled": "soft", ...: "soft {soft}"},
+        also=("tables", "dare", "twin"),
+    )
     width: int = setting(16, at_least=1, needs=_SOFT)
     attention_width: int = setting(0, at_least=0, needs=_SOFT)
     auxiliary: bool = setting(True, needs=_SOFT, also=("auxiliary loss",))
@@ -128,11 +134,35 @@ class RankingSettings:
     interest: InterestSettings = field(default_factory=InterestSettings)
     rank: RankSettings = field(default_factory=RankSettings)
 
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """The settings by the name of their block."""
+        return {block: getattr(self, block.removeprefix("xd_")) for block in BLOCKS}
+
     def to_gin(self) -> str:
         """Write every setting, defaults included, as a gin file that reads back the same."""
-        parts = zip(BLOCKS, (self.search, self.interest, self.rank), strict=True)
-        blocks = ["\n".join(gin_lines(block, settings)) for block, settings in parts]
+        blocks = ["\n".join(gin_lines(*each)) for each in self.blocks.items()]
         return "\n\n".join(["import hstu_xd.ranking.settings", *blocks]) + "\n"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``run.json`` records of them."""
+        return {block.removeprefix("xd_"): asdict(each) for block, each in self.blocks.items()}
+
+    def unlike(self, other: "RankingSettings") -> list[str]:
+        """List settings that are not another's, each as ``not xd_search.k = 5 but 2``."""
+        return [
+            f"not {block}.{name} = {value!r} but {theirs!r}"
+            for block, own in self.blocks.items()
+            for name, value in vars(own).items()
+            if value != (theirs := getattr(other.blocks[block], name))
+        ]
+
+
+def variant_name(settings: RankingSettings) -> str:
+    """Name a run after its model: "TIN", "TIN + hard", "no events + counts", ..."""
+    interest = settings.interest
+    named = [*labels(settings.search), *labels(replace(interest, kind=InterestSettings.kind))]
+    return " + ".join([KIND_NAMES[interest.kind], *named])
 
 
 def load_ranking_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RankingSettings:
@@ -151,8 +181,7 @@ def load_ranking_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -
         InterestSettings(**bound["xd_interest"]),
         RankSettings(**bound["xd_rank"]),
     )
-    parts = zip(BLOCKS, (settings.search, settings.interest, settings.rank), strict=True)
-    for block, each in parts:
+    for block, each in settings.blocks.items():
         for name, needed in inert(type(each), vars(each)):
             _logger.warning(
                 "%s.%s = %r does nothing while %s.%s is %r",

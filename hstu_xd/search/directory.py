@@ -89,11 +89,11 @@ def build_directory(paths: Paths, offsets: Ints, levels: int) -> RunDirectory:
     counts: list[list[NDArray]] = [[] for _ in range(levels)]
     events: list[list[NDArray]] = [[] for _ in range(levels)]
     for first, last in _blocks(offsets):
-        user, number = _numbered(offsets, first, last)
+        base, number = _numbered(offsets, first, last)
+        base *= nodes
         block = paths[int(offsets[first]) : int(offsets[last])]
         for level in range(levels):
-            column = block[:, level]
-            key, order = _sorted_events(column, user, number, nodes)
+            key, order = _sorted_events(block[:, level], base, number, (last - first) * nodes)
             borders = np.flatnonzero(key[1:] != key[:-1]) + 1 if len(key) else np.zeros(0, np.int64)
             starts = np.concatenate([np.zeros(min(len(key), 1), np.int64), borders])
             offset = (level * users + first) * nodes
@@ -154,24 +154,35 @@ def _numbered(offsets: Ints, first: int, last: int) -> tuple[Ints, Ints]:
 
 
 def _sorted_events(
-    column: NDArray, user: Ints, number: Ints, nodes: int
+    column: NDArray, base: Ints, number: Ints, keys: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sort a block's events of one level by user, node and number in the history.
 
-    Key and number go into one integer, whose sort is several times faster than that of two columns.
+    Key and number go into one integer, whose sort is several times faster than that of two columns,
+    and all is done in place: fresh memory would cost more than the sort.
+
+    Args:
+        column: node of every event, -1 where the level is missing.
+        base: key of node 0 of every event's user.
+        number: of every event in its history.
+        keys: one more than the largest key.
 
     Returns:
-        ``user * nodes + node`` of every event that has a node, and its number.
+        The key, user and node, of every event that has a node, and its number.
     """
-    there = column >= 0
-    if not there.all():
-        column, user, number = column[there], user[there], number[there]
-    key = user * nodes + column
+    key = column.astype(np.int64)
+    if key.min(initial=0) < 0:
+        there = key >= 0
+        key, base, number = key[there], base[there], number[there]
+    key += base
     bits = int(number.max(initial=0)).bit_length()
-    if int(key.max(initial=0)).bit_length() + bits <= _INT64_BITS:
-        packed = (key << bits) | number
-        packed.sort()
-        return packed >> bits, packed & ((1 << bits) - 1)
+    if (keys - 1).bit_length() + bits <= _INT64_BITS:
+        key <<= bits
+        key |= number
+        key.sort()
+        order = key & ((1 << bits) - 1)
+        key >>= bits
+        return key, order
     order = np.argsort(key, kind="stable")
     return key[order], number[order]
 

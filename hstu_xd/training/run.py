@@ -3,22 +3,20 @@
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hstu_xd.catalog import CATALOG_FILE, DomainCatalog
+from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
 from hstu_xd.evaluation.protocol import Protocol
-from hstu_xd.files import LOCK_FILE, locked_folder
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective, Scorer
 from hstu_xd.ops.domain_attention.api import check_impl
@@ -33,10 +31,9 @@ from hstu_xd.training.continuation import (
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.run_facts import (
-    CONFIG_FILE,
-    PARTIAL_FILE,
-    RUN_FILE,
+    RETRIEVAL,
     check_same_data,
+    held_folder,
     lay_out,
     note_resumption,
     read_run,
@@ -90,7 +87,7 @@ def train(
             finished then, and the message says how.
     """
     store = InteractionStore.open(data, verify=verify)
-    with world() as here, _held(out, here, resume=resume):
+    with world() as here, held_folder(out, here, RETRIEVAL, resume=resume):
         given = settings
         if resume:
             settings = _settings_to_resume(out, store, given, allow_imports=allow_imports)
@@ -197,23 +194,6 @@ def _new_model(catalog: DomainCatalog, settings: RunSettings) -> CrossDomainHSTU
     )
 
 
-@contextmanager
-def _held(out: Path, here: World, *, resume: bool) -> Iterator[None]:
-    """Keep the run folder for the processes of this job, and refuse it for what it holds."""
-    check = read_run if resume else _check_new
-    with ExitStack() as held:
-
-        def take() -> None:
-            # What is there is refused untouched, unless another process may just be writing it.
-            if not (out / LOCK_FILE).exists():
-                check(out)
-            held.enter_context(locked_folder(out, "trains into"))
-            check(out)
-
-        here.in_main(take)
-        yield
-
-
 def _resume_command(data: Path, out: Path, settings: RunSettings, here: World) -> str:
     """Write the command that goes on with a run, started as it was this time."""
     words = ["train", "--data", str(data), "--out", str(out), "--resume"]
@@ -224,16 +204,6 @@ def _resume_command(data: Path, out: Path, settings: RunSettings, here: World) -
     if os.environ.get("LOCAL_WORLD_SIZE") == str(here.size):
         return f"torchrun --nproc_per_node {here.size} -m hstu_xd {command}"
     return f"{here.size} processes of hstu-xd {command}"
-
-
-def _check_new(out: Path) -> None:
-    """Refuse a folder that holds anything but the beginning of one that :func:`lay_out` made."""
-    found = {file.name for file in out.iterdir()} if out.is_dir() else set()
-    if RUN_FILE in found:
-        raise InputError(f"{out} exists; resume it with --resume or give another --out")
-    begun = {CONFIG_FILE, CATALOG_FILE, LOCK_FILE, PARTIAL_FILE}
-    if found - begun or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} exists and is not a run folder; give another --out")
 
 
 @dataclass(frozen=True, eq=False)

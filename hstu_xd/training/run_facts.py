@@ -4,9 +4,11 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.store_files import ITEM_IDS, OFFSETS, TIMESTAMPS, USERS
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import Baseline
-from hstu_xd.files import check_readable
+from hstu_xd.files import LOCK_FILE, check_readable, locked_folder
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.training.distributed import World
@@ -29,6 +31,9 @@ _logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
 PARTIAL_FILE = "run.partial"
+# What a run is trained for, and what wrote its folder.
+RETRIEVAL, RANKING = "retrieval", "ranking"
+_TRAINED_BY = {RETRIEVAL: "hstu-xd train", RANKING: "hstu-xd rank"}
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -44,6 +49,63 @@ def read_run(run: Path) -> dict[str, Any]:
         return json.loads((run / RUN_FILE).read_text())
     except ValueError as error:
         raise InputError(f"{run / RUN_FILE}: not JSON ({error}); restore the file") from error
+
+
+def kind_of(facts: Mapping[str, Any]) -> str:
+    """Return what a run is trained for, :data:`RETRIEVAL` or :data:`RANKING`."""
+    return facts.get("kind", RETRIEVAL)
+
+
+def read_run_of(kind: str, run: Path) -> dict[str, Any]:
+    """Read what run.json says, and refuse a run that is trained for something else.
+
+    Raises:
+        InputError: as :func:`read_run`, or a run of the other kind.
+    """
+    facts = read_run(run)
+    if (found := kind_of(facts)) != kind:
+        raise InputError(
+            f"{run} is a {found} run, written by {_TRAINED_BY[found]}; here a {kind} run is "
+            f"needed, written by {_TRAINED_BY[kind]}. evaluate, compare and report take both"
+        )
+    return facts
+
+
+@contextmanager
+def held_folder(out: Path, here: World, kind: str, *, resume: bool) -> Iterator[None]:
+    """Keep a run folder for the processes of this job, and refuse it for what it holds.
+
+    Args:
+        out: the folder.
+        here: the process.
+        kind: of the run.
+        resume: whether it must hold such a run, or must hold nothing.
+
+    Raises:
+        InputError: it is not what is needed, or another process trains into it.
+    """
+    check = partial(read_run_of, kind) if resume else _check_new
+    with ExitStack() as held:
+
+        def take() -> None:
+            # What is there is refused untouched, unless another process may just be writing it.
+            if not (out / LOCK_FILE).exists():
+                check(out)
+            held.enter_context(locked_folder(out, "trains into"))
+            check(out)
+
+        here.in_main(take)
+        yield
+
+
+def _check_new(out: Path) -> None:
+    """Refuse a folder that holds anything but the beginning of a run."""
+    found = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if RUN_FILE in found:
+        raise InputError(f"{out} exists; resume it with --resume or give another --out")
+    begun = {CONFIG_FILE, CATALOG_FILE, LOCK_FILE, PARTIAL_FILE}
+    if found - begun or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out} exists and is not a run folder; give another --out")
 
 
 def write_facts(out: Path, facts: Mapping[str, Any]) -> None:

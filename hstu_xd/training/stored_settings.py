@@ -15,7 +15,7 @@ from hstu_xd.parts import (
 )
 from hstu_xd.training.extension import foreign_names
 from hstu_xd.training.gin_files import gin_library
-from hstu_xd.training.run_facts import CONFIG_FILE, read_run
+from hstu_xd.training.run_facts import CONFIG_FILE, RETRIEVAL, read_run_of
 from hstu_xd.training.settings import RunSettings, load_settings
 
 _logger = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ def allowed_imports(run: Path, *, allow_imports: bool, trusted: Collection[str] 
         trusted: modules that the user has named otherwise.
 
     Raises:
-        InputError: not a run folder, or it names modules that may not be imported.
+        InputError: not the folder of a retrieval run, or it names modules that may not be imported.
     """
     config = run / CONFIG_FILE
-    read_run(run)
+    read_run_of(RETRIEVAL, run)
     try:
         foreign = foreign_names(gin_library(), config.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
@@ -67,9 +67,10 @@ def stored_settings(
         bindings: gin bindings on top of both.
 
     Raises:
-        InputError: not a run folder, or it names modules that may not or cannot be imported.
+        InputError: not the folder of a retrieval run, or it names modules that may not or cannot
+            be imported.
     """
-    facts, config = read_run(run), run / CONFIG_FILE
+    facts, config = read_run_of(RETRIEVAL, run), run / CONFIG_FILE
     foreign = allowed_imports(run, allow_imports=allow_imports, trusted=trusted)
     recorded = facts.get("modules") or {}
     with importable_from([Path.cwd(), *(Path(x["folder"]) for x in recorded.values())]):

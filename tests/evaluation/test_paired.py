@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hstu_xd.evaluation.metrics import RankedTargets, grouped_metrics
+from hstu_xd.evaluation.paired import Difference, paired_differences
 from hstu_xd.evaluation.protocol import METRICS, Protocol
-from hstu_xd.experiments.comparison import Difference, paired_differences
 
 NAMES = ("books", "films", "games")  # nobody's target is a game
 DOMAINS = torch.tensor([0, 0, 1, 1, 0, 0])

@@ -17,7 +17,6 @@ from hstu_xd.evaluation.ranking import METRICS
 from hstu_xd.files import gin_folder
 from hstu_xd.ranking.batches import RequestData
 from hstu_xd.ranking.histories import HistoryIndex
-from hstu_xd.ranking.run import RankTrainer
 from hstu_xd.ranking.settings import (
     BLOCKS,
     InterestSettings,
@@ -26,9 +25,27 @@ from hstu_xd.ranking.settings import (
     SearchSettings,
     load_ranking_settings,
 )
+from hstu_xd.ranking.task import RankingTask
+from hstu_xd.ranking.trainer import RankTrainer
 
 Cli = Callable[..., Any]
+NAMES = {
+    "counts": "no events + counts",
+    "din": "DIN",
+    "tin": "TIN",
+    "hard": "TIN + hard",
+    "soft": "no events + soft",
+    "both": "TIN + hard + soft",
+}
 QUICK = ("xd_rank.num_epochs = 2", "xd_rank.batch_requests = 32", "xd_search.k = 10")
+
+
+def trainer_of(
+    requests_path: Path, store: InteractionStore, settings: RankingSettings, out: Path
+) -> RankTrainer:
+    requests = RequestSet.open(requests_path)
+    before = requests.manifest["cuts"]["valid_from"]
+    return RankTrainer(RankingTask(store, requests, settings, before), out)
 
 
 def words(*bindings: str) -> list[str]:
@@ -58,8 +75,10 @@ def test_every_recipe_runs(recipe: str, cli: Cli, requests_path: Path, tmp_path:
     assert {"best_epoch", "valid", "seconds_per_step", "parameters"} <= set(summary)
     stored = load_ranking_settings([out / "config.gin"])
     assert stored == load_ranking_settings([Path(file)], QUICK)
-    users = json.loads((out / "test_users.json").read_text())
-    assert np.mean(users["auc"]) == pytest.approx(summary["test"]["gauc"])
+    facts = json.loads((out / "run.json").read_text())
+    assert (facts["kind"], facts["seed"]) == ("ranking", stored.rank.random_seed)
+    # The number of events is in the name: a binding sets another one than the recipe.
+    assert facts["variant_name"].replace(" + 10 events", "") == NAMES[recipe]
 
 
 def test_groups_of_fields_are_levels(cli: Cli, requests_path: Path, tmp_path: Path) -> None:
@@ -88,8 +107,7 @@ def test_what_users_did_before_is_learnt(
             rank=RankSettings(num_epochs=3, batch_requests=16),
         )
         (tmp_path / out).mkdir()
-        trainer = RankTrainer(store, RequestSet.open(requests_path), settings, tmp_path / out)
-        return trainer.fit()["test"]["gauc"]
+        return trainer_of(requests_path, store, settings, tmp_path / out).fit()["test"]["gauc"]
 
     assert gauc("a", kind="none", counts=True) > gauc("b", kind="none") + 0.15
 
@@ -161,8 +179,9 @@ def test_a_store_is_no_requests(cli: Cli, store_path: Path, tmp_path: Path) -> N
 
 
 def test_an_existing_run_stays(cli: Cli, requests_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
     said = cli("rank", "--data", requests_path, "--out", tmp_path)
-    assert (said.code, "exists; give another --out" in said.err) == (2, True)
+    assert (said.code, "is not a run folder; give another --out" in said.err) == (2, True)
 
 
 def test_settings_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -174,7 +193,7 @@ def test_an_infinite_loss_is_named(
     requests_path: Path, store: InteractionStore, tmp_path: Path
 ) -> None:
     settings = RankingSettings(rank=RankSettings(learning_rate=1e30, num_epochs=2))
-    trainer = RankTrainer(store, RequestSet.open(requests_path), settings, tmp_path)
+    trainer = trainer_of(requests_path, store, settings, tmp_path)
     with pytest.raises(HstuXdError, match=r"not finite in epoch \d; lower xd_rank.learning_rate"):
         trainer.fit()
 
@@ -184,9 +203,8 @@ def test_an_undefined_choice_is_named(
 ) -> None:
     requests = RequestSet.open(requests_path)
     requests.labels[:] = 0
-    trainer = RankTrainer(
-        store, requests, RankingSettings(rank=RankSettings(num_epochs=1)), tmp_path
-    )
+    settings = RankingSettings(rank=RankSettings(num_epochs=1))
+    trainer = RankTrainer(RankingTask(store, requests, settings, 0), tmp_path)
     with pytest.raises(InputError, match="no user there has candidates of both classes"):
         trainer.fit()
 

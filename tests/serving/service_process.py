@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,13 @@ class ServiceProcess:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
+        # A file: nobody reads a pipe meanwhile, and a service that says much would wait for it.
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the process has ended
         self._process = subprocess.Popen(
             [*self._command, "--port", str(self.port)],
             env=self._environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
         )
         assert self._process.stdout is not None
@@ -74,10 +77,15 @@ class ServiceProcess:
         """Kill a worker, and wait until another one is started in its place."""
         before = self.workers()
         os.kill(worker, signal.SIGKILL)
+        self.wait_for_workers(len(before), without=worker)
+
+    def wait_for_workers(self, count: int, without: int | None = None) -> list[int]:
+        """Wait until there are so many workers, of which one is none any more; return them."""
         deadline = time.monotonic() + _PATIENCE
-        while not set(self.workers()) - {*before} or len(self.workers()) < len(before):
+        while len(found := self.workers()) < count or without in found:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        return found
 
     def resident_bytes(self) -> int:
         """Bytes of memory that it has now."""
@@ -91,8 +99,9 @@ class ServiceProcess:
         """Exit status, and what was said on stderr."""
         if self._process.poll() is None:
             self.send(which)
-        _, said = self._process.communicate(timeout=_PATIENCE)
-        return self._process.returncode, said
+        self._process.communicate(timeout=_PATIENCE)
+        self._said.seek(0)
+        return self._process.returncode, self._said.read()
 
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None

@@ -63,7 +63,7 @@ def test_what_cannot_be_compared(
     assert run(line) == 0
     capsys.readouterr()
     assert run(["compare", one, str(tmp_path / "run")]) == 2
-    assert "trained on other data" in capsys.readouterr().err
+    assert "trained on different data" in capsys.readouterr().err
 
 
 def test_what_makes_a_comparison_doubtful(

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from hstu_xd.experiments.report.style import PALETTE
-from hstu_xd.experiments.report.tables import Cell, compare, percent, points
+from hstu_xd.experiments.report.tables import Cell, compare, shown, shown_difference
 from hstu_xd.experiments.run_folders import (
     Run,
     VariantResult,
@@ -23,10 +23,10 @@ Column = tuple[str, str]  # heading, metric
 def comparison(
     results: Sequence[VariantResult], columns: Sequence[Column], places: dict[str, int]
 ) -> str:
-    """Variants as rows, metrics in percent as columns; best in bold, difference to the first."""
-    compared = [compare(results, metric) for _, metric in columns]
+    """Variants as rows, metrics as columns; best in bold, difference to the first."""
+    compared = [(metric, compare(results, metric)) for _, metric in columns]
     rows = [
-        [_variant_cell(result, places), *(_cell(column[i]) for column in compared)]
+        [_variant_cell(result, places), *(_cell(metric, cells[i]) for metric, cells in compared)]
         for i, result in enumerate(results)
     ]
     return table(["variant", *(heading for heading, _ in columns)], rows)
@@ -42,20 +42,18 @@ def swatch(place: int) -> str:
     return f'<span class="swatch s{place % len(PALETTE)}{shape}"></span>'
 
 
-def _cell(cell: Cell) -> str:
+def _cell(metric: str, cell: Cell) -> str:
     if cell.mean is None:
         return '<span class="faint">&ndash;</span>'
-    text = f"<b>{percent(cell.mean)}</b>" if cell.best else percent(cell.mean)
+    text = shown(metric, cell.mean)
+    text = f"<b>{text}</b>" if cell.best else text
     if cell.std is not None:
-        text += f' <span class="faint">&plusmn; {percent(cell.std)}</span>'
+        text += f' <span class="faint">&plusmn; {shown(metric, cell.std)}</span>'
     if cell.difference is not None:
         look = "diff faint" if cell.within_spread else "diff"
-        text += f' <span class="{look}">{_signed(cell.difference)}</span>'
+        difference = shown_difference(metric, cell.difference).replace("-", "&minus;")
+        text += f' <span class="{look}">{difference}</span>'
     return text
-
-
-def _signed(difference: float) -> str:
-    return points(difference).replace("-", "&minus;")
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -104,10 +102,13 @@ def variants_table(runs: Sequence[Run], places: Mapping[str, int]) -> str:
                 _mean([s.get("state_bytes") for s in summaries], ",.0f"),
             ]
         )
-    heads = [key.replace("_", " ") for key in switches]
-    cost = ["parameters", "longest history", "seconds a step", "events/s"]
-    cost += ["attention pairs a user", "state bytes a user"]
-    return table(["variant", *heads, *cost], rows)
+    heads = ["variant", *(key.replace("_", " ") for key in switches)]
+    heads += ["parameters", "longest history", "seconds a step", "events/s"]
+    heads += ["attention pairs a user", "state bytes a user"]
+    # What no run of this kind has a number of is left out.
+    first = 1 + len(switches)
+    told = [i for i in range(len(heads)) if i < first or {row[i] for row in rows} != {NOTHING}]
+    return table([heads[i] for i in told], [[row[i] for i in told] for row in rows])
 
 
 def runs_table(runs: Sequence[Run], places: Mapping[str, int]) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from string import Template
 
 from hstu_xd.evaluation.protocol import protocol_notes
+from hstu_xd.evaluation.ranking import RankingProtocol, undefined_notes
+from hstu_xd.experiments.report.breakdowns import Breakdown, breakdowns
 from hstu_xd.experiments.report.data_figures import data_figures
 from hstu_xd.experiments.report.html_tables import (
     commands,
@@ -24,12 +26,12 @@ from hstu_xd.experiments.report.html_tables import (
 from hstu_xd.experiments.report.run_figures import Group, grouped_dots, learning_curves
 from hstu_xd.experiments.report.shared_data import Comparison, compare_runs, group_by_data
 from hstu_xd.experiments.report.style import PALETTE, Image, house_style
-from hstu_xd.experiments.report.tables import compare, metric_label, percent, points
+from hstu_xd.experiments.report.tables import compare, heading, metric_label, percent, points
 from hstu_xd.experiments.run_folders import read_runs
 from hstu_xd.files import check_output, replaced_folder
 from hstu_xd.version import __version__
 
-MAX_TABLE_DOMAINS = 100
+MAX_TABLE_GROUPS = 100
 DOTS = "Dots are means, lines their standard deviation over seeds."
 
 
@@ -40,8 +42,7 @@ class Section:
     comparison: Comparison
     places: dict[str, int]
     curves: list[Image]
-    domains: list[Image]
-    switches: list[Image]
+    groups: list[tuple[Breakdown, list[Image]]]
     data: list[Image]
 
     @classmethod
@@ -51,11 +52,11 @@ class Section:
         def named(images: Sequence[Image | None]) -> list[Image]:
             return [replace(i, name=prefix + i.name) for i in images if i is not None]
 
-        def dots(stem: str, by: str, groups: list[Group]) -> list[Image | None]:
+        def dots(part: Breakdown) -> list[Image | None]:
             return [
                 grouped_dots(
-                    f"{stem}_{metric.replace('@', '_at_')}",
-                    metric, by, groups, one.results, places, one.synthetic,
+                    f"{part.stem}_{metric.replace('@', '_at_')}",
+                    metric, part.by, part.groups, one.results, places, one.synthetic,
                 )
                 for metric in one.protocol.headlines[:-1]
             ]  # fmt: skip
@@ -73,15 +74,15 @@ class Section:
                         one.synthetic,
                     )
                 ),
-                domains=named(dots("domains", "by domain", domain_groups(one))),
-                switches=named(dots("switch", "after a switch or not", switch_groups(one))),
+                groups=[(part, named(dots(part))) for part in breakdowns(one)],
                 data=named(data_figures(one.stats, one.synthetic)) if one.stats else [],
             )
 
     @property
     def images(self) -> list[Image]:
         """All figures in the order of the page."""
-        return [*self.curves, *self.domains, *self.switches, *self.data]
+        grouped = [image for _, images in self.groups for image in images]
+        return [*self.curves, *grouped, *self.data]
 
     def html(self) -> str:
         """Return the section's HTML."""
@@ -95,8 +96,7 @@ class Section:
                 + "Dots mark the epoch picked on validation.",
                 self.curves,
             ),
-            self._by_domain(),
-            self._by_switch(),
+            *(self._by_group(part, images) for part, images in self.groups),
             _figures("The data", "", self.data),
             self._runs(),
         ]
@@ -126,8 +126,7 @@ class Section:
         if not any(result.metrics for result in results):
             return "<h2>Test metrics</h2>\n<p>No run has read its test yet.</p>"
         columns = [
-            (f"{metric_label(metric)}\u00a0%", metric)
-            for metric in self.comparison.protocol.metrics
+            (heading(metric, "\u00a0%"), metric) for metric in self.comparison.protocol.metrics
         ]
         return "\n".join(
             [
@@ -183,6 +182,8 @@ class Section:
     def _protocol(self) -> list[str]:
         """Say by which protocol the runs that have read their test were measured."""
         done = [run for run in self.comparison.runs if run.test]
+        if isinstance(protocol := self.comparison.protocol, RankingProtocol):
+            return [*protocol.sentences(), *undefined_notes(done[0].test)]
         whole = next((run for run in done if not run.domain), done[0])
         return protocol_notes([run.info for run in done], whole.test)
 
@@ -190,36 +191,27 @@ class Section:
         """Words that only hold where a variant has several seeds."""
         return several if any(len(result.seeds) > 1 for result in self.comparison.results) else ""
 
-    def _by_domain(self) -> str:
-        if not self.domains:
+    def _by_group(self, part: Breakdown, images: Sequence[Image]) -> str:
+        if not images:
             return ""
-        groups = domain_groups(self.comparison)[:MAX_TABLE_DOMAINS]
-        details = "\n".join(
-            f"<details><summary>{metric_label(metric)} by domain as a table</summary>\n"
-            + comparison(
-                self.comparison.results,
-                [(f"{g.label}\u00a0%", metric + g.suffix) for g in groups],
-                self.places,
+        drawn = _figures(part.heading, part.words + self._seeds(DOTS), images)
+        if part.folded:
+            return drawn + "\n".join(
+                f"<details><summary>{metric_label(metric)} {part.by} as a table</summary>\n"
+                + self._group_table([metric], part.groups[:MAX_TABLE_GROUPS])
+                + "</details>"
+                for metric in self.comparison.protocol.headlines[:-1]
             )
-            + "</details>"
-            for metric in self.comparison.protocol.headlines[:-1]
-        )
-        return _figures("By domain of the target", self._seeds(DOTS), self.domains) + details
+        return drawn + self._group_table(self.comparison.protocol.headlines, part.groups)
 
-    def _by_switch(self) -> str:
-        if not self.switches:
-            return ""
-        columns = [
-            (f"{metric_label(metric)} {name}\u00a0%", f"{metric}[{name}]")
-            for name in ("switch", "stay")
-            for metric in self.comparison.protocol.headlines
-        ]
-        words = (
-            "A target follows a switch when its domain differs from that of the event just before "
-            "it; otherwise it stays. "
-        )
-        rows = comparison(self.comparison.results, columns, self.places)
-        return _figures("Switch and stay targets", words + self._seeds(DOTS), self.switches) + rows
+    def _group_table(self, metrics: Sequence[str], groups: Sequence[Group]) -> str:
+        columns = []
+        for group in groups:
+            for metric in metrics:
+                several = f"{metric_label(metric)} " if len(metrics) > 1 else ""
+                name = group.suffix.strip("[]") if several else group.label
+                columns.append((f"{several}{name}\u00a0%", metric + group.suffix))
+        return comparison(self.comparison.results, columns, self.places)
 
     def _runs(self) -> str:
         one = self.comparison
@@ -235,22 +227,6 @@ class Section:
                 _domain_table(one.summary.get("domains") or {}),
             ]
         )
-
-
-def domain_groups(one: Comparison) -> list[Group]:
-    """Test targets by domain, the domain with most interactions first."""
-    return [Group(name, f"[{name}]", _num_targets(one, name)) for name in one.domains]
-
-
-def switch_groups(one: Comparison) -> list[Group]:
-    """Test targets after a domain switch, and the others."""
-    labels = {"switch": "after a switch", "stay": "no switch"}
-    return [Group(label, f"[{name}]", _num_targets(one, name)) for name, label in labels.items()]
-
-
-def _num_targets(one: Comparison, group: str) -> int | None:
-    counts = (result.metrics.get(f"count[{group}]") for result in one.results)
-    return next((round(count.mean) for count in counts if count is not None), None)
 
 
 def _card(value: str, name: str, place: int | None = None) -> str:
@@ -299,7 +275,7 @@ DARK_PALETTE = (
     "#9a776c",
 )
 
-PROTOCOL = (
+RETRIEVAL_PROTOCOL = (
     "Where nothing else is said, leave-one-out by time: of every user's history the last event is "
     "the test target, the one before it the validation target; the model reads what lies before "
     "the target.",
@@ -312,9 +288,18 @@ PROTOCOL = (
     "otherwise it stays.",
     "Events of a user with the same timestamp are ordered by a hash of user and item, never by "
     "domain, item number or place in the file, which would leak the next domain.",
-    "Mean and sample standard deviation are taken over seeds; differences are absolute, in "
-    "percentage points.",
 )
+RANKING_PROTOCOL = (
+    "A request is a user, a time, a goal and candidates of which some were taken; a model reads "
+    "what the user did strictly before that time. The log is cut in time for all users alike.",
+    "The epoch is picked on validation and the test is read once; all variants rank the same "
+    "candidates.",
+)
+SEEDS_PROTOCOL = (
+    "Mean and sample standard deviation are taken over seeds; differences are absolute, in "
+    "percentage points."
+)
+PROTOCOLS = {"retrieval": RETRIEVAL_PROTOCOL, "ranking": RANKING_PROTOCOL}
 
 
 def page(sections: Sequence[Section]) -> str:
@@ -323,6 +308,8 @@ def page(sections: Sequence[Section]) -> str:
     places = sections[0].places
     key = "".join(f"<li>{swatch(place)}{escape(v)}</li>" for v, place in places.items())
     synthetic = [section.comparison for section in sections if section.comparison.synthetic]
+    kinds = dict.fromkeys(run.kind for run in runs)
+    protocol = [*(line for kind in kinds for line in PROTOCOLS[kind]), SEEDS_PROTOCOL]
     return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
         generator=GENERATOR,
         css=_style_sheet(),
@@ -332,7 +319,7 @@ def page(sections: Sequence[Section]) -> str:
         + escape(", ".join(dict.fromkeys(str(run.seed) for run in runs))),
         key=key,
         sections="\n".join(_section(section, len(sections) > 1) for section in sections),
-        protocol="\n".join(f"<li>{escape(line)}</li>" for line in PROTOCOL),
+        protocol="\n".join(f"<li>{escape(line)}</li>" for line in protocol),
         version=escape(__version__),
     )
 

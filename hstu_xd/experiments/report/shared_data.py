@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.protocol import Protocol
+from hstu_xd.evaluation.ranking import RankingProtocol
 from hstu_xd.experiments.report.data_figures import DataStats, measure
 from hstu_xd.experiments.run_folders import (
     Row,
@@ -46,9 +47,9 @@ class Comparison:
         return Path(str(self.runs[0].info.get("data", "unknown data"))).name
 
     @property
-    def protocol(self) -> Protocol:
+    def protocol(self) -> Protocol | RankingProtocol:
         """The protocol of the first run, whose metrics are the columns of tables."""
-        return Protocol.from_run(self.runs[0].info)
+        return self.runs[0].protocol
 
     @property
     def domains(self) -> list[str]:
@@ -58,7 +59,7 @@ class Comparison:
 
 
 def group_by_data(runs: Sequence[Run], allow_mixed_data: bool) -> list[list[Run]]:
-    """Group runs by the hashes of their data, in order of appearance.
+    """Group runs by kind and the hashes of their data, in order of appearance.
 
     Raises:
         InputError: several kinds of data and ``allow_mixed_data`` is off.
@@ -66,7 +67,7 @@ def group_by_data(runs: Sequence[Run], allow_mixed_data: bool) -> list[list[Run]
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
-            if group[0].info["data_hashes"] == run.info["data_hashes"]:
+            if not group[0].unlike_data_of(run):
                 group.append(run)
                 break
         else:
@@ -74,9 +75,8 @@ def group_by_data(runs: Sequence[Run], allow_mixed_data: bool) -> list[list[Run]
     if len(groups) > 1 and not allow_mixed_data:
         first, other = groups[0][0], groups[1][0]
         raise InputError(
-            f"{first.path} and {other.path}: trained on different data "
-            f"({first.info.get('data')} and {other.info.get('data')}), so their numbers do not "
-            "compare; report them apart, or add --allow-mixed-data for one section each"
+            f"{first.path} and {other.path}: {first.unlike_data_of(other)}, so their numbers do "
+            "not compare; report them apart, or add --allow-mixed-data for one section each"
         )
     return groups
 

@@ -1,13 +1,18 @@
 """Comparing variants: best, difference to the first, and the comparison as a Markdown table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hstu_xd.evaluation.protocol import METRICS
 from hstu_xd.experiments.run_folders import VariantResult
 
 # What people write in capitals; metrics of one's own keep their names.
-_ACRONYMS = ("hr", "ndcg", "mrr")
+_ACRONYMS = ("hr", "ndcg", "mrr", "auc", "gauc")
+# Metrics that are no shares, and how far a value is from the best one.
+_PLAIN: dict[str, Callable[[float], float]] = {
+    "logloss": lambda value: value,
+    "calibration": lambda value: abs(value - 1),
+}
 MISSING = "-"
 # Cost of a variant -> head of its column, unit, format.
 _COSTS = {
@@ -41,7 +46,7 @@ def compare(results: Sequence[VariantResult], metric: str) -> list[Cell]:
     """Cells of one metric, one a variant; the first variant is what the others differ from."""
     spreads = [result.metrics.get(metric) for result in results]
     known = [one.mean for one in spreads if one is not None]
-    top = max(known) if len(known) > 1 else None
+    top = best_of(metric, known) if len(known) > 1 else None
     base = spreads[0] if spreads else None
     cells = []
     for i, one in enumerate(spreads):
@@ -55,6 +60,31 @@ def compare(results: Sequence[VariantResult], metric: str) -> list[Cell]:
             within = abs(difference) <= max(noise) if noise else None
         cells.append(Cell(one.mean, one.std, one.mean == top, difference, within))
     return cells
+
+
+def is_plain(metric: str) -> bool:
+    """Whether a metric, of all or of a group, is no share and so no percentage."""
+    return metric.partition("[")[0] in _PLAIN
+
+
+def best_of(metric: str, values: Sequence[float]) -> float:
+    """Return the best of at least one value: the largest of shares."""
+    return min(values, key=_PLAIN[metric.partition("[")[0]]) if is_plain(metric) else max(values)
+
+
+def heading(metric: str, unit: str = " %") -> str:
+    """Name a metric with the unit that :func:`shown` gives shares."""
+    return metric_label(metric) + ("" if is_plain(metric) else unit)
+
+
+def shown(metric: str, value: float) -> str:
+    """Write a metric in percent; one that is no share with four decimals."""
+    return f"{value:.4f}" if is_plain(metric) else percent(value)
+
+
+def shown_difference(metric: str, difference: float) -> str:
+    """Write a difference of a metric in percentage points, or as it is."""
+    return f"{difference:+.4f}" if is_plain(metric) else points(difference)
 
 
 def percent(fraction: float) -> str:
@@ -106,13 +136,13 @@ def markdown_table(
     """
     columns = [compare(results, metric) for metric in metrics]
     lines = ["Synthetic data.", ""] if synthetic else []
-    heads = [escape(f"{metric_label(metric)} %") for metric in metrics]
+    heads = [escape(heading(metric)) for metric in metrics]
     counted = any("attention_pairs" in result.costs for result in results)
     costs = _COSTS if counted else {}
     heads += [head for head, _, _ in costs.values()]
     rows = []
     for i, result in enumerate(results):
-        cells = [_markdown_cell(column[i]) for column in columns]
+        cells = [_markdown_cell(m, column[i]) for m, column in zip(metrics, columns, strict=True)]
         cells += [
             format(result.costs[name] / unit, form) if name in result.costs else MISSING
             for name, (_, unit, form) in costs.items()
@@ -128,14 +158,15 @@ def markdown_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _markdown_cell(cell: Cell) -> str:
+def _markdown_cell(metric: str, cell: Cell) -> str:
     if cell.mean is None:
         return MISSING
-    text = f"**{percent(cell.mean)}**" if cell.best else percent(cell.mean)
+    text = shown(metric, cell.mean)
+    text = f"**{text}**" if cell.best else text
     if cell.std is not None:
-        text += f" \u00b1 {percent(cell.std)}"
+        text += f" \u00b1 {shown(metric, cell.std)}"
     if cell.difference is not None:
-        text += f" ({points(cell.difference)})"
+        text += f" ({shown_difference(metric, cell.difference)})"
     return text
 
 

@@ -1,0 +1,225 @@
+"""The training of a ranker. Epochs draw their order from their number, so that a run resumes to the
+same numbers as one that was never stopped.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hstu_xd.data.batches import Split
+from hstu_xd.errors import HstuXdError, InputError, Interrupted
+from hstu_xd.evaluation.ranking import defined
+from hstu_xd.ranking.task import RankingTask
+from hstu_xd.training.checkpoint import (
+    MODEL_FILE,
+    STATE_FILE,
+    load_checkpoint,
+    load_weights,
+    model_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
+from hstu_xd.training.metrics_log import MetricsLog
+
+SUMMARY_FILE = "summary.json"
+# Steps after which a run that is killed goes on from there.
+_SAVE_EVERY = 500
+
+
+@dataclass
+class RankingProgress:
+    """Where a run stands; stored with every resumable checkpoint."""
+
+    epoch: int = 0
+    requests_in_epoch: int = 0
+    step: int = 0
+    best: float = 0.0
+    best_epoch: int = -1
+    loss_sum: float = 0.0
+    loss_candidates: int = 0
+    train_seconds: float = 0.0
+    train_candidates: int = 0
+    metrics_bytes: int = 0
+
+
+class RankTrainer:
+    """Trains and measures one ranker.
+
+    Args:
+        task: what it is trained on and measured by, and its settings.
+        run: the run folder.
+        announce: called with a line after every epoch.
+
+    Attributes:
+        task: as given.
+        model: as it stands.
+        progress: of the training.
+    """
+
+    def __init__(
+        self,
+        task: RankingTask,
+        run: Path,
+        announce: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        self.task, self._run, self._announce = task, run, announce
+        self._rank = rank = task.settings.rank
+        torch.manual_seed(rank.random_seed)
+        self.model = task.new_model()
+        tables = self.model.tables()
+        in_tables = set(map(id, tables))
+        rest = [p for p in self.model.parameters() if id(p) not in in_tables]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": tables, "lr": rank.table_learning_rate, "weight_decay": 0.0},
+                {"params": rest, "lr": rank.learning_rate, "weight_decay": rank.weight_decay},
+            ],
+            fused=True,
+        )
+        self._log = MetricsLog(run, enabled=True)
+        self._request = StopRequest()
+        self.progress = RankingProgress()
+
+    def resume(self) -> None:
+        """Continue from the run's last checkpoint; without one yet, begin again."""
+        file = self._run / STATE_FILE
+        if file.exists():
+            tensors, metadata = load_checkpoint(file)
+            load_weights(self.model, model_tensors(tensors), file)
+            restore_optimizer(self.model, self._optimizer, tensors)
+            self.progress = RankingProgress(**metadata["progress"])
+        self._log.rewind(self.progress.metrics_bytes, self.progress.step)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the epochs or the patience have run out."""
+        progress, rank = self.progress, self._rank
+        out_of_patience = progress.epoch - progress.best_epoch > rank.early_stop_patience
+        return progress.epoch >= rank.num_epochs or out_of_patience
+
+    def fit(self) -> dict[str, Any]:
+        """Train, keep the epoch that validation picks, and read the test split once.
+
+        Raises:
+            Interrupted: a signal asked to stop; :meth:`resume` goes on there.
+            HstuXdError: the loss became not finite.
+            InputError: the metric that picks the epoch is not defined.
+        """
+        with stop_requests(self._request):
+            try:
+                while not self.is_trained:
+                    began = time.perf_counter()
+                    self._train_epoch()
+                    self._finish_epoch(began)
+            except Interrupted:
+                self._save()
+                self._log.close()
+                raise
+            return self._summarise()
+
+    def _train_epoch(self) -> None:
+        rank, progress, requests = self._rank, self.progress, self.task.requests
+        self.model.train()
+        order = np.random.default_rng([rank.random_seed, progress.epoch])
+        chosen = order.permutation(requests.of_split(Split.TRAIN))
+        for first in range(progress.requests_in_epoch, len(chosen), rank.batch_requests):
+            if self._request.signal:
+                raise Interrupted(
+                    f"stopped by {signal_name(self._request.signal)} after {progress.step:,} "
+                    f"steps, in epoch {progress.epoch}",
+                    self._request.signal,
+                )
+            self._step(chosen[first : first + rank.batch_requests])
+            if progress.step % _SAVE_EVERY == 0:
+                self._save()
+
+    def _step(self, chosen: NDArray[np.int64]) -> None:
+        began, progress = time.perf_counter(), self.progress
+        batch = self.task.data.batch(chosen)
+        loss, candidates = self.model.loss(batch), int(batch.mask.sum())
+        self._optimizer.zero_grad(set_to_none=True)
+        (loss / candidates).backward()
+        self._optimizer.step()
+        progress.loss_sum += loss.item()
+        progress.loss_candidates += candidates
+        progress.train_candidates += candidates
+        progress.requests_in_epoch += len(chosen)
+        progress.step += 1
+        progress.train_seconds += time.perf_counter() - began
+
+    def _finish_epoch(self, began: float) -> None:
+        progress, rank = self.progress, self._rank
+        self._check_finite()
+        loss = progress.loss_sum / max(1, progress.loss_candidates)
+        self._log.write(Split.TRAIN, progress.epoch, progress.step, {"loss": loss})
+        values = self.task.measure(self.model, Split.VALID)
+        self._log.write(Split.VALID, progress.epoch, progress.step, defined(values))
+        found = values[rank.select_metric]
+        if found is None:
+            raise InputError(
+                f"xd_rank.select_metric = {rank.select_metric!r} is not defined on the "
+                "validation requests: no user there has candidates of both classes; take "
+                "another, or make more requests"
+            )
+        if progress.best_epoch < 0 or found > progress.best:
+            progress.best, progress.best_epoch = found, progress.epoch
+            epoch = {"epoch": progress.epoch}
+            save_checkpoint(self._run / MODEL_FILE, self.model.state_dict(), epoch)
+        best = "the best" if progress.best_epoch == progress.epoch else f"best {progress.best:.4f}"
+        told = (
+            f"epoch {progress.epoch}: loss {loss:.4f}, valid {rank.select_metric} {found:.4f} "
+            f"({best}), {time.perf_counter() - began:,.1f} s"
+        )
+        progress.epoch, progress.requests_in_epoch = progress.epoch + 1, 0
+        progress.loss_sum, progress.loss_candidates = 0.0, 0
+        # Only here: rows of an epoch that is not finished come again.
+        progress.metrics_bytes = self._log.size()
+        self._save()
+        self._announce(told)
+
+    def _check_finite(self) -> None:
+        rank = self._rank
+        if not np.isfinite(self.progress.loss_sum):
+            raise HstuXdError(
+                f"the loss is not finite in epoch {self.progress.epoch}; lower "
+                f"xd_rank.learning_rate ({rank.learning_rate}) and xd_rank.table_learning_rate "
+                f"({rank.table_learning_rate}) and train again"
+            )
+
+    def _save(self) -> None:
+        self._check_finite()
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= optimizer_tensors(self.model, self._optimizer)
+        save_checkpoint(self._run / STATE_FILE, tensors, {"progress": asdict(self.progress)})
+
+    def _summarise(self) -> dict[str, Any]:
+        weights, metadata = load_checkpoint(self._run / MODEL_FILE)
+        load_weights(self.model, weights, self._run / MODEL_FILE)
+        valid, test = (self.task.measure(self.model, split) for split in (Split.VALID, Split.TEST))
+        progress = self.progress
+        self._log.write(Split.TEST, metadata["epoch"], progress.step, defined(test))
+        self._log.close()
+        summary = {
+            "best_epoch": metadata["epoch"],
+            "epochs": progress.epoch,
+            "valid": valid,
+            "test": test,
+            "seconds_per_step": progress.train_seconds / max(1, progress.step),
+            "candidates_per_second": progress.train_candidates / max(1e-9, progress.train_seconds),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "requests_hash": self.task.requests.manifest["hash"],
+            "seed": self._rank.random_seed,
+        }
+        partial = self._run / "summary.partial"
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.replace(self._run / SUMMARY_FILE)
+        return summary
