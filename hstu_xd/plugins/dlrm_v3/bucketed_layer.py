@@ -1,4 +1,4 @@
-"""Upstream's STU layer on a CPU, with groups of like length padded together."""
+"""Upstream's STU layer on a CPU: groups of like length padded together, queries in blocks."""
 
 import torch
 from generative_recommenders.modules.stu import STULayer
@@ -17,8 +17,10 @@ _BLOCK = 128
 class BucketedSTULayer(STULayer):
     """STULayer whose attention pads a group to the longest of its bucket and not of the batch.
 
-    The PyTorch kernel of upstream pads every group to the length that scores are divided by. The
-    results are the same up to rounding; parameters have the same names.
+    The PyTorch kernel of upstream pads every group to the length that scores are divided by, and
+    computes the keys behind a query, too, before it masks them. Here queries attend in blocks, each
+    over the keys up to its end. The results are the same up to rounding; parameters have the same
+    names.
     """
 
     def forward(
