@@ -100,7 +100,8 @@ def is_ranking(run: Path, retrieval_only: Mapping[str, object]) -> bool:
     Raises:
         InputError: not a run folder, or such an option for a ranking run.
     """
-    from hstu_xd.training.run_facts import RANKING, kind_of, read_run
+    from hstu_xd.evaluation.protocol import RANKING
+    from hstu_xd.training.run_facts import kind_of, read_run
 
     if kind_of(read_run(run)) != RANKING:
         return False

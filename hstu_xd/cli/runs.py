@@ -181,14 +181,14 @@ def evaluate(
         told["data_changes"] = data_changes(facts, store)
         typer.echo(json.dumps(told | values))
         return
-    groups = ["", *(f"[{name}]" for name in ("switch", "stay", "cold", *store.domain_names))]
     # Metrics of one's own are shown in hundredths like the others.
     names = [*protocol.metrics, *trained.metrics]
     for split, metrics in values.items():
         typer.echo(
             f"{split} (%)".ljust(24) + "".join(f" {m:>9}" for m in names) + "users".rjust(10)
         )
-        for group in (g for g in groups if f"count{g}" in metrics):
+        groups = [key.removeprefix("count") for key in metrics if re.match(r"count($|\[)", key)]
+        for group in groups:
             cells = "".join(f" {100 * metrics[m + group]:{max(9, len(m))}.2f}" for m in names)
             typer.echo((group or "all").ljust(24) + cells + f"{metrics['count' + group]:10,}")
         for group in (

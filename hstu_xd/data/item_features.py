@@ -67,6 +67,12 @@ def features_from(
         if kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum):
             texts[column.name] = rows.select(text_of(column.name)).to_series()
             lacking = texts[column.name].null_count()
+            if lacking < len(rows) and _is_numeric(texts[column.name]):
+                warn(
+                    f"{column.name} in {path.name} is text and holds numbers: each of its "
+                    f"{texts[column.name].n_unique() - bool(lacking):,} values is a category; give "
+                    "a Parquet file with a numeric column if they are amounts"
+                )
         elif kind.is_numeric() or kind in (pl.List, pl.Array):
             numbers[column.name] = _numbers(path, rows["item"], column)
             lacking = int(np.isnan(numbers[column.name][:, 0]).sum())
@@ -78,6 +84,13 @@ def features_from(
         if lacking:
             warn(f"{lacking:,} of {len(rows):,} items have no {column.name} in {path.name}")
     return StoredFeatures(numbered_levels(pl.DataFrame(texts)) if texts else None, numbers)
+
+
+def _is_numeric(texts: "pl.Series") -> bool:
+    """Tell whether every text that is there is a number."""
+    import polars as pl
+
+    return texts.cast(pl.Float64, strict=False).null_count() == texts.null_count()
 
 
 def _numbers(path: Path, items: "pl.Series", column: "pl.Series") -> NDArray[np.float32]:

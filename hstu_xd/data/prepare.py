@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SOME_USERS = 1000
 # Metrics carry the domain's name in brackets, beside these groups of targets.
-_METRIC_GROUPS = ("switch", "stay", "cold")
+_METRIC_GROUPS = ("switch", "stay")
 # Entries of the manifest where ids were kept as they are written, or their domain put before them.
 EXACT_IDS, PREFIXED = "exact_ids", "prefixed_items"
 

@@ -12,6 +12,8 @@ from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
 
 # The rank of a target that is no candidate: every metric counts it as a miss.
 UNREACHABLE = torch.iinfo(torch.int64).max
+# The group of targets that training never met, told apart where items have features.
+COLD = "cold"
 
 # Further functions of (Q,) ranks by name, each to (Q,) numbers.
 Metrics = Mapping[str, Callable[[Tensor], Tensor]]
@@ -178,7 +180,7 @@ def target_groups(
         (Q,) bool for every group that has a target.
     """
     groups = {"": torch.ones_like(switched), "[switch]": switched, "[stay]": ~switched}
-    groups |= {} if cold is None else {"[cold]": cold}
+    groups |= {} if cold is None else {f"[{COLD}]": cold}
     groups |= {f"[{name}]": domains == i for i, name in enumerate(domain_names)}
     return {suffix: members for suffix, members in groups.items() if bool(members.any())}
 

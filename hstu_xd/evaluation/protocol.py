@@ -15,6 +15,8 @@ from hstu_xd.declaration import check, setting, settings_of
 from hstu_xd.errors import InputError
 
 BLOCK = "xd_evaluate"
+# What a run is trained for: it has targets among all items, or requests that name candidates.
+RETRIEVAL, RANKING = "retrieval", "ranking"
 LEAVE_ONE_OUT, GLOBAL = "leave-one-out", "global"
 DOMAIN, ALL = "domain", "all"
 AGAINST, FAVOUR = "against", "favour"

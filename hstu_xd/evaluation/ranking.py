@@ -15,6 +15,9 @@ METRICS = ("auc", "gauc", "logloss", "ndcg@10", "mrr")
 Values = dict[str, float | int | None]
 # Names of groups, and of each row the place of its group there; -1: in none.
 Grouping = tuple[Sequence[str], NDArray[np.int64]]
+# Groups of candidates beside those of goals and domains: quarters of the history's length, and
+# candidates that no training event has.
+QUARTERS, UNSEEN = ("shortest", "short", "long", "longest"), "unseen"
 _CUT = 10
 _SMALLEST = 1e-7
 
@@ -49,6 +52,11 @@ class RankingProtocol:
             "The log loss is better the smaller it is; calibration is the mean chance over the "
             "share that was taken, and best at 1."
         )
+
+
+def history_group(quarter: str) -> str:
+    """Name the group of one of :data:`QUARTERS`."""
+    return f"history {quarter}"
 
 
 def undefined_notes(values: Mapping[str, float | int | None]) -> list[str]:

@@ -17,7 +17,7 @@ from hstu_xd.evaluation.paired import (
     paired_differences,
     paired_ranking_differences,
 )
-from hstu_xd.evaluation.protocol import DEFAULTS, Protocol, measured_notes
+from hstu_xd.evaluation.protocol import DEFAULTS, RANKING, Protocol, measured_notes
 from hstu_xd.evaluation.ranking import Grouping, RankingProtocol, ScoredRows
 from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.experiments.report.shared_data import group_by_data, variant_notes
@@ -33,7 +33,7 @@ from hstu_xd.experiments.run_folders import Run, read_runs
 from hstu_xd.objectives.objective import Metric
 from hstu_xd.ranking.run import load_ranker
 from hstu_xd.training.run import load_trained
-from hstu_xd.training.run_facts import RANKING, open_data
+from hstu_xd.training.run_facts import open_data
 from hstu_xd.training.stored_settings import allowed_imports
 
 _logger = logging.getLogger(__name__)

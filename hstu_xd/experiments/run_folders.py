@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.protocol import Protocol
+from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, Protocol
 from hstu_xd.evaluation.ranking import RankingProtocol
 
 RUN_FILE = "run.json"
@@ -71,13 +71,13 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What it is trained for: "retrieval" or "ranking"."""
-        return self.info.get("kind", "retrieval")
+        """What it is trained for, RETRIEVAL or RANKING."""
+        return self.info.get("kind", RETRIEVAL)
 
     @property
     def protocol(self) -> Protocol | RankingProtocol:
         """By what it was measured, and which metrics tables of it show."""
-        return RankingProtocol() if self.kind == "ranking" else Protocol.from_run(self.info)
+        return RankingProtocol() if self.kind == RANKING else Protocol.from_run(self.info)
 
     def unlike_data_of(self, other: "Run") -> str:
         """Say what makes its numbers not compare with another run's; empty where they do."""

@@ -11,6 +11,7 @@ from hstu_xd.data.requests import RequestSet, read_manifest
 from hstu_xd.data.store import InteractionStore, is_store
 from hstu_xd.data.store_files import ITEM_LEVELS
 from hstu_xd.errors import InputError, Interrupted
+from hstu_xd.evaluation.protocol import RANKING
 from hstu_xd.ranking.model import Ranker
 from hstu_xd.ranking.settings import RankingSettings, load_ranking_settings, variant_name
 from hstu_xd.ranking.task import RankingTask
@@ -19,7 +20,6 @@ from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weight
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.run_facts import (
     CONFIG_FILE,
-    RANKING,
     facts_of_data,
     facts_of_start,
     held_folder,

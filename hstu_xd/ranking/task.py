@@ -9,14 +9,20 @@ from numpy.typing import NDArray
 from hstu_xd.data.batches import Split
 from hstu_xd.data.requests import SPLITS, RequestSet
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.evaluation.ranking import Grouping, ScoredRows, Values, grouped_ranking_metrics
+from hstu_xd.evaluation.ranking import (
+    QUARTERS,
+    UNSEEN,
+    Grouping,
+    ScoredRows,
+    Values,
+    grouped_ranking_metrics,
+    history_group,
+)
 from hstu_xd.ranking.batches import RequestData
 from hstu_xd.ranking.histories import HistoryIndex
 from hstu_xd.ranking.model import Ranker
 from hstu_xd.ranking.settings import RankingSettings
 
-QUARTERS = tuple(f"history {name}" for name in ("shortest", "short", "long", "longest"))
-UNSEEN = "unseen"
 _EVAL_REQUESTS = 256
 
 
@@ -102,7 +108,7 @@ class RankingTask:
         return [
             (requests.goal_names, requests.goals[request]),
             (tuple(self.store.domain_names), domains.astype(np.int64)),
-            (QUARTERS, np.searchsorted(cuts, lengths, side="right")),
+            (tuple(map(history_group, QUARTERS)), np.searchsorted(cuts, lengths, side="right")),
             ((UNSEEN,), unseen),
         ]
 

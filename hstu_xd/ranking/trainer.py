@@ -2,7 +2,6 @@
 same numbers as one that was never stopped.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,44 +13,35 @@ import torch
 from numpy.typing import NDArray
 
 from hstu_xd.data.batches import Split
-from hstu_xd.errors import HstuXdError, InputError, Interrupted
+from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.evaluation.ranking import defined
 from hstu_xd.ranking.task import RankingTask
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
-    STATE_FILE,
     load_checkpoint,
+    load_state,
     load_weights,
-    model_tensors,
-    optimizer_tensors,
-    restore_optimizer,
     save_checkpoint,
+    save_state,
 )
-from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
-from hstu_xd.training.metrics_log import MetricsLog
+from hstu_xd.training.epochs import EpochProgress, EpochTraining
+from hstu_xd.training.interruption import stop_requests
+from hstu_xd.training.metrics_log import MetricsLog, write_summary
 
-SUMMARY_FILE = "summary.json"
 # Steps after which a run that is killed goes on from there.
 _SAVE_EVERY = 500
 
 
 @dataclass
-class RankingProgress:
-    """Where a run stands; stored with every resumable checkpoint."""
+class RankingProgress(EpochProgress):
+    """Where the training of a ranker stands, by requests and candidates."""
 
-    epoch: int = 0
     requests_in_epoch: int = 0
-    step: int = 0
-    best: float = 0.0
-    best_epoch: int = -1
-    loss_sum: float = 0.0
     loss_candidates: int = 0
-    train_seconds: float = 0.0
     train_candidates: int = 0
-    metrics_bytes: int = 0
 
 
-class RankTrainer:
+class RankTrainer(EpochTraining[RankingProgress]):
     """Trains and measures one ranker.
 
     Args:
@@ -85,26 +75,14 @@ class RankTrainer:
             ],
             fused=True,
         )
-        self._log = MetricsLog(run, enabled=True)
-        self._request = StopRequest()
-        self.progress = RankingProgress()
+        log = MetricsLog(run, enabled=True)
+        super().__init__(RankingProgress(), log, rank.num_epochs, rank.early_stop_patience)
 
     def resume(self) -> None:
         """Continue from the run's last checkpoint; without one yet, begin again."""
-        file = self._run / STATE_FILE
-        if file.exists():
-            tensors, metadata = load_checkpoint(file)
-            load_weights(self.model, model_tensors(tensors), file)
-            restore_optimizer(self.model, self._optimizer, tensors)
-            self.progress = RankingProgress(**metadata["progress"])
+        if (stored := load_state(self._run, self.model, self._optimizer)) is not None:
+            self.progress = RankingProgress(**stored[0])
         self._log.rewind(self.progress.metrics_bytes, self.progress.step)
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the epochs or the patience have run out."""
-        progress, rank = self.progress, self._rank
-        out_of_patience = progress.epoch - progress.best_epoch > rank.early_stop_patience
-        return progress.epoch >= rank.num_epochs or out_of_patience
 
     def fit(self) -> dict[str, Any]:
         """Train, keep the epoch that validation picks, and read the test split once.
@@ -115,15 +93,7 @@ class RankTrainer:
             InputError: the metric that picks the epoch is not defined.
         """
         with stop_requests(self._request):
-            try:
-                while not self.is_trained:
-                    began = time.perf_counter()
-                    self._train_epoch()
-                    self._finish_epoch(began)
-            except Interrupted:
-                self._save()
-                self._log.close()
-                raise
+            self._train_epochs()
             return self._summarise()
 
     def _train_epoch(self) -> None:
@@ -133,11 +103,7 @@ class RankTrainer:
         chosen = order.permutation(requests.of_split(Split.TRAIN))
         for first in range(progress.requests_in_epoch, len(chosen), rank.batch_requests):
             if self._request.signal:
-                raise Interrupted(
-                    f"stopped by {signal_name(self._request.signal)} after {progress.step:,} "
-                    f"steps, in epoch {progress.epoch}",
-                    self._request.signal,
-                )
+                self._stop(self._request.signal)
             self._step(chosen[first : first + rank.batch_requests])
             if progress.step % _SAVE_EVERY == 0:
                 self._save()
@@ -170,14 +136,12 @@ class RankTrainer:
                 "validation requests: no user there has candidates of both classes; take "
                 "another, or make more requests"
             )
-        if progress.best_epoch < 0 or found > progress.best:
-            progress.best, progress.best_epoch = found, progress.epoch
+        if self._is_best(found):
             epoch = {"epoch": progress.epoch}
             save_checkpoint(self._run / MODEL_FILE, self.model.state_dict(), epoch)
-        best = "the best" if progress.best_epoch == progress.epoch else f"best {progress.best:.4f}"
         told = (
             f"epoch {progress.epoch}: loss {loss:.4f}, valid {rank.select_metric} {found:.4f} "
-            f"({best}), {time.perf_counter() - began:,.1f} s"
+            f"({self._best_told}), {time.perf_counter() - began:,.1f} s"
         )
         progress.epoch, progress.requests_in_epoch = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_candidates = 0.0, 0
@@ -197,9 +161,7 @@ class RankTrainer:
 
     def _save(self) -> None:
         self._check_finite()
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= optimizer_tensors(self.model, self._optimizer)
-        save_checkpoint(self._run / STATE_FILE, tensors, {"progress": asdict(self.progress)})
+        save_state(self._run, self.model, self._optimizer, asdict(self.progress))
 
     def _summarise(self) -> dict[str, Any]:
         weights, metadata = load_checkpoint(self._run / MODEL_FILE)
@@ -219,7 +181,5 @@ class RankTrainer:
             "requests_hash": self.task.requests.manifest["hash"],
             "seed": self._rank.random_seed,
         }
-        partial = self._run / "summary.partial"
-        partial.write_text(json.dumps(summary, indent=1) + "\n")
-        partial.replace(self._run / SUMMARY_FILE)
+        write_summary(self._run, summary)
         return summary

@@ -10,13 +10,14 @@ import torch
 from hstu_xd.data.requests import RequestSet
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError, did_you_mean
+from hstu_xd.evaluation.protocol import RANKING
 from hstu_xd.ranking.batches import RequestData
 from hstu_xd.ranking.histories import HistoryIndex
 from hstu_xd.ranking.model import Ranker
 from hstu_xd.ranking.run import open_store, with_weights
 from hstu_xd.ranking.settings import RankingSettings, load_ranking_settings
 from hstu_xd.ranking.task import training_events
-from hstu_xd.training.run_facts import CONFIG_FILE, RANKING, read_run_of
+from hstu_xd.training.run_facts import CONFIG_FILE, read_run_of
 
 
 @dataclass(frozen=True)

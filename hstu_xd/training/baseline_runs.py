@@ -13,11 +13,9 @@ from hstu_xd.evaluation.ranks import evaluate
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoint
 from hstu_xd.training.distributed import World
 from hstu_xd.training.extension import metrics_of
-from hstu_xd.training.metrics_log import MetricsLog
+from hstu_xd.training.metrics_log import SUMMARY_FILE, MetricsLog, write_summary
 from hstu_xd.training.settings import RunSettings
 from hstu_xd.training.trainer import Progress
-
-SUMMARY_FILE = "summary.json"
 
 
 class BaselineTrainer:
@@ -92,9 +90,7 @@ class BaselineTrainer:
             "parameters": 0,
             "seed": self.settings.random_seed,
         }
-        partial = self.run / "summary.partial"
-        partial.write_text(json.dumps(summary, indent=1) + "\n")
-        partial.replace(self.run / SUMMARY_FILE)
+        write_summary(self.run, summary)
 
 
 def load_baseline(run: Path, settings: RunSettings, catalog: DomainCatalog) -> Baseline:

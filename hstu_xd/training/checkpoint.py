@@ -87,6 +87,39 @@ def restore_optimizer(
             optimizer.state[parameter][slot] = state
 
 
+def save_state(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    more: dict[str, Tensor] | None = None,
+) -> None:
+    """Write what a run resumes with into its folder: weights, optimiser, progress, and ``more``."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= optimizer_tensors(model, optimizer) | (more or {})
+    save_checkpoint(run / STATE_FILE, tensors, {"progress": progress})
+
+
+def load_state(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Restore what :func:`save_state` wrote; None where a run was stopped before that.
+
+    Returns:
+        The progress, and all tensors.
+
+    Raises:
+        InputError: the file cannot be read or is not of this model.
+    """
+    file = run / STATE_FILE
+    if not file.exists():
+        return None
+    tensors, metadata = load_checkpoint(file)
+    load_weights(model, model_tensors(tensors), file)
+    restore_optimizer(model, optimizer, tensors)
+    return metadata["progress"], tensors
+
+
 def parameter_of(key: str) -> str | None:
     """Name the parameter that an entry of the optimiser's state is of; None for other entries."""
     kind, _, rest = key.partition(".")

@@ -1,13 +1,21 @@
-"""The metrics of a run as they come: a file of JSON lines, and TensorBoard's log."""
+"""The metrics of a run: as they come, a file of JSON lines and TensorBoard's log; its summary."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hstu_xd.data.batches import Split
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
+
+
+def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
+    """Write what a run has come to, which appears whole or not at all."""
+    partial = run / "summary.partial"
+    partial.write_text(json.dumps(summary, indent=1) + "\n")
+    partial.replace(run / SUMMARY_FILE)
 
 
 class MetricsLog:

@@ -16,7 +16,7 @@ from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
 from hstu_xd.evaluation.metrics import Metrics
-from hstu_xd.evaluation.protocol import Protocol
+from hstu_xd.evaluation.protocol import RETRIEVAL, Protocol
 from hstu_xd.model.featured_items import FeatureTable
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective, Scorer
@@ -32,8 +32,6 @@ from hstu_xd.training.continuation import (
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.run_facts import (
-    RETRIEVAL,
-    RUN_FILE,
     check_same_data,
     held_folder,
     lay_out,
@@ -106,7 +104,7 @@ def train(
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
-        trainer = _new_trainer(store, settings, out, here, earlier, announce)
+        trainer = _new_trainer(store, settings, out, here, earlier, announce, resume=resume)
         continues = None
         if earlier is not None and not (out / STATE_FILE).exists():
             continues = _take_over(trainer, earlier, store, settings)
@@ -150,14 +148,15 @@ def _new_trainer(
     here: World,
     earlier: Predecessor | None,
     announce: Callable[[str], object],
+    *,
+    resume: bool,
 ) -> Trainer | BaselineTrainer:
     if settings.train.baseline != NO_BASELINE:
         return BaselineTrainer(store, settings, out, here)
     if earlier is not None:
         earlier.check_news(store, settings)
     # A run that is resumed keeps the features that it began with.
-    begun = (out / RUN_FILE).exists()
-    features = load_features(out, settings) if begun else features_of(store, settings)
+    features = load_features(out, settings) if resume else features_of(store, settings)
     return Trainer(
         _new_model(store.catalog, settings, features).to(here.device),
         store,

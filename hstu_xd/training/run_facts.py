@@ -19,6 +19,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.store_files import ITEM_IDS, OFFSETS, TIMESTAMPS, USERS
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import Baseline
+from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL
 from hstu_xd.files import LOCK_FILE, check_readable, locked_folder
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
@@ -32,8 +33,7 @@ _logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
 PARTIAL_FILE = "run.partial"
-# What a run is trained for, and what wrote its folder.
-RETRIEVAL, RANKING = "retrieval", "ranking"
+# What wrote the folder of a run of each kind.
 _TRAINED_BY = {RETRIEVAL: "hstu-xd train", RANKING: "hstu-xd rank"}
 
 
@@ -53,7 +53,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def kind_of(facts: Mapping[str, Any]) -> str:
-    """Return what a run is trained for, :data:`RETRIEVAL` or :data:`RANKING`."""
+    """Return what a run is trained for, RETRIEVAL or RANKING; those of old do not say so."""
     return facts.get("kind", RETRIEVAL)
 
 

@@ -10,6 +10,7 @@ from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError, did_you_mean
 from hstu_xd.evaluation.baselines import NO_BASELINE
+from hstu_xd.evaluation.metrics import COLD
 from hstu_xd.model.featured_items import FeatureTable
 from hstu_xd.training.checkpoint import load_checkpoint, save_checkpoint
 from hstu_xd.training.settings import RunSettings
@@ -25,17 +26,17 @@ def features_of(store: InteractionStore, settings: RunSettings) -> FeatureTable 
         settings: of the training, whose events tell which items it meets.
 
     Raises:
-        InputError: a feature that the store lacks, or a domain called like a group of targets.
+        InputError: a feature that the store lacks, or a domain called as cold targets are.
     """
     names = settings.item.features
     if not names or settings.train.baseline != NO_BASELINE:
         return None
-    if "cold" in store.domain_names:
+    if COLD in store.domain_names:
         raise InputError(
-            f"{store.path}: domain 'cold' is also the name of a group of targets where "
+            f"{store.path}: domain {COLD!r} is also the name of a group of targets where "
             "xd_item.features is set; call the domain otherwise"
         )
-    codes, values, numbers = {}, {}, {}
+    codes, values = {}, {}
     stored = store.features
     for taxonomy in (store.taxonomy, None if stored is None else stored.categories):
         if taxonomy is not None:

@@ -335,3 +335,24 @@ def _check_together(
 
 # The settings classes as gin sees them: called, they take what is bound.
 CONFIGURABLES = register(BLOCKS)
+
+
+def refuse_other_blocks(host: str, reads: Sequence[str], mend: str) -> None:
+    """Refuse bindings of this package's own trainer where another trainer runs.
+
+    Args:
+        host: that one.
+        reads: blocks that it reads, of which some are shared.
+        mend: what it has in their place.
+
+    Raises:
+        InputError: the message names the binding.
+    """
+    import gin
+
+    for block in BLOCKS:
+        for name, value in () if block in reads else gin.get_bindings(block).items():
+            raise InputError(
+                f"{block}.{name} = {value!r}: {host} reads {'.* and '.join(reads)}.* only; remove "
+                f"the binding ({mend})"
+            )

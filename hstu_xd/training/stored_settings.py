@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.protocol import RETRIEVAL
 from hstu_xd.files import sha256_of
 from hstu_xd.parts import (
     ALLOW_IMPORTS,
@@ -15,7 +16,7 @@ from hstu_xd.parts import (
 )
 from hstu_xd.training.extension import foreign_names
 from hstu_xd.training.gin_files import gin_library
-from hstu_xd.training.run_facts import CONFIG_FILE, RETRIEVAL, read_run_of
+from hstu_xd.training.run_facts import CONFIG_FILE, read_run_of
 from hstu_xd.training.settings import RunSettings, load_settings
 
 _logger = logging.getLogger(__name__)

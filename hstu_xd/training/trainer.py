@@ -5,7 +5,6 @@ order from (seed, e): nothing but the step number has to survive a kill. Metrics
 metrics.jsonl, one JSON object a line, and to TensorBoard's log as they come.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import HstuXdError, Interrupted
+from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.metrics import RankedTargets, grouped_metrics
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
@@ -33,18 +32,18 @@ from hstu_xd.objectives.objective import Objective, PreparesBatches
 from hstu_xd.objectives.retrieval import count_per_domain
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
-    STATE_FILE,
     load_checkpoint,
+    load_state,
     load_weights,
-    model_tensors,
-    optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    save_state,
 )
 from hstu_xd.training.distributed import DelayedMaximum, World
+from hstu_xd.training.epochs import EpochProgress, EpochTraining
 from hstu_xd.training.extension import metrics_of, objective_of
-from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
-from hstu_xd.training.metrics_log import MetricsLog
+from hstu_xd.training.interruption import stop_requests
+from hstu_xd.training.metrics_log import MetricsLog, write_summary
 from hstu_xd.training.optimization import WeightAverage, optimizer_of, rate_at
 from hstu_xd.training.settings import TrainSettings
 
@@ -53,22 +52,15 @@ _CHECK_EVERY = 50
 
 
 @dataclass
-class Progress:
-    """Where a run stands; stored with every resumable checkpoint.
+class Progress(EpochProgress):
+    """Where a training stands, by users and events.
 
     The place in an epoch is counted in users: steps depend on the number of processes.
     """
 
-    epoch: int = 0
     users_in_epoch: int = 0
-    step: int = 0
-    best: float = -1.0
-    best_epoch: int = -1
-    loss_sum: float = 0.0
     loss_tokens: int = 0
-    train_seconds: float = 0.0
     train_events: int = 0
-    metrics_bytes: int = 0
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any], users_per_step: int) -> "Progress":
@@ -91,7 +83,7 @@ class _Loss(nn.Module):
             return self._objective.loss(self.model, batch, targets, generator)
 
 
-class Trainer:
+class Trainer(EpochTraining[Progress]):
     """Trains one model on one store into one run folder.
 
     Args:
@@ -138,9 +130,9 @@ class Trainer:
         self._objective, self._metrics = objective_of(settings), metrics_of(settings)
         loss: nn.Module = _Loss(model, self._objective, bf16=settings.main_module_bf16)
         self._loss = DistributedDataParallel(loss) if world.size > 1 else loss
-        self._log = MetricsLog(run, enabled=world.is_main)
-        self._request, self._agreed = StopRequest(), DelayedMaximum(world.size)
-        self.progress = Progress()
+        log = MetricsLog(run, enabled=world.is_main)
+        super().__init__(Progress(), log, settings.num_epochs, settings.early_stop_patience)
+        self._agreed = DelayedMaximum(world.size)
 
     def begin_with(
         self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], source: Path
@@ -166,14 +158,12 @@ class Trainer:
         Args:
             processes: that the run was begun with.
         """
-        if (self.run / STATE_FILE).exists():
-            tensors, metadata = load_checkpoint(self.run / STATE_FILE)
-            load_weights(self.model, model_tensors(tensors), self.run / STATE_FILE)
-            restore_optimizer(self.model, self._optimizer, tensors)
+        if (stored := load_state(self.run, self.model, self._optimizer)) is not None:
+            progress, tensors = stored
             if self._average:
                 self._average.restore(tensors)
             users_per_step = self.settings.local_batch_size * processes
-            self.progress = Progress.from_stored(metadata["progress"], users_per_step)
+            self.progress = Progress.from_stored(progress, users_per_step)
             if not self.world.is_main:
                 self.progress.loss_sum = 0.0  # the first process has taken over all of it
         self._log.rewind(self.progress.metrics_bytes, self.progress.step)
@@ -188,15 +178,7 @@ class Trainer:
             Interrupted: one of the processes was asked to stop; :meth:`resume` goes on there.
         """
         with stop_requests(self._request):
-            try:
-                while not self.is_trained:
-                    began = time.perf_counter()
-                    self._train_epoch()
-                    self._finish_epoch(began)
-            except Interrupted:
-                self._save()
-                self._log.close()
-                raise
+            self._train_epochs()
             summary = self._summarise(read_test=read_test)
             self._agreed.finish()
             return summary
@@ -206,21 +188,10 @@ class Trainer:
         """Numbers of users whom every epoch trains on, and of those whom it draws from others."""
         return {"with news": self._news.size, "of the others an epoch": self._replayed}
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether the epochs or the patience have run out."""
-        progress, settings = self.progress, self.settings
-        out_of_patience = progress.epoch - progress.best_epoch > settings.early_stop_patience
-        return progress.epoch >= settings.num_epochs or out_of_patience
-
     def _stop_if_asked(self) -> None:
         """Leave where any process was asked to; all of them do so at the same call."""
         if number := self._agreed(self._request.signal):
-            raise Interrupted(
-                f"stopped by {signal_name(number)} after {self.progress.step:,} steps, in epoch "
-                f"{self.progress.epoch}",
-                number,
-            )
+            self._stop(number)
 
     def _train_epoch(self) -> None:
         settings, progress, data = self.settings, self.progress, self._data[Split.TRAIN]
@@ -347,13 +318,9 @@ class Trainer:
         values = self.evaluate(Split.VALID)
         self._log.write(Split.VALID, progress.epoch, progress.step, values)
         found = values[settings.select_metric]
-        # A user's metric may be below any number: the first epoch is the best so far.
-        if progress.best_epoch < 0 or found > progress.best:
-            progress.best, progress.best_epoch = found, progress.epoch
-            if self.world.is_main:
-                save_checkpoint(
-                    self.run / MODEL_FILE, self._judged.state_dict(), {"epoch": progress.epoch}
-                )
+        if self._is_best(found) and self.world.is_main:
+            epoch = {"epoch": progress.epoch}
+            save_checkpoint(self.run / MODEL_FILE, self._judged.state_dict(), epoch)
         told = self._told(row["loss"], found, time.perf_counter() - began)
         progress.epoch, progress.users_in_epoch = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_tokens = 0.0, 0
@@ -368,11 +335,11 @@ class Trainer:
         """Say in a line how an epoch went, and how long the others will take at most."""
         progress, settings = self.progress, self.settings
         left = (settings.num_epochs - 1 - progress.epoch) * seconds
-        best = "the best" if progress.best_epoch == progress.epoch else f"best {progress.best:.4f}"
         rate = progress.train_events / max(1e-9, progress.train_seconds)
         return (
             f"epoch {progress.epoch}: loss {loss:.4f}, valid {settings.select_metric} {found:.4f} "
-            f"({best}), {rate:,.0f} events/s, {seconds:,.1f} s; at most {left:,.0f} s left"
+            f"({self._best_told}), {rate:,.0f} events/s, {seconds:,.1f} s; at most {left:,.0f} s "
+            "left"
         )
 
     def evaluate(self, split: Split) -> dict[str, float]:
@@ -411,11 +378,9 @@ class Trainer:
         total = self._total_loss()
         if not self.world.is_main:
             return
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= optimizer_tensors(self.model, self._optimizer)
-        tensors |= self._average.tensors() if self._average else {}
         progress = asdict(self.progress) | {"loss_sum": total}
-        save_checkpoint(self.run / STATE_FILE, tensors, {"progress": progress})
+        average = self._average.tensors() if self._average else {}
+        save_state(self.run, self.model, self._optimizer, progress, average)
 
     def _summarise(self, *, read_test: bool) -> dict[str, Any]:
         """Read the test split once, with the epoch that validation picked, or not at all."""
@@ -441,7 +406,5 @@ class Trainer:
             "seed": self.settings.random_seed,
         }
         if self.world.is_main:
-            partial = self.run / "summary.partial"
-            partial.write_text(json.dumps(summary, indent=1) + "\n")
-            partial.replace(self.run / "summary.json")
+            write_summary(self.run, summary)
         return summary

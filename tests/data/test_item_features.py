@@ -103,6 +103,18 @@ def test_a_domain_that_is_not_in_the_log_is_left_out(call: Call) -> None:
     assert InteractionStore.open("store").num_items == 18
 
 
+def test_numbers_that_are_text_are_categories_and_said(call: Call) -> None:
+    ITEMS.select("item", "brand", "price").write_csv("items.csv")
+    options = ("--item-features", "items.csv", "--features", "brand,price")
+    said = call("prepare", "log.csv", "--out", "store", *options)
+    assert "WARNING: price in items.csv is text and holds numbers: each of its 1" in said
+    assert "brand in items.csv is text" not in said
+    features = InteractionStore.open("store").features
+    assert features is not None
+    assert features.categories is not None
+    assert (features.categories.names, list(features.numbers)) == (("brand", "price"), [])
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [

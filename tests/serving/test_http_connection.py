@@ -1,6 +1,9 @@
 """What a client may do to a connection: heads without end, and requests that never come."""
 
 import asyncio
+import gc
+import signal
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -274,3 +277,17 @@ def test_the_service_has_such_connections(tmp_path: Path) -> None:
         config.load()
         assert config.http_protocol_class is BoundedConnection
         assert config.ws_protocol_class is None
+
+
+def test_collections_spare_what_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spared: list[int] = []
+    monkeypatch.setattr(server.Server, "run", lambda *_, **__: spared.append(gc.get_freeze_count()))
+    handler = signal.getsignal(signal.SIGHUP)
+    with serving(tmp_path / "log") as client, socket.create_server(("127.0.0.1", 0)) as sock:
+        try:
+            swaps = LocalSwaps(client.service, tmp_path)
+            server.serve(client.service, sock, swaps, lambda: None)
+        finally:
+            gc.unfreeze()
+            signal.signal(signal.SIGHUP, handler)
+    assert spared[0] > 10_000

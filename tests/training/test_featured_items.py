@@ -14,14 +14,10 @@ from torch import Tensor
 
 import hstu_xd
 from hstu_xd.catalog import DomainCatalog
-from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import InputError
 from hstu_xd.model.featured_items import FeaturedItemEmbedding, FeatureTable
 from hstu_xd.objectives.retrieval import sample_negatives
 from hstu_xd.serving import EncoderSession
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoint
-from hstu_xd.training.run_features import features_of
-from hstu_xd.training.settings import load_settings
 
 Cli = Callable[..., Any]
 ROWS = "_embedding_module._item_emb.weight"
@@ -264,17 +260,13 @@ def test_bad_settings(cli: Cli, tmp_path: Path, binding: str, message: str) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_a_store_without_features_and_a_domain_that_is_called_cold(
+def test_a_store_without_features(
     cli: Cli, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "log.csv").write_text(log_of(12, 9))
     assert cli("prepare", tmp_path / "log.csv", "--out", tmp_path / "plain").code == 0
     said = train(cli, tmp_path / "plain", tmp_path / "run", code=2)
     assert "has none: prepare the log with --item-features FILE --features NAMES" in said
-    (tmp_path / "log.csv").write_text(log_of(12, 9).replace(",a,", ",cold,"))
-    said = cli("prepare", tmp_path / "log.csv", "--out", tmp_path / "cold")
-    assert said.code == 2
-    assert "domain 'cold' is also the name of a group of targets" in said.err
     off = ("xd_item.features = ()", "xd_item.row_dropout = 0.5")
     train(cli, tmp_path / "plain", tmp_path / "run", *off)
     assert "xd_item.row_dropout = 0.5 does nothing while xd_item.features is ()" in caplog.text
@@ -282,12 +274,11 @@ def test_a_store_without_features_and_a_domain_that_is_called_cold(
     assert "count[cold]" not in json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
 
 
-def test_an_old_store_may_have_such_a_domain_without_features(cli: Cli, tmp_path: Path) -> None:
-    store = prepare(cli, tmp_path, log_of(12, 9), items_of())
-    opened = InteractionStore.open(store)
-    opened.manifest["domains"] = {
-        "cold" if k == "a" else k: v for k, v in opened.manifest["domains"].items()
-    }
-    assert features_of(opened, load_settings([])) is None
-    with pytest.raises(InputError, match="'cold' is also the name of a group"):
-        features_of(opened, load_settings([], [FEATURES]))
+def test_a_domain_may_be_called_cold_without_features(cli: Cli, tmp_path: Path) -> None:
+    items = items_of().with_columns(pl.col("domain").replace("a", "cold"))
+    store = prepare(cli, tmp_path, log_of(12, 9).replace(",a,", ",cold,"), items)
+    said = train(cli, store, tmp_path / "run", code=2)
+    assert "domain 'cold' is also the name of a group of targets where xd_item.features" in said
+    train(cli, store, tmp_path / "run", "xd_item.features = ()")
+    lines = cli("evaluate", tmp_path / "run").out.splitlines()
+    assert len([line for line in lines if line.startswith("[cold]")]) == 2  # valid and test

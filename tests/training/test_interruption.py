@@ -313,8 +313,10 @@ def test_another_number_of_users_a_step_trains_those_who_are_left(
 
 def test_the_place_in_an_epoch_of_an_older_checkpoint() -> None:
     stored = {"epoch": 2, "step_in_epoch": 3, "step": 23}
-    assert Progress.from_stored(stored, users_per_step=32) == Progress(2, 96, 23)
-    assert Progress.from_stored({"users_in_epoch": 7}, users_per_step=32) == Progress(0, 7)
+    assert Progress.from_stored(stored, users_per_step=32) == Progress(2, 23, users_in_epoch=96)
+    assert Progress.from_stored({"users_in_epoch": 7}, users_per_step=32) == Progress(
+        users_in_epoch=7
+    )
 
 
 def test_a_second_training_into_a_folder_is_refused(

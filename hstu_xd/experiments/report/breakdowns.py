@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
+from hstu_xd.evaluation.protocol import RANKING
+from hstu_xd.evaluation.ranking import QUARTERS, UNSEEN, history_group
 from hstu_xd.experiments.report.run_figures import Group
 from hstu_xd.experiments.report.shared_data import Comparison
-
-_QUARTERS = ("shortest", "short", "long", "longest")
 
 
 class Breakdown(NamedTuple):
@@ -30,7 +30,7 @@ class Breakdown(NamedTuple):
 
 def breakdowns(one: Comparison) -> list[Breakdown]:
     """Return the ways to look at runs of one kind."""
-    ranking = one.runs[0].kind == "ranking"
+    ranking = one.runs[0].kind == RANKING
     what = "candidate" if ranking else "target"
     domains = [Group(name, f"[{name}]", _num_targets(one, name)) for name in one.domains]
     by_domain = Breakdown(
@@ -53,8 +53,8 @@ def _switches(one: Comparison) -> Breakdown:
 
 def _of_ranking(one: Comparison) -> list[Breakdown]:
     goals = [Group(name, f"[{name}]", None) for name in one.runs[0].info["goals"]]
-    history = [Group(f"{name} history", f"[history {name}]", None) for name in _QUARTERS]
-    unseen = Group("unseen candidates", "[unseen]", None)
+    history = [Group(f"{name} history", f"[{history_group(name)}]", None) for name in QUARTERS]
+    unseen = Group("unseen candidates", f"[{UNSEEN}]", None)
     return [
         Breakdown("goals", "by goal", "By goal of the request", "", goals),
         Breakdown(

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from hstu_xd.evaluation.protocol import protocol_notes
+from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, protocol_notes
 from hstu_xd.evaluation.ranking import RankingProtocol, undefined_notes
 from hstu_xd.experiments.report.breakdowns import Breakdown, breakdowns
 from hstu_xd.experiments.report.data_figures import data_figures
@@ -294,12 +294,13 @@ RANKING_PROTOCOL = (
     "what the user did strictly before that time. The log is cut in time for all users alike.",
     "The epoch is picked on validation and the test is read once; all variants rank the same "
     "candidates.",
+    "Differences of log loss and calibration, which are no shares, are told as they are.",
 )
 SEEDS_PROTOCOL = (
     "Mean and sample standard deviation are taken over seeds; differences are absolute, in "
     "percentage points."
 )
-PROTOCOLS = {"retrieval": RETRIEVAL_PROTOCOL, "ranking": RANKING_PROTOCOL}
+PROTOCOLS = {RETRIEVAL: RETRIEVAL_PROTOCOL, RANKING: RANKING_PROTOCOL}
 
 
 def page(sections: Sequence[Section]) -> str:

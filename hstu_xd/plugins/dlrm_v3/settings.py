@@ -223,12 +223,11 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
         InputError: a setting of another trainer, a switch that is not computed here, or one that is
             on while no domains are known.
     """
-    for block in shared.BLOCKS:
-        for name, value in gin.get_bindings(block).items() if block != "xd_encoder" else ():
-            raise InputError(
-                f"{block}.{name} = {value!r}: the host dlrm_v3 reads xd_dlrm.* and xd_encoder.* "
-                "only; remove the binding (cuts in time are xd_dlrm.valid_from and .test_from)"
-            )
+    shared.refuse_other_blocks(
+        "the host dlrm_v3",
+        ("xd_dlrm", "xd_encoder"),
+        "cuts in time are xd_dlrm.valid_from and .test_from",
+    )
     bound = dict(gin.get_bindings("xd_encoder"))
     check_types(EncoderSettings, "xd_encoder", bound)
     defaults = defaults_of(EncoderSettings)

@@ -170,6 +170,8 @@ def test_softmax_attention_is_refused(active: Any) -> None:
         ('xd_upstream.split = "holdout"', "split = 'holdout'; known: upstream, valid, test"),
         ('xd_upstream.negatives = "domains"', "known: domain, catalogue"),
         ("xd_encoder.ddsr = 1", "xd_encoder.ddsr = 1 is a int"),
+        ("xd_train.temperature = 0.1", r"trainer reads xd_upstream.\* and xd_encoder.\* only"),
+        ("xd_item.row_dropout = 0.2", "xd_item.row_dropout = 0.2: generative-recommenders'"),
         ('xd_upstream.warm_start = "nowhere"', "no such file"),
     ],
 )

@@ -61,8 +61,14 @@ def encoder_settings(
         embedding_dim: width of the item table.
 
     Raises:
-        InputError: a binding of the wrong type or out of range, or an HSTU that HSTU_XD cannot be.
+        InputError: a binding of the wrong type or out of range, one of another trainer, or an HSTU
+            that HSTU_XD cannot be.
     """
+    shared.refuse_other_blocks(
+        "generative-recommenders' trainer",
+        ("xd_upstream", "xd_encoder"),
+        "its own are train_fn.*, what it ranks among is xd_upstream.candidates",
+    )
     bound = dict(gin.get_bindings("xd_encoder"))
     check_types(shared.BLOCKS["xd_encoder"], "xd_encoder", bound)
     theirs = bound_arguments(hstu_encoder)
