@@ -77,3 +77,15 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def call(cli: Callable[..., Outcome]) -> Callable[..., str]:
+    """Run a command that ends with an exit code; it gives what was printed, errors included."""
+
+    def said(*words: object, code: int = 0) -> str:
+        outcome = cli(*words)
+        assert outcome.code == code, outcome.err
+        return outcome.out + outcome.err
+
+    return said

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hstu_xd.cli import app
 from hstu_xd.data.store import InteractionStore
 
 Call = Callable[..., str]
@@ -25,18 +24,6 @@ ITEMS = pl.DataFrame(
         "text": [None if n == 3 else [float(n), 1.0, -n] for n in range(19)],
     }
 )
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command that ends with an exit code; returns what it printed, errors included."""
-
-    def said(*words: object, code: int = 0) -> str:
-        capsys.readouterr()
-        assert app.run([str(word) for word in words]) == code
-        return "".join(capsys.readouterr())
-
-    return said
 
 
 @pytest.fixture(autouse=True)

@@ -49,18 +49,6 @@ def trained(store: InteractionStore, tmp_path_factory: pytest.TempPathFactory) -
     return run
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command that ends with an exit code; returns what it printed, errors included."""
-
-    def said(*words: object, code: int = 0) -> str:
-        capsys.readouterr()
-        assert app.run([str(word) for word in words]) == code
-        return "".join(capsys.readouterr())
-
-    return said
-
-
 def alone(call: Call, *words: object) -> list[dict[str, Any]]:
     return json.loads(call("recommend", *words, "--json"))["items"]
 

@@ -131,7 +131,10 @@ def _add_writes(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -
         "/v1/users/{user:text}", response_model=schemas.Forgotten, responses=_errors(400, 413, 503)
     )
     async def forget(user: User) -> Response:
-        """Forget a user: states, events, and what was known before the service."""
+        """Forget a user: states, events, and what was known before the service.
+
+        The name alone stays in the log, so that earlier histories of it stay hidden.
+        """
         return JSONResponse({"forgotten": await service.run(Forget(user))})
 
 
