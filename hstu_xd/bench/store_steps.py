@@ -29,6 +29,7 @@ from hstu_xd.experiments.variants import parse_variants, recipe_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.training.distributed import World
 from hstu_xd.training.extension import objective_of
+from hstu_xd.training.run import new_model
 from hstu_xd.training.run_features import features_of
 from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trainer import Trainer
@@ -67,14 +68,7 @@ class StoreSteps:
         """Return a trainer that has not taken a step."""
         settings = self.settings
         torch.manual_seed(settings.train.random_seed)
-        encoder = settings.encoder_settings(store.num_domains)
-        model = CrossDomainHSTU(
-            store.catalog,
-            encoder,
-            dropout_rate=settings.train.dropout_rate,
-            features=features_of(store, settings),
-            row_dropout=settings.item.row_dropout,
-        )
+        model = new_model(store.catalog, settings, features_of(store, settings))
         here = World(0, 1, torch.device(self.device))
         trainer = Trainer(model.to(here.device), store, settings.train, Path(), here)
         model.train()

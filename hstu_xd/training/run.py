@@ -158,7 +158,7 @@ def _new_trainer(
     # A run that is resumed keeps the features that it began with.
     features = load_features(out, settings) if resume else features_of(store, settings)
     return Trainer(
-        _new_model(store.catalog, settings, features).to(here.device),
+        new_model(store.catalog, settings, features).to(here.device),
         store,
         settings.train,
         out,
@@ -182,16 +182,23 @@ def _take_over(
         store,
         trainer.model,
         settings,
-        lambda catalog: _new_model(catalog, settings),
+        lambda catalog: new_model(catalog, settings),
         trainer.users_per_epoch,
     )
     trainer.begin_with(found.weights, found.optimizer, earlier.run)
     return found
 
 
-def _new_model(
+def new_model(
     catalog: DomainCatalog, settings: RunSettings, features: FeatureTable | None = None
 ) -> CrossDomainHSTU:
+    """Make the model that settings describe, with weights by torch's generator.
+
+    Args:
+        catalog: its items.
+        settings: of the run.
+        features: what a store holds of those that the settings name; None: nothing.
+    """
     train = settings.train
     return CrossDomainHSTU(
         catalog,
@@ -290,7 +297,7 @@ def load_trained(
     if settings.train.baseline != NO_BASELINE:
         ranker = load_baseline(run, settings, catalog)
     else:
-        ranker = _new_model(catalog, settings, load_features(run, settings))
+        ranker = new_model(catalog, settings, load_features(run, settings))
         weights, _ = load_checkpoint(run / MODEL_FILE)
         load_weights(ranker, weights, run / MODEL_FILE)
     return TrainedRun(
