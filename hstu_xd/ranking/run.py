@@ -40,6 +40,7 @@ def train(
     *,
     name: str | None = None,
     resume: bool = False,
+    read_test: bool = True,
     announce: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Train one ranker into a run folder.
@@ -52,6 +53,7 @@ def train(
         name: what tables call the run; default: its model.
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
             given and differ, a warning says so.
+        read_test: measure the best epoch on the test split, too.
         announce: called with a line after every epoch.
 
     Returns:
@@ -81,9 +83,10 @@ def train(
             else:
                 _lay_out(out, data, trainer, name or variant_name(settings), here)
             try:
-                return trainer.fit()
+                return trainer.fit(read_test=read_test)
             except Interrupted as stopped:
                 words = ["rank", "--data", str(data), "--out", str(out), "--resume"]
+                words += [] if read_test else ["--skip-test"]
                 message = f"{stopped}; go on with: hstu-xd {shlex.join(words)}"
                 raise Interrupted(message, stopped.signal) from None
 
