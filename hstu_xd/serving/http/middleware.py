@@ -33,13 +33,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER = {"Retry-After": "1"}
 
+# Asked by those who watch the service: without a token, and answered while it drains.
+PROBES = ("/healthz", "/livez", "/readyz")
+
 _ROUTES = (
+    *PROBES,
     "/",
     "/docs",
     "/docs.js",
     "/page.css",
     "/page.js",
-    "/healthz",
     "/metrics",
     "/openapi.json",
     "/v1/domains",
@@ -72,7 +75,7 @@ class RequestGuard:
         self._root = service.settings.root_path
         self._token = None if token is None else token.encode()
         # Open without a token: the state of the service, how to ask it, a page that holds no data.
-        self._open = {"/healthz", "/openapi.json", *page_files()}
+        self._open = {*PROBES, "/openapi.json", *page_files()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on."""
@@ -120,7 +123,7 @@ class RequestGuard:
                 "a bearer token is needed: send the header Authorization: Bearer TOKEN",
                 {"WWW-Authenticate": "Bearer"},
             )
-        elif path == "/healthz":
+        elif path in PROBES:
             await self._app(scope, receive, send)
         elif service.draining:
             closing = RETRY_AFTER | {"Connection": "close"}

@@ -163,7 +163,8 @@ class Workers:
             forget_process(worker.process.pid)
             self._leader.lose(number)
             time.sleep(_AGAIN)
-            self._start(worker)
+            if not self._stopping:
+                self._start(worker)
 
     def _dead(self) -> list[int]:
         return [n for n, worker in enumerate(self._workers) if not worker.process.is_alive()]
@@ -181,12 +182,14 @@ class Workers:
         )
         worker.process.start()
         other.close()
+        if self._stopping:
+            # The signal came too early for it.
+            worker.process.terminate()
 
     def _stop(self, which: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at once at the second one."""
-        if self._stopping:
-            self._terminate()
         self._stopping = True
+        self._terminate()
 
     def _ask_reload(self, which: int, frame: FrameType | None) -> None:
         """Serve what the folder of the command holds now."""
@@ -199,7 +202,8 @@ class Workers:
 
     def _end(self) -> None:
         """Drain all workers at once; what does not end in time is killed."""
-        self._terminate()
+        if not self._stopping:
+            self._terminate()
         until = time.monotonic() + self._work.settings.drain_seconds + _ENDING
         for process in [worker.process for worker in self._workers if worker.process is not None]:
             process.join(max(0.0, until - time.monotonic()))
