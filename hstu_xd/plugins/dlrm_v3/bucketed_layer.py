@@ -173,14 +173,19 @@ def _attend_new(
         (r, H, dv).
     """
     n = group.num_events
-    keys, values = group.keep(k[:n], v[:n])
-    # An event sees the rows up to its own, a target all of them, and itself.
-    last = (torch.arange(len(q)) + len(keys) - n).clamp(max=len(keys) - 1)
-    seen = last.unsqueeze(1) >= torch.arange(len(keys))
-    scores = (q * alpha).transpose(0, 1) @ keys.permute(1, 2, 0)
-    attended = (silu(scores) * (seen / norm)) @ values.transpose(0, 1)
+    keys, values = (x.transpose(0, 1) for x in group.keep(k[:n], v[:n]))
+    queries, kept = (q * alpha).transpose(0, 1), keys.shape[1] - n
+    blocks = []
+    for begin in range(0, n, _BLOCK):
+        end = min(begin + _BLOCK, n)
+        seen = kept + torch.arange(begin, end).unsqueeze(1) >= torch.arange(kept + end)
+        scores = queries[:, begin:end] @ keys[:, : kept + end].transpose(1, 2)
+        blocks.append((silu(scores) * (seen / norm)) @ values[:, : kept + end])
+    # A target sees all events, and itself.
+    seen_by_targets = silu(queries[:, n:] @ keys.transpose(1, 2)) / norm @ values
     own = silu((q[n:] * k[n:]).sum(2, keepdim=True) * alpha) / norm * v[n:]
-    return attended.transpose(0, 1).index_add(0, torch.arange(n, len(q)), own)
+    blocks.append(seen_by_targets + own.transpose(0, 1))
+    return torch.cat(blocks, dim=1).transpose(0, 1)
 
 
 def _padded(x: Tensor, offsets: Tensor, length: int) -> Tensor:
