@@ -76,6 +76,7 @@ def wait_for(process: ServiceProcess, path: str, wanted: int) -> None:
 def test_workers_are_ready_while_their_log_can_be_written(tmp_path: Path) -> None:
     with postgres_server() as server:
         options = ["--events", server.database(), "--workers", "2"]
+        options += ["--log-level", "info", "--log-format", "json"]
         with ServiceProcess(write_run(tmp_path / "run"), *options) as process:
             assert (status(process, "/livez"), status(process, "/readyz")) == (200, 200)
             server.stop()
@@ -105,5 +106,9 @@ def test_workers_are_ready_while_their_log_can_be_written(tmp_path: Path) -> Non
                 code, said = process.end(signal.SIGCONT)
         assert code == 0, said
         assert "Traceback" not in said
+        lines = [json.loads(line) for line in said.splitlines()]
+        assert {line["worker"] for line in lines if "path" in line} <= {0, 1}
+        taken = [line for line in lines if line.get("path") == "/v1/events"]
+        assert [line["status"] for line in taken if line["method"] == "POST"].count(200) == 1
         with serving(tmp_path / "again", log=options[1]) as client:
             assert [row["timestamp"] for row in client.history()] == [0]

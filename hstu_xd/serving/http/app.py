@@ -77,7 +77,9 @@ def build_app(service: Service, swaps: Swaps | None = None) -> RequestGuard:
     app = FastAPI(
         title="hstu-xd",
         version=__version__,
-        description="Recommendations for any domain from histories that cross domains.",
+        description="Recommendations for any domain from histories that cross domains. Every "
+        "answer names the model that gave it in X-Model, and its request in X-Request-ID, which a "
+        "request may bring.",
         docs_url=None,
         redoc_url=None,
     )
