@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.run_options import SkipTest, Verify, say_next
+from hstu_xd.cli.run_options import SkipTest, TrackerNames, Verify, say_next
 
 
 def requests(
@@ -91,6 +91,7 @@ def rank(
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
     skip_test: SkipTest = False,
+    tracker: TrackerNames = None,
 ) -> None:
     """Train a model that ranks the candidates of requests.
 
@@ -114,6 +115,7 @@ def rank(
         read_test=not skip_test,
         # Each line at once, also where the output is a file that somebody follows.
         announce=lambda line: print(line, flush=True),
+        trackers=tracker or (),
     )
     split = "test" if "test" in summary else "valid"
     found = summary[split]

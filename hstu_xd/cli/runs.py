@@ -16,6 +16,7 @@ from hstu_xd.cli.run_options import (
     Ks,
     SkipTest,
     Ties,
+    TrackerNames,
     Verify,
     is_ranking,
     protocol_changes,
@@ -57,6 +58,7 @@ def train(
     verify: Verify = False,
     skip_test: SkipTest = False,
     allow_imports: AllowImports = False,
+    tracker: TrackerNames = None,
 ) -> None:
     """Train a model on a prepared store.
 
@@ -93,6 +95,7 @@ def train(
         # Each line at once, also where the output is a file that somebody follows.
         announce=lambda line: print(line, flush=True),
         continue_from=continue_from,
+        trackers=tracker or (),
     )
     split = "test" if "test" in summary else "valid"
     found = summary[split]

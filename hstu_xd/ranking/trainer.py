@@ -26,7 +26,7 @@ from hstu_xd.training.checkpoint import (
 )
 from hstu_xd.training.epochs import EpochProgress, EpochTraining
 from hstu_xd.training.interruption import stop_requests
-from hstu_xd.training.metrics_log import MetricsLog, write_summary
+from hstu_xd.training.metrics_log import MetricsLog
 
 # Steps after which a run that is killed goes on from there.
 _SAVE_EVERY = 500
@@ -95,7 +95,7 @@ class RankTrainer(EpochTraining[RankingProgress]):
             HstuXdError: the loss became not finite.
             InputError: the metric that picks the epoch is not defined.
         """
-        with stop_requests(self._request):
+        with stop_requests(self._request), self._log:
             self._train_epochs()
             return self._summarise(read_test=read_test)
 
@@ -173,7 +173,6 @@ class RankTrainer(EpochTraining[RankingProgress]):
         if read_test:
             measured["test"] = self.task.measure(self.model, Split.TEST)
             self._log.write(Split.TEST, metadata["epoch"], progress.step, defined(measured["test"]))
-        self._log.close()
         summary = {
             "best_epoch": metadata["epoch"],
             "epochs": progress.epoch,
@@ -184,5 +183,5 @@ class RankTrainer(EpochTraining[RankingProgress]):
             "requests_hash": self.task.requests.manifest["hash"],
             "seed": self._rank.random_seed,
         }
-        write_summary(self._run, summary)
+        self._log.finish(summary)
         return summary

@@ -15,6 +15,8 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service_client import Client, events, serving, write_run
 
+from hstu_xd.serving.http.middleware import PROBES
+
 OPERATIONS = (
     "POST /v1/events",
     "POST /v1/events/remove",
@@ -24,6 +26,8 @@ OPERATIONS = (
     "GET /v1/users/{user}/history",
     "DELETE /v1/users/{user}",
     "GET /healthz",
+    "GET /livez",
+    "GET /readyz",
 )
 # What a service of each kind of run answers beside these.
 QUESTIONS = {"retrieval": ("POST /v1/recommend", "POST /v1/score"), "ranking": ("POST /v1/rank",)}
@@ -59,7 +63,7 @@ def test_every_operation_is_asked(clients: dict[str, Client], kind: str) -> None
     assert found == {*OPERATIONS, *QUESTIONS[kind]}
 
 
-WITHOUT_INPUT = ("GET /v1/domains", "GET /healthz")
+WITHOUT_INPUT = ("GET /v1/domains", *(f"GET {path}" for path in PROBES))
 # What both answer is asked of one.
 CASES = [
     (kind, name, mode)
@@ -98,12 +102,12 @@ def test_the_description_names_every_status(client: Client, tmp_path: Path) -> N
     for path, operations in described["paths"].items():
         for operation in operations.values():
             assert "422" not in operation["responses"]
-            if path != "/healthz":
+            if path not in PROBES:
                 assert {"200", "400", "413", "503"} <= set(operation["responses"])
     with serving(tmp_path, token="t") as other:
         described = other.ask("GET", "/openapi.json").json()
         for path, operations in described["paths"].items():
             for operation in operations.values():
-                assert ("401" in operation["responses"]) == (path != "/healthz")
-                assert ("security" in operation) == (path != "/healthz")
+                assert ("401" in operation["responses"]) == (path not in PROBES)
+                assert ("security" in operation) == (path not in PROBES)
         assert "openapi.json" in other.ask("GET", "/docs").text
