@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hstu_xd.errors import InputError
 from hstu_xd.interest.positions import Positions
+from hstu_xd.interest.tin import target_attention
 from hstu_xd.ranking.batches import RequestBatch
 from hstu_xd.ranking.histories import Levels
 from hstu_xd.ranking.model import ItemVectors, RankingModel
@@ -70,7 +71,7 @@ class TowerRanker(RankingModel):
         self.norm = nn.LayerNorm(width)
         decoupled = readout in ("goal", "layer", "tower")
         self.queries = nn.Parameter(torch.randn(goals if decoupled else 1, width))
-        self.reader = nn.MultiheadAttention(width, self._settings.heads, batch_first=True)
+        # Likeness of items is seen from the first step on where nothing turns their vectors.
         self.maps = nn.Parameter(torch.eye(width).repeat(len(self.queries), 1, 1))
         self.goals = nn.Embedding(goals, width) if readout == "embedding" else None
         self.bias = nn.Parameter(torch.zeros(goals))
@@ -134,6 +135,5 @@ class TowerRanker(RankingModel):
         return rows
 
     def _read(self, queries: Tensor, states: Tensor, hidden: Tensor) -> Tensor:
-        states = self.norm(states)
-        found, _ = self.reader(queries, states, states, key_padding_mask=hidden, need_weights=False)
-        return found
+        """Weigh states by their likeness to learned queries: (R, G, d)."""
+        return target_attention(queries, self.norm(states), ~hidden)

@@ -156,17 +156,13 @@ def test_padding_is_not_read(made: Any) -> None:
 
 @torch.no_grad()
 def test_the_read_out_is_attention_of_a_learned_query(made: Any) -> None:
-    model, batch = made(heads=1)
+    model, batch = made()
     states, _ = states_of(model, batch)
     states = nn.functional.layer_norm(states, states.shape[-1:], model.norm.weight, model.norm.bias)
-    mine, inner = model.reader, model.queries.shape[1]
-    parts = zip(mine.in_proj_weight.split(inner), mine.in_proj_bias.split(inner), strict=True)
-    (query_map, query_bias), (key_map, key_bias), (value_map, value_bias) = parts
-    keys, values = states @ key_map.T + key_bias, states @ value_map.T + value_bias
-    likeness = (model.queries @ query_map.T + query_bias) @ keys.transpose(1, 2) / math.sqrt(inner)
+    inner = model.queries.shape[1]
+    likeness = model.queries @ states.transpose(1, 2) / math.sqrt(inner)
     hidden = nn.functional.pad(batch.events == 0, (0, 1))
-    weights = likeness.masked_fill(hidden[:, None], -math.inf).softmax(-1)
-    read = mine.out_proj(weights @ values)
+    read = likeness.masked_fill(hidden[:, None], -math.inf).softmax(-1) @ states
     vectors = model.item_vectors(batch.candidates)
     for goal in range(GOALS):
         mapped = vectors @ model.maps[goal].T
