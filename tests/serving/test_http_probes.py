@@ -97,7 +97,6 @@ def test_workers_are_ready_while_their_log_can_be_written(tmp_path: Path) -> Non
                     connection.sendall(head)
                     assert b" 100 " in connection.recv(1000)
                 process.send(signal.SIGTERM)
-                began = time.monotonic()
                 # A worker that has nothing to finish ends at once; the others refuse.
                 wait_for(process, "/readyz", 503)
                 wait_for(process, "/v1/domains", 503)
@@ -105,7 +104,6 @@ def test_workers_are_ready_while_their_log_can_be_written(tmp_path: Path) -> Non
                 late.sendall(body)
                 assert late.recv(1000).startswith(b"HTTP/1.1 200 ")
                 code, said = process.end(signal.SIGCONT)
-                assert time.monotonic() - began < 10
         assert code == 0, said
         assert "Traceback" not in said
         lines = [json.loads(line) for line in said.splitlines()]
