@@ -214,9 +214,11 @@ class _Served:
             found: by user the items and their scores, for the user's domain by :func:`_domain`.
         """
         from hstu_xd.serving.events.open_log import open_log
-        from hstu_xd.serving.http.histories import Histories, Items
-        from hstu_xd.serving.http.live_model import Served
+        from hstu_xd.serving.http.histories import Histories
+        from hstu_xd.serving.http.live_model import load_engine
+        from hstu_xd.serving.http.retrieval_engine import RetrievalEngine
         from hstu_xd.serving.http.settings import ServiceSettings
+        from hstu_xd.serving.items import Items
 
         accepted = Counter(
             (event["user"], event["item"])
@@ -224,14 +226,16 @@ class _Served:
             if outcome.status == 200
             for event in (outcome.call.body or {}).get("events", ())
         )
-        log, served = open_log(self.log), Served.from_run(self.run, ServiceSettings(self.log))
+        log, settings = open_log(self.log), ServiceSettings(self.log)
+        engine = load_engine(self.run, settings)
+        assert isinstance(engine, RetrievalEngine)
         names = {user for user, _ in accepted} | set(log.users_from("", sys.maxsize))
         logged = Counter(
             (event.user, event.item) for known in log.read([*names]) for event in known.events
         )
         items = Items(self.catalog)
-        histories = Histories(log, self.catalog, items, served.prepared)
-        fresh = EncoderSession(served.model, window=served.window, history=histories.all_of)
+        histories = Histories(log, self.catalog, items, engine.prepared)
+        fresh = EncoderSession(engine.model, window=engine.window, history=histories.all_of)
         worst = 0.0
         for user, scores in found.items():
             ids = torch.tensor([[items.id_of(token) for token in scores]])

@@ -53,13 +53,14 @@ def report(
 
 
 def ablate(
-    data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
+    data: Annotated[Path, typer.Option("--data", help="Prepared store, or requests to rank for.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of runs and table; may be continued.")],
     variants: Annotated[
         str | None,
         typer.Option(
             "--variants",
-            help="Names and gin files of variants, a,mine.gin. [default: all]",
+            help="Names and gin files of variants, a,mine.gin; requests are ranked by gin files. "
+            "[default: all]",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds: 1, 2, ...")] = 3,
@@ -102,7 +103,7 @@ def ablate(
 
 
 def tune(
-    data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
+    data: Annotated[Path, typer.Option("--data", help="Prepared store, or requests to rank for.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the search; may be continued.")],
     trials: Annotated[
         int, typer.Option("--trials", min=1, help="Trials of each variant, those done included.")
@@ -131,14 +132,14 @@ def tune(
 
     Needs Optuna. The test split stays unread. Ctrl-C or SIGTERM stops the search; the same command
     goes on, and with more trials it searches further. It writes trials.json and best.gin, which
-    train takes; each variant has a best.gin of its own.
+    train or rank takes; each variant has a best.gin of its own.
     """
     from hstu_xd.experiments.tuning import tune as run_search
     from hstu_xd.experiments.variants import parse_variants
 
     table = run_search(
         data,
-        [] if variants is None else parse_variants(variants),
+        parse_variants(variants),
         trials,
         out,
         files=gin_config_file or [],

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.run_options import TrackerNames, Verify, say_next
+from hstu_xd.cli.run_options import SkipTest, TrackerNames, Verify, say_next
 
 
 def requests(
@@ -90,6 +90,7 @@ def rank(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
+    skip_test: SkipTest = False,
     tracker: TrackerNames = None,
 ) -> None:
     """Train a model that ranks the candidates of requests.
@@ -111,13 +112,15 @@ def rank(
         out,
         name=name,
         resume=resume,
+        read_test=not skip_test,
         # Each line at once, also where the output is a file that somebody follows.
         announce=lambda line: print(line, flush=True),
         trackers=tracker or (),
     )
-    test = summary["test"]
-    shown = (f"{m} {'undefined' if test[m] is None else f'{test[m]:.4f}'}" for m in METRICS)
-    typer.echo(f"{out}: best epoch {summary['best_epoch']}, test " + ", ".join(shown))
+    split = "test" if "test" in summary else "valid"
+    found = summary[split]
+    shown = (f"{m} {'undefined' if found[m] is None else f'{found[m]:.4f}'}" for m in METRICS)
+    typer.echo(f"{out}: best epoch {summary['best_epoch']}, {split} " + ", ".join(shown))
     say_next(["evaluate", out], ["report", out, "--out", "FOLDER"])
 
 

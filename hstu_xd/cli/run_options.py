@@ -22,6 +22,10 @@ Verify = Annotated[
     bool,
     typer.Option("--verify", help="Compare the store's files with the hashes of its manifest."),
 ]
+SkipTest = Annotated[
+    bool,
+    typer.Option("--skip-test", help="Leave the test split unread; --resume alone reads it."),
+]
 ExcludeSeen = Annotated[
     bool | None,
     typer.Option(

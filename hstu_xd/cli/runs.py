@@ -14,6 +14,7 @@ from hstu_xd.cli.run_options import (
     Candidates,
     ExcludeSeen,
     Ks,
+    SkipTest,
     Ties,
     TrackerNames,
     Verify,
@@ -55,10 +56,7 @@ def train(
         ),
     ] = None,
     verify: Verify = False,
-    skip_test: Annotated[
-        bool,
-        typer.Option("--skip-test", help="Leave the test split unread; --resume alone reads it."),
-    ] = False,
+    skip_test: SkipTest = False,
     allow_imports: AllowImports = False,
     tracker: TrackerNames = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""``hstu-xd serve``: recommendations over HTTP, from states that are one event old."""
+"""``hstu-xd serve``: a trained run over HTTP, from states that are one event old."""
 
 import logging
 import os
@@ -138,7 +138,8 @@ def serve(
 ) -> None:
     """Serve a trained run over HTTP.
 
-    Takes events of users and recommends items of any domain.
+    Takes events of users and recommends items of any domain (POST /v1/recommend); a ranking run
+    ranks given candidates instead (POST /v1/rank).
 
     POST /v1/models lets another run of the same folder answer, SIGHUP what RUN holds or links to
     now; requests go on meanwhile.
@@ -178,14 +179,15 @@ def _listen(work: "Work", workers: int, host: str, port: int) -> None:
     """Answer requests until the process is told to stop."""
     from hstu_xd.serving.events.open_log import is_postgres, shown_log
     from hstu_xd.serving.http import server
-    from hstu_xd.serving.http.service import Served, Service
+    from hstu_xd.serving.http.live_model import load_engine
+    from hstu_xd.serving.http.service import Service
     from hstu_xd.serving.http.swaps import LocalSwaps
     from hstu_xd.serving.http.workers import Workers
 
     settings = work.settings
-    served = None
+    engine = None
     if workers == 1:
-        served = Served.from_run(work.run, settings, allow_imports=work.allow_imports)
+        engine = load_engine(work.run, settings, allow_imports=work.allow_imports)
     if not is_postgres(settings.events):
         _make_folder(Path(settings.events).parent)
     with server.listen(host, port) as sock:
@@ -199,7 +201,7 @@ def _listen(work: "Work", workers: int, host: str, port: int) -> None:
 
             return said
 
-        service = None if served is None else Service(served, settings)
+        service = None if engine is None else Service(engine, settings)
         if settings.token is None and not is_loopback(here[0]):
             logging.getLogger(__name__).warning(
                 "whoever reaches %s can read, change and delete what is known of users: ask for a "

@@ -5,20 +5,21 @@ A variant is a list of gin bindings on top of the recipe that all share.
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
-from hstu_xd.evaluation.protocol import Protocol, protocol_notes
+from hstu_xd.evaluation.protocol import Protocol
+from hstu_xd.experiments.kinds import Kind, Settings, runs_on
+from hstu_xd.experiments.report.shared_data import measured_by
 from hstu_xd.experiments.report.tables import markdown_table
 from hstu_xd.experiments.run_folders import (
     ABLATION_FILE,
     RUN_FILE,
     SUMMARY_FILE,
-    Run,
     aggregate,
     alone_notes,
     read_run,
@@ -29,11 +30,9 @@ from hstu_xd.experiments.trainings import (
     training_command,
     trainings,
 )
-from hstu_xd.experiments.variants import SINGLE, check_name, recipe_of, variant_file
+from hstu_xd.experiments.variants import SINGLE, recipe_of, variant_file
 from hstu_xd.files import locked_folder
 from hstu_xd.training.interruption import signal_name
-from hstu_xd.training.run_facts import data_changes
-from hstu_xd.training.settings import RunSettings, load_settings
 from hstu_xd.training.trackers import check_trackers
 
 TABLE_FILE = "ablation.md"
@@ -91,42 +90,41 @@ class AblationRun:
         """Whether the run has finished."""
         return (self.folder / SUMMARY_FILE).is_file()
 
-    def check(self, store: InteractionStore, settings: RunSettings) -> None:
+    def check(self, kind: Kind, settings: Settings) -> None:
         """Refuse a run that is there already and does not belong beside the others.
 
         Args:
-            store: what all runs are trained on.
+            kind: of all runs, with what they are trained on.
             settings: of the variant, under any seed.
 
         Raises:
             InputError: it was trained on other data or with other settings.
         """
-        if not self.begun:
-            return
-        recorded = read_run(self.folder).info
-        own = replace(settings, train=replace(settings.train, **self.own)).on(store)
-        if changes := data_changes(recorded, store):
-            apart = f"on other data than {store.path} now holds ({changes})"
-        elif unlike := own.unlike(recorded):
-            apart = f"with other settings ({unlike[0]})"
-        else:
-            return
-        raise InputError(
-            f"{self.folder}: was trained {apart}, so one table cannot hold both; remove it, or "
-            "give another --out"
-        )
+        if self.begun and (apart := kind.apart(self.folder, settings, self.own)):
+            raise InputError(
+                f"{self.folder}: was trained {apart}, so one table cannot hold both; remove it, or "
+                "give another --out"
+            )
 
     def command(
         self,
-        data: Path,
+        kind: Kind,
         files: Sequence[Path],
         bindings: Sequence[str],
         trackers: Sequence[str],
     ) -> list[str]:
         """Write the command that trains it, or continues it where it stopped."""
         files, bindings = recipe_of(self.source, files, bindings)
-        bindings = [*bindings, *(f"xd_train.{k} = {v!r}" for k, v in self.own.items())]
-        line = training_command(data, self.folder, self.variant, files, bindings, resume=self.begun)
+        bindings = [*bindings, *(f"{kind.block}.{k} = {v!r}" for k, v in self.own.items())]
+        line = training_command(
+            kind.command,
+            kind.data,
+            self.folder,
+            self.variant,
+            files,
+            bindings,
+            resume=self.begun,
+        )
         return line + tracker_options(trackers)
 
 
@@ -146,9 +144,10 @@ def ablate(
     """Train every variant under every seed; finished runs in ``out`` are kept, stopped ones go on.
 
     Args:
-        data: a prepared store.
+        data: a prepared store, or requests to rank for.
         variants: names out of :data:`hstu_xd.experiments.variants.VARIANTS`, and gin files of your
-            own, which are named after the file and may import parts of your own.
+            own, which are named after the file and may import parts of your own; requests are
+            ranked by gin files alone. None of them: what is compared of the kind of runs.
         seeds: random seeds.
         out: folder of the run folders, ``ablation.json`` and ``ablation.md``.
         files: gin files of the recipe that all variants share.
@@ -163,31 +162,31 @@ def ablate(
 
     Raises:
         InputError: unknown variant or setting, a recipe that sets one of the switches that
-            variants are named after, not a store, runs in ``out`` that are not comparable, or
-            another ablation in ``out``; or a tracker is not installed.
+            variants are named after, neither store nor requests, runs in ``out`` that are not
+            comparable, or another ablation in ``out``; or a tracker is not installed.
         HstuXdError: a run failed; the others' rows are kept.
         Interrupted: Ctrl-C or a signal asked to stop; the trainings have saved and ended, and the
             message says how to go on.
     """
     check_trackers(trackers)
-    store, failed = InteractionStore.open(data, verify=verify), []
+    kind, failed = runs_on(data, verify=verify), []
     runs = [
         AblationRun(v, s, out, domain)
         for s in seeds
-        for v in variants
-        for domain in (enumerate(store.domain_names) if v == SINGLE else [None])
+        for v in variants or kind.compared
+        for domain in (enumerate(kind.store.domain_names) if v == SINGLE else [None])
     ]
 
     def note_end(run: AblationRun, error: str) -> None:
         if error:
             failed.append(f"{run.name}: {error}")
         announce(f"{run.name}: {error or 'done'}")
-        _write(out, runs, store)
+        _write(out, runs, kind.store)
 
     with locked_folder(out, "runs an ablation in"):
-        _check_runs(runs, store, files, bindings)
+        _check_runs(runs, kind, files, bindings)
         commands = {
-            run: run.command(data, files, bindings, trackers) for run in runs if not run.done
+            run: run.command(kind, files, bindings, trackers) for run in runs if not run.done
         }
         announce(f"{len(commands)} of {len(runs)} runs to train, {jobs} at a time, into {out}")
         with trainings(jobs) as running:
@@ -200,10 +199,11 @@ def ablate(
             for run, error in running.each(train, commands):
                 note_end(run, error)
         stopped_by = running.stopped_by
-        table = _write(out, runs, store)
+        table = _write(out, runs, kind.store)
     if stopped_by:
-        words = ["ablate", "--data", str(data), "--variants", ",".join(variants), "--seeds"]
-        words += [str(max(seeds)), "--out", str(out)]
+        words = ["ablate", "--data", str(data)]
+        words += ["--variants", ",".join(variants)] if variants else []
+        words += ["--seeds", str(max(seeds)), "--out", str(out)]
         words += recipe_options(files, bindings) + tracker_options(trackers)
         raise Interrupted(
             f"stopped by {signal_name(stopped_by)}, {sum(run.done for run in runs)} of {len(runs)} "
@@ -217,31 +217,19 @@ def ablate(
 
 def _check_runs(
     runs: Sequence[AblationRun],
-    store: InteractionStore,
+    kind: Kind,
     files: Sequence[Path],
     bindings: Sequence[str],
 ) -> None:
     """Refuse what does not belong into one table, before anything is trained."""
     variants = dict.fromkeys(run.source for run in runs)
-    settings = {v: load_settings(*recipe_of(v, files, bindings)) for v in variants}
     for variant in variants:
-        check_name(variant, settings[variant])
-    _check_protocols(settings)
+        kind.check_source(variant)
+    settings = {v: kind.load(*recipe_of(v, files, bindings)) for v in variants}
+    kind.check_variants(settings)
     _refuse_namesakes(runs)
     for run in runs:
-        run.check(store, settings[run.source])
-
-
-def _check_protocols(settings: Mapping[str, RunSettings]) -> None:
-    """Refuse variants of which one is measured otherwise than the first."""
-    (first, base), *others = settings.items()
-    for variant, own in others:
-        if own.protocol != base.protocol:
-            raise InputError(
-                f"variant {variant} is evaluated by {own.protocol}, {first} by {base.protocol}: "
-                "their numbers do not compare; put xd_evaluate settings into the recipe that all "
-                "share"
-            )
+        run.check(kind, settings[run.source])
 
 
 def _refuse_namesakes(runs: Sequence[AblationRun]) -> None:
@@ -255,17 +243,12 @@ def _refuse_namesakes(runs: Sequence[AblationRun]) -> None:
             )
 
 
-def _whole(done: Sequence[Run]) -> Run:
-    """Return the first run that was measured on all domains; the first where there is none."""
-    return next((run for run in done if not run.domain), done[0])
-
-
 def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> str:
     done = [read_run(run.folder) for run in sorted(runs, key=lambda r: r.seed) if run.done]
     rows = [run.row() for run in done]
     order = list(dict.fromkeys(run.variant for run in runs))
     rows.sort(key=lambda row: order.index(row["variant"]))
-    protocol = Protocol.from_run(done[0].info if done else {})
+    protocol = done[0].protocol if done else Protocol.from_run({})
     results = aggregate(rows)
     table = markdown_table(
         results,
@@ -278,7 +261,7 @@ def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> s
         table += "\nWhat training domains together gives or takes:\n\n"
         table += markdown_table(results, metrics=by_domain)
     if done:
-        notes = [*protocol_notes([run.info for run in done], _whole(done).test), *alone_notes(rows)]
+        notes = [*measured_by(done), *alone_notes(rows)]
         table += "\n" + "\n".join(notes) + "\n"
     for name, text in ((ABLATION_FILE, json.dumps(rows, indent=1) + "\n"), (TABLE_FILE, table)):
         partial = out / f"{name}.partial"

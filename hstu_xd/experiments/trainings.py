@@ -22,6 +22,7 @@ _Result = TypeVar("_Result")
 
 
 def training_command(
+    command: str,
     data: Path,
     folder: Path,
     name: str,
@@ -33,14 +34,15 @@ def training_command(
     """Write the command that trains a run, or continues it where it stopped.
 
     Args:
-        data: the prepared store.
+        command: that trains runs of the kind.
+        data: what it is trained on.
         folder: the run folder.
         name: what tables call the run.
         files: gin files.
         bindings: gin bindings on top of them.
         resume: whether there is a run to continue.
     """
-    line = [sys.executable, "-m", "hstu_xd", "train", "--data", str(data), "--out", str(folder)]
+    line = [sys.executable, "-m", "hstu_xd", command, "--data", str(data), "--out", str(folder)]
     return [*line, "--name", name, *recipe_options(files, bindings), *["--resume"] * resume]
 
 

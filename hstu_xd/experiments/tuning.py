@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
+from hstu_xd.experiments.kinds import Kind, runs_on
 from hstu_xd.experiments.report.tables import MISSING, escape, markdown_lines, metric_label
 from hstu_xd.experiments.run_folders import METRICS_FILE, RUN_FILE, read_metrics, read_run
 from hstu_xd.experiments.trainings import (
@@ -25,12 +25,11 @@ from hstu_xd.experiments.trainings import (
     training_command,
     trainings,
 )
-from hstu_xd.experiments.variants import SINGLE, check_name, recipe_of, variant_file
+from hstu_xd.experiments.variants import SINGLE, recipe_of, variant_file
 from hstu_xd.files import locked_folder
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.training.interruption import signal_name
 from hstu_xd.training.search_space import Dimension
-from hstu_xd.training.settings import load_settings
 
 JOURNAL_FILE = "journal.log"
 TRIALS_FILE = "trials.json"
@@ -58,7 +57,7 @@ def tune(
     """Try settings for every variant; trials in ``out`` are kept, stopped ones go on.
 
     Args:
-        data: a prepared store.
+        data: a prepared store, or requests to rank for.
         variants: names out of :data:`hstu_xd.experiments.variants.VARIANTS`, and gin files of your
             own; none: the recipe as it is.
         trials: number of trials of each variant, those that are there already among them.
@@ -73,13 +72,13 @@ def tune(
         The Markdown table.
 
     Raises:
-        InputError: unknown variant or setting, a variant that sets what is searched, not a store,
-            another search in ``out``, or Optuna is not installed.
+        InputError: unknown variant or setting, a variant that sets what is searched, neither store
+            nor requests, another search in ``out``, or Optuna is not installed.
         HstuXdError: all trials of a variant failed.
         Interrupted: Ctrl-C or a signal asked to stop; the trainings have saved and ended, and the
             message says how to go on.
     """
-    store = InteractionStore.open(data)
+    kind = runs_on(data)
     load_optuna()
     names = list(variants) or [RECIPE]
     if SINGLE in names:
@@ -88,7 +87,7 @@ def tune(
             "domain by itself, by the binding xd_train.domain"
         )
     with locked_folder(out, "tunes in"):
-        searches = {name: _Search(name, store, out, files, bindings) for name in names}
+        searches = {name: _Search(name, kind, out, files, bindings) for name in names}
         for search in searches.values():
             if search.outside and not search.ended:
                 announce(
@@ -140,7 +139,7 @@ class _Search:
 
     Args:
         source: the variant as it was asked for, or :data:`RECIPE`.
-        store: what is trained on.
+        kind: of the runs, with what they are trained on.
         out: folder of the whole search.
         files: gin files of the recipe.
         bindings: gin bindings on top of them.
@@ -149,24 +148,25 @@ class _Search:
     def __init__(
         self,
         source: str,
-        store: InteractionStore,
+        kind: Kind,
         out: Path,
         files: Sequence[Path],
         bindings: Sequence[str],
     ) -> None:
-        self._optuna, self._store = load_optuna(), store
+        self._optuna, self._kind = load_optuna(), kind
         self.variant, self._files, self._bindings = source, list(files), list(bindings)
         if source != RECIPE:
+            kind.check_source(source)
             file = variant_file(source)
             self.variant = source if file is None else file.stem
             self._files, self._bindings = recipe_of(source, files, bindings)
-        self.settings = load_settings(self._files, self._bindings)
+        self.settings = kind.load(self._files, self._bindings)
         self._space = self.settings.search_space
-        self.metric = self.settings.train.select_metric
+        self.metric = self.settings.flat[f"{kind.block}.select_metric"]
         self.folder = out / self.variant
         if source != RECIPE:
-            check_name(source, self.settings)
-            self._check_space(load_settings(files, bindings).flat)
+            kind.check_variants({source: self.settings})
+            self._check_space(kind.load(files, bindings).flat)
         self._lock = threading.Lock()
         self._study = self._open(out)
 
@@ -195,7 +195,7 @@ class _Search:
             pruner=optuna.pruners.MedianPruner(tune.unpruned_trials, tune.unpruned_epochs),
         )
         facts = {
-            "data": self._store.manifest["hashes"],
+            "data": self._kind.hashes,
             "settings": self.settings.flat | {"xd_tune.space": tune.space},
         }
         facts = json.loads(json.dumps(facts, default=str))
@@ -204,7 +204,7 @@ class _Search:
             study.set_user_attr(_FACTS, facts)
         elif known["data"] != facts["data"]:
             raise InputError(
-                f"{out}: {self.variant} was tuned on other data than {self._store.path}; give "
+                f"{out}: {self.variant} was tuned on other data than {self._kind.data}; give "
                 "another --out"
             )
         for name, own in facts["settings"].items():
@@ -256,7 +256,8 @@ class _Search:
             return pruned
 
         command = training_command(
-            self._store.path,
+            self._kind.command,
+            self._kind.data,
             folder,
             self.variant,
             self._files,
@@ -291,7 +292,7 @@ class _Search:
         # One sampler a trial: a search that goes on draws nothing that has been drawn before.
         self._study.sampler = self._optuna.samplers.TPESampler(
             n_startup_trials=self.settings.tune.random_trials,
-            seed=self.settings.train.random_seed % 2**31 + number,
+            seed=self.settings.flat[f"{self._kind.block}.random_seed"] % 2**31 + number,
         )
         trial = self._study.ask()
         trial.set_user_attr(_NUMBER, number)
@@ -352,7 +353,7 @@ class _Search:
     def as_gin(self, best: Mapping[str, Any]) -> str:
         """Write all settings of the best trial, given its row, as a gin file."""
         bound = [f"{name} = {value!r}" for name, value in best["settings"].items()]
-        settings = load_settings(self._files, [*self._bindings, *bound])
+        settings = self._kind.load(self._files, [*self._bindings, *bound])
         return (
             f"# The best of {len(self.ended)} trials of {self.variant} on validation, trial "
             f"{best['trial']}: {self.metric} {100 * best['value']:.2f} %.\n\n{settings.to_gin()}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from hstu_xd.errors import InputError, did_you_mean
 from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
 from hstu_xd.model.settings import SWITCHES, EncoderSettings
+from hstu_xd.training.gin_files import find_file
 from hstu_xd.training.settings import RunSettings
 
 _MASK = ("xd_encoder.domain_mask = True",)
@@ -77,10 +78,9 @@ def variant_file(name: str) -> Path | None:
     Raises:
         InputError: no such file, or it would be named as another variant is.
     """
-    file = Path(name)
-    if file.suffix != ".gin":
+    if Path(name).suffix != ".gin":
         return None
-    if not file.is_file():
+    if (file := find_file(Path(name))) is None:
         raise InputError(f"variant {name}: no such file in {Path.cwd()}")
     if file.stem in VARIANTS:
         raise InputError(f"variant {name}: {file.stem!r} is the name of another; rename the file")
@@ -103,8 +103,8 @@ def variant_bindings(name: str) -> tuple[str, ...]:
 
 
 def parse_variants(text: str | None) -> Sequence[str]:
-    """Split "a,b,mine.gin" into names and gin files; the switches for None."""
-    names = list(COMPARED) if text is None else [name.strip() for name in text.split(",")]
+    """Split "a,b,mine.gin" into names and gin files; none for None."""
+    names = [] if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         variant_bindings(name)
     return list(dict.fromkeys(names))

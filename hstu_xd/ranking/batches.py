@@ -1,5 +1,6 @@
 """Requests as tensors: candidates in a row a request, with the events that are read for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ class RequestData:
         self, index: HistoryIndex, requests: RequestSet, settings: RankingSettings
     ) -> None:
         self._index, self.requests, self._settings = index, requests, settings
-        index.searched(settings.search.levels, settings.search.quotas)
+        index.levels.searched(settings.search.levels, settings.search.quotas)
         counts = np.diff(requests.offsets)
         request = np.repeat(np.arange(len(counts)), counts)
         self.asked = Questions(
@@ -84,7 +85,7 @@ class RequestData:
     @property
     def counts_width(self) -> int:
         """How many counts a candidate has; 0 where they are not asked for."""
-        return self._index.counts_width if self._settings.interest.counts else 0
+        return self._index.levels.counts_width if self._settings.interest.counts else 0
 
     def batch(self, chosen: NDArray[np.int64]) -> RequestBatch:
         """Make the batch of some requests.
@@ -147,6 +148,53 @@ class RequestData:
         whole = np.full((inside.size, search.k), -1, np.int64)
         whole[inside.ravel()] = found
         return self._index.read(whole)
+
+
+def joined(parts: Sequence[RequestBatch]) -> RequestBatch:
+    """Make one batch of several by the same settings, whose histories may be of other indices."""
+    width = max(part.candidates.shape[1] for part in parts)
+    per_candidate = any(len(part.events) != len(part.candidates) for part in parts)
+
+    def wide(values: Tensor, candidates: int) -> Tensor:
+        """Put zeros behind the candidates of each request."""
+        padded = values.new_zeros(len(values), width, *values.shape[2:])
+        padded[:, :candidates] = values
+        return padded
+
+    def of_candidates(name: str) -> Tensor:
+        values = [getattr(part, name) for part in parts]
+        return torch.cat([wide(value, value.shape[1]) for value in values])
+
+    def of_groups(name: str) -> Tensor:
+        values = [getattr(part, name) for part in parts]
+        if per_candidate:
+            shapes = [part.candidates.shape for part in parts]
+            values = [
+                wide(value.view(*shape, -1), shape[1]).flatten(0, 1)
+                for value, shape in zip(values, shapes, strict=True)
+            ]
+        return torch.cat(values)
+
+    return RequestBatch(
+        candidates=of_candidates("candidates"),
+        labels=of_candidates("labels"),
+        goals=torch.cat([part.goals for part in parts]),
+        counts=of_candidates("counts"),
+        events=of_groups("events"),
+        buckets=of_groups("buckets"),
+        histories=_end_to_end([part.histories for part in parts if part.histories is not None]),
+    )
+
+
+def _end_to_end(parts: Sequence[Histories]) -> Histories | None:
+    if not parts:
+        return None
+    lengths = torch.cat([part.offsets.diff() for part in parts])
+    return Histories(
+        torch.cat([part.items for part in parts]),
+        torch.cat([part.gaps for part in parts]),
+        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+    )
 
 
 def _laid_out(values: NDArray, inside: NDArray[np.bool_]) -> NDArray:

@@ -1,6 +1,7 @@
 """The histories of a store as a ranker asks them: by item and level, strictly before a time."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from hstu_xd.search import HardIndex, search_recent
 from hstu_xd.search.runs import lower_bound
 
 _DAY, _LONGEST = 86_400.0, 3_650.0
+# Bytes of an appended event beside its item and time: places in lists and in runs of nodes.
+_APPENDED_BYTES = 100
 
 
 class Questions(NamedTuple):
@@ -23,31 +26,92 @@ class Questions(NamedTuple):
     times: NDArray[np.int64]
 
 
-class HistoryIndex:
-    """All histories of a store, with a hard index of every level of its taxonomy.
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """The levels at which events match a candidate, with the node of every item on each.
 
     Attributes:
-        level_names: the item, the taxonomy's levels, and the domain where there is more than one.
+        names: the item, the taxonomy's levels, and the domain where there is more than one.
         paths: (I + 1, H + 1) int64 node of every item id on each level; -1 where it has none.
-
-    Args:
-        store: the log.
     """
 
-    def __init__(self, store: InteractionStore) -> None:
+    names: tuple[str, ...]
+    paths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, store: InteractionStore) -> "Levels":
+        """Return those of a store's items."""
         item_domains = store.catalog.item_domains.numpy(force=True)
-        self.level_names, self.paths = level_paths(store.taxonomy, item_domains, store.num_domains)
-        self._items = np.asarray(store.item_ids).astype(np.int64)
-        self._offsets, self._times = np.asarray(store.offsets), np.asarray(store.timestamps)
-        self._index = HardIndex.build(self.paths[self._items], self._offsets, self._times)
+        return cls(*level_paths(store.taxonomy, item_domains, store.num_domains))
+
+    @property
+    def counts_width(self) -> int:
+        """How many numbers :meth:`HistoryIndex.counts` gives."""
+        return 2 * len(self.names)
+
+    def searched(
+        self, levels: tuple[str, ...], quotas: tuple[int, ...]
+    ) -> tuple[list[int], dict[int, int]]:
+        """Return the places of levels, (): of all, and the quotas of those that have one.
+
+        Raises:
+            InputError: a level that is not there, or quotas of another number of levels.
+        """
+        names = levels or self.names
+        places = [self.place(name) for name in names]
+        if quotas and len(quotas) != len(places):
+            raise InputError(
+                f"xd_search.quotas = {quotas!r} are {len(quotas)}; one for each of the "
+                f"{len(places)} levels is needed: {', '.join(names)}"
+            )
+        return places, {place: most for place, most in zip(places, quotas) if most}
+
+    def place(self, name: str) -> int:
+        """Return the place of a level.
+
+        Raises:
+            InputError: there is no such level.
+        """
+        if name not in self.names:
+            raise InputError(
+                f"xd_search.levels names {name!r}; the store has {', '.join(self.names)}"
+                + did_you_mean(name, self.names)
+            )
+        return self.names.index(name)
+
+
+class HistoryIndex:
+    """Histories of users, with a hard index of every level, which grow by appended events.
+
+    Args:
+        levels: at which events match.
+        offsets: (B + 1,) integers, user ``b`` owns events ``offsets[b]:offsets[b + 1]``.
+        items: (L,) integers, item ids.
+        times: (L,) int64 seconds, ascending within a user.
+
+    Attributes:
+        levels: as given.
+    """
+
+    def __init__(self, levels: Levels, offsets: NDArray, items: NDArray, times: NDArray) -> None:
+        self.levels = levels
+        self._items = np.asarray(items).astype(np.int64)
+        self._offsets, self._times = np.asarray(offsets), np.asarray(times)
+        self._index = HardIndex.build(levels.paths[self._items], self._offsets, self._times)
         # Items and times of events that came later, in rows that double as they fill up.
         self._later = np.empty((2, 0), np.int64)
         self._later_of: Counter[int] = Counter()
 
+    @classmethod
+    def of(cls, store: InteractionStore) -> "HistoryIndex":
+        """Index all histories of a store."""
+        return cls(Levels.of(store), store.offsets, store.item_ids, store.timestamps)
+
     @property
-    def first_time(self) -> int:
-        """Time of the log's first event: nobody has one before it."""
-        return int(self._times.min(initial=np.iinfo(np.int64).max))
+    def num_bytes(self) -> int:
+        """Count the bytes of all events, about."""
+        built = self._index.nbytes + self._items.nbytes + self._times.nbytes
+        return built + self._later.nbytes + _APPENDED_BYTES * self._later_of.total()
 
     def append(self, user: int, item: int, time: int) -> None:
         """Add an event that is not earlier than any of its user's.
@@ -60,16 +124,11 @@ class HistoryIndex:
         Raises:
             InputError: a time before the user's latest event.
         """
-        place = self._index.append(user, self.paths[item], time) - len(self._items)
+        place = self._index.append(user, self.levels.paths[item], time) - len(self._items)
         if place == self._later.shape[1]:
             self._later = np.concatenate([self._later, np.empty((2, max(64, place)), np.int64)], 1)
         self._later[:, place] = item, time
         self._later_of[user] += 1
-
-    @property
-    def counts_width(self) -> int:
-        """How many numbers :meth:`counts` gives."""
-        return 2 * len(self.level_names)
 
     def counts(self, asked: Questions) -> NDArray[np.float32]:
         """Count what the user did with the candidate's node on each level, and how long ago.
@@ -78,7 +137,7 @@ class HistoryIndex:
             (Q, 2 (H + 1)) float32: log(1 + count) of each level, then of each how recent the last
             was: 1 a day ago, 0 ten years ago or never, on a scale of logarithms.
         """
-        counts, latest = self._index.count(asked.users, self.paths[asked.items], asked.times)
+        counts, latest = self._index.count(asked.users, self.levels.paths[asked.items], asked.times)
         days = np.maximum(asked.times[:, None] - self.read(latest)[1], 1) / _DAY
         recency = np.maximum(np.log(_LONGEST / days) / np.log(_LONGEST), 0)
         found = np.concatenate([np.log1p(counts), np.where(latest < 0, 0, recency)], axis=1)
@@ -89,7 +148,7 @@ class HistoryIndex:
         if not self._later_of:
             return search_recent(self._offsets, self._times, asked.users, asked.times, k).events
         # No candidate: nothing matches, and the latest events fill up.
-        nowhere = np.full((len(asked.users), len(self.level_names)), -1)
+        nowhere = np.full((len(asked.users), len(self.levels.names)), -1)
         found = self._index.search(asked.users, nowhere, asked.times, k, levels=[0], fill="recent")
         return found.events
 
@@ -121,10 +180,10 @@ class HistoryIndex:
         Raises:
             InputError: a level that is not there, or quotas of another number of levels.
         """
-        places, limits = self.searched(levels, quotas)
+        places, limits = self.levels.searched(levels, quotas)
         return self._index.search(
             asked.users,
-            self.paths[asked.items],
+            self.levels.paths[asked.items],
             asked.times,
             k,
             levels=places,
@@ -134,49 +193,17 @@ class HistoryIndex:
             scope="target_domain" if within_domain else "all",
         ).events
 
-    def searched(
-        self, levels: tuple[str, ...], quotas: tuple[int, ...]
-    ) -> tuple[list[int], dict[int, int]]:
-        """Return the places of levels, (): of all, and the quotas of those that have one.
-
-        Raises:
-            InputError: a level that is not there, or quotas of another number of levels.
-        """
-        names = levels or self.level_names
-        places = [self.level(name) for name in names]
-        if quotas and len(quotas) != len(places):
-            raise InputError(
-                f"xd_search.quotas = {quotas!r} are {len(quotas)}; one for each of the "
-                f"{len(places)} levels is needed: {', '.join(names)}"
-            )
-        return places, {place: most for place, most in zip(places, quotas) if most}
-
-    def level(self, name: str) -> int:
-        """Return the place of a level.
-
-        Raises:
-            InputError: there is no such level.
-        """
-        if name not in self.level_names:
-            raise InputError(
-                f"xd_search.levels names {name!r}; the store has {', '.join(self.level_names)}"
-                + did_you_mean(name, self.level_names)
-            )
-        return self.level_names.index(name)
-
     def read(self, events: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return item ids and times of events; of padding, -1, both are 0."""
-        there = events >= 0
-        places = np.where(there, events, 0)
-        if not self._later_of:
+        there, before = events >= 0, len(self._items)
+        if before and not self._later_of:
+            places = np.where(there, events, 0)
             return self._items[places] * there, self._times[places] * there
-        before = len(self._items)
-        late, places = places >= before, np.where(places >= before, 0, places)
-        items, times = self._later[:, np.where(late, events - before, 0)]
-        return (
-            np.where(late, items, self._items[places]) * there,
-            np.where(late, times, self._times[places]) * there,
-        )
+        found = np.zeros((2, *events.shape), np.int64)
+        late, built = events >= before, there & (events < before)
+        found[:, built] = self._items[events[built]], self._times[events[built]]
+        found[:, late] = self._later[:, events[late] - before]
+        return found[0], found[1]
 
     def before(
         self, users: NDArray[np.int64], times: NDArray[np.int64]

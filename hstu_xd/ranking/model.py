@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
 from hstu_xd.ranking.batches import RequestBatch
-from hstu_xd.ranking.histories import HistoryIndex
+from hstu_xd.ranking.histories import Levels
 from hstu_xd.ranking.settings import RankingSettings
 from hstu_xd.search.soft import Requests, SoftSearch
 
@@ -198,7 +198,7 @@ class Ranker(nn.Module):
     @classmethod
     def of(
         cls,
-        index: HistoryIndex,
+        levels: Levels,
         trained: NDArray[np.int64],
         goals: int,
         settings: RankingSettings,
@@ -206,14 +206,14 @@ class Ranker(nn.Module):
         """Make a ranker of a store's items and levels, with weights by torch's generator.
 
         Args:
-            index: of the store's histories.
+            levels: of the store's items.
             trained: (I + 1,) number of every item id's events that train.
             goals: number of goals.
             settings: all of the run.
         """
-        counts = index.counts_width if settings.interest.counts else 0
+        counts = levels.counts_width if settings.interest.counts else 0
         known = trained >= settings.rank.min_item_count
-        return cls(index.paths, index.level_names, known, goals, counts, settings)
+        return cls(levels.paths, levels.names, known, goals, counts, settings)
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Return the logits of the requests' candidates for their goals: (R, C)."""

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.requests import RequestSet, read_manifest
 from hstu_xd.data.store import InteractionStore, is_store
 from hstu_xd.data.store_files import ITEM_LEVELS
 from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.protocol import RANKING
+from hstu_xd.ranking.histories import Levels
 from hstu_xd.ranking.model import Ranker
 from hstu_xd.ranking.settings import RankingSettings, load_ranking_settings, variant_name
-from hstu_xd.ranking.task import RankingTask
+from hstu_xd.ranking.task import RankingTask, training_events
 from hstu_xd.ranking.trainer import RankTrainer
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
@@ -39,6 +41,7 @@ def train(
     *,
     name: str | None = None,
     resume: bool = False,
+    read_test: bool = True,
     announce: Callable[[str], object] = lambda line: None,
     trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def train(
         name: what tables call the run; default: its model.
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
             given and differ, a warning says so.
+        read_test: measure the best epoch on the test split, too.
         announce: called with a line after every epoch.
         trackers: names out of :data:`hstu_xd.training.trackers.TRACKERS`; none: TensorBoard, or
             those that the run has.
@@ -87,9 +91,10 @@ def train(
             if trackers:
                 choose_trackers(out, trackers)
             try:
-                return trainer.fit()
+                return trainer.fit(read_test=read_test)
             except Interrupted as stopped:
                 words = ["rank", "--data", str(data), "--out", str(out), "--resume"]
+                words += [] if read_test else ["--skip-test"]
                 message = f"{stopped}; go on with: hstu-xd {shlex.join(words)}"
                 raise Interrupted(message, stopped.signal) from None
 
@@ -188,6 +193,42 @@ def load_ranker(run: Path, data: Path | None = None, *, verify: bool = False) ->
         _logger.warning("%s has other requests than those that %s was trained on", folder, run)
     task = RankingTask(store, requests, settings, facts["trained_before"])
     return TrainedRanker(task, with_weights(task.new_model(), run))
+
+
+@dataclass(frozen=True, eq=False)
+class ServedRanker:
+    """The best ranker of a run with all that a request is translated and read by.
+
+    Attributes:
+        model: in evaluation mode.
+        settings: of the run.
+        levels: at which events match candidates.
+        catalog: names of items.
+        goals: names, in the model's order.
+    """
+
+    model: Ranker
+    settings: RankingSettings
+    levels: Levels
+    catalog: DomainCatalog
+    goals: tuple[str, ...]
+
+    @classmethod
+    def of(cls, run: Path, store: InteractionStore) -> "ServedRanker":
+        """Load that of a run.
+
+        Args:
+            run: a folder written by ``hstu-xd rank``.
+            store: see :func:`open_store`.
+
+        Raises:
+            InputError: not a ranking run, or its weights are not of these items.
+        """
+        facts, settings = read_run_of(RANKING, run), load_ranking_settings([run / CONFIG_FILE])
+        levels, goals = Levels.of(store), tuple(facts["goals"])
+        trained = training_events(store, facts["trained_before"])
+        model = Ranker.of(levels, trained, len(goals), settings)
+        return cls(with_weights(model, run), settings, levels, store.catalog, goals)
 
 
 def open_store(

@@ -10,7 +10,10 @@ from hstu_xd.declaration import check, inert, labels, setting
 from hstu_xd.errors import InputError
 from hstu_xd.interest.settings import KIND_NAMES, InterestSettings
 from hstu_xd.search.soft import TABLES
+from hstu_xd.training import settings as training_settings
 from hstu_xd.training.gin_files import gin_lines, read_blocks, register
+from hstu_xd.training.search_space import BLOCK as TUNE_BLOCK
+from hstu_xd.training.search_space import Dimension, TuneSettings, parse_space
 
 _logger = logging.getLogger(__name__)
 _HARD, _SOFT = {"kind": "hard"}, {"soft": TABLES}
@@ -118,6 +121,14 @@ BLOCKS: dict[str, type] = {
     "xd_interest": InterestSettings,
     "xd_rank": RankSettings,
 }
+# What a search tries unless told otherwise.
+SPACE = (
+    "xd_rank.table_learning_rate = (5e-3, 0.05, 'log')",
+    "xd_rank.learning_rate = (1e-3, 0.01, 'log')",
+    "xd_rank.init_std = (0.2, 1.0, 'log')",
+    "xd_rank.weight_decay = (1e-5, 1e-2, 'log')",
+    "xd_rank.item_width, xd_rank.level_width = [8, 16, 32]",
+)
 
 
 @dataclass(frozen=True)
@@ -128,11 +139,27 @@ class RankingSettings:
         search: which events are read.
         interest: how they are read.
         rank: the ranker and its training.
+        tune: of a search over them, which a run does not store.
     """
 
     search: SearchSettings = field(default_factory=SearchSettings)
     interest: InterestSettings = field(default_factory=InterestSettings)
     rank: RankSettings = field(default_factory=RankSettings)
+    tune: TuneSettings = field(default_factory=lambda: TuneSettings(SPACE))
+
+    @property
+    def search_space(self) -> list[Dimension]:
+        """What a search tries."""
+        return parse_space(self.tune.space, BLOCKS)
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Every setting of a run by its full name, ``xd_rank.learning_rate``."""
+        return {
+            f"{block}.{name}": value
+            for block, each in self.blocks.items()
+            for name, value in vars(each).items()
+        }
 
     @property
     def blocks(self) -> dict[str, Any]:
@@ -175,12 +202,15 @@ def load_ranking_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -
     Raises:
         InputError: as there.
     """
-    bound = read_blocks(files, bindings, BLOCKS).blocks
+    bound = read_blocks(files, bindings, BLOCKS | {TUNE_BLOCK: TuneSettings}).blocks
+    bound[TUNE_BLOCK].setdefault("space", SPACE)
     settings = RankingSettings(
         SearchSettings(**bound["xd_search"]),
         InterestSettings(**bound["xd_interest"]),
         RankSettings(**bound["xd_rank"]),
+        TuneSettings(**bound[TUNE_BLOCK]),
     )
+    parse_space(settings.tune.space, BLOCKS)
     for block, each in settings.blocks.items():
         for name, needed in inert(type(each), vars(each)):
             _logger.warning(
@@ -191,5 +221,5 @@ def load_ranking_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -
     return settings
 
 
-# The settings classes as gin sees them.
-CONFIGURABLES = register(BLOCKS)
+# The settings classes as gin sees them; those of a search are the same for all kinds of runs.
+CONFIGURABLES = register(BLOCKS) | {TUNE_BLOCK: training_settings.CONFIGURABLES[TUNE_BLOCK]}

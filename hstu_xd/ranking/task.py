@@ -51,14 +51,14 @@ class RankingTask:
         trained_before: int,
     ) -> None:
         self.store, self.requests, self.settings = store, requests, settings
-        self._index = HistoryIndex(store)
+        self._index = HistoryIndex.of(store)
         self.data = RequestData(self._index, requests, settings)
         self._trained = training_events(store, trained_before)
 
     def new_model(self) -> Ranker:
         """Make a ranker of these items, levels and goals, with weights by torch's generator."""
         goals = len(self.requests.goal_names)
-        return Ranker.of(self._index, self._trained, goals, self.settings)
+        return Ranker.of(self._index.levels, self._trained, goals, self.settings)
 
     def measure(self, model: Ranker, split: Split) -> Values:
         """Compute every metric of a split, of all its candidates and of groups of them."""

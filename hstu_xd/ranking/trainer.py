@@ -84,8 +84,11 @@ class RankTrainer(EpochTraining[RankingProgress]):
             self.progress = RankingProgress(**stored[0])
         self._log.rewind(self.progress.metrics_bytes, self.progress.step)
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, *, read_test: bool = True) -> dict[str, Any]:
         """Train, keep the epoch that validation picks, and read the test split once.
+
+        Args:
+            read_test: measure the picked epoch on the test split, too.
 
         Raises:
             Interrupted: a signal asked to stop; :meth:`resume` goes on there.
@@ -94,7 +97,7 @@ class RankTrainer(EpochTraining[RankingProgress]):
         """
         with stop_requests(self._request), self._log:
             self._train_epochs()
-            return self._summarise()
+            return self._summarise(read_test=read_test)
 
     def _train_epoch(self) -> None:
         rank, progress, requests = self._rank, self.progress, self.task.requests
@@ -163,17 +166,17 @@ class RankTrainer(EpochTraining[RankingProgress]):
         self._check_finite()
         save_state(self._run, self.model, self._optimizer, asdict(self.progress))
 
-    def _summarise(self) -> dict[str, Any]:
+    def _summarise(self, *, read_test: bool) -> dict[str, Any]:
         weights, metadata = load_checkpoint(self._run / MODEL_FILE)
         load_weights(self.model, weights, self._run / MODEL_FILE)
-        valid, test = (self.task.measure(self.model, split) for split in (Split.VALID, Split.TEST))
-        progress = self.progress
-        self._log.write(Split.TEST, metadata["epoch"], progress.step, defined(test))
+        measured, progress = {"valid": self.task.measure(self.model, Split.VALID)}, self.progress
+        if read_test:
+            measured["test"] = self.task.measure(self.model, Split.TEST)
+            self._log.write(Split.TEST, metadata["epoch"], progress.step, defined(measured["test"]))
         summary = {
             "best_epoch": metadata["epoch"],
             "epochs": progress.epoch,
-            "valid": valid,
-            "test": test,
+            **measured,
             "seconds_per_step": progress.train_seconds / max(1, progress.step),
             "candidates_per_second": progress.train_candidates / max(1e-9, progress.train_seconds),
             "parameters": sum(p.numel() for p in self.model.parameters()),

@@ -12,7 +12,7 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
@@ -41,10 +41,15 @@ def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> byte
     if isinstance(settings.layer, Part):
         digest.update(settings.layer.encode())
     digest.update(_bytes(model.catalog.item_domains))
+    digest_weights(digest, model)
+    return digest.digest()
+
+
+def digest_weights(digest: blake2b, model: nn.Module) -> None:
+    """Add all that a model has learned to a digest."""
     for name, value in sorted(model.state_dict().items()):
         digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
         digest.update(_bytes(value))
-    return digest.digest()
 
 
 def _text(settings: EncoderSettings) -> str:

@@ -1,23 +1,25 @@
 """A ranker that answers requests while events come in, as it would have been asked offline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from hstu_xd.data.requests import RequestSet
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError, did_you_mean
-from hstu_xd.evaluation.protocol import RANKING
-from hstu_xd.ranking.batches import RequestData
+from hstu_xd.ranking.batches import RequestBatch, RequestData, joined
 from hstu_xd.ranking.histories import HistoryIndex
-from hstu_xd.ranking.model import Ranker
-from hstu_xd.ranking.run import open_store, with_weights
-from hstu_xd.ranking.settings import RankingSettings, load_ranking_settings
-from hstu_xd.ranking.task import training_events
-from hstu_xd.training.run_facts import CONFIG_FILE, read_run_of
+from hstu_xd.ranking.run import ServedRanker, open_store
+from hstu_xd.serving.items import Items
+from hstu_xd.serving.state import StateCache
+from hstu_xd.serving.stored_states import Versions
+
+# All events of a user that were appended so far, oldest first: item ids and times.
+History = Callable[[str], tuple[ArrayLike, ArrayLike]]
 
 
 @dataclass(frozen=True)
@@ -38,40 +40,64 @@ class RankRequest:
     timestamp: int | None = None
 
 
+@dataclass
+class _State:
+    """A user's history, sorted for search.
+
+    Attributes:
+        index: of this user alone, who has number 0.
+        last_time: of the latest event; None without events.
+        version: of the history that it was made of; empty where histories have no versions.
+    """
+
+    index: HistoryIndex
+    last_time: int | None
+    version: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes of the index."""
+        return self.index.num_bytes
+
+
 class RankingSession:
     """Ranks candidates over histories that grow.
 
+    The history of a user is sorted when it is first asked for, and kept; an event that comes later
+    is one push a level. So a session opens at once, however long the log is.
+
     Example:
         >>> session = RankingSession.open(Path("runs/hard"))  # doctest: +SKIP
-        >>> session.append("u17", "shampoo", 1_700_000_000)  # doctest: +SKIP
+        >>> session.append(["u17"], ["shampoo"], [1_700_000_000])  # doctest: +SKIP
         >>> session.rank([RankRequest("u17", ["soap", "pear"], "deal=true")])  # doctest: +SKIP
         [[0.41, 0.07]]
 
     Args:
-        store: the log that is known at the beginning.
-        model: in evaluation mode, of the store's items.
-        index: of the store's histories; later events go there.
-        goals: names, in the model's order.
-        settings: of the model.
+        ranker: the model and what belongs to it.
+        history: how to get the events of a user who has no state, from the first one on; it is
+            called before an ``append`` takes its events, so it must not include them yet.
+        versions: of these histories; a state of another version is not used but made anew. With
+            them an ``append`` changes the states in memory alone, as ``history`` has the events of
+            the others soon.
+        max_bytes: bound on all states; the least recently used users are dropped beyond it.
+            Without ``versions`` events that were appended would be lost with them.
 
     Attributes:
-        goals: as given.
+        goals: names, in the model's order.
     """
 
     def __init__(
         self,
-        store: InteractionStore,
-        model: Ranker,
-        index: HistoryIndex,
-        goals: Sequence[str],
-        settings: RankingSettings,
+        ranker: ServedRanker,
+        history: History,
+        *,
+        versions: Versions | None = None,
+        max_bytes: int | None = None,
     ) -> None:
-        self.goals = tuple(goals)
-        self._store, self._model, self._index, self._settings = store, model, index, settings
-        catalog = store.catalog
-        self._items = {catalog.token(i): i for i in range(1, store.num_items + 1)}
-        self._new_users: dict[str, int] = {}
-        self._latest: dict[str, int] = {}
+        self.goals = ranker.goals
+        self._ranker, self._items = ranker, Items(ranker.catalog)
+        self._history, self._versions = history, versions
+        self._cache: StateCache[_State] = StateCache(max_bytes)
 
     @classmethod
     def open(cls, run: Path, data: Path | None = None, *, verify: bool = False) -> "RankingSession":
@@ -86,46 +112,51 @@ class RankingSession:
         Raises:
             InputError: not a ranking run, or the store does not fit.
         """
-        facts, settings = read_run_of(RANKING, run), load_ranking_settings([run / CONFIG_FILE])
         store = open_store(run, data, verify=verify)
-        index = HistoryIndex(store)
-        trained = training_events(store, facts["trained_before"])
-        model = Ranker.of(index, trained, len(facts["goals"]), settings)
-        return cls(store, with_weights(model, run), index, facts["goals"], settings)
+        return cls(ServedRanker.of(run, store), history_of(store))
 
-    def append(self, user: str, item: str, timestamp: int) -> None:
-        """Take an event, which requests after its time read.
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes of all histories in memory, about."""
+        return self._cache.num_bytes
+
+    def append(self, users: Sequence[str], items: Sequence[str], timestamps: Sequence[int]) -> None:
+        """Take events in the order given, which requests after their times read.
 
         Args:
-            user: name, which may be new.
-            item: name of an item of the catalogue.
-            timestamp: seconds, not before the user's latest event.
+            users: names, which may be new.
+            items: name of each event's item, of the catalogue.
+            timestamps: seconds of each event, not before the same user's latest one.
 
         Raises:
-            InputError: an unknown item, or a time before the user's latest event.
+            InputError: lengths that differ, an unknown item, or a time before the user's latest
+                event; nothing has changed then.
         """
-        item_id, latest = self._item(item), self.latest_time(user)
-        if latest is not None and timestamp < latest:
+        if not len(users) == len(items) == len(timestamps):
             raise InputError(
-                f"timestamp {timestamp} is before the last event of user {user!r} at {latest}; "
-                "events of a user come in the order of time"
+                f"{len(users)} users, {len(items)} items and {len(timestamps)} timestamps; one of "
+                "each an event is needed"
             )
-        number = self._number_of(user)
-        if number is None:
-            number = self._store.num_users + len(self._new_users)
-            self._new_users[user] = number
-        self._index.append(number, item_id, timestamp)
-        self._latest[user] = timestamp
+        item_ids = [self._items.id_of(item) for item in items]
+        arriving: dict[str, list[tuple[int, int]]] = {}
+        for user, item, timestamp in zip(users, item_ids, timestamps):
+            arriving.setdefault(user, []).append((item, timestamp))
+        states = {user: self._kept(user) for user in arriving}
+        for user, events in arriving.items():
+            if states[user] is None and self._versions is None:
+                states[user] = self._made(user, b"")
+            _check_order(user, states[user], events)
+        for user, state in states.items():
+            if state is not None:
+                self._extend(user, state, arriving[user])
+        self._cache.shrink()
 
     def latest_time(self, user: str) -> int | None:
         """Return the time of a user's latest event; None where there is none."""
-        if user in self._latest:
-            return self._latest[user]
-        number = self._store.find_user(user)
-        if number is None:
-            return None
-        times = self._store.history(number)[1]
-        return int(times[-1]) if len(times) else None
+        return self._state(user).last_time
 
     @torch.no_grad()
     def rank(self, requests: Sequence[RankRequest]) -> list[list[float]]:
@@ -136,52 +167,82 @@ class RankingSession:
         """
         if not requests:
             return []
-        asked = self._translated(requests)
-        batch = RequestData(self._index, asked, self._settings).batch(np.arange(len(requests)))
-        chances = self._model(batch)[batch.mask].double().sigmoid().numpy()
-        return [part.tolist() for part in np.split(chances, asked.offsets[1:-1])]
+        batch = joined([self._batch(request) for request in requests])
+        chances = self._ranker.model(batch)[batch.mask].double().sigmoid()
+        self._cache.shrink()
+        return [part.tolist() for part in chances.split(batch.mask.sum(1).tolist())]
 
-    def _translated(self, requests: Sequence[RankRequest]) -> RequestSet:
-        users, times, goals = [], [], []
-        candidates = [[self._item(name) for name in each.candidates] for each in requests]
-        for request, items in zip(requests, candidates, strict=True):
-            if not items:
-                raise InputError(f"the request for user {request.user!r} names no candidates")
-            number, time, latest = (
-                self._number_of(request.user),
-                request.timestamp,
-                self.latest_time(request.user),
-            )
-            if number is None:  # anybody's history before the first event of the log is empty
-                number, time, latest = 0, self._index.first_time, None
-            users.append(number)
-            times.append(time if time is not None else (latest or 0) + 1)
-            goals.append(self._goal(request.goal))
-        sizes = np.array([len(items) for items in candidates])
-        flat = np.concatenate([np.array(items, np.int64) for items in candidates])
-        return RequestSet(
-            users=np.array(users, np.int64),
-            times=np.array(times, np.int64),
-            goals=np.array(goals, np.int64),
-            splits=np.zeros(len(requests), np.int8),
-            offsets=np.concatenate([[0], np.cumsum(sizes)]),
-            candidates=flat,
-            labels=np.zeros(len(flat), np.float32),
+    def check(self, request: RankRequest) -> None:
+        """Refuse what :meth:`rank` would refuse.
+
+        Raises:
+            InputError: as there.
+        """
+        if not request.candidates:
+            raise InputError(f"the request for user {request.user!r} names no candidates")
+        for name in request.candidates:
+            self._items.id_of(name)
+        self._goal(request.goal)
+
+    def forget(self, user: str) -> bool:
+        """Drop what is kept of a user; returns whether anything was."""
+        return self._cache.drop(user)
+
+    def release(self, users: Iterable[str]) -> None:
+        """Let go of states: the next call makes them anew of the histories."""
+        for user in users:
+            self._cache.drop(user)
+
+    def _batch(self, request: RankRequest) -> RequestBatch:
+        self.check(request)
+        state, count = self._state(request.user), len(request.candidates)
+        time = request.timestamp
+        if time is None:
+            time = (state.last_time or 0) + 1
+        asked = RequestSet(
+            users=np.zeros(1, np.int64),
+            times=np.array([time], np.int64),
+            goals=np.array([self._goal(request.goal)], np.int64),
+            splits=np.zeros(1, np.int8),
+            offsets=np.array([0, count], np.int64),
+            candidates=np.array([self._items.id_of(name) for name in request.candidates]),
+            labels=np.zeros(count, np.float32),
             goal_names=self.goals,
         )
+        return RequestData(state.index, asked, self._ranker.settings).batch(np.zeros(1, np.int64))
 
-    def _number_of(self, user: str) -> int | None:
-        found = self._new_users.get(user)
-        return self._store.find_user(user) if found is None else found
+    def _state(self, user: str) -> _State:
+        """Return a user's state, made if there is none; of unknown users none are kept."""
+        state = self._kept(user)
+        if state is None:
+            version = b"" if self._versions is None else self._versions.present(user)
+            state = self._made(user, version)
+            if state.last_time is not None:
+                self._cache.keep(user, state)
+        return state
 
-    def _item(self, name: str) -> int:
-        found = self._items.get(name)
-        if found is None:
-            raise InputError(
-                f"unknown item {name!r}; take one of the {len(self._items):,} items of the "
-                "catalogue the model was trained on"
-            )
-        return found
+    def _kept(self, user: str) -> _State | None:
+        """Return what is kept of a user, unless it is of another version."""
+        state = self._cache.get(user)
+        if state is None or self._versions is None:
+            return state
+        if state.version != self._versions.present(user):
+            self._cache.drop(user)
+            return None
+        return state
+
+    def _made(self, user: str, version: bytes) -> _State:
+        items, times = (np.asarray(column, np.int64) for column in self._history(user))
+        index = HistoryIndex(self._ranker.levels, np.array([0, len(items)]), items, times)
+        return _State(index, int(times[-1]) if len(times) else None, version)
+
+    def _extend(self, user: str, state: _State, events: Sequence[tuple[int, int]]) -> None:
+        for item, time in events:
+            state.index.append(0, item, time)
+            state.last_time = time
+        if self._versions is not None:
+            state.version = self._versions.following(user)
+        self._cache.keep(user, state)
 
     def _goal(self, name: str | None) -> int:
         if name is None and len(self.goals) == 1:
@@ -191,3 +252,25 @@ class RankingSession:
             hint = "" if name is None else did_you_mean(name, self.goals)
             raise InputError(f"{told}; the model has {', '.join(self.goals)}{hint}")
         return self.goals.index(name)
+
+
+def history_of(store: InteractionStore) -> History:
+    """Return how to get the histories of a store; that of an unknown user is empty."""
+
+    def history(user: str) -> tuple[ArrayLike, ArrayLike]:
+        number = store.find_user(user)
+        return ((), ()) if number is None else store.history(number)
+
+    return history
+
+
+def _check_order(user: str, state: _State | None, events: Sequence[tuple[int, int]]) -> None:
+    """Refuse events that go back in time."""
+    latest = None if state is None else state.last_time
+    for _, time in events:
+        if latest is not None and time < latest:
+            raise InputError(
+                f"timestamp {time} is before the last event of user {user!r} at {latest}; "
+                "events of a user come in the order of time"
+            )
+        latest = time

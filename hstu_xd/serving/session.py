@@ -111,7 +111,7 @@ class EncoderSession:
         self.model = model.eval()
         self.window = window or longest
         self._dtype, self._history, self._versions = dtype, history, versions
-        self._cache = StateCache(max_bytes)
+        self._cache: StateCache[UserState] = StateCache(max_bytes)
         with torch.inference_mode():
             self._incremental = IncrementalModel.from_model(model)
         if isinstance(retrieval, str):

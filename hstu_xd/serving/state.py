@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -221,7 +222,19 @@ def _with_room(values: Tensor, length: int) -> Tensor:
     return roomy
 
 
-class StateCache:
+class Sized(Protocol):
+    """What knows its size."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Count its bytes."""
+        ...
+
+
+S = TypeVar("S", bound=Sized)
+
+
+class StateCache(Generic[S]):
     """States of users in memory; the least recently used ones are dropped beyond a bound.
 
     Args:
@@ -230,7 +243,7 @@ class StateCache:
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self._max_bytes = max_bytes
-        self._states: OrderedDict[Hashable, tuple[UserState, int]] = OrderedDict()
+        self._states: OrderedDict[Hashable, tuple[S, int]] = OrderedDict()
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -239,14 +252,14 @@ class StateCache:
     def __contains__(self, user: Hashable) -> bool:
         return user in self._states
 
-    def get(self, user: Hashable) -> UserState | None:
+    def get(self, user: Hashable) -> S | None:
         """Return a user's state, which now is the most recently used."""
         if user not in self._states:
             return None
         self._states.move_to_end(user)
         return self._states[user][0]
 
-    def keep(self, user: Hashable, state: UserState) -> None:
+    def keep(self, user: Hashable, state: S) -> None:
         """Keep a state, or count anew the bytes of one that was kept and has changed."""
         self.drop(user)
         size = state.num_bytes

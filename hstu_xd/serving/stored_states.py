@@ -54,7 +54,7 @@ class StoredStates:
         self._said: set[str] = set()
 
     def refresh(
-        self, versions: Mapping[Hashable, bytes], residents: StateCache
+        self, versions: Mapping[Hashable, bytes], residents: StateCache[UserState]
     ) -> dict[Hashable, bytes]:
         """Make what is in memory of some users what the store has of them.
 

@@ -57,12 +57,16 @@ def read_blocks(
     return bound
 
 
+def find_file(file: Path) -> Path | None:
+    """Find a gin file in the working folder, or else among the recipes of this package."""
+    shipped = gin_folder().parent / file
+    return file if file.is_file() else shipped if shipped.is_file() else None
+
+
 def _found(file: Path) -> Path:
-    if file.is_file():
-        return file
+    if (found := find_file(file)) is not None:
+        return found
     shipped = gin_folder().parent
-    if (shipped / file).is_file():
-        return shipped / file
     recipes = sorted(
         x.relative_to(shipped).as_posix() for x in shipped.glob("gin/standalone/*.gin")
     )

@@ -12,7 +12,7 @@ from hstu_xd.ranking.histories import HistoryIndex, Questions
 
 @pytest.fixture(scope="module")
 def index(store: InteractionStore) -> HistoryIndex:
-    return HistoryIndex(store)
+    return HistoryIndex.of(store)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def lookup(
     found = []
     for event in range(store.offsets[user], store.offsets[user + 1]):
         if store.timestamps[event] < time:
-            own, theirs = index.paths[store.item_ids[event]], index.paths[item]
+            own, theirs = index.levels.paths[store.item_ids[event]], index.levels.paths[item]
             same = [p for p, at in enumerate(levels) if own[at] == theirs[at] != -1]
             found.append((min(same, default=len(levels)), event))
     return found
@@ -50,7 +50,7 @@ def test_hard_search_equals_a_sort(
     fill: bool,
     skip: int,
 ) -> None:
-    levels = sorted(index.level_names.index(name) for name in names or index.level_names)
+    levels = sorted(index.levels.names.index(name) for name in names or index.levels.names)
     found = index.hard(asked, k, levels=names, fill=fill, skip_recent=skip)
     assert found.shape == (400, k)
     for row, (user, item, time) in enumerate(zip(*(x.tolist() for x in asked), strict=True)):
@@ -73,7 +73,7 @@ def test_recent_events_and_lengths(
 
 
 def test_counts(index: HistoryIndex, store: InteractionStore, asked: Questions) -> None:
-    found, levels = index.counts(asked), len(index.level_names)
+    found, levels = index.counts(asked), len(index.levels.names)
     assert found.shape == (400, 2 * levels)
     for row, (user, item, time) in enumerate(zip(*(x.tolist() for x in asked), strict=True)):
         for level in range(levels):
@@ -111,4 +111,4 @@ def test_a_store_without_taxonomy_has_items_alone(tmp_path: Path) -> None:
     from hstu_xd.data.synthetic import SynthOptions, synthesize
 
     synthesize(tmp_path / "s", SynthOptions(users=20, domains=1, items_per_domain=30))
-    assert HistoryIndex(InteractionStore.open(tmp_path / "s")).level_names == ("item",)
+    assert HistoryIndex.of(InteractionStore.open(tmp_path / "s")).levels.names == ("item",)

@@ -122,7 +122,7 @@ def test_equal_seeds_give_equal_runs(cli: Cli, requests_path: Path, tmp_path: Pa
 
 def test_a_batch_holds_only_what_came_before(requests_path: Path, store: InteractionStore) -> None:
     requests = RequestSet.open(requests_path)
-    index = HistoryIndex(store)
+    index = HistoryIndex.of(store)
     for kind in ("recent", "hard"):
         settings = RankingSettings(search=SearchSettings(kind=kind, k=6))
         data = RequestData(index, requests, settings)

@@ -25,7 +25,7 @@ CHOSEN = np.array([5, 2, 11])
 
 @pytest.fixture(scope="module")
 def index(store: InteractionStore) -> HistoryIndex:
-    return HistoryIndex(store)
+    return HistoryIndex.of(store)
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def made(
         settings = RankingSettings(SearchSettings(**options), InterestSettings(kind=interest))
         data = RequestData(index, RequestSet.open(requests_path), settings)
         torch.manual_seed(0)
-        known = np.ones(len(index.paths), np.bool_)
+        known = np.ones(len(index.levels.paths), np.bool_)
         return (
-            Ranker(index.paths, index.level_names, known, 2, 0, settings),
+            Ranker(index.levels.paths, index.levels.names, known, 2, 0, settings),
             data.batch(CHOSEN),
             data,
         )
@@ -185,14 +185,14 @@ def test_quotas_and_scope_of_hard_search(index: HistoryIndex, store: Interaction
         np.full(50, 4_000_000_000),
     )
     names = ("item", "type", "aisle")
-    places = [index.level(name) for name in names]
+    places = [index.levels.place(name) for name in names]
     found = index.hard(asked, 9, levels=names, quotas=(1, 0, 3), fill=False, within_domain=True)
     for row in range(50):
-        own = index.paths[asked.items[row]]
+        own = index.levels.paths[asked.items[row]]
         items = index.read(found[row][found[row] >= 0])[0]
-        matches = index.paths[items][:, places] == own[places]
+        matches = index.levels.paths[items][:, places] == own[places]
         level = matches.argmax(1)
-        assert (index.paths[items][:, -1] == own[-1]).all()
+        assert (index.levels.paths[items][:, -1] == own[-1]).all()
         assert (level == 0).sum() <= 1
         assert (level == 2).sum() <= 3
     with pytest.raises(InputError, match=r"xd_search.quotas = \(1, 2\) are 2; one for each of"):
@@ -247,10 +247,10 @@ def test_scope_keeps_other_domains_out_of_what_fills(
 ) -> None:
     items = np.arange(1, 31)
     asked = Questions(np.arange(30) % store.num_users, items, np.full(30, 4_000_000_000))
-    own = index.paths[items][:, -1:]
+    own = index.levels.paths[items][:, -1:]
     for within in (True, False):
         found = index.hard(asked, 20, levels=("item",), within_domain=within)
-        other = (index.paths[index.read(found)[0]][..., -1] != own) & (found >= 0)
+        other = (index.levels.paths[index.read(found)[0]][..., -1] != own) & (found >= 0)
         assert other.any() != within
 
 

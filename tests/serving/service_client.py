@@ -25,7 +25,8 @@ import httpx
 
 from hstu_xd.serving.http.app import build_app
 from hstu_xd.serving.http.batch_handler import BatchHandler
-from hstu_xd.serving.http.live_model import Served
+from hstu_xd.serving.http.live_model import load_engine
+from hstu_xd.serving.http.retrieval_engine import RetrievalEngine
 from hstu_xd.serving.http.service import Service
 from hstu_xd.serving.http.settings import QueueSettings, ServiceSettings, StateSettings
 from hstu_xd.serving.http.swaps import LocalSwaps
@@ -174,8 +175,11 @@ def serving(
     folder.mkdir(exist_ok=True)
     chosen = ServiceSettings(log or folder / "events.sqlite", **({"queue": PATIENT} | settings))
     chosen = replace(chosen, states=StateSettings(threads=1, **(states or {})))
-    served = Served("tiny", model, WINDOW, prepared)
-    client = Client(Service(served if run is None else Served.from_run(run, chosen), chosen), run)
+    if run is None:
+        engine = RetrievalEngine("tiny", model, WINDOW, prepared, chosen.states)
+    else:
+        engine = load_engine(run, chosen)
+    client = Client(Service(engine, chosen), run)
     try:
         yield client
     finally:

@@ -10,26 +10,16 @@ pytest.importorskip("schemathesis", reason="no schemathesis: the OpenAPI descrip
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from ranking_runs import make_runs
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service_client import Client, events, serving, write_run
 
 from hstu_xd.serving.http.middleware import PROBES
 
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    folder = tmp_path_factory.mktemp("service")
-    with serving(folder, run=write_run(folder / "run")) as client:
-        client.append(*events(5))
-        yield client
-
-
 OPERATIONS = (
     "POST /v1/events",
     "POST /v1/events/remove",
-    "POST /v1/recommend",
-    "POST /v1/score",
     "POST /v1/models",
     "GET /v1/domains",
     "GET /v1/users",
@@ -39,28 +29,56 @@ OPERATIONS = (
     "GET /livez",
     "GET /readyz",
 )
+# What a service of each kind of run answers beside these.
+QUESTIONS = {"retrieval": ("POST /v1/recommend", "POST /v1/score"), "ranking": ("POST /v1/rank",)}
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Client]]:
+    """A client of a service of each kind of run."""
+    folder = tmp_path_factory.mktemp("service")
+    ranker = make_runs(folder, ["hard"]) / "hard"
+    with (
+        serving(folder / "retrieval", run=write_run(folder / "run")) as retrieval,
+        serving(folder / "ranking", run=ranker) as ranking,
+    ):
+        retrieval.append(*events(5))
+        yield {"retrieval": retrieval, "ranking": ranking}
+
+
+@pytest.fixture(params=QUESTIONS)
+def client(clients: dict[str, Client], request: pytest.FixtureRequest) -> Client:
+    return clients[request.param]
+
+
 # What a service accepts depends on its catalogue, which no schema can say: an item that fits the
 # schema may still be unknown, which is a 400.
 UNSAID = [positive_data_acceptance]
 
 
-def test_every_operation_is_asked(client: Client) -> None:
-    described = client.ask("GET", "/openapi.json").json()["paths"]
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_every_operation_is_asked(clients: dict[str, Client], kind: str) -> None:
+    described = clients[kind].ask("GET", "/openapi.json").json()["paths"]
     found = {f"{method.upper()} {path}" for path, each in described.items() for method in each}
-    assert found == set(OPERATIONS)
+    assert found == {*OPERATIONS, *QUESTIONS[kind]}
 
 
 WITHOUT_INPUT = ("GET /v1/domains", *(f"GET {path}" for path in PROBES))
+# What both answer is asked of one.
 CASES = [
-    (name, mode)
-    for name in OPERATIONS
+    (kind, name, mode)
+    for kind, names in (QUESTIONS | {"retrieval": (*OPERATIONS, *QUESTIONS["retrieval"])}).items()
+    for name in names
     for mode in GenerationMode
     if name not in WITHOUT_INPUT or mode is GenerationMode.POSITIVE
 ]
 
 
-@pytest.mark.parametrize(("name", "mode"), CASES)
-def test_answers_are_those_described(client: Client, name: str, mode: GenerationMode) -> None:
+@pytest.mark.parametrize(("kind", "name", "mode"), CASES)
+def test_answers_are_those_described(
+    clients: dict[str, Client], kind: str, name: str, mode: GenerationMode
+) -> None:
+    client = clients[kind]
     method, path = name.split()
     description = schemathesis.openapi.from_asgi("/openapi.json", client.app)
 

@@ -17,8 +17,9 @@ from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.events.event_log import Event, LogError
 from hstu_xd.serving.events.sqlite_log import SQLiteLog
 from hstu_xd.serving.http import failover
-from hstu_xd.serving.http.histories import Histories, Items
+from hstu_xd.serving.http.histories import Histories
 from hstu_xd.serving.http.settings import StateSettings
+from hstu_xd.serving.items import Items
 from hstu_xd.serving.stores import MemoryStore, RedisStore, StoreError
 
 
@@ -123,14 +124,14 @@ def test_a_store_that_is_gone_is_asked_once_for_a_request_of_many_users(
 def test_a_store_that_is_gone_is_done_without(tmp_path: Path, store: Unsteady) -> None:
     with serving(tmp_path, states={"when_store_fails": "rebuild"}) as client:
         client.append(*events(5))
-        index = client.service._sessions.session.index
+        index = client.service._sessions.session.encoder.index
         store.gone = True
         for count in (5, 6):
             assert client.append(event(count)).status_code == 200
             assert client.ask("GET", "/healthz").json()["store"] == "gone"
             assert right(client, count + 1)
         # One of millions of items would take its time to build.
-        assert client.service._sessions.session.index is index
+        assert client.service._sessions.session.encoder.index is index
         # What it kept meanwhile is behind.
         store.gone = False
         assert right(client, 7)

@@ -6,70 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
+from ranking_runs import DAY, KINDS, START, asked_of, make_runs, users_of
 
-from hstu_xd.cli.app import run as run_command
-from hstu_xd.data.batches import Split
-from hstu_xd.data.requests import RequestSet
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.ranking.histories import HistoryIndex
-from hstu_xd.ranking.run import TrainedRanker, load_ranker
-from hstu_xd.serving.ranking_session import RankingSession, RankRequest
+from hstu_xd.ranking.run import ServedRanker, TrainedRanker, load_ranker
+from hstu_xd.serving.ranking_session import RankingSession, RankRequest, history_of
 
 Cli = Callable[..., Any]
-START, DAY = 1_600_000_000, 86_400
-KINDS = {
-    "counts": ("xd_interest.kind = 'none'", "xd_interest.counts = True"),
-    "recent": (),
-    "hard": ("xd_search.kind = 'hard'", "xd_search.skip_recent = 1"),
-    "domain": ("xd_search.kind = 'hard'", "xd_search.scope = 'target_domain'"),
-    "soft": ("xd_interest.kind = 'none'", "xd_search.soft = 'decoupled'"),
-}
-
-
-def events() -> list[tuple[str, str, str, int, str]]:
-    """Users who take a few of 40 items of two domains every day or two, some twice at once."""
-    draw, rows = np.random.default_rng(0), []
-    for user in range(12):
-        days = np.sort(draw.choice(60, 30, replace=False))
-        for day in days.tolist():
-            at = START + day * DAY + user
-            deal = str(bool(draw.random() < 0.5)).lower()
-            rows += [
-                (f"u{user}", f"i{item}", f"d{item % 2}", at, deal)
-                for item in draw.choice(40, 3, replace=False).tolist()
-            ]
-    return rows
-
-
-def run_words(*words: object) -> None:
-    assert run_command([str(word) for word in words]) == 0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store, requests of it, and a run of every kind."""
-    folder = tmp_path_factory.mktemp("sessions")
-    schema = ["user", "item", "domain", "time", "deal"]
-    pl.DataFrame(events(), schema=schema, orient="row").write_parquet(folder / "log.parquet")
-    names = [f"i{n}" for n in range(40)]
-    types = pl.DataFrame({"item": names, "type": [f"t{n % 5}" for n in range(40)]})
-    types.write_parquet(folder / "items.parquet")
-    prepare = ["--event-cols", "deal", "--item-features", folder / "items.parquet"]
-    run_words(
-        *("prepare", folder / "log.parquet", "--out", folder / "store"),
-        *(*prepare, "--levels", "type", "--min-user", 1, "--min-item", 1),
-    )
-    make = ("requests", "--data", folder / "store", "--out", folder / "requests")
-    run_words(*make, "--goal", "deal", "--positives", 2, "--negatives", 2, "--min-history", 5)
-    for kind, bindings in KINDS.items():
-        own = (*bindings, "xd_search.k = 6", "xd_rank.num_epochs = 1", "xd_rank.item_width = 4")
-        given = [word for binding in own for word in ("--gin_bindings", binding)]
-        out = folder / kind
-        run_words("rank", "--data", folder / "requests", "--out", out, *given)
-    return folder
+    return make_runs(tmp_path_factory.mktemp("sessions"))
 
 
 @pytest.fixture(params=KINDS)
@@ -80,26 +30,6 @@ def trained(folder: Path, request: pytest.FixtureRequest) -> Iterator[TrainedRan
 @pytest.fixture
 def session(folder: Path, request: pytest.FixtureRequest, trained: TrainedRanker) -> RankingSession:
     return RankingSession.open(folder / request.node.callspec.params["trained"])
-
-
-def users_of(store: InteractionStore) -> list[str]:
-    names = [f"u{n}" for n in range(12)]
-    return sorted(names, key=store.user_index)
-
-
-def asked_of(trained: TrainedRanker) -> tuple[np.ndarray, list[RankRequest]]:
-    requests: RequestSet = trained.task.requests
-    store, chosen = trained.task.store, requests.of_split(Split.TEST)
-    names, token = users_of(store), store.catalog.token
-    return chosen, [
-        RankRequest(
-            names[requests.users[r]],
-            [token(int(i)) for i in requests.candidates[slice(*requests.offsets[r : r + 2])]],
-            requests.goal_names[requests.goals[r]],
-            int(requests.times[r]),
-        )
-        for r in chosen
-    ]
 
 
 def test_scores_are_those_of_evaluation(trained: TrainedRanker, session: RankingSession) -> None:
@@ -115,9 +45,10 @@ def test_events_that_come_later_count_as_if_they_were_of_the_log(
 ) -> None:
     """A session of the first half of every history, and of no history of one user, catches up."""
     whole = RankingSession.open(folder / request.node.callspec.params["trained"])
-    task, store = trained.task, trained.task.store
+    store = trained.task.store
     half = InteractionStore(store.path, store.manifest, *_first_halves(store, "u3"))
-    session = RankingSession(half, trained.model, HistoryIndex(half), whole.goals, task.settings)
+    ranker = ServedRanker.of(folder / request.node.callspec.params["trained"], store)
+    session = RankingSession(ranker, history_of(half))
     names = users_of(store)
     cuts = np.diff(half.offsets)
     late = [
@@ -125,8 +56,10 @@ def test_events_that_come_later_count_as_if_they_were_of_the_log(
         for user, name in enumerate(names)
         for item, time in list(zip(*store.history(user), strict=True))[cuts[user] :]
     ]
-    for time, name, item in sorted(late, key=lambda each: each[0]):
-        session.append(name, item, time)
+    times, late_users, items = zip(*sorted(late, key=lambda each: each[0]), strict=True)
+    session.append(late_users[:40], items[:40], times[:40])
+    for event in zip(late_users[40:], items[40:], times[40:], strict=True):
+        session.append(*([value] for value in event))
     _, requests = asked_of(trained)
     requests += [RankRequest(name, ["i1", "i7", "i30"], "deal=true") for name in names]
     for mine, wanted in zip(session.rank(requests), whole.rank(requests), strict=True):
@@ -147,7 +80,7 @@ def test_an_event_counts_from_the_second_after_it(session: RankingSession) -> No
     ask = [RankRequest("u1", ["i5", "i6"], "deal=false", t) for t in (at, at + 1)]
     before, same = session.rank(ask)
     for _ in range(2):  # one setting leaves out the latest event
-        session.append("u1", "i5", at)
+        session.append(["u1"], ["i5"], [at])
     assert session.rank(ask)[0] == before
     assert session.rank(ask)[1] != same
     assert session.latest_time("u1") == at
@@ -161,7 +94,7 @@ def test_a_new_user_begins_without_history(session: RankingSession) -> None:
     assert nobody == pytest.approx(other)
     assert session.latest_time("somebody") is None
     for time in (START, START + 1):  # one setting leaves out the latest event
-        session.append("somebody", "i6", time)
+        session.append(["somebody"], ["i6"], [time])
     assert session.rank([ask])[0] != pytest.approx(nobody, abs=1e-9)
     assert session.rank([]) == []
 
@@ -189,9 +122,9 @@ def test_bad_events_change_nothing(hard: RankingSession) -> None:
     ask = [RankRequest("u1", ["i1", "i2"], "deal=true")]
     before = hard.rank(ask)
     with pytest.raises(InputError, match="unknown item 'x'"):
-        hard.append("u1", "x", 1_700_000_000)
+        hard.append(["u2", "u1"], ["i1", "x"], [1_700_000_000] * 2)
     with pytest.raises(InputError, match=r"timestamp 5 is before the last event of user 'u1' at"):
-        hard.append("u1", "i1", 5)
+        hard.append(["u2", "u1"], ["i1", "i1"], [1_700_000_000, 5])
     assert hard.rank(ask) == before
 
 

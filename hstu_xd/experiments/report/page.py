@@ -10,8 +10,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, protocol_notes
-from hstu_xd.evaluation.ranking import RankingProtocol, undefined_notes
+from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL
 from hstu_xd.experiments.report.breakdowns import Breakdown, breakdowns
 from hstu_xd.experiments.report.data_figures import data_figures
 from hstu_xd.experiments.report.html_tables import (
@@ -24,7 +23,12 @@ from hstu_xd.experiments.report.html_tables import (
     variants_table,
 )
 from hstu_xd.experiments.report.run_figures import Group, grouped_dots, learning_curves
-from hstu_xd.experiments.report.shared_data import Comparison, compare_runs, group_by_data
+from hstu_xd.experiments.report.shared_data import (
+    Comparison,
+    compare_runs,
+    group_by_data,
+    measured_by,
+)
 from hstu_xd.experiments.report.style import PALETTE, Image, house_style
 from hstu_xd.experiments.report.tables import compare, heading, metric_label, percent, points
 from hstu_xd.experiments.run_folders import read_runs
@@ -181,11 +185,7 @@ class Section:
 
     def _protocol(self) -> list[str]:
         """Say by which protocol the runs that have read their test were measured."""
-        done = [run for run in self.comparison.runs if run.test]
-        if isinstance(protocol := self.comparison.protocol, RankingProtocol):
-            return [*protocol.sentences(), *undefined_notes(done[0].test)]
-        whole = next((run for run in done if not run.domain), done[0])
-        return protocol_notes([run.info for run in done], whole.test)
+        return measured_by([run for run in self.comparison.runs if run.test])
 
     def _seeds(self, several: str) -> str:
         """Words that only hold where a variant has several seeds."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.protocol import Protocol
-from hstu_xd.evaluation.ranking import RankingProtocol
+from hstu_xd.evaluation.protocol import Protocol, protocol_notes
+from hstu_xd.evaluation.ranking import RankingProtocol, undefined_notes
 from hstu_xd.experiments.report.data_figures import DataStats, measure
 from hstu_xd.experiments.run_folders import (
     Row,
@@ -131,6 +131,14 @@ def _read_store(runs: list[Run], data: Path | None) -> tuple[DataStats, bool]:
         except InputError as error:
             failure = failure or error
     raise failure or InputError("run.json does not say where the data lies")
+
+
+def measured_by(done: Sequence[Run]) -> list[str]:
+    """Say by which protocol runs of one kind that have read their test were measured."""
+    if isinstance(protocol := done[0].protocol, RankingProtocol):
+        return [*protocol.sentences(), *undefined_notes(done[0].test)]
+    whole = next((run for run in done if not run.domain), done[0])
+    return protocol_notes([run.info for run in done], whole.test)
 
 
 def foreign_notes(runs: Sequence[Run]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The routes of the service, and their OpenAPI description, corrected where FastAPI is wrong."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -15,16 +16,18 @@ from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Event, LogError
 from hstu_xd.serving.http import schemas
 from hstu_xd.serving.http.arrivals import Append
-from hstu_xd.serving.http.batch_handler import (
+from hstu_xd.serving.http.batching import Busy
+from hstu_xd.serving.http.jobs import (
     Forget,
     ListUsers,
+    Rank,
     ReadHistory,
     Recommend,
     Remove,
     Score,
 )
-from hstu_xd.serving.http.batching import Busy
 from hstu_xd.serving.http.middleware import PROBES, RETRY_AFTER, RequestGuard, page_files
+from hstu_xd.serving.http.ranking_engine import RankingEngine
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
 from hstu_xd.serving.http.swaps import SwapRefused, Swaps
@@ -86,7 +89,12 @@ def build_app(service: Service, swaps: Swaps | None = None) -> RequestGuard:
     _handle_errors(app)
     bodies = schemas.RequestBodies(service.settings.limits)
     _add_writes(app, service, bodies)
-    _add_questions(app, service, bodies)
+    if isinstance(service.model.engine, RankingEngine):
+        _add_ranking(app, service, bodies)
+        _say_what_answers(app, service, ("/v1/recommend", "/v1/score"), "/v1/rank")
+    else:
+        _add_retrieval(app, service, bodies)
+        _say_what_answers(app, service, ("/v1/rank",), "/v1/recommend or /v1/score")
     _add_reads(app, service)
     _add_operation(app, service)
     if swaps is not None:
@@ -140,7 +148,7 @@ def _add_writes(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -
         return JSONResponse({"forgotten": await service.run(Forget(user))})
 
 
-def _add_questions(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
+def _add_retrieval(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
     @app.post(
         "/v1/recommend", response_model=schemas.Recommendations, responses=_errors(400, 413, 503)
     )
@@ -160,6 +168,29 @@ def _add_questions(app: FastAPI, service: Service, bodies: schemas.RequestBodies
         """Score given items of a domain; they do not see each other."""
         found = await service.run(Score(body.user, body.domain, body.timestamp, body.items))
         return JSONResponse({"scores": found})
+
+
+def _add_ranking(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
+    @app.post("/v1/rank", response_model=schemas.Ranked, responses=_errors(400, 413, 503))
+    async def rank(body: bodies.rank) -> Response:
+        """Give the chance that each candidate is taken; to an unknown user without a history."""
+        engine = service.model.engine
+        assert isinstance(engine, RankingEngine)
+        goals = engine.goals if body.goal is None else (body.goal,)
+        found = await service.run(Rank(body.user, body.candidates, goals, body.timestamp))
+        rows = [{"goal": goal, "scores": scores} for goal, scores in zip(goals, found)]
+        return JSONResponse({"user": body.user, "goals": rows})
+
+
+def _say_what_answers(app: FastAPI, service: Service, asked: Sequence[str], instead: str) -> None:
+    """Answer what only runs of the other kind answer: 404, and what this one does."""
+
+    async def other(_: Request) -> Response:
+        text = f"{service.model.name} is a {service.model.engine.kind} run; ask POST {instead}"
+        return JSONResponse({"error": f"{text}, or serve a run of the other kind"}, 404)
+
+    for path in asked:
+        app.add_api_route(path, other, methods=["POST"], include_in_schema=False)
 
 
 def _key(own: str | None, of_request: str | None, index: int) -> str | None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Event, EventLog
-from hstu_xd.serving.http.histories import Histories, Items
+from hstu_xd.serving.http.histories import Histories
 from hstu_xd.serving.http.settings import WriteSettings
+from hstu_xd.serving.items import Items
 
 # A number of seconds above it is in the year 5138 or later: it counts in a smaller unit.
 _SECONDS_END = 10**11

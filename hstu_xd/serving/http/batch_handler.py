@@ -1,4 +1,4 @@
-"""What requests ask for, and the owner of session and log, who does it in batches.
+"""The owner of session and log, who does what requests ask for in batches.
 
 Every event is in the log before anybody is told that it was taken.
 """
@@ -7,101 +7,18 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-
-import torch
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, Keyed, LogError
 from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batching import Ticket
+from hstu_xd.serving.http.engine import Session
 from hstu_xd.serving.http.failover import FailoverSession
+from hstu_xd.serving.http.jobs import Forget, Job, ListUsers, Probe, Question, ReadHistory, Remove
 from hstu_xd.serving.http.live_model import LiveModel
-from hstu_xd.serving.requests import Answer, Request
-from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.stores import StoreError
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Remove:
-    """Remove one event of a user. Result: how often it was there."""
-
-    event: Event
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Write to the log, which changes nothing. Result: None."""
-
-
-@dataclass(frozen=True)
-class Recommend:
-    """Best items of domains. Result: for each domain (item, score) pairs, best first.
-
-    Attributes:
-        user: who is asked for.
-        domains: names.
-        timestamp: of the request; None: that of the user's last event.
-        k: items of a domain, at most.
-        exclude_seen: leave out items of the history; None: as the run was evaluated.
-    """
-
-    user: str
-    domains: Sequence[str]
-    timestamp: int | None
-    k: int
-    exclude_seen: bool | None
-
-
-@dataclass(frozen=True)
-class Score:
-    """Scores of items of a domain, both by their names. Result: a list of them."""
-
-    user: str
-    domain: str
-    timestamp: int | None
-    items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class ReadHistory:
-    """A user's last events. Result: pairs of :class:`Event` and its domain, oldest first."""
-
-    user: str
-    limit: int
-
-
-@dataclass(frozen=True)
-class ListUsers:
-    """Users whose names begin with a text. Result: a list of names, in order."""
-
-    prefix: str
-    limit: int
-
-
-@dataclass(frozen=True)
-class Forget:
-    """Remove a user. Result: whether anything was known."""
-
-    user: str
-
-
-Job = Append | Remove | Probe | Recommend | Score | ReadHistory | ListUsers | Forget
-
-# What an event adds to the cost of a job, in users.
-_EVENT = 0.1
-
-
-def cost_of(job: Job) -> float:
-    """Return about how much work a job is; one is a user who is asked for one domain."""
-    if isinstance(job, Append):
-        return len({event.user for event in job.events}) + _EVENT * len(job.events)
-    if isinstance(job, Recommend):
-        return 1 + _EVENT * (len(job.domains) - 1)
-    return 1.0
-
 
 Tickets = Sequence[Ticket[Job]]
 
@@ -128,9 +45,9 @@ class BatchHandler:
 
     def __init__(self, sessions: FailoverSession, log: EventLog, model: LiveModel) -> None:
         self._sessions, self._log, self._model = sessions, log, model
-        self._next: deque[tuple[LiveModel, EncoderSession]] = deque()
+        self._next: deque[tuple[LiveModel, Session]] = deque()
 
-    def replace(self, model: LiveModel, session: EncoderSession) -> None:
+    def replace(self, model: LiveModel, session: Session) -> None:
         """Handle all batches that begin from now on by another model; called by any thread.
 
         Args:
@@ -152,7 +69,7 @@ class BatchHandler:
                 _settle([ticket], self._change)
         for kinds, handle in (
             (Append, self._append),
-            (Recommend | Score, self._answer),
+            (Question, self._answer),
             (ReadHistory | ListUsers, self._read),
         ):
             _settle([ticket for ticket in tickets if isinstance(ticket.job, kinds)], handle)
@@ -188,14 +105,13 @@ class BatchHandler:
                 new += [(job.events[index], job.keys[index]) for index in outcome.accepted]
         if not new:
             return
-        users = [event.user for event, _ in new]
-        item_ids = [model.items.id_of(event.item) for event, _ in new]
-        times = [event.timestamp for event, _ in new]
+        events = [event for event, _ in new]
+        users = [event.user for event in events]
         keys = [Keyed(event.user, key, *event[1:]) for event, key in new if key is not None]
         versions = model.histories.versions(users)
         try:
-            self._sessions.run(lambda session: session.append(users, item_ids, times))
-            self._log.add([event for event, _ in new], keys, versions)
+            self._sessions.run(lambda session: session.append(events))
+            self._log.add(events, keys, versions)
         except InputError:
             raise  # No state has changed.
         except Exception:
@@ -205,66 +121,27 @@ class BatchHandler:
             raise
 
     def _answer(self, tickets: Tickets) -> None:
-        asked: list[tuple[Ticket[Job], _Question]] = []
+        model = self._model
+        asked: list[tuple[Ticket[Job], Question]] = []
         for ticket in tickets:
             ticket.error = None
+            assert isinstance(ticket.job, Question)
             try:
-                asked.append((ticket, self._question(ticket.job)))
+                model.arrivals.check_request(ticket.job.timestamp)
             except InputError as error:
                 ticket.error = error
+            else:
+                asked.append((ticket, ticket.job))
         if not asked:
             return
-        requests = [question.request for _, question in asked]
-        self._model.histories.look(str(request.user) for request in requests)
-        answers = self._sessions.run(lambda session: session.answer(requests))
-        for (ticket, question), answer in zip(asked, answers):
-            last, at = answer.last_time, question.request.timestamp
-            if last is not None and at is not None and at < last:
-                ticket.error = InputError(
-                    f"timestamp {at} is before the last event of user {question.request.user!r} at "
-                    f"{last}; ask for a later time, or leave it out"
-                )
-                continue
-            with torch.inference_mode():
-                ticket.result = self._result(ticket.job, question, answer)
-
-    def _question(self, job: Job) -> "_Question":
-        """Translate what a client asks for into the ids of the model.
-
-        Raises:
-            InputError: a time that cannot be, or a domain or an item that the model does not have.
-        """
-        model = self._model
-        assert isinstance(job, Recommend | Score)
-        model.arrivals.check_request(job.timestamp)
-        if isinstance(job, Score):
-            domain = model.catalog.domain_index(job.domain)
-            item_ids = [model.items.id_in(token, domain) for token in job.items]
-            return _Question(Request(job.user, [domain], job.timestamp), item_ids)
-        if len(job.domains) > model.catalog.num_domains:
-            raise InputError(
-                f"domains has {len(job.domains)} names, and there are {model.catalog.num_domains} "
-                "domains; name each once"
-            )
-        domains = [model.catalog.domain_index(name) for name in job.domains]
-        return _Question(Request(job.user, domains, job.timestamp))
-
-    def _result(self, job: Job, question: "_Question", answer: Answer) -> list:
-        index, model = self._sessions.session.index, self._model
-        if isinstance(job, Score):
-            return index.scores_of_one(answer.vectors[0], torch.tensor(question.item_ids)).tolist()
-        assert isinstance(job, Recommend)
-        leave_out = job.exclude_seen
-        if leave_out is None:
-            leave_out = model.served.exclude_seen
-        seen = answer.seen if leave_out else None
-        return [
-            [
-                (model.catalog.token(item), score)
-                for item, score in index.best(vector, domain, job.k, seen)
-            ]
-            for vector, domain in zip(answer.vectors, question.request.target_domains)
-        ]
+        questions = [question for _, question in asked]
+        model.histories.look(question.user for question in questions)
+        results = self._sessions.run(lambda session: session.answer(questions))
+        for (ticket, _), result in zip(asked, results, strict=True):
+            if isinstance(result, InputError):
+                ticket.error = result
+            else:
+                ticket.result = result
 
     def _change(self, tickets: Tickets) -> None:
         histories = self._model.histories
@@ -292,14 +169,6 @@ class BatchHandler:
                 ticket.result = [(event, model.items.domain_name(event.item)) for event in events]
             elif isinstance(job, ListUsers):
                 ticket.result = model.histories.users(job.prefix, job.limit)
-
-
-@dataclass(frozen=True)
-class _Question:
-    """What is asked for in the ids of a model: of the session, and items that are to be scored."""
-
-    request: Request
-    item_ids: Sequence[int] = ()
 
 
 def _settle(tickets: Tickets, handle: Callable[[Tickets], None]) -> None:

@@ -2,15 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.codec import REVISION
+from hstu_xd.serving.http.engine import Session
 from hstu_xd.serving.http.settings import StateSettings, shown
-from hstu_xd.serving.session import EncoderSession
 from hstu_xd.serving.stores import RedisStore, SQLiteStore, StateStore, StoreError, Write
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class FailoverSession:
     """
 
     def __init__(
-        self, make: Callable[[StateStore | None], EncoderSession], settings: StateSettings
+        self, make: Callable[[StateStore | None], Session], settings: StateSettings
     ) -> None:
         self._make, self._rebuilds = make, settings.when_store_fails == "rebuild"
         self._store = open_store(settings.store, settings.ttl)
@@ -61,7 +61,7 @@ class FailoverSession:
         except StoreError as error:
             self._go_without(error)
 
-    def run(self, call: Callable[[EncoderSession], T]) -> T:
+    def run(self, call: Callable[[Session], T]) -> T:
         """Call with the session; again with the one without store where the store fails.
 
         Raises:
@@ -79,9 +79,7 @@ class FailoverSession:
             self._delete_forgotten()
         return found
 
-    def adopt(
-        self, make: Callable[[StateStore | None], EncoderSession], session: EncoderSession
-    ) -> None:
+    def adopt(self, make: Callable[[StateStore | None], Session], session: Session) -> None:
         """Go on with sessions of another model; the store, and what is known of it, stay.
 
         Args:
@@ -96,17 +94,17 @@ class FailoverSession:
         """Return where states are kept beyond memory, whether or not it is gone."""
         return self._store
 
-    def forget(self, user: Hashable) -> None:
+    def forget(self, user: str) -> None:
         """Drop a user's state; from a store that is gone it is removed once it is back.
 
         Raises:
             StoreError: the store failed; there is no state in memory any more.
         """
         if self._store is not None:
-            self._forgotten.add(str(user))
+            self._forgotten.add(user)
         self.session.forget(user)
         if self._retry_at is None:
-            self._forgotten.discard(str(user))
+            self._forgotten.discard(user)
 
     def probe(self) -> None:
         """Find out whether the store takes writes, where requests are refused without it.

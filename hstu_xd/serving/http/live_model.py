@@ -4,84 +4,65 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.objectives.objective import Scorer
-from hstu_xd.serving.codec import fingerprint
+from hstu_xd.evaluation.protocol import RANKING
+from hstu_xd.ranking.run import open_store
 from hstu_xd.serving.events.event_log import EventLog
 from hstu_xd.serving.http.arrivals import Arrivals
-from hstu_xd.serving.http.histories import Histories, Items, Rebuilds
+from hstu_xd.serving.http.engine import Engine, Session
+from hstu_xd.serving.http.histories import Histories, Rebuilds
+from hstu_xd.serving.http.ranking_engine import RankingEngine
+from hstu_xd.serving.http.retrieval_engine import RetrievalEngine
 from hstu_xd.serving.http.settings import ServiceSettings
-from hstu_xd.serving.retrieval import ItemIndex
-from hstu_xd.serving.session import EncoderSession
+from hstu_xd.serving.items import Items
 from hstu_xd.serving.stores import StateStore
-from hstu_xd.training.run import load_trained
-from hstu_xd.training.run_facts import open_data, read_run
+from hstu_xd.training.run_facts import kind_of, open_data, read_run
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Served:
-    """What is served.
+def load_engine(
+    run: Path,
+    settings: ServiceSettings,
+    *,
+    allow_imports: bool = False,
+    replaces: Engine | None = None,
+) -> Engine:
+    """Load what a run folder holds, of either kind.
 
-    Attributes:
-        name: of the run.
-        model: trained, on the CPU.
-        window: longest history that is read, in events.
-        prepared: earlier histories, if any.
-        scorer: what ranks items; None: dot products.
-        exclude_seen: whether items of a user's history are left out, unless a request says.
+    Args:
+        run: the folder.
+        settings: of the service.
+        allow_imports: whether the run may import modules of its own.
+        replaces: what it is to take the place of; it is asked with the store that it was trained
+            on then.
+
+    Raises:
+        InputError: not a run folder, modules that it may not import, a store that is damaged or of
+            other data, earlier histories that are served now are not there, or a run of another
+            kind than the one that it replaces.
     """
-
-    name: str
-    model: CrossDomainHSTU
-    window: int
-    prepared: InteractionStore | None
-    scorer: Scorer | None = None
-    exclude_seen: bool = True
-
-    @classmethod
-    def from_run(
-        cls, run: Path, settings: ServiceSettings, *, allow_imports: bool = False
-    ) -> "Served":
-        """Load what a run folder holds.
-
-        Raises:
-            InputError: not a run folder, modules that it may not import, or a store that is damaged
-                or of other data.
-        """
-        return cls._load(run, _prepared(run, settings), allow_imports)
-
-    def next_from_run(
-        self, run: Path, settings: ServiceSettings, *, allow_imports: bool = False
-    ) -> "Served":
-        """Load a run that is to take this one's place, with the store that it was trained on.
-
-        Raises:
-            InputError: as :meth:`from_run`, or earlier histories that are served now are not there.
-        """
-        if self.prepared is None:
-            prepared = _prepared(run, replace(settings, data=None))
-        else:
-            prepared = open_data(run, verify=settings.verify_data)
-        return self._load(run, prepared, allow_imports)
-
-    @classmethod
-    def _load(cls, run: Path, prepared: InteractionStore | None, allow_imports: bool) -> "Served":
-        trained = load_trained(run, allow_imports=allow_imports)
-        return cls(
-            run.resolve().name,
-            trained.model,
-            trained.model.window,
-            prepared,
-            trained.scorer,
-            trained.protocol.exclude_seen,
-        )
+    kind = kind_of(read_run(run))
+    if replaces is not None:
+        settings = replace(settings, data=None)
+        if kind != replaces.kind:
+            raise InputError(
+                f"{run.name} is a {kind} run, and {replaces.name} a {replaces.kind} run; name one "
+                "of the same kind, or start the service anew"
+            )
+    if kind == RANKING:
+        _check_data_options(settings)
+        # Without histories, too: it has the levels of the items.
+        store = open_store(run, settings.data, verify=settings.verify_data)
+        prepared = store if settings.use_data else None
+        return RankingEngine.from_run(run, store, prepared, settings.states)
+    if replaces is not None and replaces.prepared is not None:
+        prepared = open_data(run, verify=settings.verify_data)
+    else:
+        prepared = _prepared(run, settings)
+    return RetrievalEngine.from_run(run, prepared, settings.states, allow_imports=allow_imports)
 
 
 @dataclass(frozen=True)
@@ -107,14 +88,14 @@ class LiveModel:
     Nothing of it changes once it is made; users' states are in sessions that it makes.
 
     Args:
-        served: the model and what is known of users.
+        engine: the model and what is known of users.
         log: of the service.
         settings: of the service.
         rebuilds: the service's count of states that were made anew; None: it begins.
 
     Attributes:
-        name: of the run, with the beginning of the fingerprint of its states.
-        served: the model.
+        name: of the run, with the beginning of its version.
+        engine: the model.
         catalog: of the model.
         items: of the catalogue.
         histories: what states are rebuilt from.
@@ -123,47 +104,30 @@ class LiveModel:
 
     def __init__(
         self,
-        served: Served,
+        engine: Engine,
         log: EventLog,
         settings: ServiceSettings,
         rebuilds: Rebuilds | None = None,
     ) -> None:
-        self.served, self._states = served, settings.states
-        self.catalog: DomainCatalog = served.model.catalog
+        self.engine = engine
+        self.catalog: DomainCatalog = engine.catalog
         self.items = Items(self.catalog)
-        self.histories = Histories(log, self.catalog, self.items, served.prepared, rebuilds)
+        self.histories = Histories(log, self.catalog, self.items, engine.prepared, rebuilds)
         self.arrivals = Arrivals(self.histories, log, self.items, settings.writes)
-        # All sessions share one index: of millions of items it takes long to build.
-        self._index = ItemIndex(served.model, settings.states.retrieval, served.scorer)
-        version = fingerprint(served.model, served.window, torch.float32).hex()
-        self.name = f"{served.name} {version[:12]}"
+        self.name = f"{engine.name} {engine.version[:12]}"
 
-    def session(self, store: StateStore | None) -> EncoderSession:
+    def session(self, store: StateStore | None) -> Session:
         """Make a session over a store, or without one."""
-        return EncoderSession(
-            self.served.model,
-            window=self.served.window,
-            max_bytes=self._states.max_bytes,
-            history=self.histories.all_of,
-            store=store,
-            versions=self.histories,
-            retrieval=self._index,
-        )
-
-    def warm_up(self) -> None:
-        """Answer an unknown user once, because the first call takes longer than later ones."""
-        session = EncoderSession(
-            self.served.model, window=self.served.window, retrieval=self._index
-        )
-        domains = range(self.catalog.num_domains)
-        session.recommend([""] * len(domains), domains, 1)
+        return self.engine.session(self.histories, store)
 
     def changes_from(self, old: "LiveModel") -> Changes:
         """Compare the catalogue with that of the model before.
 
         Raises:
-            InputError: a domain is gone, or none of a domain's items is left.
+            InputError: a domain is gone, none of a domain's items is left, or what the engine
+                refuses.
         """
+        self.engine.check_replaces(old.engine)
         before, after = old.items.domains_by_token(), self.items.domains_by_token()
         kept = {token for token, domain in before.items() if after.get(token) == domain}
         left = {before[token] for token in kept}
@@ -188,12 +152,18 @@ class LiveModel:
         return changes
 
 
+def _check_data_options(settings: ServiceSettings) -> None:
+    if settings.use_data:
+        return
+    if settings.data is not None:
+        raise InputError(f"--data {settings.data} with --no-data; drop one of them")
+    if settings.verify_data:
+        raise InputError("--verify with --no-data; drop one of them")
+
+
 def _prepared(run: Path, settings: ServiceSettings) -> InteractionStore | None:
+    _check_data_options(settings)
     if not settings.use_data:
-        if settings.data is not None:
-            raise InputError(f"--data {settings.data} with --no-data; drop one of them")
-        if settings.verify_data:
-            raise InputError("--verify with --no-data; drop one of them")
         return None
     if settings.data is not None:
         return open_data(run, settings.data, verify=settings.verify_data)

@@ -48,11 +48,19 @@ _ROUTES = (
     "/v1/events",
     "/v1/events/remove",
     "/v1/models",
+    "/v1/rank",
     "/v1/recommend",
     "/v1/score",
     "/v1/users",
 )
-_WITH_BODY = ("/v1/events", "/v1/events/remove", "/v1/models", "/v1/recommend", "/v1/score")
+_WITH_BODY = (
+    "/v1/events",
+    "/v1/events/remove",
+    "/v1/models",
+    "/v1/rank",
+    "/v1/recommend",
+    "/v1/score",
+)
 # These ask nothing of the thread that answers, however much waits for it.
 _UNQUEUED = ("/v1/domains", "/v1/models")
 # How much of a body that is too large is read and thrown away, in bodies of the largest size that

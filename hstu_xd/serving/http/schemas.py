@@ -12,6 +12,7 @@ MAX_TIMESTAMP = 2**53 - 1
 User = Annotated[str, Field(min_length=1, max_length=256, examples=["u1"])]
 Item = Annotated[str, Field(min_length=1, max_length=1024, examples=["B00X"])]
 Domain = Annotated[str, Field(max_length=1024, examples=["books"])]
+Goal = Annotated[str, Field(min_length=1, max_length=1024, examples=["deal=true"])]
 Timestamp = Annotated[
     int,
     Field(
@@ -108,6 +109,20 @@ class Scores(BaseModel):
     """Scores of the requested items, in their order; cosines in -1..1."""
 
     scores: list[float]
+
+
+class GoalScores(BaseModel):
+    """Chances in 0..1 that the candidates are taken for a goal, in their order."""
+
+    goal: str
+    scores: list[float]
+
+
+class Ranked(BaseModel):
+    """What is thought of the candidates of a request."""
+
+    user: str
+    goals: list[GoalScores]
 
 
 class DomainFacts(BaseModel):
@@ -244,4 +259,21 @@ class RequestBodies:
             items: Annotated[list[Item], Field(min_length=1, max_length=limits.max_items)]
             timestamp: Timestamp | None = None
 
+        class RankBody(Body):
+            """Candidates of any domains to rank for a user; they do not see each other."""
+
+            user: User
+            candidates: Annotated[list[Item], Field(min_length=1, max_length=limits.max_items)]
+            goal: Annotated[
+                Goal | None, Field(description="What they are ranked for; by default every goal.")
+            ] = None
+            timestamp: Annotated[
+                Timestamp | None,
+                Field(
+                    description="Of the request: the history is read strictly before it; by "
+                    "default all of it is."
+                ),
+            ] = None
+
         self.events, self.recommend, self.score = Events, RecommendBody, ScoreBody
+        self.rank = RankBody

@@ -16,14 +16,14 @@ import torch
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import open_log
-from hstu_xd.serving.http.batch_handler import BatchHandler, Job, Probe, cost_of
+from hstu_xd.serving.http.batch_handler import BatchHandler
 from hstu_xd.serving.http.batching import Batcher
+from hstu_xd.serving.http.engine import Engine, Session
 from hstu_xd.serving.http.failover import FailoverSession
-from hstu_xd.serving.http.live_model import Changes, LiveModel, Served
+from hstu_xd.serving.http.jobs import Job, Probe, cost_of
+from hstu_xd.serving.http.live_model import Changes, LiveModel, load_engine
 from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
-from hstu_xd.serving.requests import Request
-from hstu_xd.serving.session import EncoderSession
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Loaded:
     """
 
     model: LiveModel
-    session: EncoderSession
+    session: Session
     changes: Changes
 
 
@@ -54,7 +54,7 @@ class Service:
     """Jobs in, results out; owns the thread, and through it session, store and log.
 
     Args:
-        served: the model and what is known of users.
+        engine: the model and what is known of users.
         settings: of the command.
 
     Attributes:
@@ -67,12 +67,12 @@ class Service:
         HstuXdError: log or store cannot be opened.
     """
 
-    def __init__(self, served: Served, settings: ServiceSettings) -> None:
+    def __init__(self, engine: Engine, settings: ServiceSettings) -> None:
         self.settings = settings
         self.active, self.draining = 0, False
         self.metrics = Metrics(self._numbers, lambda: self.model.name)
         self._batcher: Batcher[Job] = Batcher(
-            lambda: self._open(served), settings.queue, self.metrics.batch, cost_of
+            lambda: self._open(engine), settings.queue, self.metrics.batch, cost_of
         )
 
     @property
@@ -148,10 +148,12 @@ class Service:
         """
         old = self.model
         try:
-            served = old.served.next_from_run(run, self.settings, allow_imports=allow_imports)
-            model = LiveModel(served, self._log, self.settings, old.histories.rebuilds)
+            engine = load_engine(
+                run, self.settings, allow_imports=allow_imports, replaces=old.engine
+            )
+            model = LiveModel(engine, self._log, self.settings, old.histories.rebuilds)
             changes = model.changes_from(old)
-            model.warm_up()
+            engine.warm_up()
             return Loaded(model, model.session(self._sessions.store), changes)
         except InputError:
             raise
@@ -184,25 +186,19 @@ class Service:
         """Refuse what waits, and wait for nothing that is under way."""
         self._batcher.abandon()
 
-    def _open(self, served: Served) -> BatchHandler:
+    def _open(self, engine: Engine) -> BatchHandler:
         states = self.settings.states
         torch.set_num_threads(states.threads or default_threads())
         self._log = log = open_log(self.settings.events)
         try:
-            self.model = LiveModel(served, log, self.settings)
+            self.model = LiveModel(engine, log, self.settings)
             self._sessions = FailoverSession(self.model.session, states)
-            self._warm_up()
+            engine.warm_up()
         except Exception:
             log.close()
             raise
         self._handler = BatchHandler(self._sessions, log, self.model)
         return self._handler
-
-    def _warm_up(self) -> None:
-        """Answer an unknown user once, because the first call takes longer than later ones."""
-        nobody, domains = "", range(self.model.catalog.num_domains)
-        self._sessions.run(lambda session: session.answer([Request(nobody, domains)]))
-        self._sessions.forget(nobody)
 
     def _numbers(self) -> dict[str, tuple[str, float]]:
         session = self._sessions.session

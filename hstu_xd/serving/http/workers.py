@@ -218,7 +218,7 @@ class Workers:
 def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready: Event) -> None:
     """Be one of the workers."""
     from hstu_xd.serving.http import server
-    from hstu_xd.serving.http.live_model import Served
+    from hstu_xd.serving.http.live_model import load_engine
     from hstu_xd.serving.http.service import Service
 
     # Ctrl-C in a terminal is for the process that watches: it tells the others.
@@ -227,8 +227,8 @@ def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready
     threading.Thread(target=_end_with_parent, daemon=True).start()
     run, imports = work.serves or work.run, work.allow_imports
     try:
-        served = Served.from_run(run, work.settings, allow_imports=imports)
-        service = Service(served, work.settings)
+        engine = load_engine(run, work.settings, allow_imports=imports)
+        service = Service(engine, work.settings)
     except HstuXdError as error:
         _log.error("%s", error)
         raise SystemExit(error.exit_code) from None
