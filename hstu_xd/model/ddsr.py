@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops import state_attention
@@ -122,6 +123,32 @@ class DynamicDomainState(nn.Module):
         )
         asked = eager_state_attention(q, k, v, questions, bias=self._age_w)
         return torch.cat([tokens, asked]).flatten(1)
+
+    def answers(
+        self,
+        hidden: Tensor,
+        own: tuple[Tensor, Tensor],
+        written: tuple[Tensor, Tensor],
+        questions: QuestionReads,
+        target_domains: Tensor,
+    ) -> Tensor:
+        """Answer questions alone, about states whose keys and values are at hand.
+
+        Args:
+            hidden: (R, K) float, what the queries are made of.
+            own: keys and values of the questions' own states, see :meth:`memory`.
+            written: keys and values of the states of the L events.
+            questions: which states each question reads.
+            target_domains: (R,) int64, the domain that each query knows.
+
+        Returns:
+            (R, H * dv) float.
+        """
+        initial = self.memory(self._initial_state)
+        key, value = (torch.cat(parts) for parts in zip(written, own, initial))
+        query = pad(self.queries(hidden, target_domains), (0, 0, len(written[0]), 0))
+        q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query, key, value))
+        return eager_state_attention(q, k, v, questions, bias=self._age_w).flatten(1)
 
     def fused(self) -> "FusedStates":
         """Lay the weights out for rows that arrive one at a time; later changes are not seen."""

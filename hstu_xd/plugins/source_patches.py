@@ -18,6 +18,7 @@ APPLICABLE, APPLIED, REFUSED = "applicable", "applied", "refused"
 
 _INDEX = re.compile(r"^diff --git a/(\S+) b/\1\nindex (\w{40})\.\.(\w{40})(?: \d+)?$", re.MULTILINE)
 _COMMITS = re.compile(r"^Commits: (.+)$", re.MULTILINE)
+_OPTIONAL = re.compile(r"^Optional: ", re.MULTILINE)
 # A git hook's variables would lead git away from the checkout that was asked about.
 _REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
 
@@ -31,12 +32,14 @@ class SourcePatch:
         text: the file's content.
         commits: the range of upstream commits whose files it fits.
         blobs: touched file -> git's hash of its content before and after.
+        optional: a checkout with another version of its files does without it.
     """
 
     name: str
     text: str
     commits: str
     blobs: dict[str, tuple[str, str]]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ def read_patches(folder: Path) -> tuple[SourcePatch, ...]:
         commits = _COMMITS.search(text)
         assert blobs, f"{file}: no index line with full hashes"
         assert commits, f"{file}: no line 'Commits: ...'"
-        patches.append(SourcePatch(file.name.split(".")[0], text, commits[1], blobs))
+        is_optional = _OPTIONAL.search(text) is not None
+        name = file.name.split(".")[0]
+        patches.append(SourcePatch(name, text, commits[1], blobs, is_optional))
     return tuple(patches)
 
 
@@ -160,6 +165,8 @@ def _fit(root: Path, known: tuple[SourcePatch, ...], codebase: str, commit: str)
         changed = [path for path in touched if now[path] != head[path]]
         if changed:
             reason = f"uncommitted changes in {', '.join(changed)}; commit or stash them"
+        elif all(patch.optional for patch in versions):
+            continue
         else:
             ranges = ", ".join(patch.commits for patch in versions)
             reason = (

@@ -1,10 +1,14 @@
 """Upstream's STU layer on a CPU: groups of like length padded together, queries in blocks."""
 
+from collections.abc import Sequence
+
 import torch
 from generative_recommenders.modules.stu import STULayer
 from generative_recommenders.ops.hstu_compute import hstu_compute_output, hstu_compute_uqvk
 from torch import Tensor
 from torch.nn.functional import silu
+
+from hstu_xd.plugins.dlrm_v3.user_memory import NewGroup
 
 # Upstream's own, in both of its layer norms.
 _EPS = 1e-6
@@ -43,21 +47,48 @@ class BucketedSTULayer(STULayer):
             num_targets: (G,) int64, the last rows of each group.
             max_kv_caching_len, kv_caching_lengths: of upstream's cache, which is not kept here.
         """
-        sizes = {"num_heads": self._num_heads, "attn_dim": self._attention_dim}
-        u, q, k, v = hstu_compute_uqvk(
+        u, q, k, v = self._project(x)
+        attended = _attend(
+            (q, k, v), x_lengths, x_offsets, num_targets, alpha=self._attn_alpha, norm=max_seq_len
+        )
+        return self._complete(attended, u, x)
+
+    def extend(self, x: Tensor, groups: Sequence[NewGroup], norm: int) -> Tensor:
+        """Compute the newest rows of some groups, on top of what their earlier rows have left.
+
+        Args:
+            x: (R, K) float, new rows, group by group.
+            groups: whose rows they are; they keep the keys and values of the new events.
+            norm: what scores are divided by.
+
+        Returns:
+            (R, K) float, as the whole layer would.
+        """
+        u, q, k, v = self._project(x)
+        sizes = [group.num_rows for group in groups]
+        attended = [
+            _attend_new(group, *rows, alpha=self._attn_alpha, norm=norm)
+            for group, *rows in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes))
+        ]
+        return self._complete(torch.cat(attended), u, x)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Make gates (R, H * dv), queries, keys (R, H, dqk) and values (R, H, dv) of rows."""
+        return hstu_compute_uqvk(
             x=x,
             norm_weight=self._input_norm_weight.to(x.dtype),
             norm_bias=self._input_norm_bias.to(x.dtype),
             norm_eps=_EPS,
+            num_heads=self._num_heads,
+            attn_dim=self._attention_dim,
             hidden_dim=self._hidden_dim,
             uvqk_weight=self._uvqk_weight.to(x.dtype),
             uvqk_bias=self._uvqk_beta.to(x.dtype),
             kernel=self.hammer_kernel(),
-            **sizes,
         )
-        attended = _attend(
-            (q, k, v), x_lengths, x_offsets, num_targets, alpha=self._attn_alpha, norm=max_seq_len
-        )
+
+    def _complete(self, attended: Tensor, u: Tensor, x: Tensor) -> Tensor:
+        """Gate what was attended, project it and add it to the layer's input: (R, K)."""
         return hstu_compute_output(
             attn=attended.flatten(1),
             u=u,
@@ -124,6 +155,37 @@ def _attend_padded(
         weights = silu(scores) * (seen / norm).unsqueeze(1)
         blocks.append(weights @ v[:, :, :end])
     return torch.cat(blocks, dim=2)
+
+
+def _attend_new(
+    group: NewGroup, q: Tensor, k: Tensor, v: Tensor, *, alpha: float, norm: int
+) -> Tensor:
+    """Attend from the newest rows of a group, and let it keep the keys and values of its events.
+
+    Args:
+        group: with ``num_events`` new events, then targets.
+        q, k: (r, H, dqk).
+        v: (r, H, dv).
+        alpha: factor of the scores.
+        norm: what weights are divided by.
+
+    Returns:
+        (r, H, dv).
+    """
+    n = group.num_events
+    keys, values = (x.transpose(0, 1) for x in group.keep(k[:n], v[:n]))
+    queries, kept = (q * alpha).transpose(0, 1), keys.shape[1] - n
+    blocks = []
+    for begin in range(0, n, _BLOCK):
+        end = min(begin + _BLOCK, n)
+        seen = kept + torch.arange(begin, end).unsqueeze(1) >= torch.arange(kept + end)
+        scores = queries[:, begin:end] @ keys[:, : kept + end].transpose(1, 2)
+        blocks.append((silu(scores) * (seen / norm)) @ values[:, : kept + end])
+    # A target sees all events, and itself.
+    seen_by_targets = silu(queries[:, n:] @ keys.transpose(1, 2)) / norm @ values
+    own = silu((q[n:] * k[n:]).sum(2, keepdim=True) * alpha) / norm * v[n:]
+    blocks.append(seen_by_targets + own.transpose(0, 1))
+    return torch.cat(blocks, dim=1).transpose(0, 1)
 
 
 def _padded(x: Tensor, offsets: Tensor, length: int) -> Tensor:

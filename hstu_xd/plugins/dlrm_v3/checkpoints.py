@@ -81,7 +81,31 @@ def warm_start(model: Any, folder: Path) -> None:
     Raises:
         InputError: no checkpoint, or one of another model.
     """
-    _check("xd_dlrm.warm_start", folder)
+    new = _load(model, folder, "xd_dlrm.warm_start")
+    _logger.info("warm start from %s; new parameters: %s", folder, new)
+
+
+def load_model(model: Any, folder: Path) -> None:
+    """Load all parameters of a trained model, in this process alone.
+
+    Args:
+        model: not sharded.
+        folder: of a step, out of upstream's ``save_dmp_checkpoint.path``.
+
+    Raises:
+        InputError: no checkpoint, or one of another model.
+    """
+    missing = _load(model, folder, "checkpoint")
+    if missing:
+        raise InputError(
+            f"checkpoint = {str(folder)!r}: it has no {missing[0]}; switch on what the model was "
+            "trained with and no more"
+        )
+
+
+def _load(model: Any, folder: Path, setting: str) -> list[str]:
+    """Load what a checkpoint has, and return the parameters of this package's that it has not."""
+    _check(setting, folder)
     saved = torch.load(folder / _DENSE, map_location="cpu")["dense_dict"]
     own = {name: value for name, value in model.state_dict().items() if not is_sparse(name, value)}
     saved = {name: value for name, value in saved.items() if not is_sparse(name, value)}
@@ -90,13 +114,13 @@ def warm_start(model: Any, folder: Path) -> None:
     foreign += [name for name in set(own) & set(saved) if own[name].shape != saved[name].shape]
     if foreign:
         raise InputError(
-            f"xd_dlrm.warm_start = {str(folder)!r}: a checkpoint of another model, which differs "
+            f"{setting} = {str(folder)!r}: a checkpoint of another model, which differs "
             f"in {foreign[0]}; give the sizes and features that it was trained with"
         )
     load_sparse_checkpoint(model=model, path=str(folder))
     for name, value in saved.items():
         own[name].copy_(value)
-    _logger.info("warm start from %s; new parameters: %s", folder, new)
+    return new
 
 
 def _check(setting: str, folder: Path) -> None:

@@ -45,8 +45,9 @@ def with_sizes(upstream: Callable[..., Any]) -> Callable[..., Any]:
         SESSION.open(InteractionStore.open(folder).catalog if folder else None)
         # Features are what upstream's data sets differ in; those of a store take their place.
         config = upstream("debug" if folder else dataset)
-        config = dataclasses.replace(config, **settings.sizes)
-        return configure(config, settings) if folder else config
+        if folder:
+            return configure(config, settings)
+        return dataclasses.replace(config, **settings.sizes)
 
     return xd_get_hstu_configs
 

@@ -16,6 +16,7 @@ from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads
 from hstu_xd.plugins.dlrm_v3.domain_groups import DomainGroups, RequestLayout
+from hstu_xd.plugins.dlrm_v3.user_memory import NewRows, NewStates
 
 _EPS = 1e-6
 
@@ -113,9 +114,29 @@ class DomainStateSublayer(nn.Module):
             )
             return x.index_add(0, states.places, self._output(answer).to(x.dtype))
 
+    def extend(self, x: Tensor, states: NewStates) -> Tensor:
+        """Add what the states answer to the new rows of a request: (R, K) float -> (R, K)."""
+        rows = layer_norm(x[states.places], x.shape[1:], eps=_EPS)
+        own = self._ddsr.memory(rows)
+        written = states.keep(*(each[: states.num_events] for each in own))
+        answer = self._ddsr.answers(rows, own, written, states.reads, states.asked_domains)
+        return x.index_add(0, states.places, self._output(answer))
+
 
 class UncachedStack(STUStack):
-    """Upstream's stack without its incremental mode, which knows no domains."""
+    """Upstream's stack without its incremental mode, which knows no domains, but with ours."""
+
+    def extend(self, x: Tensor, new: NewRows, norm: int) -> Tensor:
+        """Compute the new rows of a request: (R, K) float -> (R, K).
+
+        Args:
+            x: what the layers are given of them.
+            new: which rows they are.
+            norm: what scores are divided by.
+        """
+        for layer in self._stu_layers:
+            x = layer.extend(x, list(new.groups.values()), norm)
+        return x
 
     def cached_forward(self, *arguments: Any, **others: Any) -> Tensor:
         """Refuse.
@@ -155,4 +176,11 @@ class DomainStateStack(UncachedStack):
         assert self._states is not None
         for layer, ddsr in zip(self._stu_layers, self._xd_ddsr):
             x = ddsr(layer(x=x, **others), self._states)
+        return x
+
+    def extend(self, x: Tensor, new: NewRows, norm: int) -> Tensor:
+        """Run layers and sublayers on the new rows of a request, see :class:`UncachedStack`."""
+        blocks: Any = zip(self._stu_layers, self._xd_ddsr)
+        for layer, ddsr in blocks:
+            x = ddsr.extend(layer.extend(x, list(new.groups.values()), norm), new.states)
         return x

@@ -102,6 +102,22 @@ def check_gin(file: Path, mode: str, *, told: Path) -> None:
     Raises:
         InputError: a file that gin refuses, or a value that cannot work.
     """
+    with parsed_gin(file, told=told):
+        _check_bindings(mode, told)
+
+
+@contextmanager
+def parsed_gin(file: Path, bindings: Sequence[str] = (), *, told: Path) -> Iterator[None]:
+    """Hold what a gin file binds.
+
+    Args:
+        file: that is parsed.
+        bindings: that come after it.
+        told: what messages call the file.
+
+    Raises:
+        InputError: gin refuses the file or a binding.
+    """
     import gin
 
     # Included files are named from the folder that holds gin/, wherever the command runs.
@@ -109,13 +125,13 @@ def check_gin(file: Path, mode: str, *, told: Path) -> None:
         if folder.name == "gin":
             gin.add_config_file_search_path(str(folder.parent))
     try:
-        gin.parse_config_file(str(file))
-    except HstuXdError:
-        raise
-    except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
-        raise InputError(f"{told}: {' '.join(str(error).split())}{_hint()}") from error
-    try:
-        _check_bindings(mode, told)
+        try:
+            gin.parse_config_files_and_bindings([str(file)], list(bindings), finalize_config=False)
+        except HstuXdError:
+            raise
+        except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
+            raise InputError(f"{told}: {' '.join(str(error).split())}{_hint()}") from error
+        yield
     finally:
         gin.clear_config()
 

@@ -29,6 +29,95 @@ _TARGET_DOMAINS = "xd_target_domains"
 _REACHES = ("_max_attn_len", "_contextual_seq_len")
 
 
+class CrossDomainTransducer(HSTUTransducer):
+    """Upstream's transducer that regroups its rows once around the stack of layers.
+
+    TAPE and the target-domain embedding are added to the input of the stack, behind its dropout.
+    DDSR stands behind each layer, see :class:`DomainStateStack`.
+
+    Args:
+        stu_module: the stack.
+        cross_domain: what is on.
+        num_context: contextual rows of every user.
+        others: upstream's own.
+
+    Raises:
+        InputError: layers with a window or contextual rows that see the whole history.
+    """
+
+    def __init__(
+        self, stu_module: nn.Module, *, cross_domain: CrossDomain, num_context: int, **others: Any
+    ) -> None:
+        super().__init__(stu_module=stu_module, **others)
+        for layer in stu_module.modules():
+            for name in _REACHES:
+                if getattr(layer, name, 0):
+                    raise InputError(
+                        f"a layer has {name.removeprefix('_')} = {getattr(layer, name)}, which "
+                        "counts rows of the whole history; inside domains it means another thing. "
+                        "Leave it 0, or switch xd_encoder.domain_mask off"
+                    )
+        self._cross_domain = cross_domain
+        self._num_context = num_context
+        self._groups: DomainGroups | None = None
+        self._states: RequestStates | None = None
+        self._xd_tape, self._xd_target_domain_emb = next_domain_modules(cross_domain.settings)
+
+    def _preprocess(self, *, seq_payloads: dict[str, Tensor], **others: Any) -> Any:
+        found = super()._preprocess(seq_payloads=seq_payloads, **others)
+        *sizes, lengths, offsets, times, x, num_targets, payloads = found
+        layout = RequestLayout.build(lengths, num_targets, self._num_context)
+        domains = torch.zeros_like(layout.users)
+        if self._cross_domain.reads_domains:
+            told = seq_payloads[_HISTORY_DOMAINS], seq_payloads[_TARGET_DOMAINS]
+            domains = layout.row_domains(*told)
+        signal = next_domain_signal(
+            self._xd_tape, self._xd_target_domain_emb, *layout.transitions(domains)
+        )
+        if signal is not None:
+            x = x + (signal * ~layout.is_context.unsqueeze(1)).to(x.dtype)
+        self._plan(layout, domains, times)
+        return *sizes, lengths, offsets, times, x, num_targets, payloads
+
+    def _plan(self, layout: RequestLayout, domains: Tensor, times: Tensor) -> None:
+        """Find which rows the layers see together, and which states they read."""
+        settings = self._cross_domain.settings
+        if settings.domain_mask or self._cross_domain.in_buckets:
+            self._groups = DomainGroups.build(
+                layout,
+                domains if settings.domain_mask else torch.zeros_like(domains),
+                settings.num_domains,
+                # States of all domains are read, so all of them are computed.
+                with_unasked=settings.ddsr,
+                shortest_first=self._cross_domain.in_buckets,
+            )
+        if settings.ddsr:
+            self._states = RequestStates.build(layout, domains, times, settings, self._groups)
+
+    def _hstu_compute(
+        self, *, max_seq_len: int, seq_embeddings: Tensor, num_targets: Tensor, **others: Any
+    ) -> Tensor:
+        # The whole batch's length, so that scores are divided by what they are without groups.
+        norm_length = self._cross_domain.norm_length_for(max_seq_len)
+        groups, self._groups = self._groups, None
+        states, self._states = self._states, None
+        with nullcontext() if states is None else self._stu_module.reading(states):
+            if groups is None:
+                return super()._hstu_compute(
+                    max_seq_len=norm_length,
+                    seq_embeddings=seq_embeddings,
+                    num_targets=num_targets,
+                    **others,
+                )
+            grouped = super()._hstu_compute(
+                max_seq_len=norm_length,
+                seq_embeddings=groups.gather(seq_embeddings),
+                num_targets=groups.num_targets,
+                **others | {"seq_lengths": groups.lengths, "seq_offsets": groups.offsets},
+            )
+        return groups.spread_targets(grouped)
+
+
 class CrossDomainDlrmHSTU(DlrmHSTU):
     """DlrmHSTU whose layers attend inside domains.
 
@@ -41,7 +130,12 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
 
     Raises:
         InputError: ``is_inference``, which upstream scripts.
+
+    Attributes:
+        transducer: class of the part that runs the layers.
     """
+
+    transducer: type[CrossDomainTransducer] = CrossDomainTransducer
 
     def __init__(
         self,
@@ -59,7 +153,7 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
                 "with is_inference = False and eval()"
             )
         transducer = partial(
-            CrossDomainTransducer,
+            self.transducer,
             cross_domain=cross_domain,
             num_context=sum(hstu_configs.contextual_feature_to_max_length.values()),
         )
@@ -111,88 +205,3 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
                 "correct the data or xd_dlrm.num_domains"
             )
         return domains
-
-
-class CrossDomainTransducer(HSTUTransducer):
-    """Upstream's transducer that regroups its rows once around the stack of layers.
-
-    TAPE and the target-domain embedding are added to the input of the stack, behind its dropout.
-    DDSR stands behind each layer, see :class:`DomainStateStack`.
-
-    Args:
-        stu_module: the stack.
-        cross_domain: what is on.
-        num_context: contextual rows of every user.
-        others: upstream's own.
-
-    Raises:
-        InputError: layers with a window or contextual rows that see the whole history.
-    """
-
-    def __init__(
-        self, stu_module: nn.Module, *, cross_domain: CrossDomain, num_context: int, **others: Any
-    ) -> None:
-        super().__init__(stu_module=stu_module, **others)
-        for layer in stu_module.modules():
-            for name in _REACHES:
-                if getattr(layer, name, 0):
-                    raise InputError(
-                        f"a layer has {name.removeprefix('_')} = {getattr(layer, name)}, which "
-                        "counts rows of the whole history; inside domains it means another thing. "
-                        "Leave it 0, or switch xd_encoder.domain_mask off"
-                    )
-        self._cross_domain = cross_domain
-        self._num_context = num_context
-        self._groups: DomainGroups | None = None
-        self._states: RequestStates | None = None
-        self._xd_tape, self._xd_target_domain_emb = next_domain_modules(cross_domain.settings)
-
-    def _preprocess(self, *, seq_payloads: dict[str, Tensor], **others: Any) -> Any:
-        found = super()._preprocess(seq_payloads=seq_payloads, **others)
-        *sizes, lengths, offsets, times, x, num_targets, payloads = found
-        layout = RequestLayout.build(lengths, num_targets, self._num_context)
-        one_domain = domains = torch.zeros_like(layout.users)
-        if self._cross_domain.reads_domains:
-            told = seq_payloads[_HISTORY_DOMAINS], seq_payloads[_TARGET_DOMAINS]
-            domains = layout.row_domains(*told)
-        signal = next_domain_signal(
-            self._xd_tape, self._xd_target_domain_emb, *layout.transitions(domains)
-        )
-        if signal is not None:
-            x = x + (signal * ~layout.is_context.unsqueeze(1)).to(x.dtype)
-        settings = self._cross_domain.settings
-        if settings.domain_mask or self._cross_domain.in_buckets:
-            self._groups = DomainGroups.build(
-                layout,
-                domains if settings.domain_mask else one_domain,
-                settings.num_domains,
-                # States of all domains are read, so all of them are computed.
-                with_unasked=settings.ddsr,
-                shortest_first=self._cross_domain.in_buckets,
-            )
-        if settings.ddsr:
-            self._states = RequestStates.build(layout, domains, times, settings, self._groups)
-        return *sizes, lengths, offsets, times, x, num_targets, payloads
-
-    def _hstu_compute(
-        self, *, max_seq_len: int, seq_embeddings: Tensor, num_targets: Tensor, **others: Any
-    ) -> Tensor:
-        # The whole batch's length, so that scores are divided by what they are without groups.
-        norm_length = self._cross_domain.norm_length_for(max_seq_len)
-        groups, self._groups = self._groups, None
-        states, self._states = self._states, None
-        with nullcontext() if states is None else self._stu_module.reading(states):
-            if groups is None:
-                return super()._hstu_compute(
-                    max_seq_len=norm_length,
-                    seq_embeddings=seq_embeddings,
-                    num_targets=num_targets,
-                    **others,
-                )
-            grouped = super()._hstu_compute(
-                max_seq_len=norm_length,
-                seq_embeddings=groups.gather(seq_embeddings),
-                num_targets=groups.num_targets,
-                **others | {"seq_lengths": groups.lengths, "seq_offsets": groups.offsets},
-            )
-        return groups.spread_targets(grouped)

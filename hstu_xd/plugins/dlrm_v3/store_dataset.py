@@ -45,10 +45,10 @@ def open_requests(folder: Path, settings: DlrmSettings) -> StoreRequests:
 
 
 def configure(config: Any, settings: DlrmSettings) -> Any:
-    """Return a DlrmHSTUConfig with the features of a store in the place of its own.
+    """Return a DlrmHSTUConfig with our sizes, and the features of a store in the place of its own.
 
     Args:
-        config: with upstream's sizes.
+        config: upstream's.
         settings: of ``xd_dlrm.*``.
     """
     history, candidates = _features(settings)
@@ -60,7 +60,7 @@ def configure(config: Any, settings: DlrmSettings) -> Any:
         pairs.append((of_history, of_candidates))
         embedded.append((of_history, of_candidates))
     return dataclasses.replace(
-        config,
+        dataclasses.replace(config, **settings.sizes),
         max_seq_len=settings.max_history + settings.num_candidates + len(context),
         max_num_candidates=settings.num_candidates,
         contextual_feature_to_max_length=context,
@@ -123,8 +123,7 @@ class StoreDataset(Dataset):
     ) -> None:
         super().__init__(hstu_config=hstu_config)
         self.requests = requests
-        self._user_token = settings.user_token
-        self._history, self._candidates = _features(settings)
+        self._settings = settings
 
     def get_item_count(self) -> int:
         """Return the number of requests, those of evaluation included."""
@@ -147,21 +146,27 @@ class StoreDataset(Dataset):
 
     def features(self, batch: RequestBatch) -> Samples:
         """Lay a batch out as the model's features."""
-        lengths, values = [batch.history_lengths] * 4, [batch.items, batch.times]
-        values += [torch.ones_like(batch.items), batch.domains]
-        if self._user_token:
-            lengths.insert(0, torch.ones_like(batch.history_lengths))
-            values.insert(0, batch.users)
-        of_candidates = [
-            batch.candidates,
-            batch.request_times,
-            batch.labels,
-            batch.candidate_domains,
-        ]
-        return Samples(
-            _jagged(self._history, lengths, values),
-            _jagged(self._candidates, [batch.candidate_lengths] * 4, of_candidates),
-        )
+        return request_features(batch, self._settings)
+
+
+def request_features(batch: RequestBatch, settings: DlrmSettings) -> Samples:
+    """Lay a batch out as the model's features."""
+    history, candidates = _features(settings)
+    lengths, values = [batch.history_lengths] * 4, [batch.items, batch.times]
+    values += [torch.ones_like(batch.items), batch.domains]
+    if settings.user_token:
+        lengths.insert(0, torch.ones_like(batch.history_lengths))
+        values.insert(0, batch.users)
+    of_candidates = [
+        batch.candidates,
+        batch.request_times,
+        batch.labels,
+        batch.candidate_domains,
+    ]
+    return Samples(
+        _jagged(history, lengths, values),
+        _jagged(candidates, [batch.candidate_lengths] * 4, of_candidates),
+    )
 
 
 def _jagged(keys: list[str], lengths: list[Tensor], values: list[Tensor]) -> KeyedJaggedTensor:

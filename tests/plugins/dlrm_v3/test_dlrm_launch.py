@@ -15,6 +15,7 @@ from hstu_xd.plugins.dlrm_v3 import HOST
 from hstu_xd.plugins.dlrm_v3 import launch as launch_module
 from hstu_xd.plugins.dlrm_v3.launch import check_libraries, main, world_size
 from hstu_xd.plugins.host import activate
+from hstu_xd.plugins.source_patches import apply_patches
 
 ROOT = Path(__file__).parents[3]
 SMALL = (
@@ -98,6 +99,34 @@ def test_upstreams_own_gin_file_runs_unchanged(workplace: Path) -> None:
     )
     done = launch(workplace, "mine.gin", mode="train")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_patched_trainer_takes_a_gin_file(workplace: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(CHECKOUT), str(clone)], check=True)
+    apply_patches(clone)
+    command = [sys.executable, str(clone / "generative_recommenders/dlrm_v3/train/train_ranker.py")]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(ROOT), str(clone)])
+        return subprocess.run(
+            [*command, "--mode", "train-eval", *arguments],
+            cwd=workplace,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        )
+
+    bindings = [word for binding in SMALL for word in ("--gin_bindings", binding)]
+    done = run("--gin_config_file", "gin/dlrm_xd.gin", *bindings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"^xd/valid/gauc: \d", done.stdout, re.MULTILINE)
+    done = run("--gin_config_file", "gone.gin")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("--gin_config_file gone.gin: no such file")
+    # Without the option it is upstream's own, which knows the data sets of its list.
+    assert "invalid choice: 'netflix' (choose from" in run("--dataset", "netflix").stderr
 
 
 BAD = {
