@@ -1,7 +1,8 @@
-"""What stands in for PyTorch's own on a CPU gives the same numbers: dropout and look-ups."""
+"""What stands in for PyTorch's own gives its numbers: dropout, look-ups, unit vectors."""
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import nn
 from torch.nn import functional
 
@@ -37,4 +38,18 @@ def test_a_look_up_is_the_table_s_own(shape: tuple[int, ...]) -> None:
     for found in (table(ids), look_up(table, ids)):
         assert torch.equal(found, table(ids))
         gradients += torch.autograd.grad((found * weights).sum(), table.weight)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("width", [16, 25, 64])
+def test_unit_vectors_are_pytorch_s_short_ones_too(width: int) -> None:
+    x = torch.randn(300, width) * torch.logspace(-9, 2, 300).unsqueeze(1)
+    x[7] = 0
+    x.requires_grad_()
+    weights = torch.randn(300, width)
+    gradients = []
+    expected = functional.normalize(x, dim=-1, eps=1e-6)
+    for found in (expected, tiny_model().unit_vectors(x)):
+        assert torch.equal(found, expected)
+        gradients += torch.autograd.grad((found * weights).sum(), x)
     assert torch.equal(*gradients)
