@@ -37,8 +37,22 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What was found for a user.
+
+    Attributes:
+        rows: of a :class:`Recommend` (item, score) pairs for each domain, best first; of a
+            :class:`Score` a list of scores.
+        version: of the user's events, by the log.
+    """
+
+    rows: list
+    version: bytes
+
+
+@dataclass(frozen=True)
 class Recommend:
-    """Best items of domains. Result: for each domain (item, score) pairs, best first.
+    """Best items of domains. Result: :class:`Found`.
 
     Attributes:
         user: who is asked for.
@@ -57,7 +71,7 @@ class Recommend:
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of items of a domain, both by their names. Result: a list of them."""
+    """Scores of items of a domain, both by their names. Result: :class:`Found`."""
 
     user: str
     domain: str
@@ -71,6 +85,13 @@ class ReadHistory:
 
     user: str
     limit: int
+
+
+@dataclass(frozen=True)
+class ReadLogged:
+    """All that the log has of a user. Result: :class:`Logged`."""
+
+    user: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class Forget:
     user: str
 
 
-Job = Append | Remove | Probe | Recommend | Score | ReadHistory | ListUsers | Forget
+Job = Append | Remove | Probe | Recommend | Score | ReadHistory | ReadLogged | ListUsers | Forget
 
 # What an event adds to the cost of a job, in users.
 _EVENT = 0.1
@@ -153,7 +174,7 @@ class BatchHandler:
         for kinds, handle in (
             (Append, self._append),
             (Recommend | Score, self._answer),
-            (ReadHistory | ListUsers, self._read),
+            (ReadHistory | ReadLogged | ListUsers, self._read),
         ):
             _settle([ticket for ticket in tickets if isinstance(ticket.job, kinds)], handle)
 
@@ -225,8 +246,10 @@ class BatchHandler:
                     f"{last}; ask for a later time, or leave it out"
                 )
                 continue
+            user = str(question.request.user)
             with torch.inference_mode():
-                ticket.result = self._result(ticket.job, question, answer)
+                rows = self._result(ticket.job, question, answer)
+            ticket.result = Found(rows, self._model.histories.versions([user])[user])
 
     def _question(self, job: Job) -> "_Question":
         """Translate what a client asks for into the ids of the model.
@@ -290,6 +313,8 @@ class BatchHandler:
             if isinstance(job, ReadHistory):
                 events = model.histories.last_of(job.user, job.limit)
                 ticket.result = [(event, model.items.domain_name(event.item)) for event in events]
+            elif isinstance(job, ReadLogged):
+                (ticket.result,) = self._log.read([job.user])
             elif isinstance(job, ListUsers):
                 ticket.result = model.histories.users(job.prefix, job.limit)
 
