@@ -270,6 +270,7 @@ class DlrmSession:
             candidate_domains=domains[candidates],
             request_times=torch.full_like(candidates, time),
             labels=torch.zeros_like(candidates),
+            actions=torch.ones_like(items),
         )
 
     def _history(self, user: str, number: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import check, defaults_of, setting
 from hstu_xd.errors import InputError
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.ranking import settings as ranking
+from hstu_xd.ranking.settings import SearchSettings
 from hstu_xd.training import settings as shared
 from hstu_xd.training.gin_files import check_types
 
@@ -56,8 +58,10 @@ class DlrmSettings:
             there is a GPU, else PyTorch, with groups of like length padded together under
             domain_mask or with a norm_length.
         bf16: whether layers compute in bfloat16 where there is a GPU.
-        max_history: latest events of a user that a request of a prepared store reads.
-        cut_points: latest events of a user that become training requests; 0: all.
+        max_history: latest events of a user that a request of a prepared store reads; under hard
+            search (``xd_search.kind``, for requests of ``hstu-xd requests``) of those it finds.
+        cut_points: latest events of a user that become training requests; 0: all. Requests of
+            ``hstu-xd requests`` have their own, and candidates.
         num_candidates: the next item and how many drawn from its domain, together.
         split: whom evaluation reads: "valid", the last event but one, or "test", the last, or
             those periods of a log that is cut in time. Training reads neither.
@@ -228,6 +232,12 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
         ("xd_dlrm", "xd_encoder"),
         "cuts in time are xd_dlrm.valid_from and .test_from",
     )
+    for block in ("xd_interest", "xd_rank"):
+        for name, value in gin.get_bindings(block).items():
+            raise InputError(
+                f"{block}.{name} = {value!r}: the host dlrm_v3 computes no interest and trains by "
+                "upstream's own settings; remove the binding"
+            )
     bound = dict(gin.get_bindings("xd_encoder"))
     check_types(EncoderSettings, "xd_encoder", bound)
     defaults = defaults_of(EncoderSettings)
@@ -255,6 +265,16 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
     in_buckets = settings.kernel == "auto" and not torch.cuda.is_available()
     in_buckets = in_buckets and (switches.domain_mask or settings.norm_length > 0)
     return CrossDomain(switches, (first, second), settings.norm_length, in_buckets)
+
+
+def bound_search() -> SearchSettings:
+    """Return what ``xd_search.*`` binds: which events requests with candidates of their own show.
+
+    Raises:
+        InputError: a value of another type or out of range.
+    """
+    check_types(SearchSettings, "xd_search", dict(gin.get_bindings("xd_search")))
+    return ranking.CONFIGURABLES["xd_search"]()
 
 
 def bound_value(name: str) -> Any:

@@ -92,6 +92,7 @@ class Whole:
             candidate_domains=domains[asked],
             request_times=torch.full_like(asked, time),
             labels=torch.zeros_like(asked),
+            actions=torch.ones_like(items),
         )
         sample = request_features(batch, self.settings)
         return self.model(sample.uih_features_kjt, sample.candidates_features_kjt)[3][0].double()
