@@ -14,6 +14,7 @@ from hstu_xd.cli.run_options import (
     ExcludeSeen,
     Ks,
     Ties,
+    TrackerNames,
     Verify,
     protocol_changes,
     say_next,
@@ -74,6 +75,7 @@ def ablate(
         int | None, typer.Option("--jobs", min=1, help="Runs at a time. [default: one per core]")
     ] = None,
     verify: Verify = False,
+    tracker: TrackerNames = None,
 ) -> None:
     """Train variants under several seeds and compare them.
 
@@ -93,6 +95,7 @@ def ablate(
         jobs=jobs or os.cpu_count() or 1,
         verify=verify,
         announce=lambda line: typer.echo(line, err=True),
+        trackers=tracker or (),
     )
     typer.echo(table, nl=False)
     say_next(["compare", out], ["report", out, "--out", "FOLDER"], err=True)

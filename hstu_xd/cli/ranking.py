@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hstu_xd.cli.run_options import Verify, say_next
+from hstu_xd.cli.run_options import TrackerNames, Verify, say_next
 
 
 def requests(
@@ -90,6 +90,7 @@ def rank(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that stopped, with its own settings.")
     ] = False,
+    tracker: TrackerNames = None,
 ) -> None:
     """Train a model that ranks the candidates of requests.
 
@@ -112,6 +113,7 @@ def rank(
         resume=resume,
         # Each line at once, also where the output is a file that somebody follows.
         announce=lambda line: print(line, flush=True),
+        trackers=tracker or (),
     )
     test = summary["test"]
     shown = (f"{m} {'undefined' if test[m] is None else f'{test[m]:.4f}'}" for m in METRICS)

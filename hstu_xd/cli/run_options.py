@@ -57,6 +57,16 @@ Ks = Annotated[
     ),
 ]
 
+TrackerNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tracker",
+        metavar="tensorboard|mlflow|wandb",
+        help="Where settings, metrics and results are shown; repeat for several. A resumed run "
+        "goes on where it was. [default: tensorboard]",
+    ),
+]
+
 
 def retrieval_options(
     exclude_seen: bool | None, candidates: str | None, ties: str | None, ks: str | None

@@ -15,6 +15,7 @@ from hstu_xd.cli.run_options import (
     ExcludeSeen,
     Ks,
     Ties,
+    TrackerNames,
     Verify,
     is_ranking,
     protocol_changes,
@@ -59,6 +60,7 @@ def train(
         typer.Option("--skip-test", help="Leave the test split unread; --resume alone reads it."),
     ] = False,
     allow_imports: AllowImports = False,
+    tracker: TrackerNames = None,
 ) -> None:
     """Train a model on a prepared store.
 
@@ -95,6 +97,7 @@ def train(
         # Each line at once, also where the output is a file that somebody follows.
         announce=lambda line: print(line, flush=True),
         continue_from=continue_from,
+        trackers=tracker or (),
     )
     split = "test" if "test" in summary else "valid"
     found = summary[split]

@@ -89,6 +89,10 @@ LogLevel = Annotated[
     Literal["info", "warning", "error"],
     typer.Option(help="What is written to stderr; info adds a line for every request."),
 ]
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option(help="How it is written: lines of text, or a JSON object a line."),
+]
 Drain = Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")]
 NumWorkers = Annotated[
     int, typer.Option(min=1, help="Processes that serve; more than one need PostgreSQL's log.")
@@ -126,6 +130,7 @@ def serve(
     max_clock_skew: MaxClockSkew = 3600.0,
     root_path: RootPath = "",
     log_level: LogLevel = "warning",
+    log_format: LogFormat = "text",
     drain: Drain = 5.0,
     workers: NumWorkers = 1,
     threads: Threads = None,
@@ -139,8 +144,10 @@ def serve(
     now; requests go on meanwhile.
     """
     check_packages()
+    from hstu_xd.serving.http import access_log
     from hstu_xd.serving.http.settings import (
         Limits,
+        LogSettings,
         QueueSettings,
         ServiceSettings,
         StateSettings,
@@ -148,7 +155,8 @@ def serve(
     )
     from hstu_xd.serving.http.workers import Work
 
-    logging.basicConfig(level=log_level.upper(), format="hstu-xd: %(message)s")
+    log = LogSettings(log_level, log_format)
+    access_log.set_up(log, None if workers > 1 else 0)
     settings = ServiceSettings(
         events=events or str(run / "serving" / "events.sqlite"),
         data=data,
@@ -162,7 +170,7 @@ def serve(
         writes=WriteSettings(repeats, unknown_items, max_clock_skew),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
-    work = Work(run, settings, allow_imports, log_level)
+    work = Work(run, settings, allow_imports, log)
     _listen(work if workers == 1 else work.share(workers), workers, host, port)
 
 

@@ -23,12 +23,18 @@ from hstu_xd.experiments.run_folders import (
     alone_notes,
     read_run,
 )
-from hstu_xd.experiments.trainings import recipe_options, training_command, trainings
+from hstu_xd.experiments.trainings import (
+    recipe_options,
+    tracker_options,
+    training_command,
+    trainings,
+)
 from hstu_xd.experiments.variants import SINGLE, check_name, recipe_of, variant_file
 from hstu_xd.files import locked_folder
 from hstu_xd.training.interruption import signal_name
 from hstu_xd.training.run_facts import data_changes
 from hstu_xd.training.settings import RunSettings, load_settings
+from hstu_xd.training.trackers import check_trackers
 
 TABLE_FILE = "ablation.md"
 # Domains with a column of their own; the report shows more.
@@ -110,11 +116,18 @@ class AblationRun:
             "give another --out"
         )
 
-    def command(self, data: Path, files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
+    def command(
+        self,
+        data: Path,
+        files: Sequence[Path],
+        bindings: Sequence[str],
+        trackers: Sequence[str],
+    ) -> list[str]:
         """Write the command that trains it, or continues it where it stopped."""
         files, bindings = recipe_of(self.source, files, bindings)
         bindings = [*bindings, *(f"xd_train.{k} = {v!r}" for k, v in self.own.items())]
-        return training_command(data, self.folder, self.variant, files, bindings, resume=self.begun)
+        line = training_command(data, self.folder, self.variant, files, bindings, resume=self.begun)
+        return line + tracker_options(trackers)
 
 
 def ablate(
@@ -128,6 +141,7 @@ def ablate(
     jobs: int = 1,
     verify: bool = False,
     announce: Callable[[str], object] = lambda line: None,
+    trackers: Sequence[str] = (),
 ) -> str:
     """Train every variant under every seed; finished runs in ``out`` are kept, stopped ones go on.
 
@@ -142,6 +156,7 @@ def ablate(
         jobs: runs at a time; they share the processor's cores.
         verify: compare the hash of every file of the store with its manifest first.
         announce: called with a line at the beginning, after every epoch and every run.
+        trackers: names out of :data:`hstu_xd.training.trackers.TRACKERS`; none: TensorBoard.
 
     Returns:
         The Markdown table.
@@ -149,11 +164,12 @@ def ablate(
     Raises:
         InputError: unknown variant or setting, a recipe that sets one of the switches that
             variants are named after, not a store, runs in ``out`` that are not comparable, or
-            another ablation in ``out``.
+            another ablation in ``out``; or a tracker is not installed.
         HstuXdError: a run failed; the others' rows are kept.
         Interrupted: Ctrl-C or a signal asked to stop; the trainings have saved and ended, and the
             message says how to go on.
     """
+    check_trackers(trackers)
     store, failed = InteractionStore.open(data, verify=verify), []
     runs = [
         AblationRun(v, s, out, domain)
@@ -170,7 +186,9 @@ def ablate(
 
     with locked_folder(out, "runs an ablation in"):
         _check_runs(runs, store, files, bindings)
-        commands = {run: run.command(data, files, bindings) for run in runs if not run.done}
+        commands = {
+            run: run.command(data, files, bindings, trackers) for run in runs if not run.done
+        }
         announce(f"{len(commands)} of {len(runs)} runs to train, {jobs} at a time, into {out}")
         with trainings(jobs) as running:
 
@@ -185,7 +203,8 @@ def ablate(
         table = _write(out, runs, store)
     if stopped_by:
         words = ["ablate", "--data", str(data), "--variants", ",".join(variants), "--seeds"]
-        words += [str(max(seeds)), "--out", str(out), *recipe_options(files, bindings)]
+        words += [str(max(seeds)), "--out", str(out)]
+        words += recipe_options(files, bindings) + tracker_options(trackers)
         raise Interrupted(
             f"stopped by {signal_name(stopped_by)}, {sum(run.done for run in runs)} of {len(runs)} "
             f"runs are done; go on with: hstu-xd {shlex.join(words)} --jobs {jobs}",

@@ -50,6 +50,11 @@ def recipe_options(files: Sequence[Path], bindings: Sequence[str]) -> list[str]:
     return options + [word for each in bindings for word in ("--gin_bindings", each)]
 
 
+def tracker_options(trackers: Sequence[str]) -> list[str]:
+    """Write trackers as options of a command."""
+    return [word for name in trackers for word in ("--tracker", name)]
+
+
 # Seconds between two looks at a training that may be stopped.
 _PAUSE = 0.5
 

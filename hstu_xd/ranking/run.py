@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hstu_xd.training.run_facts import (
     read_run_of,
     write_facts,
 )
+from hstu_xd.training.trackers import check_trackers, choose_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def train(
     name: str | None = None,
     resume: bool = False,
     announce: Callable[[str], object] = lambda line: None,
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train one ranker into a run folder.
 
@@ -51,16 +53,20 @@ def train(
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
             given and differ, a warning says so.
         announce: called with a line after every epoch.
+        trackers: names out of :data:`hstu_xd.training.trackers.TRACKERS`; none: TensorBoard, or
+            those that the run has.
 
     Returns:
         The summary, as written to ``summary.json``.
 
     Raises:
         InputError: ``out`` exists (or does not, to resume), belongs to other requests, or another
-            process trains into it; or there are no requests of the store they name.
+            process trains into it; or there are no requests of the store they name; or a tracker is
+            not installed.
         HstuXdError: the loss became not finite.
         Interrupted: Ctrl-C or a signal asked to stop; the message says how to go on.
     """
+    check_trackers(trackers)
     with world() as here:
         if here.size > 1:
             raise InputError(
@@ -78,6 +84,8 @@ def train(
                 trainer.resume()
             else:
                 _lay_out(out, data, trainer, name or variant_name(settings), here)
+            if trackers:
+                choose_trackers(out, trackers)
             try:
                 return trainer.fit()
             except Interrupted as stopped:

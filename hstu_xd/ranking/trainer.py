@@ -26,7 +26,7 @@ from hstu_xd.training.checkpoint import (
 )
 from hstu_xd.training.epochs import EpochProgress, EpochTraining
 from hstu_xd.training.interruption import stop_requests
-from hstu_xd.training.metrics_log import MetricsLog, write_summary
+from hstu_xd.training.metrics_log import MetricsLog
 
 # Steps after which a run that is killed goes on from there.
 _SAVE_EVERY = 500
@@ -92,7 +92,7 @@ class RankTrainer(EpochTraining[RankingProgress]):
             HstuXdError: the loss became not finite.
             InputError: the metric that picks the epoch is not defined.
         """
-        with stop_requests(self._request):
+        with stop_requests(self._request), self._log:
             self._train_epochs()
             return self._summarise()
 
@@ -169,7 +169,6 @@ class RankTrainer(EpochTraining[RankingProgress]):
         valid, test = (self.task.measure(self.model, split) for split in (Split.VALID, Split.TEST))
         progress = self.progress
         self._log.write(Split.TEST, metadata["epoch"], progress.step, defined(test))
-        self._log.close()
         summary = {
             "best_epoch": metadata["epoch"],
             "epochs": progress.epoch,
@@ -181,5 +180,5 @@ class RankTrainer(EpochTraining[RankingProgress]):
             "requests_hash": self.task.requests.manifest["hash"],
             "seed": self._rank.random_seed,
         }
-        write_summary(self._run, summary)
+        self._log.finish(summary)
         return summary

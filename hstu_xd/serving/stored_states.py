@@ -51,6 +51,7 @@ class StoredStates:
     ) -> None:
         self._store, self._settings, self._dtype = store, model.settings, dtype
         self._checkpoint = fingerprint(model, window, dtype)
+        self._said: set[str] = set()
 
     def refresh(
         self, versions: Mapping[Hashable, bytes], residents: StateCache
@@ -84,7 +85,7 @@ class StoredStates:
                 made_of = self._joined(versions[user])
                 state = decode_state(value, made_of, self._settings, self._dtype)
             except RefusedState as reason:
-                _log.warning("the stored state of user %r %s; it is not used", user, reason)
+                self._say(str(reason))
                 refused[user] = stale[user]
             else:
                 state.version = versions[user]
@@ -115,6 +116,12 @@ class StoredStates:
     def delete(self, user: Hashable) -> bool:
         """Remove a user from the store; returns whether there was one."""
         return self._store.delete(_checked(user))
+
+    def _say(self, reason: str) -> None:
+        """Say why a state is not used: once, as after a new model it is so for every user."""
+        if reason not in self._said:
+            self._said.add(reason)
+            _log.warning("a stored state %s; it and others like it are made anew", reason)
 
     def _joined(self, version: bytes) -> bytes:
         """Join the checkpoint's fingerprint and a history's version, if it has one, in one name."""

@@ -13,7 +13,7 @@ from hstu_xd.evaluation.ranks import evaluate
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoint
 from hstu_xd.training.distributed import World
 from hstu_xd.training.extension import metrics_of
-from hstu_xd.training.metrics_log import SUMMARY_FILE, MetricsLog, write_summary
+from hstu_xd.training.metrics_log import SUMMARY_FILE, MetricsLog
 from hstu_xd.training.settings import RunSettings
 from hstu_xd.training.trainer import Progress
 
@@ -42,6 +42,7 @@ class BaselineTrainer:
         }
         kind, catalog = KINDS[train.baseline], store.catalog
         counted = kind.count(catalog, self._data[Split.TRAIN], train.recent_share)
+        self._log = MetricsLog(run, enabled=world.is_main)
         self.model = kind(catalog, settings.encoder_settings(store.num_domains), counted).eval()
 
     @property
@@ -51,9 +52,7 @@ class BaselineTrainer:
 
     def resume(self, processes: int) -> None:
         """Begin again; what an interrupted run wrote is overwritten."""
-        log = MetricsLog(self.run, enabled=self.world.is_main)
-        log.rewind(0, 0)
-        log.close()
+        self._log.rewind(0, 0)
 
     def fit(self, *, read_test: bool = True) -> dict[str, Any]:
         """Evaluate and write the run's model, metrics and summary; returns the summary.
@@ -61,13 +60,12 @@ class BaselineTrainer:
         Args:
             read_test: measure on the test split, too.
         """
-        self.world.in_main(lambda: self._write(read_test=read_test))
+        with self._log:
+            self.world.in_main(lambda: self._write(read_test=read_test))
         return json.loads((self.run / SUMMARY_FILE).read_text())
 
     def _write(self, *, read_test: bool) -> None:
-        began = time.perf_counter()
-        log, metrics = MetricsLog(self.run, enabled=True), metrics_of(self.settings)
-        values = {}
+        began, metrics, values = time.perf_counter(), metrics_of(self.settings), {}
         for split in (Split.VALID, *[Split.TEST] * read_test):
             values[split.value] = evaluate(
                 self.model,
@@ -77,8 +75,7 @@ class BaselineTrainer:
                 metrics=metrics,
                 batch_size=self.settings.eval_batch_size,
             )
-            log.write(split, 0, 0, values[split.value])
-        log.close()
+            self._log.write(split, 0, 0, values[split.value])
         save_checkpoint(self.run / MODEL_FILE, self.model.state_dict(), {"epoch": 0})
         summary = {
             "best_epoch": 0,
@@ -90,7 +87,7 @@ class BaselineTrainer:
             "parameters": 0,
             "seed": self.settings.random_seed,
         }
-        write_summary(self.run, summary)
+        self._log.finish(summary)
 
 
 def load_baseline(run: Path, settings: RunSettings, catalog: DomainCatalog) -> Baseline:

@@ -88,7 +88,6 @@ class EpochTraining(ABC, Generic[P]):
                 self._finish_epoch(began)
         except Interrupted:
             self._save()
-            self._log.close()
             raise
 
     def _stop(self, number: int) -> NoReturn:

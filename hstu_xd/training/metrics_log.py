@@ -1,4 +1,4 @@
-"""The metrics of a run: as they come, a file of JSON lines and TensorBoard's log; its summary."""
+"""The metrics of a run: as they come, a file of JSON lines and its trackers; its summary."""
 
 import json
 import os
@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from hstu_xd.data.batches import Split
+from hstu_xd.training.run_facts import CONFIG_FILE, RUN_FILE
+from hstu_xd.training.trackers import Trackers
 
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
 
-def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
-    """Write what a run has come to, which appears whole or not at all."""
-    partial = run / "summary.partial"
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(run / SUMMARY_FILE)
-
-
 class MetricsLog:
-    """Appends rows to a run's metrics file and mirrors them to TensorBoard.
+    """Appends rows to a run's metrics file and tells its trackers, from entering to leaving it.
 
     Args:
         run: the run folder.
@@ -27,40 +22,56 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, *, enabled: bool) -> None:
-        self._path, self._folder, self._enabled = run / METRICS_FILE, run / "tensorboard", enabled
-        self._board = None
+        self._run, self._path, self._enabled = run, run / METRICS_FILE, enabled
+        self._trackers = Trackers(run)
+        self._step: int | None = None
 
     def rewind(self, size: int, step: int) -> None:
         """Forget what was written after a checkpoint: rows past ``size`` bytes come again."""
-        if self._enabled:
-            if self._path.exists():  # a run may stop before it has a row
-                os.truncate(self._path, size)
-            self._open(purge_step=step)
+        self._step = step
+        if self._enabled and self._path.exists():  # a run may stop before it has a row
+            os.truncate(self._path, size)
 
     def size(self) -> int:
         """Bytes written so far."""
         return self._path.stat().st_size if self._path.exists() else 0
 
+    def __enter__(self) -> "MetricsLog":
+        """Begin to tell the trackers of the run."""
+        if self._enabled:
+            lines = self._path.read_text().splitlines() if self._path.exists() else []
+            self._trackers.start([_tracked(**json.loads(line)) for line in lines], self._step)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave a run that has not been finished as one that may go on."""
+        self._trackers.stop()
+
     def write(self, split: Split, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Append one evaluation (or training) row."""
         if not self._enabled:
             return
-        row = {"split": split.value, "epoch": epoch, "step": step, **values}
+        row: dict[str, Any] = {"split": split.value, "epoch": epoch, "step": step, **values}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        board = self._board or self._open(purge_step=None)
-        for name, value in values.items():
-            board.add_scalar(f"{split.value}/{name}", value, step)
-        board.flush()
+        self._trackers.metrics(*_tracked(**row))
 
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self._board is not None:
-            self._board.close()
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write what the run has come to, which appears whole or not at all, and tell the trackers.
 
-    def _open(self, purge_step: int | None):  # type: ignore[no-untyped-def]
-        # Imported here: TensorBoard takes a second to load and evaluation alone never needs it.
-        from torch.utils.tensorboard import SummaryWriter
+        Args:
+            summary: of the run.
+        """
+        if not self._enabled:
+            return
+        partial = self._run / "summary.partial"
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.replace(self._run / SUMMARY_FILE)
+        names = (RUN_FILE, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
+        files = [self._run / name for name in names]
+        self._trackers.finish([file for file in files if file.exists()], summary)
 
-        self._board = SummaryWriter(str(self._folder), purge_step=purge_step)
-        return self._board
+
+def _tracked(split: str, epoch: int, step: int, **values: float) -> tuple[int, dict[str, float]]:
+    """Return a row as trackers take it in: its step, and its values by split and name."""
+    return step, {f"{split}/{name}": value for name, value in values.items()}

@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from hstu_xd.training.run_facts import (
 from hstu_xd.training.run_features import features_of, load_features
 from hstu_xd.training.settings import RunSettings, TrainSettings, load_settings
 from hstu_xd.training.stored_settings import stored_settings
+from hstu_xd.training.trackers import check_trackers, choose_trackers
 from hstu_xd.training.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def train(
     allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
     continue_from: Path | None = None,
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train one model into a run folder.
 
@@ -76,17 +78,21 @@ def train(
         announce: called with a line after every epoch, in the first process.
         continue_from: a run of an older store, whose weights this one begins with and of which it
             trains on what is new in the store.
+        trackers: names out of :data:`hstu_xd.training.trackers.TRACKERS`; none: TensorBoard, or
+            those that the run has.
 
     Returns:
         The summary, as written to ``summary.json``.
 
     Raises:
         InputError: ``out`` exists (or does not, to resume), belongs to other data, or another
-            process trains into it; or the settings are not those of the weights to continue from.
+            process trains into it; or the settings are not those of the weights to continue from;
+            or a tracker is not installed.
         HstuXdError: the loss became not finite; the last good checkpoint stays.
         Interrupted: Ctrl-C or a signal asked to stop; the run can be resumed from the step that was
             finished then, and the message says how.
     """
+    check_trackers(trackers)
     store = InteractionStore.open(data, verify=verify)
     with world() as here, held_folder(out, here, RETRIEVAL, resume=resume):
         given = settings
@@ -120,6 +126,8 @@ def train(
             here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here, told))
             if continues and here.is_main:
                 announce(str(continues))
+        if trackers:
+            here.in_main(lambda: choose_trackers(out, trackers))
         try:
             return trainer.fit(read_test=read_test)
         except Interrupted as stopped:

@@ -2,7 +2,7 @@
 
 Step ``s`` draws its dropout and negatives from generators seeded by (seed, s) and epoch ``e`` its
 order from (seed, e): nothing but the step number has to survive a kill. Metrics are appended to
-metrics.jsonl, one JSON object a line, and to TensorBoard's log as they come.
+metrics.jsonl, one JSON object a line, as they come, and go to the trackers of the run.
 """
 
 import math
@@ -43,7 +43,7 @@ from hstu_xd.training.distributed import DelayedMaximum, World
 from hstu_xd.training.epochs import EpochProgress, EpochTraining
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.interruption import stop_requests
-from hstu_xd.training.metrics_log import MetricsLog, write_summary
+from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.optimization import WeightAverage, optimizer_of, rate_at
 from hstu_xd.training.settings import TrainSettings
 
@@ -177,7 +177,7 @@ class Trainer(EpochTraining[Progress]):
         Raises:
             Interrupted: one of the processes was asked to stop; :meth:`resume` goes on there.
         """
-        with stop_requests(self._request):
+        with stop_requests(self._request), self._log:
             self._train_epochs()
             summary = self._summarise(read_test=read_test)
             self._agreed.finish()
@@ -393,7 +393,6 @@ class Trainer(EpochTraining[Progress]):
             measured["test"] = self.evaluate(Split.TEST)
             self._log.write(Split.TEST, metadata["epoch"], progress.step, measured["test"])
         cost = attention_cost(self.model, self._data[Split.TEST])
-        self._log.close()
         summary = {
             "best_epoch": metadata["epoch"],
             "epochs": progress.epoch,
@@ -405,6 +404,5 @@ class Trainer(EpochTraining[Progress]):
             "state_bytes": cost.state_bytes,
             "seed": self.settings.random_seed,
         }
-        if self.world.is_main:
-            write_summary(self.run, summary)
+        self._log.finish(summary)
         return summary

@@ -265,7 +265,7 @@ def test_a_connection_that_breaks_while_it_commits(
     assert len(known(log).events) == (2 if counts else 0)
     with monkeypatch.context() as broken:
         broken.setattr(psycopg.Connection, "execute", breaking)
-        broken.setattr(type(log), "_state_of", lambda *_: None)
+        broken.setattr(type(log._connection), "_state_of", lambda *_: None)
         with pytest.raises(LogError, match="same id or Idempotency-Key"):
             log.add(numbered(2, "bob"))
     log.close()
@@ -299,19 +299,26 @@ def test_what_is_accepted_is_on_disk(server: PostgresServer) -> None:
         name = url.partition("?")[0].rpartition("/")[2]
         server.run_sql(f"ALTER DATABASE {name} SET synchronous_commit = {chosen}", "postgres")
         log = open_log.open_log(url)
-        assert log._fetch("SHOW synchronous_commit", ()) == [(used,)]
+        assert log._connection.read("SHOW synchronous_commit") == [(used,)]
         log.close()
 
 
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        ("SELECT 1 / 0", "division by zero"),
+        ("SELECT pg_terminate_backend(pg_backend_pid())", "terminating connection"),
+    ],
+)
 def test_a_migration_that_was_cut_short_goes_on(
-    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch, cut: str, said: str
 ) -> None:
     from hstu_xd.serving.events import postgres_log
 
     url, (first, *_) = server.database(), postgres_log.MIGRATIONS
     with monkeypatch.context() as broken:
-        broken.setattr(postgres_log, "MIGRATIONS", (f"{first} SELECT 1 / 0;",))
-        with pytest.raises(HstuXdError, match="division by zero"):
+        broken.setattr(postgres_log, "MIGRATIONS", (f"{first} {cut};",))
+        with pytest.raises(HstuXdError, match=said):
             open_log.open_log(url)
     # Several that start at once: one of them migrates.
     failed: list[Exception] = []
@@ -332,7 +339,9 @@ def test_a_migration_that_was_cut_short_goes_on(
     log.add(numbered(1))
     log.close()
     with monkeypatch.context() as later:
-        later.setattr(postgres_log, "MIGRATIONS", (first, "CREATE TABLE hstu_xd.later (x int);"))
+        # It takes longer than a statement of a request may.
+        second = "CREATE TABLE hstu_xd.later (x int); SELECT pg_sleep(2.2);"
+        later.setattr(postgres_log, "MIGRATIONS", (first, second))
         log = open_log.open_log(url)
         assert len(known(log).events) == 1
         log.close()

@@ -14,6 +14,8 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service_client import Client, events, serving, write_run
 
+from hstu_xd.serving.http.middleware import PROBES
+
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
@@ -34,6 +36,8 @@ OPERATIONS = (
     "GET /v1/users/{user}/history",
     "DELETE /v1/users/{user}",
     "GET /healthz",
+    "GET /livez",
+    "GET /readyz",
 )
 # What a service accepts depends on its catalogue, which no schema can say: an item that fits the
 # schema may still be unknown, which is a 400.
@@ -46,7 +50,7 @@ def test_every_operation_is_asked(client: Client) -> None:
     assert found == set(OPERATIONS)
 
 
-WITHOUT_INPUT = ("GET /v1/domains", "GET /healthz")
+WITHOUT_INPUT = ("GET /v1/domains", *(f"GET {path}" for path in PROBES))
 CASES = [
     (name, mode)
     for name in OPERATIONS
@@ -80,12 +84,12 @@ def test_the_description_names_every_status(client: Client, tmp_path: Path) -> N
     for path, operations in described["paths"].items():
         for operation in operations.values():
             assert "422" not in operation["responses"]
-            if path != "/healthz":
+            if path not in PROBES:
                 assert {"200", "400", "413", "503"} <= set(operation["responses"])
     with serving(tmp_path, token="t") as other:
         described = other.ask("GET", "/openapi.json").json()
         for path, operations in described["paths"].items():
             for operation in operations.values():
-                assert ("401" in operation["responses"]) == (path != "/healthz")
-                assert ("security" in operation) == (path != "/healthz")
+                assert ("401" in operation["responses"]) == (path not in PROBES)
+                assert ("security" in operation) == (path not in PROBES)
         assert "openapi.json" in other.ask("GET", "/docs").text

@@ -186,7 +186,7 @@ def test_damaged_bytes_are_refused_and_rebuilt(
     session = EncoderSession(MODEL, store=store, history=lambda _: history(9))
     with caplog.at_level(logging.WARNING):
         close(session.query(["ann"], [0])[0], expected(history(9), 0))
-    assert "the stored state of user 'ann'" in caplog.text
+    assert "a stored state" in caplog.text
     append(session, "ann", 9, 10)
     whole = EncoderSession(MODEL, store=store)
     close(whole.query(["ann"], [0])[0], expected(history(10), 0))

@@ -64,15 +64,25 @@ class EventLog(Protocol):
 
     Attributes:
         upcoming: the version that users of the next :meth:`add` will have.
-        fails: whether the last write failed.
-        written_at: when that was, by ``time.monotonic``; None before the first write.
         is_shared: whether other processes may write to it.
     """
 
     upcoming: bytes
-    fails: bool
-    written_at: float | None
     is_shared: bool
+
+    @property
+    def fails(self) -> bool:
+        """Return whether the last write failed."""
+        ...
+
+    @property
+    def written_at(self) -> float | None:
+        """Return when the last write was, by ``time.monotonic``; None before the first one."""
+        ...
+
+    def now(self) -> float:
+        """Return the seconds since 1970 by the clock that all who write to the log go by."""
+        ...
 
     def add(
         self,

@@ -6,26 +6,16 @@ connection, as one thread uses the log; where it breaks, the next call opens ano
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import TransactionStatus
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Conflict, Event, Keyed, LogError, Logged, new_version
+from hstu_xd.serving.events.postgres_connection import PostgresConnection
 
 _log = logging.getLogger(__name__)
-# Seconds that a statement may take, and that a connection may take to open: requests wait for it.
-_PATIENCE = 2.0
-# Seconds that a server gone in the middle of a commit gets to say what became of it.
-_RECOVERY = 5.0
-# Seconds after a failure until a connection is tried again; meanwhile everything is refused.
-_RESPITE = 0.5
 
 # Each is applied once, in a transaction of its own; the number of those that are is in the schema.
 MIGRATIONS = (
@@ -58,8 +48,10 @@ MIGRATIONS = (
     );
     """,
 )
-# Writers who migrate at once wait for each other under this number of an advisory lock.
+# Who migrates takes this number of an advisory lock alone; who writes shares it with other writers.
 _LOCK = 0x68737475
+# Seconds that a migration may take, and that others wait for it.
+_MIGRATES = 600.0
 
 # Takes the users' rows, in order, so that no two writers wait for each other. Of a user who is
 # known, the row stays as it is unless the version is the expected one, which comes as `previous`.
@@ -135,14 +127,9 @@ class PostgresLog:
     is_shared = True
 
     def __init__(self, url: str) -> None:
-        self._options = _options(url)
+        self._connection = PostgresConnection(url)
         self.upcoming = new_version()
-        self.fails = False
-        self.written_at: float | None = None
-        self._connection: psycopg.Connection | None = None
         self._bytes = 0
-        self._refused_until, self._reason = 0.0, ""
-        self._read("SELECT 1")
         self._migrate()
         self._warn_where_not_durable()
 
@@ -205,116 +192,73 @@ class PostgresLog:
         self._write(
             lambda connection: connection.execute("UPDATE hstu_xd.schema SET version = version")
         )
-        ((size,),) = self._read(_SIZE)
+        ((size,),) = self._connection.read(_SIZE)
         self._bytes = int(size)
 
     def read(self, users: Sequence[str], last: int | None = None) -> list[Logged]:
         """Return what is known of users, with all of their events or the last ones."""
-        rows = self._read(_READ, list(users), last)
+        rows = self._connection.read(_READ, list(users), last)
         return [_logged(user, *row) for user, row in zip(users, rows)]
 
     def events_of_keys(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Event]:
         """Return the events that came with keys of users; keys that are new are left out."""
-        rows = self._read(_READ_KEYS, *_columns(keys)) if keys else []
+        rows = self._connection.read(_READ_KEYS, *_columns(keys)) if keys else []
         return {(user, key): Event(user, item, time) for user, key, item, time in rows}
 
     def count(self, event: Event) -> int:
         """Return how often the log has an event."""
-        ((found,),) = self._read(f"SELECT count(*) FROM hstu_xd.events {_SAME}", *event)
+        ((found,),) = self._connection.read(f"SELECT count(*) FROM hstu_xd.events {_SAME}", *event)
         return found
 
     def users_from(self, user: str, limit: int) -> list[str]:
         """Return the names of at most ``limit`` users with events, in order, from a text on."""
-        return [name for (name,) in self._read(_NAMES, user, limit)]
+        return [name for (name,) in self._connection.read(_NAMES, user, limit)]
 
     def num_bytes(self) -> int:
         """Return the bytes of tables and indices at the last probe: whoever asks does not wait."""
         return self._bytes
 
+    @property
+    def fails(self) -> bool:
+        """Return whether the last write failed."""
+        return self._connection.fails
+
+    @property
+    def written_at(self) -> float | None:
+        """Return when the last write was, by ``time.monotonic``; None before the first one."""
+        return self._connection.written_at
+
+    def now(self) -> float:
+        """Return the seconds since 1970 by the server's clock, one for all who share the log."""
+        return self._connection.now()
+
     def close(self) -> None:
         """Close the connection."""
-        if self._connection is not None:
-            self._connection.close()
-
-    def _read(self, query: str, *values: Any) -> list[tuple]:
-        was_open = self._connection is not None and not self._connection.closed
-        try:
-            return self._fetch(query, values)
-        except LogError:
-            # The server may have been started again since the last call.
-            if not was_open or self._connection is None or not self._connection.closed:
-                raise
-        return self._fetch(query, values)
-
-    def _fetch(self, query: str, values: tuple) -> list[tuple]:
-        with self._explained() as connection:
-            return connection.execute(query, values).fetchall()
+        self._connection.close()
 
     def _write(self, write: Callable[[psycopg.Connection], Any]) -> Any:
-        """Write all of it or nothing, and remember whether it could be written.
+        """Write to a log of the present schema, see :meth:`PostgresConnection.write`."""
 
-        Args:
-            write: sends statements, and returns None or what returns the result once they ran.
-        """
-        self.written_at, self.fails = time.monotonic(), True
-        try:
-            with self._explained() as connection:
-                try:
-                    # What is sent together takes one way there and back.
-                    with connection.pipeline():
-                        connection.execute("BEGIN")
-                        number = connection.execute("SELECT pg_current_xact_id()::text")
-                        finish = write(connection)
-                    found = finish() if callable(finish) else None
-                    ((transaction,),) = number.fetchall()
-                except BaseException:
-                    with suppress(psycopg.Error):
-                        connection.execute("ROLLBACK")
-                    raise
-                self._commit(connection, transaction)
-        except (Conflict, InputError):
-            self.fails = False
-            raise
-        self.fails = False
-        return found
+        def write_as_known(connection: psycopg.Connection) -> Callable[[], Any]:
+            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (_LOCK,))
+            schema = connection.execute("SELECT version FROM hstu_xd.schema")
+            finish = write(connection)
 
-    def _commit(self, connection: psycopg.Connection, transaction: str) -> None:
-        """Commit; where the connection breaks meanwhile, find out what became of it.
+            def check() -> Any:
+                ((found,),) = schema.fetchall()
+                if found != len(MIGRATIONS):
+                    raise LogError(f"the event log is of {_another(found)}; serve with that one")
+                return finish() if callable(finish) else None
 
-        Raises:
-            LogError: nothing was written, or nobody says.
-        """
-        try:
-            connection.execute("COMMIT")
-        except psycopg.OperationalError as error:
-            connection.close()
-            state = self._state_of(transaction)
-            if state == "committed":
-                return
-            if state == "aborted":
-                raise
-            raise LogError(
-                f"the event log: {_first_line(error)}; whether the events were taken is not known: "
-                "send them again with the same id or Idempotency-Key"
-            ) from error
+            return check
 
-    def _state_of(self, transaction: str) -> str | None:
-        """Return "committed" or "aborted"; None where the server does not say in time."""
-        patient_until = time.monotonic() + _RECOVERY
-        while time.monotonic() < patient_until:
-            with suppress(psycopg.Error), self._open() as connection:
-                query = "SELECT pg_xact_status(%s::text::xid8)"
-                ((state,),) = connection.execute(query, (transaction,)).fetchall()
-                if state != "in progress":
-                    return state
-            time.sleep(0.1)
-        return None
+        return self._connection.write(write_as_known)
 
     def _migrate(self) -> None:
         """Bring the schema up to date; several who start at once wait for each other."""
-        ((there,),) = self._read("SELECT to_regclass('hstu_xd.schema') IS NOT NULL")
+        ((there,),) = self._connection.read("SELECT to_regclass('hstu_xd.schema') IS NOT NULL")
         if not there:
-            with self._explained() as connection, connection.transaction():
+            with self._connection.lend_for(_MIGRATES) as connection:
                 connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
                 connection.execute("CREATE SCHEMA IF NOT EXISTS hstu_xd")
                 connection.execute(
@@ -324,116 +268,35 @@ class PostgresLog:
                     "INSERT INTO hstu_xd.schema SELECT 0 "
                     "WHERE NOT EXISTS (SELECT FROM hstu_xd.schema)"
                 )
-        ((found,),) = self._read("SELECT version FROM hstu_xd.schema")
+        ((found,),) = self._connection.read("SELECT version FROM hstu_xd.schema")
         if found > len(MIGRATIONS):
             raise InputError(
-                f"the event log is of a later hstu-xd (schema {found}, this one knows "
-                f"{len(MIGRATIONS)}); serve with that one, or give another --events"
+                f"the event log is of {_another(found)}; serve with that one, or give another "
+                "--events"
             )
         while found < len(MIGRATIONS):
-            with self._explained() as connection, connection.transaction():
+            with self._connection.lend_for(_MIGRATES) as connection:
                 connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
                 ((found,),) = connection.execute("SELECT version FROM hstu_xd.schema").fetchall()
                 for migration in MIGRATIONS[found : found + 1]:
                     connection.execute(migration)
                     connection.execute("UPDATE hstu_xd.schema SET version = version + 1")
-            ((found,),) = self._read("SELECT version FROM hstu_xd.schema")
+            ((found,),) = self._connection.read("SELECT version FROM hstu_xd.schema")
 
     def _warn_where_not_durable(self) -> None:
-        ((fsync,),) = self._read("SHOW fsync")
+        ((fsync,),) = self._connection.read("SHOW fsync")
         if fsync == "off":
             _log.warning(
                 "fsync is off in PostgreSQL: what was accepted is lost where its machine stops"
             )
 
-    def _open(self) -> psycopg.Connection:
-        connection = _Impatient.connect(**self._options, autocommit=True)
-        # Whatever the server's default is; what is stronger stays.
-        connection.execute(
-            "SELECT set_config('synchronous_commit', 'on', false) "
-            "WHERE current_setting('synchronous_commit') IN ('off', 'local')"
-        )
-        connection.execute(f"SET statement_timeout = {round(1000 * _PATIENCE)}")
-        return connection
 
-    @contextmanager
-    def _explained(self) -> Iterator[psycopg.Connection]:
-        """Lend the connection, opened where it is not, and say what fails."""
-        if time.monotonic() < self._refused_until:
-            raise LogError(self._reason)
-        opened = self._connection is not None and not self._connection.closed
-        try:
-            if not opened:
-                self._connection = self._open()
-                opened = True
-            assert self._connection is not None
-            yield self._connection
-        except psycopg.DataError as error:
-            raise InputError(f"PostgreSQL cannot keep it: {_first_line(error)}") from error
-        except _RACES as error:
-            raise Conflict(f"the event log: {_first_line(error)}; repeat it") from error
-        except psycopg.Error as error:
-            self.fails, self._reason = True, f"the event log: {_first_line(error)}"
-            if not opened:
-                self._refused_until = time.monotonic() + _RESPITE
-            raise LogError(self._reason) from error
-
-
-# What another writer may bring about, where the rows of users could not keep them apart.
-_RACES = (
-    psycopg.errors.UniqueViolation,
-    psycopg.errors.DeadlockDetected,
-    psycopg.errors.SerializationFailure,
-)
-
-
-class _Impatient(psycopg.Connection):
-    """A connection that is closed where the server does not answer in time, as one that hangs."""
-
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        """Wait for what the server sends.
-
-        Raises:
-            psycopg.OperationalError: it sent nothing in time.
-        """
-        try:
-            # Longer than the server's own limit, which leaves the connection usable.
-            return super().wait(gen, interval, timeout or 1.5 * _PATIENCE)
-        except psycopg.OperationalError:
-            if self.info.transaction_status == TransactionStatus.ACTIVE:
-                self.close()
-            raise
-
-
-def _options(url: str) -> dict[str, Any]:
-    """Return the options of a connection.
-
-    Raises:
-        InputError: the URL cannot be read, which is said without what it says: the password may be
-            anywhere in it.
-    """
-    options: dict[str, Any] = {}
-    try:
-        options = conninfo_to_dict(url, application_name="hstu-xd")
-        port, name = str(options.get("port", "")), str(options.get("dbname", ""))
-        is_sound = urlsplit(url).netloc.count("@") < 2 and "@" not in name
-        is_sound = is_sound and not port.strip("0123456789,")
-    except (psycopg.Error, ValueError):
-        is_sound = False
-    if not is_sound:
-        raise InputError(
-            "the --events URL cannot be read; postgresql://[USER[:PASSWORD]@]HOST[:PORT]/DATABASE "
-            "is needed, with %23, %2F, %3A and %40 for # / : @ in a password"
-        ) from None
-    return {"connect_timeout": round(_PATIENCE)} | options
+def _another(found: int) -> str:
+    return f"a later hstu-xd (schema {found}, this one knows {len(MIGRATIONS)})"
 
 
 def _columns(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return [list(column) for column in zip(*rows)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _logged(

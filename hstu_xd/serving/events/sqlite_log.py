@@ -136,6 +136,10 @@ class SQLiteLog:
             ((name,),) = self._rows(query.format(">"), name)
         return found
 
+    def now(self) -> float:
+        """Return the seconds since 1970 by this machine's clock."""
+        return time.time()
+
     def num_bytes(self) -> int:
         """Count the bytes on disk, including what is not merged into the file yet."""
         files = (self.path, self.path.with_name(f"{self.path.name}-wal"))

@@ -24,7 +24,7 @@ from hstu_xd.serving.http.batch_handler import (
     Score,
 )
 from hstu_xd.serving.http.batching import Busy
-from hstu_xd.serving.http.middleware import RETRY_AFTER, RequestGuard, page_files
+from hstu_xd.serving.http.middleware import PROBES, RETRY_AFTER, RequestGuard, page_files
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
 from hstu_xd.serving.http.swaps import SwapRefused, Swaps
@@ -77,7 +77,9 @@ def build_app(service: Service, swaps: Swaps | None = None) -> RequestGuard:
     app = FastAPI(
         title="hstu-xd",
         version=__version__,
-        description="Recommendations for any domain from histories that cross domains.",
+        description="Recommendations for any domain from histories that cross domains. Every "
+        "answer names the model that gave it in X-Model, and its request in X-Request-ID, which a "
+        "request may bring.",
         docs_url=None,
         redoc_url=None,
     )
@@ -212,6 +214,20 @@ def _add_operation(app: FastAPI, service: Service) -> None:
         }
         return JSONResponse(health, 200 if status == "ready" else 503)
 
+    @app.head("/livez", include_in_schema=False)
+    @app.get("/livez", response_model=schemas.Alive, responses={503: {"model": schemas.Alive}})
+    async def livez() -> Response:
+        """Say whether the process does its work: 503 where only starting it again helps."""
+        return JSONResponse({"live": service.live}, 200 if service.live else 503)
+
+    @app.head("/readyz", include_in_schema=False)
+    @app.get("/readyz", response_model=schemas.Ready, responses={503: {"model": schemas.Ready}})
+    async def readyz() -> Response:
+        """Say whether to send requests here: 503 while it drains, or cannot write."""
+        await service.check_writes()
+        status = service.status
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+
     @app.get("/metrics", response_class=Response, include_in_schema=False)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -329,7 +345,7 @@ def _describe(app: FastAPI, service: Service) -> None:
         error = {"schema": {"$ref": "#/components/schemas/ErrorBody"}}
         for name, path in description["paths"].items():
             for operation in path.values():
-                if name != "/healthz":
+                if name not in PROBES:
                     operation["security"] = [{"token": []}]
                     operation["responses"]["401"] = {
                         "description": "The token is missing or wrong.",

@@ -1,8 +1,7 @@
 """Which events of a request are new, which were known already, and which are refused and why."""
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hstu_xd.errors import InputError
@@ -83,7 +82,6 @@ class Arrivals:
         log: where keys and earlier events are.
         items: of the catalogue.
         settings: what is taken.
-        clock: seconds since 1970.
     """
 
     def __init__(
@@ -92,10 +90,9 @@ class Arrivals:
         log: EventLog,
         items: Items,
         settings: WriteSettings,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._histories, self._log, self._items = histories, log, items
-        self._settings, self._clock = settings, clock
+        self._settings = settings
         self._last_prepared = histories.last_prepared()
         # Stores that were prepared by earlier versions may count in smaller units.
         self._unit = 1
@@ -194,11 +191,11 @@ class Arrivals:
 
     def _latest(self) -> float:
         """Time of the latest event that may be true."""
-        now = max(self._clock() * self._unit, self._last_prepared)
+        now = max(self._log.now() * self._unit, self._last_prepared)
         return now + self._settings.max_clock_skew * self._unit
 
     def _too_late(self, timestamp: int) -> str:
-        now, unit = round(self._clock() * self._unit), _UNITS.get(self._unit, "another unit")
+        now, unit = round(self._log.now() * self._unit), _UNITS.get(self._unit, "another unit")
         text = f"timestamp {timestamp} is in the future: times are in {unit}, and it is {now} now; "
         for times in (10**3, 10**6, 10**9):
             if _EARLIEST * self._unit <= timestamp // times <= self._latest():

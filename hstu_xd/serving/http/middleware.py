@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import json
-import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from hstu_xd.serving.http import access_log
+from hstu_xd.serving.http.access_log import Answered
 from hstu_xd.serving.http.metrics import NOBODY_LEFT
 from hstu_xd.serving.http.service import Service
-
-_log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 
@@ -33,13 +32,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER = {"Retry-After": "1"}
 
+# Asked by those who watch the service: without a token, and answered while it drains.
+PROBES = ("/healthz", "/livez", "/readyz")
+
 _ROUTES = (
+    *PROBES,
     "/",
     "/docs",
     "/docs.js",
     "/page.css",
     "/page.js",
-    "/healthz",
     "/metrics",
     "/openapi.json",
     "/v1/domains",
@@ -72,7 +74,7 @@ class RequestGuard:
         self._root = service.settings.root_path
         self._token = None if token is None else token.encode()
         # Open without a token: the state of the service, how to ask it, a page that holds no data.
-        self._open = {"/healthz", "/openapi.json", *page_files()}
+        self._open = {*PROBES, "/openapi.json", *page_files()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on."""
@@ -85,19 +87,22 @@ class RequestGuard:
             path = path.removeprefix(self._root)
             scope = {**scope, "path": path}
         start, status = time.perf_counter(), NOBODY_LEFT
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        request_id = access_log.id_of(headers.get(b"x-request-id"))
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                named = (b"x-model", quote(self._service.answered_by, safe=" ").encode())
-                message = {**message, "headers": [*message.get("headers", ()), named]}
+                version = quote(self._service.answered_by, safe=" ").encode()
+                named = [(b"x-model", version), (b"x-request-id", request_id.encode())]
+                message = {**message, "headers": [*message.get("headers", ()), *named]}
             await send(message)
 
         self._service.present()
         self._service.active += 1
         try:
-            await self._pass(scope, receive, watched)
+            await self._pass(scope, headers, receive, watched)
         except Exception:
             status = 500
             raise
@@ -105,13 +110,13 @@ class RequestGuard:
             self._service.active -= 1
             seconds, route = time.perf_counter() - start, route_of(path)
             self._service.metrics.answered(route, status, seconds)
-            if _log.isEnabledFor(logging.INFO):
-                # The route and not the path, which has users' names.
-                client, method = (scope.get("client") or ["-"])[0], scope["method"]
-                _log.info("%s %s %s %d %.1f ms", client, method, route, status, 1e3 * seconds)
+            method, version = scope["method"], self._service.answered_by
+            answered = Answered(method, route, status, 1e3 * seconds, version, request_id)
+            access_log.write(answered, (scope.get("client") or ["-"])[0])
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
+    async def _pass(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
         path, service = scope["path"], self._service
         if not self._may(path, headers):
             await _refuse(
@@ -120,7 +125,7 @@ class RequestGuard:
                 "a bearer token is needed: send the header Authorization: Bearer TOKEN",
                 {"WWW-Authenticate": "Bearer"},
             )
-        elif path == "/healthz":
+        elif path in PROBES:
             await self._app(scope, receive, send)
         elif service.draining:
             closing = RETRY_AFTER | {"Connection": "close"}

@@ -164,6 +164,18 @@ class Health(BaseModel):
     writes: str
 
 
+class Alive(BaseModel):
+    """Whether the process does its work."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """Whether requests are to be sent here; the status is that of :class:`Health`."""
+
+    status: str
+
+
 class SwapBody(Body):
     """Which run is to answer from now on."""
 

@@ -92,11 +92,16 @@ class Service:
         return self._batcher.full
 
     @property
+    def live(self) -> bool:
+        """Return whether the thread that answers runs; where it has ended only a restart helps."""
+        return self._batcher.alive
+
+    @property
     def status(self) -> str:
         """Return "ready", "draining", "failing" to write, or "failed" if the thread has ended."""
         if self.draining:
             return "draining"
-        if not self._batcher.alive:
+        if not self.live:
             return "failed"
         return "failing" if self._log.fails or self._sessions.refuses else "ready"
 

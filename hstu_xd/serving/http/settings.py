@@ -121,6 +121,19 @@ class StateSettings:
 
 
 @dataclass(frozen=True)
+class LogSettings:
+    """What is written to stderr, see :mod:`hstu_xd.serving.http.access_log`.
+
+    Attributes:
+        level: "info", "warning" or "error"; "info" adds a line for every request.
+        format: "text", or "json": one object a line.
+    """
+
+    level: Literal["info", "warning", "error"] = "warning"
+    format: Literal["text", "json"] = "text"
+
+
+@dataclass(frozen=True)
 class ServiceSettings:
     """Everything the service needs beside a trained run.
 

@@ -23,8 +23,9 @@ from typing import Any
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import is_postgres, open_log, shown_log
+from hstu_xd.serving.http import access_log
 from hstu_xd.serving.http.metrics import forget_process, shared_counts
-from hstu_xd.serving.http.settings import ServiceSettings
+from hstu_xd.serving.http.settings import LogSettings, ServiceSettings
 from hstu_xd.serving.http.worker_swaps import SwapLeader, WorkerSwaps
 
 _log = logging.getLogger(__name__)
@@ -45,14 +46,14 @@ class Work:
         run: folder of the run.
         settings: of the service.
         allow_imports: whether the run may import modules of its own.
-        log_level: of what is written to stderr.
+        log: what is written to stderr.
         serves: the run that all workers serve at the moment; None: the one of the command.
     """
 
     run: Path
     settings: ServiceSettings
     allow_imports: bool
-    log_level: str
+    log: LogSettings
     serves: Path | None = None
 
     def share(self, count: int) -> "Work":
@@ -126,8 +127,8 @@ class Workers:
 
     def _run(self, announce: Callable[[], None]) -> None:
         try:
-            for worker in self._workers:
-                self._start(worker)
+            for number in range(len(self._workers)):
+                self._start(number)
             while not self._stopping and not all(w.ready.is_set() for w in self._workers):
                 if self._dead():
                     raise HstuXdError("a worker did not start; it says why above")
@@ -163,12 +164,14 @@ class Workers:
             forget_process(worker.process.pid)
             self._leader.lose(number)
             time.sleep(_AGAIN)
-            self._start(worker)
+            if not self._stopping:
+                self._start(number)
 
     def _dead(self) -> list[int]:
         return [n for n, worker in enumerate(self._workers) if not worker.process.is_alive()]
 
-    def _start(self, worker: _Worker) -> None:
+    def _start(self, number: int) -> None:
+        worker = self._workers[number]
         if worker.line is not None:
             worker.line.close()
         worker.line, other = _SPAWN.Pipe()
@@ -177,16 +180,18 @@ class Workers:
             # The store that the command names is that of the run that it names.
             work = replace(work, settings=replace(work.settings, data=None))
         worker.process = _SPAWN.Process(
-            target=_serve, args=(work, self._sock, other, worker.ready), daemon=True
+            target=_serve, args=(work, number, self._sock, other, worker.ready), daemon=True
         )
         worker.process.start()
         other.close()
+        if self._stopping:
+            # The signal came too early for it.
+            worker.process.terminate()
 
     def _stop(self, which: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at once at the second one."""
-        if self._stopping:
-            self._terminate()
         self._stopping = True
+        self._terminate()
 
     def _ask_reload(self, which: int, frame: FrameType | None) -> None:
         """Serve what the folder of the command holds now."""
@@ -199,7 +204,8 @@ class Workers:
 
     def _end(self) -> None:
         """Drain all workers at once; what does not end in time is killed."""
-        self._terminate()
+        if not self._stopping:
+            self._terminate()
         until = time.monotonic() + self._work.settings.drain_seconds + _ENDING
         for process in [worker.process for worker in self._workers if worker.process is not None]:
             process.join(max(0.0, until - time.monotonic()))
@@ -209,7 +215,7 @@ class Workers:
                 process.join()
 
 
-def _serve(work: Work, sock: socket.socket, line: Connection, ready: Event) -> None:
+def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready: Event) -> None:
     """Be one of the workers."""
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.live_model import Served
@@ -217,7 +223,7 @@ def _serve(work: Work, sock: socket.socket, line: Connection, ready: Event) -> N
 
     # Ctrl-C in a terminal is for the process that watches: it tells the others.
     os.setsid()
-    logging.basicConfig(level=work.log_level.upper(), format="hstu-xd: %(message)s")
+    access_log.set_up(work.log, number)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     run, imports = work.serves or work.run, work.allow_imports
     try:
