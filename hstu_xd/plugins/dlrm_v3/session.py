@@ -1,6 +1,6 @@
 """A session over a trained model of the production path: append events, score candidates."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from hashlib import blake2b
@@ -36,8 +36,12 @@ class DlrmSession:
     the layers are given of an event tells whether what is kept of it holds. Upstream's positions
     count back from the request and its times are told from it, so an event that is appended moves
     all rows of its user, and so does a request that is much later: a domain's rows are computed
-    again when it is asked for next. Requests in between share them, those for a single event after
-    another included. A session belongs to one thread at a time.
+    again when it is asked for next. With ``xd_dlrm.positions = "order"`` they stay, and an event
+    costs a row or two. A session belongs to one thread at a time.
+
+    A request shows the latest ``max_history`` events. In order of events the window slides by
+    quarters, as :class:`hstu_xd.serving.session.EncoderSession`'s does: of n events the oldest
+    ``q * ceil((n - W) / q)`` have left, with ``W`` of ``max_history`` and ``q = max(1, W // 4)``.
 
     Args:
         model: a trained model on the CPU; put into evaluation mode.
@@ -68,6 +72,7 @@ class DlrmSession:
         self._model, self._store, self._settings = model.eval(), store, settings
         self._max_bytes = max_bytes
         self._appended: dict[str, tuple[list[int], list[int]]] = {}
+        self._num_appended: Counter[str] = Counter()
         self._memories: OrderedDict[str, UserMemory] = OrderedDict()
         self._num_bytes = 0
 
@@ -149,6 +154,7 @@ class DlrmSession:
             for column, new in zip(kept, events):
                 column.extend(new)
                 del column[: -self._settings.max_history]
+            self._num_appended[user] += len(events[0])
 
     def score(
         self,
@@ -198,6 +204,7 @@ class DlrmSession:
         written = {
             "fingerprint": self._fingerprint(),
             "appended": self._appended,
+            "num_appended": dict(self._num_appended),
             "memories": {user: asdict(memory) for user, memory in self._memories.items()},
         }
         torch.save(written, partial_file(path))
@@ -220,6 +227,7 @@ class DlrmSession:
                 "session compute them"
             )
         self._appended = found["appended"]
+        self._num_appended = Counter(found["num_appended"])
         memories = {user: UserMemory.of(told) for user, told in found["memories"].items()}
         self._memories = OrderedDict(memories)
         self._num_bytes = sum(memory.num_bytes for memory in memories.values())
@@ -274,17 +282,25 @@ class DlrmSession:
         )
 
     def _history(self, user: str, number: int) -> tuple[Tensor, Tensor]:
-        """Return the latest ``max_history`` items and times of a user."""
+        """Return items and times of the events that a request of a user shows."""
         logged: Sequence[np.ndarray] = [np.empty(0, np.int64)] * 2
         if self._store.find_user(user) is not None:
             logged = self._store.history(number)
+        shown = self._num_shown(len(logged[0]) + self._num_appended[user])
         items, times = (
-            torch.cat(
-                [torch.from_numpy(each.astype(np.int64)), torch.tensor(new, dtype=torch.int64)]
-            )
+            np.concatenate([each, np.array(new, np.int64)])
             for each, new in zip(logged, self._appended.get(user, ([], [])))
         )
-        return items[-self._settings.max_history :], times[-self._settings.max_history :]
+        first = len(items) - shown
+        return torch.from_numpy(items[first:]), torch.from_numpy(times[first:])
+
+    def _num_shown(self, known: int) -> int:
+        """Count the events of the window, of all that are known."""
+        window = self._settings.max_history
+        if known <= window or self._settings.positions == "recency":
+            return min(known, window)
+        step = max(1, window // 4)
+        return known - step * -(-(known - window) // step)
 
     def _number_of(self, user: str) -> int:
         number = self._store.find_user(user)

@@ -54,6 +54,9 @@ class DlrmSettings:
         num_domains: number of domains; 0: that of the prepared store.
         norm_length: what attention is divided by in the place of the batch's longest history, so
             that a user's scores do not depend on who else is in the batch; 0: as upstream.
+        positions: "recency" as upstream, which counts positions and times back from the request, or
+            "order", which tells of an event its place in the history and the time since the event
+            before it: a session keeps what it has computed when events are appended.
         kernel: "triton" or "pytorch" for the layers, both upstream's own; "auto": Triton where
             there is a GPU, else PyTorch, with groups of like length padded together under
             domain_mask or with a norm_length.
@@ -97,6 +100,7 @@ class DlrmSettings:
     domain_features: tuple[str, ...] = setting(("uih_domain", "item_domain"))
     num_domains: int = setting(0, at_least=0)
     norm_length: int = setting(0, at_least=0)
+    positions: str = setting("recency", allowed=("recency", "order"))
     kernel: str = setting("auto", allowed=("auto", "triton", "pytorch"))
     bf16: bool = setting(True)
     max_history: int = setting(200, at_least=1, also=("max_sequence_length",))
@@ -177,12 +181,14 @@ class CrossDomain:
         norm_length: what attention is divided by; 0: the batch's longest sequence.
         in_buckets: pad groups of like length together, on a CPU; without domain_mask a user is a
             group.
+        in_order: positions and times are told in the order of events.
     """
 
     settings: EncoderSettings
     domain_features: tuple[str, str] = ("uih_domain", "item_domain")
     norm_length: int = 0
     in_buckets: bool = False
+    in_order: bool = False
 
     @property
     def num_domains(self) -> int:
@@ -197,7 +203,7 @@ class CrossDomain:
     @property
     def is_stock(self) -> bool:
         """Whether the stock model computes the same."""
-        return not self.reads_domains and not self.norm_length
+        return not (self.reads_domains or self.norm_length or self.in_order)
 
     def norm_length_for(self, longest: int) -> int:
         """Return what attention is divided by in a batch with a longest sequence.
@@ -264,7 +270,13 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
     first, second = settings.domain_features
     in_buckets = settings.kernel == "auto" and not torch.cuda.is_available()
     in_buckets = in_buckets and (switches.domain_mask or settings.norm_length > 0)
-    return CrossDomain(switches, (first, second), settings.norm_length, in_buckets)
+    return CrossDomain(
+        switches,
+        (first, second),
+        settings.norm_length,
+        in_buckets=in_buckets,
+        in_order=settings.positions == "order",
+    )
 
 
 def bound_search() -> SearchSettings:

@@ -47,6 +47,14 @@ VARIANTS = {
         "xd_encoder.states_per_domain = 2",
         "xd_dlrm.user_token = True",
     ),
+    "order": ("xd_dlrm.positions = 'order'", "xd_encoder.domain_mask = True"),
+    "order+all": (
+        "xd_dlrm.positions = 'order'",
+        "xd_encoder.domain_mask = True",
+        "xd_encoder.tape = True",
+        "xd_encoder.ddsr = True",
+        "xd_dlrm.user_token = True",
+    ),
     "feature": ("xd_dlrm.domain_as_feature = True", "xd_encoder.domain_mask = True"),
 }
 
@@ -55,6 +63,16 @@ VARIANTS = {
 def bound(store: Path, bindings: Sequence[str]) -> Iterator[DlrmSettings]:
     with parsed_gin(GIN, (f'dataset = "xd:{store}"', *SIZES, *bindings), told=GIN):
         yield DlrmSettings()
+
+
+def shown(events: Sequence[tuple[int, int]], settings: DlrmSettings) -> list[tuple[int, int]]:
+    """The events of the window, which slides by one or by three."""
+    window: list[tuple[int, int]] = []
+    for event in events:
+        window.append(event)
+        if len(window) > 12:
+            del window[: 1 if settings.positions == "recency" else 3]
+    return window
 
 
 class Whole:
@@ -75,7 +93,7 @@ class Whole:
     def scores(
         self, number: int, events: Sequence[tuple[int, int]], candidates: list[int], time: int
     ) -> Tensor:
-        events = events[-self.settings.max_history :]
+        events = shown(events, self.settings)
         items, times = (
             torch.tensor([event[column] for event in events], dtype=torch.int64)
             for column in (0, 1)
@@ -214,6 +232,37 @@ def test_only_the_domain_that_is_asked_for_is_computed(
         session.score([user], second)
         changed = [sizes[0] - (left == 0), sizes[1] - (left == 1)]
         assert computed == [sizes[0] + 4, 4, sizes[1] + 4, 8, changed[0] + 4, changed[1] + 4]
+
+
+def test_in_order_of_events_an_append_costs_its_own_rows(
+    tiny_store: Path, computed: list[int]
+) -> None:
+    for variant, expected in (("order", [0, 0, 1, 0]), ("order+all", [2, 0, 2, 0])):
+        with session_and_whole(tiny_store, variant) as (session, _, store):
+            number = a_short_user(store)
+            user, catalog = store.user_token(number), store.catalog
+            last = int(store.history(number)[1][-1])
+            first, second = (catalog.items_of(domain)[:4].unsqueeze(0) for domain in (0, 1))
+            both = torch.cat([first, second], dim=1)
+            session.score([user], both)
+            del computed[:]
+            session.append([user], [int(catalog.items_of(2)[0])], [last + 10**7])
+            # With states the event itself, and the one before it, which knows the next one's time.
+            session.score([user], first)
+            session.score([user], both, [last + 2 * 10**7])
+            session.append([user], [int(catalog.items_of(0)[0])], [last + 3 * 10**7])
+            session.score([user], first)
+            session.score([user], second)
+            assert [rows - asked for rows, asked in zip(computed, (4, 8, 4, 4))] == expected
+
+
+def a_short_user(store: InteractionStore) -> int:
+    """One whose window has room, of three domains."""
+    for number in range(store.num_users):
+        items = torch.from_numpy(store.history(number)[0]).long()
+        if len(items) < 9 and len(store.catalog.item_domains[items].unique()) == 3:
+            return number
+    raise AssertionError
 
 
 def test_rows_that_read_states_are_computed_once_for_an_event(
