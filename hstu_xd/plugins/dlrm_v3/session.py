@@ -27,6 +27,9 @@ from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings, bound_value, cross_do
 from hstu_xd.plugins.dlrm_v3.store_dataset import configure, request_features, tables
 from hstu_xd.plugins.dlrm_v3.user_memory import UserMemory
 
+# Requests that are computed together: enough to make the model's own cost of a call small.
+_USERS_AT_ONCE = 64
+
 
 class DlrmSession:
     """Scores candidates for users whose histories grow, as the whole model would.
@@ -187,11 +190,12 @@ class DlrmSession:
                 "is needed"
             )
         _check_items(self._store.catalog, candidates.flatten().tolist())
-        times = [None] * len(users) if request_timestamps is None else request_timestamps
         numbers = [self._number_of(user) for user in users]
         scores = candidates.new_empty(candidates.shape, dtype=torch.float64)
-        for row, (user, number, time) in enumerate(zip(users, numbers, times)):
-            scores[row] = self._score(user, number, candidates[row], time)
+        for first in range(0, len(users) if candidates.numel() else 0, _USERS_AT_ONCE):
+            part = slice(first, first + _USERS_AT_ONCE)
+            times = None if request_timestamps is None else request_timestamps[part]
+            scores[part] = self._score(users[part], numbers[part], candidates[part], times)
         return scores
 
     def release(self, users: Iterable[str]) -> None:
@@ -239,23 +243,31 @@ class DlrmSession:
         return digest.hexdigest()
 
     @torch.no_grad()
-    def _score(self, user: str, number: int, candidates: Tensor, time: int | None) -> Tensor:
-        items, times = self._history(user, number)
-        if time is None:
-            time = int(times[-1]) if len(times) else 0
-        memory = self._taken(user)
+    def _score(
+        self,
+        users: Sequence[str],
+        numbers: Sequence[int],
+        candidates: Tensor,
+        times: Sequence[int] | None,
+    ) -> Tensor:
+        histories = [self._history(user, number) for user, number in zip(users, numbers)]
+        if times is None:
+            times = [int(known[-1]) if len(known) else 0 for _, known in histories]
+        memories = [self._taken(user) for user in users]
         found = []
-        with self._model.remembering(memory):
-            for part in candidates.split(self._settings.chunk_length):
-                request = self._request(number, items, times, part, time)
+        with self._model.remembering(memories):
+            for part in candidates.split(self._settings.chunk_length, dim=1):
+                request = self._request(numbers, histories, part, times)
                 sample = request_features(request, self._settings)
                 given = sample.uih_features_kjt, sample.candidates_features_kjt
-                found.append(self._model(*given)[3][0].double())
-        self._memories[user] = memory
-        self._num_bytes += memory.num_bytes
+                found.append(self._model(*given)[3][0].double().view(part.shape))
+        for user, memory in zip(users, memories):
+            self._taken(user)  # of a user who was asked for twice
+            self._memories[user] = memory
+            self._num_bytes += memory.num_bytes
         while self._max_bytes is not None and self._num_bytes > self._max_bytes:
             self._taken(next(iter(self._memories)))
-        return torch.cat(found)
+        return torch.cat(found, dim=1)
 
     def _taken(self, user: str) -> UserMemory:
         """Take what is kept of a user out of the session, so that a failure leaves nothing half."""
@@ -264,20 +276,26 @@ class DlrmSession:
         return memory
 
     def _request(
-        self, number: int, items: Tensor, times: Tensor, candidates: Tensor, time: int
+        self,
+        numbers: Sequence[int],
+        histories: Sequence[tuple[Tensor, Tensor]],
+        candidates: Tensor,
+        times: Sequence[int],
     ) -> RequestBatch:
         domains = self._store.catalog.item_domains
+        items, asked = torch.cat([items for items, _ in histories]), candidates.flatten()
+        width = candidates.shape[1]
         return RequestBatch(
-            users=torch.tensor([number]),
-            history_lengths=torch.tensor([len(items)]),
+            users=torch.tensor(numbers),
+            history_lengths=torch.tensor([len(items) for items, _ in histories]),
             items=items,
-            times=times,
+            times=torch.cat([times for _, times in histories]),
             domains=domains[items],
-            candidate_lengths=torch.tensor([len(candidates)]),
-            candidates=candidates,
-            candidate_domains=domains[candidates],
-            request_times=torch.full_like(candidates, time),
-            labels=torch.zeros_like(candidates),
+            candidate_lengths=torch.full((len(numbers),), width),
+            candidates=asked,
+            candidate_domains=domains[asked],
+            request_times=torch.tensor(times, dtype=torch.int64).repeat_interleave(width),
+            labels=torch.zeros_like(asked),
             actions=torch.ones_like(items),
         )
 

@@ -19,6 +19,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.bridge import free_port
 from hstu_xd.plugins.dlrm_v3 import incremental
+from hstu_xd.plugins.dlrm_v3 import session as session_module
 from hstu_xd.plugins.dlrm_v3.domain_states import DomainStateStack, UncachedStack
 from hstu_xd.plugins.dlrm_v3.launch import parsed_gin
 from hstu_xd.plugins.dlrm_v3.model import CrossDomainDlrmHSTU
@@ -297,6 +298,32 @@ def the_same_item_again_and_again(store_path: Path) -> None:
             torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
             if count == 12:
                 session.append([user], [5], [new[12][1]])
+
+
+@pytest.mark.parametrize("variant", ["stock", "mask", "order", "all", "order+all"])
+def test_users_of_one_call_are_answered_as_each_alone(
+    tiny_store: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_USERS_AT_ONCE", 4)
+    with session_and_whole(tiny_store, variant) as (session, whole, store):
+        numbers = [0, 7, 1, 7, 2, 3]  # one of them twice, and a second batch
+        users = [store.user_token(number) for number in numbers]
+        events = {number: logged(store, number) for number in numbers}
+        times = [events[number][-1][1] + 100 * row for row, number in enumerate(numbers)]
+        draw = torch.Generator().manual_seed(1)
+        for step in range(3):
+            asked = torch.randint(1, store.num_items + 1, (6, 11), generator=draw)
+            found = session.score(users, asked, times)
+            for row, number in enumerate(numbers):
+                expected = whole.scores(number, events[number], asked[row].tolist(), times[row])
+                torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-5)
+            new = 5 + step, events[7][-1][1] + 50
+            session.append([users[1]], [new[0]], [new[1]])
+            events[7].append(new)
+        assert len(session) == 5
+        assert session.num_bytes == sum(each.num_bytes for each in session._memories.values())
+        assert session.score([], torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3)
+        assert session.score(users[:1], torch.zeros(1, 0, dtype=torch.int64)).shape == (1, 0)
 
 
 def everything_holds(patch: pytest.MonkeyPatch) -> None:
