@@ -6,8 +6,15 @@ from hstu_xd.declaration import check, setting
 from hstu_xd.errors import InputError
 
 # Ways to read events, and what people call them.
-KIND_NAMES = {"none": "no events", "mean": "mean", "din": "DIN", "tin": "TIN"}
-_TIN = {"kind": "tin"}
+KIND_NAMES = {
+    "none": "no events",
+    "mean": "mean",
+    "din": "DIN",
+    "tin": "TIN",
+    "towers": "towers",
+}
+_TIN, _TOWERS = {"kind": "tin"}, {"kind": "towers"}
+_PLACED = {"kind": ("tin", "towers")}
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,9 @@ class InterestSettings:
 
     Attributes:
         kind: how found events are read: "tin" (temporal interest network), "din" (an MLP weighs
-            them), "mean" (all alike) or "none" (no events are read).
+            them), "mean" (all alike), "none" (no events are read) or "towers" (they are encoded
+            without the candidate, whose score is a dot product, so that an index finds the best of
+            a whole catalogue).
         counts: whether the ranker gets, of every level of the taxonomy, how often the user met the
             candidate's node and how long ago; no found events are needed for it.
         rank_encoding: whether events and candidate carry a vector of their place in what was found.
@@ -34,12 +43,18 @@ class InterestSettings:
             ``("item+type", "all")``: levels by name, or "all". (): one TIN of all. As many "all"
             are the control of several TINs that are alike.
         hidden: width of the MLP of DIN.
+        readout: how towers tell goals apart: "goal" (a read-out of one encoded history for each
+            goal), "layer" (each has a last layer of its own, too), "tower" (each has an encoder of
+            its own), and the controls "embedding" (one read-out, to which each goal adds a vector)
+            and "shared" (one read-out for all goals).
+        layers: of the encoder of towers.
+        heads: of its attention.
     """
 
     kind: str = setting("tin", allowed=tuple(KIND_NAMES))
     counts: bool = setting(False, label="counts", also=("hand-made counts",))
-    rank_encoding: bool = setting(True, needs=_TIN, also=("tte",))
-    gap_encoding: bool = setting(True, needs=_TIN, also=("time",))
+    rank_encoding: bool = setting(True, needs=_PLACED, also=("tte",))
+    gap_encoding: bool = setting(True, needs=_PLACED, also=("time",))
     target_product: bool = setting(True, needs=_TIN, also=("tr",))
     goal_positions: str = setting(
         "shared", allowed=("shared", "additive"), needs=_TIN, also=("target-decoupled",)
@@ -51,6 +66,15 @@ class InterestSettings:
         (), needs={"kind": "tin", "order": 1}, also=("side information", "heads")
     )
     hidden: int = setting(32, at_least=1, needs={"kind": "din"})
+    readout: str = setting(
+        "goal",
+        allowed=("goal", "layer", "tower", "embedding", "shared"),
+        needs=_TOWERS,
+        label={...: "read-out {readout}"},
+        also=("target-decoupled", "sasrec"),
+    )
+    layers: int = setting(2, at_least=1, needs=_TOWERS, also=("num_blocks",))
+    heads: int = setting(2, at_least=1, needs=_TOWERS, also=("num_heads",))
 
     def __post_init__(self) -> None:
         check(self, "xd_interest.{name} = {value!r}; it must be {needed}")

@@ -1,5 +1,6 @@
 """The ranker: vectors of candidate and found events, the interest between them, chances by goal."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
 from hstu_xd.ranking.batches import RequestBatch
-from hstu_xd.ranking.histories import Levels
 from hstu_xd.ranking.settings import RankingSettings
 from hstu_xd.search.soft import Requests, SoftSearch
 
@@ -157,7 +157,30 @@ def layers_of(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class Ranker(nn.Module):
+class RankingModel(nn.Module, ABC):
+    """What is trained on requests: logits of their candidates, each for the goal of its request."""
+
+    @abstractmethod
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Return the logits of the requests' candidates for their goals: (R, C)."""
+
+    @abstractmethod
+    def tables(self) -> list[nn.Parameter]:
+        """Return the parameters that are looked up rather than multiplied."""
+
+    def loss(self, batch: RequestBatch) -> Tensor:
+        """Sum the binary cross-entropy of all candidates, each for the goal of its request."""
+        return cross_entropy(self(batch)[batch.mask], batch)
+
+
+def cross_entropy(logits: Tensor, batch: RequestBatch) -> Tensor:
+    """Sum the binary cross-entropy of the logits of a batch's candidates, (Q,) in their order."""
+    return nn.functional.binary_cross_entropy_with_logits(
+        logits, batch.labels[batch.mask], reduction="sum"
+    )
+
+
+class Ranker(RankingModel):
     """Gives each candidate of a request the chance that it is taken, for the request's goal.
 
     Args:
@@ -195,26 +218,6 @@ class Ranker(nn.Module):
             read += self.soft.out_features
         self.head = layers_of([read + rank.goal_width + counts, *rank.hidden, goals])
 
-    @classmethod
-    def of(
-        cls,
-        levels: Levels,
-        trained: NDArray[np.int64],
-        goals: int,
-        settings: RankingSettings,
-    ) -> "Ranker":
-        """Make a ranker of a store's items and levels, with weights by torch's generator.
-
-        Args:
-            levels: of the store's items.
-            trained: (I + 1,) number of every item id's events that train.
-            goals: number of goals.
-            settings: all of the run.
-        """
-        counts = levels.counts_width if settings.interest.counts else 0
-        known = trained >= settings.rank.min_item_count
-        return cls(levels.paths, levels.names, known, goals, counts, settings)
-
     def forward(self, batch: RequestBatch) -> Tensor:
         """Return the logits of the requests' candidates for their goals: (R, C)."""
         candidates = self.items(batch.candidates)
@@ -238,17 +241,13 @@ class Ranker(nn.Module):
 
         The auxiliary loss of soft search, where there is one, counts as much as that of the ranker.
         """
-        labels = batch.labels[batch.mask]
-        chances = [self(batch)[batch.mask]]
+        loss = super().loss(batch)
         if self.soft is not None and self.soft.over_all is not None:
             goals = batch.goals.repeat_interleave(batch.mask.sum(1))
-            chances.append(self.soft.auxiliary(batch).gather(1, goals[:, None])[:, 0])
-        return torch.stack(
-            [
-                nn.functional.binary_cross_entropy_with_logits(each, labels, reduction="sum")
-                for each in chances
-            ]
-        ).sum()
+            loss = loss + cross_entropy(
+                self.soft.auxiliary(batch).gather(1, goals[:, None])[:, 0], batch
+            )
+        return loss
 
     def tables(self) -> list[nn.Parameter]:
         """Return the parameters that are looked up rather than multiplied."""

@@ -14,9 +14,9 @@ from hstu_xd.data.store_files import ITEM_LEVELS
 from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.protocol import RANKING
 from hstu_xd.ranking.histories import Levels
-from hstu_xd.ranking.model import Ranker
+from hstu_xd.ranking.model import RankingModel
 from hstu_xd.ranking.settings import RankingSettings, load_ranking_settings, variant_name
-from hstu_xd.ranking.task import RankingTask, training_events
+from hstu_xd.ranking.task import RankingTask, model_of, training_events
 from hstu_xd.ranking.trainer import RankTrainer
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weights
 from hstu_xd.training.distributed import World, world
@@ -158,7 +158,7 @@ class TrainedRanker:
     """
 
     task: RankingTask
-    model: Ranker
+    model: RankingModel
 
 
 def load_ranker(run: Path, data: Path | None = None, *, verify: bool = False) -> TrainedRanker:
@@ -207,7 +207,7 @@ class ServedRanker:
         goals: names, in the model's order.
     """
 
-    model: Ranker
+    model: RankingModel
     settings: RankingSettings
     levels: Levels
     catalog: DomainCatalog
@@ -227,7 +227,7 @@ class ServedRanker:
         facts, settings = read_run_of(RANKING, run), load_ranking_settings([run / CONFIG_FILE])
         levels, goals = Levels.of(store), tuple(facts["goals"])
         trained = training_events(store, facts["trained_before"])
-        model = Ranker.of(levels, trained, len(goals), settings)
+        model = model_of(levels, trained, len(goals), settings)
         return cls(with_weights(model, run), settings, levels, store.catalog, goals)
 
 
@@ -253,7 +253,7 @@ def open_store(
     return store
 
 
-def with_weights(model: Ranker, run: Path) -> Ranker:
+def with_weights(model: RankingModel, run: Path) -> RankingModel:
     """Give a new model the best weights of a run, in evaluation mode.
 
     Raises:

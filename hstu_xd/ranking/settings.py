@@ -147,6 +147,20 @@ class RankingSettings:
     rank: RankSettings = field(default_factory=RankSettings)
     tune: TuneSettings = field(default_factory=lambda: TuneSettings(SPACE))
 
+    def __post_init__(self) -> None:
+        if self.interest.kind != "towers":
+            return
+        for name, value, off in (
+            ("xd_search.kind", self.search.kind, "recent"),
+            ("xd_search.soft", self.search.soft, "none"),
+            ("xd_interest.counts", self.interest.counts, False),
+        ):
+            if value != off:
+                raise InputError(
+                    f"{name} = {value!r} with xd_interest.kind = 'towers', which reads the history "
+                    f"without the candidate; give {name} = {off!r}, or another kind"
+                )
+
     @property
     def search_space(self) -> list[Dimension]:
         """What a search tries."""

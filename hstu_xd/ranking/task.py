@@ -19,9 +19,10 @@ from hstu_xd.evaluation.ranking import (
     history_group,
 )
 from hstu_xd.ranking.batches import RequestData
-from hstu_xd.ranking.histories import HistoryIndex
-from hstu_xd.ranking.model import Ranker
+from hstu_xd.ranking.histories import HistoryIndex, Levels
+from hstu_xd.ranking.model import Ranker, RankingModel
 from hstu_xd.ranking.settings import RankingSettings
+from hstu_xd.ranking.towers import TowerRanker
 
 _EVAL_REQUESTS = 256
 
@@ -55,16 +56,16 @@ class RankingTask:
         self.data = RequestData(self._index, requests, settings)
         self._trained = training_events(store, trained_before)
 
-    def new_model(self) -> Ranker:
+    def new_model(self) -> RankingModel:
         """Make a ranker of these items, levels and goals, with weights by torch's generator."""
         goals = len(self.requests.goal_names)
-        return Ranker.of(self._index.levels, self._trained, goals, self.settings)
+        return model_of(self._index.levels, self._trained, goals, self.settings)
 
-    def measure(self, model: Ranker, split: Split) -> Values:
+    def measure(self, model: RankingModel, split: Split) -> Values:
         """Compute every metric of a split, of all its candidates and of groups of them."""
         return grouped_ranking_metrics(self.scored(model, split), self.groups(split))
 
-    def scored(self, model: Ranker, split: Split) -> ScoredRows:
+    def scored(self, model: RankingModel, split: Split) -> ScoredRows:
         """Return the candidates of a split with the chances that a ranker gives them."""
         chosen = self.requests.of_split(split)
         places = self.requests.rows(chosen)
@@ -77,7 +78,7 @@ class RankingTask:
         )
 
     @torch.no_grad()
-    def scores(self, model: Ranker, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    def scores(self, model: RankingModel, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the chance of every candidate of some requests, in their order."""
         model.eval()
         found = [np.empty(0)]
@@ -111,6 +112,24 @@ class RankingTask:
             (tuple(map(history_group, QUARTERS)), np.searchsorted(cuts, lengths, side="right")),
             ((UNSEEN,), unseen),
         ]
+
+
+def model_of(
+    levels: Levels, trained: NDArray[np.int64], goals: int, settings: RankingSettings
+) -> RankingModel:
+    """Make a ranker of a store's items and levels, with weights by torch's generator.
+
+    Args:
+        levels: of the store's items.
+        trained: (I + 1,) number of every item id's events that train.
+        goals: number of goals.
+        settings: all of the run.
+    """
+    known = trained >= settings.rank.min_item_count
+    if settings.interest.kind == "towers":
+        return TowerRanker(levels, known, goals, settings)
+    counts = levels.counts_width if settings.interest.counts else 0
+    return Ranker(levels.paths, levels.names, known, goals, counts, settings)
 
 
 def training_events(store: InteractionStore, before: int) -> NDArray[np.int64]:

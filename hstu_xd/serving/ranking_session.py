@@ -158,31 +158,48 @@ class RankingSession:
         """Return the time of a user's latest event; None where there is none."""
         return self._state(user).last_time
 
-    @torch.no_grad()
     def rank(self, requests: Sequence[RankRequest]) -> list[list[float]]:
         """Return the chance that each candidate is taken, in the order of the candidates.
 
         Raises:
             InputError: a request without candidates, an unknown candidate or goal.
         """
-        if not requests:
-            return []
-        batch = joined([self._batch(request) for request in requests])
-        chances = self._ranker.model(batch)[batch.mask].double().sigmoid()
-        self._cache.shrink()
-        return [part.tolist() for part in chances.split(batch.mask.sum(1).tolist())]
+        return self.chances([self.batch(request) for request in requests])
 
-    def check(self, request: RankRequest) -> None:
-        """Refuse what :meth:`rank` would refuse.
+    def batch(self, request: RankRequest) -> RequestBatch:
+        """Find what the model reads for a request.
 
         Raises:
-            InputError: as there.
+            InputError: as :meth:`rank`.
         """
         if not request.candidates:
             raise InputError(f"the request for user {request.user!r} names no candidates")
-        for name in request.candidates:
-            self._items.id_of(name)
-        self._goal(request.goal)
+        candidates = np.array([self._items.id_of(name) for name in request.candidates])
+        goal, state = self._goal(request.goal), self._state(request.user)
+        time = request.timestamp
+        if time is None:
+            time = (state.last_time or 0) + 1
+        asked = RequestSet(
+            users=np.zeros(1, np.int64),
+            times=np.array([time], np.int64),
+            goals=np.array([goal], np.int64),
+            splits=np.zeros(1, np.int8),
+            offsets=np.array([0, len(candidates)], np.int64),
+            candidates=candidates,
+            labels=np.zeros(len(candidates), np.float32),
+            goal_names=self.goals,
+        )
+        return RequestData(state.index, asked, self._ranker.settings).batch(np.zeros(1, np.int64))
+
+    @torch.no_grad()
+    def chances(self, batches: Sequence[RequestBatch]) -> list[list[float]]:
+        """Return what :meth:`rank` returns of requests, each as :meth:`batch` has made it."""
+        self._cache.shrink()
+        if not batches:
+            return []
+        batch = joined(batches)
+        chances = self._ranker.model(batch)[batch.mask].double().sigmoid()
+        return [part.tolist() for part in chances.split(batch.mask.sum(1).tolist())]
 
     def forget(self, user: str) -> bool:
         """Drop what is kept of a user; returns whether anything was."""
@@ -192,24 +209,6 @@ class RankingSession:
         """Let go of states: the next call makes them anew of the histories."""
         for user in users:
             self._cache.drop(user)
-
-    def _batch(self, request: RankRequest) -> RequestBatch:
-        self.check(request)
-        state, count = self._state(request.user), len(request.candidates)
-        time = request.timestamp
-        if time is None:
-            time = (state.last_time or 0) + 1
-        asked = RequestSet(
-            users=np.zeros(1, np.int64),
-            times=np.array([time], np.int64),
-            goals=np.array([self._goal(request.goal)], np.int64),
-            splits=np.zeros(1, np.int8),
-            offsets=np.array([0, count], np.int64),
-            candidates=np.array([self._items.id_of(name) for name in request.candidates]),
-            labels=np.zeros(count, np.float32),
-            goal_names=self.goals,
-        )
-        return RequestData(state.index, asked, self._ranker.settings).batch(np.zeros(1, np.int64))
 
     def _state(self, user: str) -> _State:
         """Return a user's state, made if there is none; of unknown users none are kept."""

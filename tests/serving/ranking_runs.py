@@ -19,6 +19,7 @@ KINDS = {
     "recent": (),
     "hard": ("xd_search.kind = 'hard'", "xd_search.skip_recent = 1"),
     "domain": ("xd_search.kind = 'hard'", "xd_search.scope = 'target_domain'"),
+    "towers": ("xd_interest.kind = 'towers'",),
     "soft": ("xd_interest.kind = 'none'", "xd_search.soft = 'decoupled'"),
 }
 

@@ -3,11 +3,13 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from log_cases import postgres_server
 from ranking_runs import DAY, KINDS, START, asked_of, make_runs, users_of
 from service_client import Client, serving, write_run
 from service_process import ServiceProcess
@@ -286,6 +288,25 @@ def test_what_the_log_did_not_take_is_not_read(
     client.service._log.add([Event("u1", "i3", NOW)])
     session.append(["u1"], ["i3"], [NOW])
     assert ranked(client, ASK) == pytest.approx(session.rank([ASK])[0], abs=1e-6)
+
+
+def test_two_services_that_share_a_log_answer_alike(folder: Path, tmp_path: Path) -> None:
+    session = RankingSession.open(folder / "hard")
+    with postgres_server() as server, ExitStack() as stack:
+        log = server.database()
+        one, two = (
+            stack.enter_context(serving(tmp_path / name, run=folder / "hard", log=log))
+            for name in ("one", "two")
+        )
+        for number, item in enumerate(NAMES * 2):
+            writer, reader = (one, two) if number % 2 else (two, one)
+            assert writer.append(row(item, NOW + number)).json() == {"accepted": 1}
+            session.append(["u1"], [item], [NOW + number])
+            (wanted,) = session.rank([ASK])
+            assert ranked(reader, ASK) == pytest.approx(wanted, abs=1e-6)
+            assert ranked(writer, ASK) == pytest.approx(wanted, abs=1e-6)
+        one.ask("DELETE", "/v1/users/u1")
+        assert ranked(two, ASK) == pytest.approx(ranked(two, NOBODY), abs=1e-6)
 
 
 def test_a_run_takes_the_place_of_another_of_its_kind(folder: Path, tmp_path: Path) -> None:

@@ -115,8 +115,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
         begun: list[list[str]] = []
 
         def command(
-            data: Path, folder: Path, name: str, files: object, bindings: Sequence[str], **_: object
+            verb: str,
+            data: Path,
+            folder: Path,
+            name: str,
+            files: object,
+            bindings: Sequence[str],
+            **_: object,
         ) -> list[str]:
+            assert verb == "train"
             ends, values = each[len(begun)]
             begun.append([*bindings, str(folder)])
             return [sys.executable, "-c", PROGRAM + ends, str(folder), json.dumps(values)]

@@ -85,7 +85,7 @@ class Engine(Protocol):
         """Answer an unknown user once, because the first call takes longer than later ones."""
         ...
 
-    def check_replaces(self, old: Any) -> None:
+    def check_replaces(self, old: "Engine") -> None:
         """Refuse to take the place of an engine of the same kind whose clients would be lost.
 
         Raises:

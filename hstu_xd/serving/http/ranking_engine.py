@@ -8,10 +8,11 @@ from typing import Any
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.protocol import RANKING
+from hstu_xd.ranking.batches import RequestBatch
 from hstu_xd.ranking.run import ServedRanker
 from hstu_xd.serving.codec import digest_weights
 from hstu_xd.serving.events.event_log import Event
-from hstu_xd.serving.http.engine import settled
+from hstu_xd.serving.http.engine import Engine, settled
 from hstu_xd.serving.http.histories import Histories
 from hstu_xd.serving.http.jobs import Question, Rank
 from hstu_xd.serving.http.settings import StateSettings, shown
@@ -98,12 +99,13 @@ class RankingEngine:
         items = [self.catalog.token(int(self.catalog.domain_items[0]))]
         self.session(None, None).answer([Rank("", items, self.goals, None)])
 
-    def check_replaces(self, old: Any) -> None:
+    def check_replaces(self, old: Engine) -> None:
         """Refuse to take the place of a run with other goals.
 
         Raises:
             InputError: one of its goals is not here.
         """
+        assert isinstance(old, RankingEngine)
         for goal in old.goals:
             if goal not in self.goals:
                 raise InputError(
@@ -137,7 +139,7 @@ class RankingJobs:
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
         """Return the chances of every question by goal, or what is wrong with it."""
-        return settled(questions, self._checked, self._answers)
+        return settled(questions, self._read, self._answers)
 
     def forget(self, user: str) -> bool:
         """Drop all that is kept of a user."""
@@ -147,23 +149,21 @@ class RankingJobs:
         """Let go of histories in memory."""
         self._session.release(users)
 
-    def _checked(self, job: Question) -> list[RankRequest]:
-        """Return a request for every goal.
+    def _read(self, job: Question) -> list[RequestBatch]:
+        """Find what is read for every goal.
 
         Raises:
             InputError: an unknown candidate or goal.
         """
         assert isinstance(job, Rank)
-        requests = [
-            RankRequest(job.user, job.candidates, goal, job.timestamp) for goal in job.goals
+        return [
+            self._session.batch(RankRequest(job.user, job.candidates, goal, job.timestamp))
+            for goal in job.goals
         ]
-        for request in requests:
-            self._session.check(request)
-        return requests
 
-    def _answers(self, asked: list[list[RankRequest]]) -> list[list[list[float]]]:
-        chances = iter(self._session.rank([request for each in asked for request in each]))
-        return [[next(chances) for _ in each] for each in asked]
+    def _answers(self, read: list[list[RequestBatch]]) -> list[list[list[float]]]:
+        chances = iter(self._session.chances([batch for each in read for batch in each]))
+        return [[next(chances) for _ in each] for each in read]
 
 
 def _version(ranker: ServedRanker) -> str:

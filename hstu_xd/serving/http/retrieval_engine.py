@@ -15,7 +15,7 @@ from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.codec import fingerprint
 from hstu_xd.serving.events.event_log import Event
-from hstu_xd.serving.http.engine import settled
+from hstu_xd.serving.http.engine import Engine, settled
 from hstu_xd.serving.http.histories import Histories
 from hstu_xd.serving.http.jobs import Question, Recommend, Score
 from hstu_xd.serving.http.settings import StateSettings
@@ -110,7 +110,7 @@ class RetrievalEngine:
         domains = self.catalog.domain_names
         self.session(None, None).answer([Recommend("", domains, None, 1, exclude_seen=False)])
 
-    def check_replaces(self, old: Any) -> None:
+    def check_replaces(self, old: Engine) -> None:
         """Take the place of any: which domains it must have is checked for all kinds of runs."""
 
 
