@@ -47,7 +47,11 @@ def test_compose_agrees_with_itself() -> None:
     asked = re.search(r"http://127\.0\.0\.1:(\d+)(/\w+)'", service["healthcheck"]["test"][-1])
     assert asked is not None
     assert (int(asked[1]), asked[2] in PROBES) == (given["port"], True)
-    assert (FOLDER.parents[1] / service["build"]["dockerfile"]).is_file()
+    root = FOLDER.parents[1]
+    image = (root / service["build"]["dockerfile"]).read_text()
+    copied = [line.split()[1:-1] for line in image.splitlines() if line.startswith("COPY ")]
+    assert all((root / name).exists() for names in copied for name in names)
+    assert not any(name == "." for names in copied for name in names)
     # 5 s beyond --drain are the service's own, see README.
     assert int(service["stop_grace_period"].rstrip("s")) > given["drain"] + 5
     postgres = COMPOSE["postgres"]["environment"]
