@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from hstu_xd.model.inputs import look_up
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops import state_attention
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
@@ -168,7 +167,7 @@ class DynamicDomainState(nn.Module):
         """Make scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
         query = self._query(hidden)
         if self._target_emb is not None:
-            query = query + look_up(self._target_emb, target_domains)
+            query = query + self._target_emb(target_domains)
         return query * self._dqk**-0.5
 
     def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,8 @@ class TransitionAwarePositionalEmbedding(nn.Module):
             (L, K) float.
         """
         source = self._transition(self._domain_emb.weight)  # (D, K)
-        transition = self._domain_emb.weight[target_domains] * source[domains] * self._scale
+        entered = look_up(self._domain_emb.weight, target_domains)
+        transition = entered * look_up(source, domains) * self._scale
         return transition * (domains != target_domains).unsqueeze(-1)
 
 
@@ -76,15 +77,20 @@ def dropout(x: Tensor, *, rate: float, training: bool) -> Tensor:
     return x * kept.to(x.dtype).div_(1 - rate)
 
 
-def look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
-    """Look rows up that are not padding: (...) int64 -> (..., K).
+def look_up(table: Tensor, ids: Tensor, *, padding: int | None = None) -> Tensor:
+    """Look up rows: (I, K), (...) int64 -> (..., K), as ``torch.nn.functional.embedding`` does.
 
-    It is the table's own forward pass. On a CPU the gradient of a plain selection of rows is summed
-    in the same order and in half the time.
+    On a CPU the gradient of a plain selection of rows is summed in the same order and in half the
+    time. That of an index would be summed in any order where there are several threads.
+
+    Args:
+        table: rows.
+        ids: numbers of rows; on a CPU nothing that is learnt from may be at the padding.
+        padding: a row that gets no gradient.
     """
     if ids.device.type != "cpu":
-        return table(ids)
-    return table.weight.index_select(0, ids.flatten()).view(*ids.shape, table.embedding_dim)
+        return functional.embedding(ids, table, padding)
+    return table.index_select(0, ids.flatten()).view(*ids.shape, table.shape[1])
 
 
 class ItemEmbedding(nn.Module):
@@ -102,7 +108,7 @@ class ItemEmbedding(nn.Module):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Look items up: (...) int64 -> (..., K) float."""
-        return look_up(self._item_emb, item_ids)
+        return look_up(self._item_emb.weight, item_ids, padding=0)
 
 
 class PositionalInput(nn.Module):
@@ -122,7 +128,7 @@ class PositionalInput(nn.Module):
 
     def forward(self, items: Tensor, positions: Tensor, extra: Tensor | None) -> Tensor:
         """Add up (..., K) item vectors, (...) int64 positions, (..., K) signals or None."""
-        x = items * math.sqrt(items.shape[-1]) + look_up(self._pos_emb, positions)
+        x = items * math.sqrt(items.shape[-1]) + look_up(self._pos_emb.weight, positions)
         if extra is not None:
             x = x + extra
         return dropout(x, rate=self._dropout_rate, training=self.training)
@@ -158,5 +164,5 @@ def next_domain_signal(
     signal = None if tape is None else tape(domains, target_domains)
     if embedding is None:
         return signal
-    embedded = look_up(embedding, target_domains)
+    embedded = look_up(embedding.weight, target_domains)
     return embedded if signal is None else signal + embedded

@@ -6,7 +6,7 @@ from tiny_models import tiny_model
 from torch import nn
 from torch.nn import functional
 
-from hstu_xd.model.inputs import dropout, look_up
+from hstu_xd.model.inputs import TransitionAwarePositionalEmbedding, dropout, look_up
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -35,7 +35,7 @@ def test_a_look_up_is_the_table_s_own(shape: tuple[int, ...]) -> None:
     ids = torch.randint(50, shape)
     weights = torch.randn(*shape, 16)
     gradients = []
-    for found in (table(ids), look_up(table, ids)):
+    for found in (table(ids), look_up(table.weight, ids)):
         assert torch.equal(found, table(ids))
         gradients += torch.autograd.grad((found * weights).sum(), table.weight)
     assert torch.equal(*gradients)
@@ -53,3 +53,19 @@ def test_unit_vectors_are_pytorch_s_short_ones_too(width: int) -> None:
         assert torch.equal(found, expected)
         gradients += torch.autograd.grad((found * weights).sum(), x)
     assert torch.equal(*gradients)
+
+
+def test_several_threads_sum_the_gradients_of_transitions_in_one_order() -> None:
+    tape = TransitionAwarePositionalEmbedding(4, 64)
+    nn.init.ones_(tape.get_parameter("_scale"))
+    domains, targets = torch.randint(4, (2, 20_000))
+    weights, threads = torch.randn(20_000, 64), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = (
+            torch.autograd.grad((tape(domains, targets) * weights).sum(), list(tape.parameters()))
+            for _ in range(8)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
