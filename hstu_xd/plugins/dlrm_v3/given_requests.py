@@ -66,8 +66,8 @@ class GivenRequests:
                 "the binding"
             )
         self._given, self._max_history, self._search = given, max_history, search
-        self._index = HistoryIndex(store)
-        self._index.searched(search.levels, search.quotas)
+        self._index = HistoryIndex.of(store)
+        self._index.levels.searched(search.levels, search.quotas)
         train, evaluated = given.of_split(Split.TRAIN), given.of_split(Split(split))
         self._numbers, self.num_train = np.concatenate([train, evaluated]), train.size
         self.max_candidates = int(np.diff(given.offsets).max())
