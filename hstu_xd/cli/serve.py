@@ -94,6 +94,10 @@ LogFormat = Annotated[
     typer.Option(help="How it is written: lines of text, or a JSON object a line."),
 ]
 Drain = Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")]
+ShadowRun = Annotated[
+    Path | None,
+    typer.Option(help="Run that answers the same requests unseen; /metrics has the differences."),
+]
 NumWorkers = Annotated[
     int, typer.Option(min=1, help="Processes that serve; more than one need PostgreSQL's log.")
 ]
@@ -133,6 +137,7 @@ def serve(
     log_format: LogFormat = "text",
     drain: Drain = 5.0,
     workers: NumWorkers = 1,
+    shadow: ShadowRun = None,
     threads: Threads = None,
     allow_imports: AllowImports = False,
 ) -> None:
@@ -171,7 +176,7 @@ def serve(
         writes=WriteSettings(repeats, unknown_items, max_clock_skew),
         states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
     )
-    work = Work(run, settings, allow_imports, log)
+    work = Work(run, settings, allow_imports, log, shadow)
     _listen(work if workers == 1 else work.share(workers), workers, host, port)
 
 
@@ -181,6 +186,7 @@ def _listen(work: "Work", workers: int, host: str, port: int) -> None:
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.live_model import load_engine
     from hstu_xd.serving.http.service import Service
+    from hstu_xd.serving.http.shadow import Shadow
     from hstu_xd.serving.http.swaps import LocalSwaps
     from hstu_xd.serving.http.workers import Workers
 
@@ -213,6 +219,14 @@ def _listen(work: "Work", workers: int, host: str, port: int) -> None:
             name = f"{work.run.resolve().name} with {workers} workers"
             Workers(work, workers, sock).run(announce(name))
         else:
+            if work.shadow is not None:
+                try:
+                    service.shadow = Shadow(
+                        service, work.shadow, allow_imports=work.allow_imports, log=work.log
+                    )
+                except HstuXdError:
+                    service.stop()
+                    raise
             swaps = LocalSwaps(service, work.run, allow_imports=work.allow_imports)
             server.serve(service, sock, swaps, announce(service.model.name))
 

@@ -6,7 +6,7 @@ events that filters dropped, cannot be made up: such stores are refused.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hstu_xd.data import store_files
 from hstu_xd.data.encode import EventReader, Events, IdOptions, doubts_of_ids, read_log
 from hstu_xd.data.filters import Filters
-from hstu_xd.data.ids import may_be_respelt
+from hstu_xd.data.ids import respellable
 from hstu_xd.data.order import Histories, in_time_order
 from hstu_xd.data.prepare import EXACT_IDS, PREFIXED, facts_of, tell_of_files, write_prepared
 from hstu_xd.data.repeats import count_repeats, first_after
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Below every character that a domain's name may hold: so pairs sort as their texts do.
 _SEPARATOR = "\x00"
+# Rows of a store that are merged at once.
+_BLOCK_ROWS = 1 << 18
 
 
 def append_logs(
@@ -146,7 +148,9 @@ def _appended(
             after = pl.col("domain").str.len_chars() + 1
             names = old_items.select(pl.col("item").str.slice(after)).to_series()
         both = (old_users, reader.users.tokens()["user"])
-        _check_spellings(store, [*both, names, raw["item"], old_items["domain"], raw["domain"]])
+        _check_spellings(
+            store, [*both, names, raw["item"], *(x["domain"].unique() for x in (old_items, raw))]
+        )
     users = MergedTokens.of(old_users, events.users)
     items = MergedTokens.of(_pairs(old_items), _pairs(events.items))
     all_users = users.merge(old_users.to_frame("user"), events.users.to_frame("user"))["user"]
@@ -196,7 +200,7 @@ def _check_spellings(store: InteractionStore, tokens: "Sequence[pl.Series]") -> 
         InputError: names one.
     """
     for column in tokens:
-        odd = column.filter(may_be_respelt(column))
+        odd = respellable(column)
         if len(odd):
             raise InputError(
                 f"{store.path} cannot be appended to: how ids such as {odd.min()!r} are written "
@@ -336,10 +340,10 @@ class _Merger:
         item = np.empty(len(is_new), np.int32)
         time = np.empty(len(is_new), np.int64)
         item[at], time[at] = added.item, added.time
-        # Ids begin with 1; mode="clip" skips a check of bounds that costs as much as the look-up.
-        rows = np.concatenate([[0], self.items.old]).astype(np.int32)
-        item[~is_new] = rows.take(self.store.item_ids, mode="clip")
-        time[~is_new] = old_time
+        for rows, old_rows in _blocks(place, len(old_time)):
+            left = ~is_new[rows]
+            item[rows][left] = self._old_items(old_rows)
+            time[rows][left] = old_time[old_rows]
         offsets = begins.copy()
         offsets[1:] += np.cumsum(np.bincount(added.user, minlength=num_users))
         # New events of one user and second, beside old ones of that second.
@@ -353,6 +357,10 @@ class _Merger:
         sizes = place[heads] - before[heads] + counts[meets]
         runs = (before[heads] + heads, sizes, added.user[heads])
         return _Merged(offsets, item, time, is_new, *runs)
+
+    def _old_items(self, rows: slice) -> NDArray[np.int32]:
+        # Ids begin with 1; mode="clip" skips a check of bounds that costs as much as the look-up.
+        return self.items.old.take(self.store.item_ids[rows] - np.int32(1), mode="clip")
 
     def _is_tied_by_hash(self, old_time: NDArray[np.int64]) -> bool:
         """Whether all old events of one user and second were of one time for who read them.
@@ -372,3 +380,16 @@ class _Merger:
             f"old and new events at {date_of(int(added.time[event]))}, which fractions of a second "
             "or a column put in order, and the store holds neither; prepare all logs together"
         )
+
+
+def _blocks(place: NDArray[np.int64], num_old: int) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of old rows that fit the cache, and where they and the new ones among them go.
+
+    Args:
+        place: of each new row among the old ones, ascending.
+        num_old: number of the old ones.
+    """
+    for first in range(0, num_old, _BLOCK_ROWS):
+        last = min(first + _BLOCK_ROWS, num_old)
+        before, until = np.searchsorted(place, [first, last])
+        yield slice(first + before, last + until), slice(first, last)

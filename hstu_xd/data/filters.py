@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from hstu_xd.data.order import Histories
 from hstu_xd.errors import InputError
 
-CELLS = 1 << 22
+# Counts of a block, whose events fit the cache.
+CELLS = 1 << 18
 
 
 class DomainCounts(NamedTuple):

@@ -153,6 +153,7 @@ _ODD = {
 _UNSEEN = "\u200b\u2060\ufeff"
 _CONTROL = r"[\p{Cc}\p{Zl}\p{Zp}]"
 _MISSING = ("nan", "none", "null", "\\n", "na", "n/a", "<na>", "nil", "nat", "undefined", "#n/a")
+_LONGEST_MISSING = max(map(len, _MISSING))
 _EXAMPLES = 3
 
 
@@ -199,10 +200,12 @@ def _plain(tokens: "pl.Series") -> "pl.Series":
     return tokens.str.normalize("NFC").str.strip_chars(_UNSEEN).str.strip_chars()
 
 
-def may_be_respelt(tokens: "pl.Series") -> "pl.Series":
-    """Tell which ids :func:`tidy` leaves or changes as the other ids of the log are."""
-    stripped = tokens.str.strip_chars()
-    return stripped.str.contains(_DECIMAL) | (_plain(stripped) != stripped)
+def respellable(tokens: "pl.Series") -> "pl.Series":
+    """Return the ids that :func:`tidy` leaves or changes as the other ids of the log are."""
+    # Printed ASCII holds no accents and no ends to take away; nearly all ids are of it.
+    rare = tokens.filter(tokens.str.contains(f"[^!-~]|{_DECIMAL}"))
+    stripped = rare.str.strip_chars()
+    return rare.filter(stripped.str.contains(_DECIMAL) | (_plain(stripped) != stripped))
 
 
 def number_tokens(tokens: "pl.DataFrame") -> tuple["pl.DataFrame", NDArray[np.int32]]:
@@ -245,7 +248,8 @@ def missing_as_text(tokens: "pl.Series", events: NDArray[np.int64], role: str) -
         events: number of events of each.
         role: ``user``, ``item`` or ``domain``.
     """
-    rows = np.flatnonzero(tokens.str.to_lowercase().is_in(_MISSING).to_numpy())
+    short = np.flatnonzero(tokens.str.len_bytes().to_numpy() <= _LONGEST_MISSING)
+    rows = short[tokens.gather(short).str.to_lowercase().is_in(_MISSING).to_numpy()]
     if not rows.size:
         return None
     listed = ", ".join(f"{tokens[int(row)]!r} ({int(events[row]):,} events)" for row in rows)
@@ -264,10 +268,10 @@ def odd_ids(tokens: "pl.Series", role: str) -> list[str]:
     """
     found = []
     for pattern, difference in _TWINS.items():
-        shorter = tokens.str.extract(pattern)
-        longer, shorter = (each.filter(shorter.is_not_null()) for each in (tokens, shorter))
+        longer = tokens.filter(tokens.str.contains(pattern))
         if longer.is_empty():
             continue
+        shorter = longer.str.extract(pattern)
         twins = longer.filter(shorter.is_in(tokens.implode()) & (shorter != longer))
         if len(twins):
             found.append(

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
+from hstu_xd.evaluation.protocol import COLD, DEFAULTS, Protocol
 
 # The rank of a target that is no candidate: every metric counts it as a miss.
 UNREACHABLE = torch.iinfo(torch.int64).max
-# The group of targets that training never met, told apart where items have features.
-COLD = "cold"
 
 # Further functions of (Q,) ranks by name, each to (Q,) numbers.
 Metrics = Mapping[str, Callable[[Tensor], Tensor]]

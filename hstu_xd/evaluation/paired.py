@@ -68,9 +68,11 @@ def paired_differences(
     found, of_base = (_over_seeds(each, protocol, more) for each in (other, base))
     differences = {name: found[name] - of_base[name] for name in found}
     domains, switched = base[0].domains, base[0].switched
+    # Only models whose items have features tell cold targets apart, and one is enough.
+    cold = next((one.cold for one in (*base, *other) if one.cold is not None), None)
     return {
         f"{name}{suffix}": _difference(values[members])
-        for suffix, members in target_groups(domains, switched, domain_names).items()
+        for suffix, members in target_groups(domains, switched, domain_names, cold).items()
         for name, values in differences.items()
     }
 

@@ -4,7 +4,7 @@ It is a block of settings, ``xd_evaluate.*``, which is recorded with every run a
 every table: numbers of two protocols do not compare.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ RETRIEVAL, RANKING = "retrieval", "ranking"
 LEAVE_ONE_OUT, GLOBAL = "leave-one-out", "global"
 DOMAIN, ALL = "domain", "all"
 AGAINST, FAVOUR = "against", "favour"
+# The group of targets that training never met, told apart where items have features.
+COLD = "cold"
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,16 @@ class Protocol:
         """Names of those that tell variants apart at a glance."""
         return (*(f"hr@{k}" for k in self.ks[-2:-1]), *self.headlines)
 
-    @property
-    def main_columns(self) -> tuple[str, ...]:
-        """Names of the columns of a table of variants."""
+    def columns(self, measured: Collection[str]) -> tuple[str, ...]:
+        """Return the names of the columns of a table of variants.
+
+        Args:
+            measured: names of what any of them was measured by; cold targets have a column where
+                they were told apart.
+        """
         hits = self.headlines[0]
-        return (*self.main_metrics, f"{hits}[switch]", f"{hits}[stay]")
+        cold = [name for name in (f"{hits}[{COLD}]",) if name in measured]
+        return (*self.main_metrics, f"{hits}[switch]", f"{hits}[stay]", *cold)
 
     @classmethod
     def from_run(cls, facts: Mapping[str, Any]) -> "Protocol":

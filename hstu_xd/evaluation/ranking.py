@@ -4,7 +4,7 @@ A metric that is not defined, such as the AUC of rows of one class, is None, nev
 looks like one. Equal scores count half, everywhere.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -33,13 +33,15 @@ class RankingProtocol:
         metrics: all of them.
         headlines: those that matter most, of which all but the last are drawn by group.
         main_metrics: those that tell variants apart at a glance, shares all of them.
-        main_columns: names of the columns of a table of variants.
     """
 
     metrics: ClassVar = (*METRICS[:3], "calibration", *METRICS[3:])
     headlines: ClassVar = ("gauc", "auc", "ndcg@10")
     main_metrics: ClassVar = ("auc", "gauc", "ndcg@10", "mrr")
-    main_columns: ClassVar = metrics
+
+    def columns(self, measured: Collection[str]) -> tuple[str, ...]:
+        """Return the names of the columns of a table of variants, whatever was measured."""
+        return self.metrics
 
     def sentences(self) -> Iterator[str]:
         """Say in words what the numbers of a table mean."""

@@ -252,7 +252,7 @@ def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> s
     results = aggregate(rows)
     table = markdown_table(
         results,
-        metrics=protocol.main_columns,
+        metrics=protocol.columns({name for result in results for name in result.metrics}),
         synthetic=bool(store.manifest.get("synthetic")),
     )
     if any(row.get("domain") for row in rows):

@@ -276,7 +276,7 @@ def _check_parts(runs: Sequence[Run], *, allow_imports: bool) -> None:
 def paired_table(results: Sequence[PairedResult]) -> str:
     """Write differences in points and their standard errors as Markdown, clear ones in bold."""
     heads = [f"minus {escape(results[0].base)}", "seeds"]
-    columns = results[0].protocol.main_columns
+    columns = results[0].protocol.columns({name for one in results for name in one.differences})
     heads += [escape(heading(name, ", points")) for name in columns]
     rows = [
         [

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, layer_norm, silu
+from torch.nn.functional import layer_norm, silu
 
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
@@ -17,6 +17,7 @@ from hstu_xd.model.ddsr import (
     columns_by_head,
     side_by_side,
 )
+from hstu_xd.model.inputs import dropout
 from hstu_xd.model.sasrec import SASRecLayer
 from hstu_xd.model.settings import SASREC, EncoderSettings
 from hstu_xd.model.views import EncoderRows, Events, View
@@ -189,7 +190,7 @@ class HSTULayer(nn.Module):
         gated = torch.cat([u, attended, u * attended], dim=-1) if s.concat_ua else u * attended
         if after_gate is not None:
             gated = gated + after_gate
-        return self._o(dropout(gated, p=s.linear_dropout_rate, training=self.training)) + x
+        return self._o(dropout(gated, rate=s.linear_dropout_rate, training=self.training)) + x
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, rows: EncoderRows, views: Sequence[View]

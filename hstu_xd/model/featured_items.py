@@ -27,11 +27,12 @@ class ItemSettings:
         features: levels and features of the store (``prepare --item-features``) that item vectors
             are made of beside the item's own row; (): of none, the row alone.
         row_dropout: share of the rows that are dropped in training, so that features learn to stand
-            for them.
+            for them; 1: all of them, also when it ranks, so that items are told by their features
+            alone and those without events compete on equal terms.
     """
 
     features: tuple[str, ...] = setting((), also=("side_information", "cold_start", "metadata"))
-    row_dropout: float = setting(0.3, at_least=0, below=1, needs={"features": ...})
+    row_dropout: float = setting(0.3, at_least=0, at_most=1, needs={"features": ...})
 
     def __post_init__(self) -> None:
         check(self, BLOCK + ".{name} = {value!r}; it must be {needed}")
@@ -127,7 +128,9 @@ class FeaturedItemEmbedding(ItemEmbedding):
     def forward(self, item_ids: Tensor) -> Tensor:
         """Add up rows and features: (...) int64 -> (..., K) float."""
         kept = self._met[item_ids]
-        if self.training and self._row_dropout:
+        if self._row_dropout == 1:
+            kept = kept * (1 - self._droppable[item_ids])
+        elif self.training and self._row_dropout:
             dropped = torch.rand(item_ids.shape, device=item_ids.device) < self._row_dropout
             kept = kept * (1 - dropped * self._droppable[item_ids])
         vectors = super().forward(item_ids) * kept.unsqueeze(-1)

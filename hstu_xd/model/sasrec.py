@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, relu
+from torch.nn.functional import relu
 
+from hstu_xd.model.inputs import dropout
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.model.views import EncoderRows, View
 from hstu_xd.ops import domain_attention
@@ -94,4 +95,4 @@ class SASRecLayer(nn.Module):
         return torch.cat(outputs, dim=1).flatten(1)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, p=self._settings.linear_dropout_rate, training=self.training)
+        return dropout(x, rate=self._settings.linear_dropout_rate, training=self.training)

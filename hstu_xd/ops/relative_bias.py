@@ -69,7 +69,7 @@ class RelativeBias:
         return key_positions.unsqueeze(-2) - query_positions.unsqueeze(-1) + (self.max_length - 1)
 
     def time_index(self, query_next_times: Tensor, key_times: Tensor) -> Tensor:
-        """Find the row of the time table of pairs: (..., m), (..., n) -> (..., m, n) int64."""
+        """Find the row of the time table of pairs: (..., m), (..., n) -> (..., m, n) int32."""
         difference = query_next_times.unsqueeze(-1) - key_times.unsqueeze(-2)
         return time_bucket(difference, self.time_weights.numel() - 1)
 
@@ -81,13 +81,13 @@ class RelativeBias:
 
 
 def time_bucket(difference: Tensor, num_buckets: int) -> Tensor:
-    """Return the logarithmic bucket of time differences, int64 in ``0..num_buckets``, as upstream.
+    """Return the logarithmic bucket of time differences, int32 in ``0..num_buckets``, as upstream.
 
     Upstream takes the logarithm of an int64 in the default float type, float32; so do we, whatever
     the precision of the attention, or buckets would differ at their edges.
     """
-    magnitude = difference.abs().clamp_(min=1).to(torch.float32)
-    return magnitude.log_().div_(_BUCKET_WIDTH).long().clamp_(max=num_buckets)
+    magnitude = difference.to(torch.float32).abs_().clamp_(min=1)
+    return magnitude.log_().div_(_BUCKET_WIDTH).int().clamp_(max=num_buckets)
 
 
 # The last bucket that any int64 reaches: floor(ln(2^63) / 0.301).

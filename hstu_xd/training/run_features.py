@@ -10,7 +10,7 @@ from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError, did_you_mean
 from hstu_xd.evaluation.baselines import NO_BASELINE
-from hstu_xd.evaluation.metrics import COLD
+from hstu_xd.evaluation.protocol import COLD
 from hstu_xd.model.featured_items import FeatureTable
 from hstu_xd.training.checkpoint import load_checkpoint, save_checkpoint
 from hstu_xd.training.settings import RunSettings

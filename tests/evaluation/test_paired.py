@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,3 +72,15 @@ def test_equal_models_and_single_users_are_never_clear() -> None:
 def test_clear_is_beyond_two_sided_95_percent() -> None:
     assert Difference(-0.2, 0.1, 9).is_clear
     assert not Difference(0.19, 0.1, 9).is_clear
+
+
+def test_targets_that_one_model_knows_as_cold_are_told_apart_for_both() -> None:
+    cold = torch.tensor([False, True, False, True, False, False])
+    with_features = [replace(OTHER[0], cold=cold)]
+    assert "mrr[cold]" not in paired_differences(BASE, OTHER, NAMES)
+    for found in (
+        paired_differences(BASE[:1], with_features, NAMES)["mrr[cold]"],
+        paired_differences(with_features, BASE[:1], NAMES)["mrr[cold]"],
+    ):
+        assert found.count == 2
+        assert abs(found.mean) == pytest.approx((1 / 10 - 1 / 12 + 1 / 99 - 1 / 150) / 2)

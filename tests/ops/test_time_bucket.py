@@ -41,7 +41,7 @@ def test_formula_away_from_the_edges(difference: int) -> None:
 def test_the_logarithm_is_taken_in_float32_as_upstream_takes_it() -> None:
     """Near an edge a few differences fall on its other side in float64."""
     differences = torch.arange(1, 2_000_000)
-    upstream, wide = ((x.log() / 0.301).long() for x in (differences.float(), differences.double()))
+    upstream, wide = ((x.log() / 0.301).int() for x in (differences.float(), differences.double()))
     assert 0 < int((upstream != wide).sum()) < 100
     assert torch.equal(time_bucket(differences, 128), upstream)
     torch.set_default_dtype(torch.float64)

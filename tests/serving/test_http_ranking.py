@@ -1,6 +1,7 @@
 """A service of a ranking run answers as evaluation does, wherever the events came from."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,8 @@ from hstu_xd.errors import InputError
 from hstu_xd.ranking.run import load_ranker
 from hstu_xd.serving.events.event_log import Event, LogError
 from hstu_xd.serving.events.sqlite_log import SQLiteLog
-from hstu_xd.serving.http.settings import Limits
+from hstu_xd.serving.http.settings import Limits, LogSettings
+from hstu_xd.serving.http.shadow import Shadow
 from hstu_xd.serving.ranking_session import RankingSession, RankRequest
 
 Cli = Callable[..., Any]
@@ -73,6 +75,25 @@ def test_answers_are_those_of_evaluation(folder: Path, tmp_path: Path, kind: str
         found = [score for request in requests for score in ranked(client, request)]
     wanted = trained.task.scores(trained.model, chosen)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_a_ranking_run_has_a_shadow_of_its_kind(folder: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", run=folder / "hard") as client:
+        shadow = Shadow(client.service, folder / "hard", allow_imports=False, log=LogSettings())
+        client.service.shadow = shadow
+        assert len(ranked(client, ASK)) == len(NAMES)
+        deadline = time.monotonic() + 60
+        while 'outcome="compared"} 1.0' not in (text := client.ask("GET", "/metrics").text):
+            assert time.monotonic() < deadline, text
+            time.sleep(0.01)
+        assert f'hstu_xd_shadow_first_rank_sum{{name="{shadow.name}"}} 1.0' in text
+        with pytest.raises(InputError, match="is a retrieval run, and a ranking run is served"):
+            Shadow(
+                client.service,
+                write_run(tmp_path / "run"),
+                allow_imports=False,
+                log=LogSettings(),
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)

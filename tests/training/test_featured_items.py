@@ -107,6 +107,28 @@ def test_targets_that_training_never_met_are_told_apart(cli: Cli, run: Path) -> 
     assert "count[cold]" in json.loads(cli("evaluate", run, "--json").out)["test"]
 
 
+def test_reports_and_comparisons_tell_them_apart(cli: Cli, run: Path, tmp_path: Path) -> None:
+    """Of a model without features, too, which by itself knows nothing of them."""
+    plain = [word for each in QUICKEST for word in ("--gin_bindings", each)]
+    store = tmp_path / "store"
+    assert cli("train", "--data", store, "--out", tmp_path / "plain", *plain).code == 0
+    said = cli("compare", tmp_path / "plain", run)
+    head, _, row = said.out.splitlines()[:3]
+    assert head.endswith("| HR@100 [cold], points |")
+    assert row.count("|") == head.count("|")
+    (found,) = json.loads(cli("compare", tmp_path / "plain", run, "--json").out)
+    assert found["differences"]["ndcg@100[cold]"]["count"] == 6
+    assert cli("report", tmp_path / "plain", run, "--out", tmp_path / "page").code == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "Targets that training never met" in page
+    assert {file.name for file in (tmp_path / "page").glob("cold_*.png")} == {
+        "cold_hr_at_100.png",
+        "cold_ndcg_at_100.png",
+    }
+    assert cli("report", tmp_path / "plain", "--out", tmp_path / "without").code == 0
+    assert not list((tmp_path / "without").glob("cold_*"))
+
+
 def test_items_without_events_are_recommended_and_exported(
     cli: Cli, run: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +258,17 @@ def test_rows_are_dropped_in_training_where_features_stand_for_them() -> None:
     assert kept[4] == 1.0
 
 
+def test_with_all_rows_dropped_features_alone_rank() -> None:
+    module = FeaturedItemEmbedding(4, 3, table([1, 3, 4]), 1.0)
+    weights = module.state_dict()
+    rows, values = weights["_item_emb.weight"], weights["_values.weight"]
+    price = weights["_projection.weight"].squeeze(1)
+    zero = torch.zeros(3)  # item 4 has no feature that could stand for its row
+    expected = torch.stack([zero, values[1] - price, zero, values[1] + price, rows[4]])
+    for each in (module.train(), module.eval()):
+        torch.testing.assert_close(each(torch.arange(5)), expected)
+
+
 def test_no_negative_is_an_item_that_training_never_meets() -> None:
     catalog = DomainCatalog(torch.tensor([0, 0, 0, 0, 1, 1]), ["a", "b"])
     among = torch.tensor([False, True, False, True, False, False])
@@ -249,7 +282,7 @@ def test_no_negative_is_an_item_that_training_never_meets() -> None:
     ("binding", "message"),
     [
         ('xd_item.features = ("prise",)', "names 'prise'; did you mean 'price'.*brand, price"),
-        ("xd_item.row_dropout = 1.0", "xd_item.row_dropout = 1.0; it must be 0 <= rate < 1"),
+        ("xd_item.row_dropout = 1.5", "xd_item.row_dropout = 1.5; it must be at most 1"),
         ('xd_item.features = "brand"', "xd_item.features = 'brand' is a str; a tuple is needed"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from hstu_xd.evaluation.protocol import RANKING
+from hstu_xd.evaluation.protocol import COLD, RANKING
 from hstu_xd.evaluation.ranking import QUARTERS, UNSEEN, history_group
 from hstu_xd.experiments.report.run_figures import Group
 from hstu_xd.experiments.report.shared_data import Comparison
@@ -36,7 +36,7 @@ def breakdowns(one: Comparison) -> list[Breakdown]:
     by_domain = Breakdown(
         "domains", "by domain", f"By domain of the {what}", "", domains, folded=True
     )
-    return [by_domain, *(_of_ranking(one) if ranking else [_switches(one)])]
+    return [by_domain, *(_of_ranking(one) if ranking else [_switches(one), *_cold(one)])]
 
 
 def _switches(one: Comparison) -> Breakdown:
@@ -49,6 +49,25 @@ def _switches(one: Comparison) -> Breakdown:
         "otherwise it stays. ",
         [Group(label, f"[{name}]", _num_targets(one, name)) for name, label in labels.items()],
     )
+
+
+def _cold(one: Comparison) -> list[Breakdown]:
+    """Show targets without an event that trains beside all, where models tell them apart."""
+    count = _num_targets(one, COLD)
+    if count is None or COLD in one.domains:
+        return []
+    return [
+        Breakdown(
+            "cold",
+            "of cold targets",
+            "Targets that training never met",
+            "They are ranked by the features of the item alone (xd_item.features). ",
+            [
+                Group("all targets", "", _num_targets(one)),
+                Group("never met in training", f"[{COLD}]", count),
+            ],
+        )
+    ]
 
 
 def _of_ranking(one: Comparison) -> list[Breakdown]:
@@ -68,6 +87,7 @@ def _of_ranking(one: Comparison) -> list[Breakdown]:
     ]
 
 
-def _num_targets(one: Comparison, group: str) -> int | None:
-    counts = (result.metrics.get(f"count[{group}]") for result in one.results)
+def _num_targets(one: Comparison, group: str = "") -> int | None:
+    name = f"count[{group}]" if group else "count"
+    counts = (result.metrics.get(name) for result in one.results)
     return next((round(count.mean) for count in counts if count is not None), None)

@@ -287,10 +287,10 @@ class PairBias:
 
     def add_gradient(self, gradient: Tensor, tile: Tile, grad_scores: Tensor) -> None:
         """Add a tile's (H * G, m, n) score gradients."""
-        index = self._index(tile).long()
+        index = self._index(tile)
         sum_type = torch.promote_types(grad_scores.dtype, torch.float32)
         shared = grad_scores.view(-1, index.numel()).sum(0, dtype=sum_type)
-        gradient.scatter_add_(0, index, shared.double())
+        gradient.index_add_(0, index, shared.double())
 
     def split_gradient(self, gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Split into gradients of the position table and of the time table, in their own types."""
@@ -325,7 +325,7 @@ class PairBias:
             queries, keys = _of_tile(tile, *at.tokens)
             index.masked_fill_(~at.rule(queries.unsqueeze(2), keys.unsqueeze(1)), last)
         if self.bias is not None:
-            row = self.bias.time_index(*_of_tile(tile, *at.times)).int()
+            row = self.bias.time_index(*_of_tile(tile, *at.times))
             index = index.add_(row, alpha=at.columns)
         index = index.view(-1)
         if tile.remembered:

@@ -93,7 +93,7 @@ def state_age_bucket(index: Tensor, timestamps: Tensor, next_timestamps: Tensor)
         next_timestamps: (L,) int64.
 
     Returns:
-        (L, D, M) int64; the last bucket stands for "never written".
+        (L, D, M) int32; the last bucket stands for "never written".
     """
     age = next_timestamps.view(-1, 1, 1) - timestamps[index.clamp(min=0)]
     return time_bucket(age, NUM_TIME_BUCKETS).masked_fill(index < 0, NUM_TIME_BUCKETS)

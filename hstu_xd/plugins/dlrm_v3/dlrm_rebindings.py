@@ -10,7 +10,6 @@ import torch
 from generative_recommenders.common import HammerKernel
 from generative_recommenders.dlrm_v3.datasets.dataset import Samples
 
-from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.bridge import Session
 from hstu_xd.plugins.dlrm_v3.checkpoints import with_fused_state_loaded, with_fused_state_saved
@@ -42,12 +41,14 @@ def with_sizes(upstream: Callable[..., Any]) -> Callable[..., Any]:
         # The first thing that every worker calls: the model and the order of samples come after.
         torch.manual_seed(settings.seed)
         folder = store_folder(dataset)
-        SESSION.open(InteractionStore.open(folder).catalog if folder else None)
+        requests = open_requests(folder, settings) if folder else None
+        SESSION.open(requests.store.catalog if requests else None)
         # Features are what upstream's data sets differ in; those of a store take their place.
-        config = upstream("debug" if folder else dataset)
-        if folder:
-            return configure(config, settings)
-        return dataclasses.replace(config, **settings.sizes)
+        config = upstream("debug" if requests else dataset)
+        if requests is None:
+            return dataclasses.replace(config, **settings.sizes)
+        goals, most = len(requests.goal_names), requests.max_candidates
+        return configure(config, settings, num_goals=goals, max_candidates=most)
 
     return xd_get_hstu_configs
 
@@ -61,7 +62,9 @@ def with_tables(upstream: Callable[..., Any]) -> Callable[..., Any]:
         width = settings.hstu_embedding_table_dim or next(iter(configs.values())).embedding_dim
         folder = store_folder(dataset)
         if folder:
-            return tables(InteractionStore.open(folder), settings, width)
+            requests = open_requests(folder, settings)
+            goals = len(requests.goal_names)
+            return tables(requests.store, settings, width, num_goals=goals)
         for config in configs.values():
             rows = min(config.num_embeddings, settings.table_rows or config.num_embeddings)
             if (rows, width) != (config.num_embeddings, config.embedding_dim):

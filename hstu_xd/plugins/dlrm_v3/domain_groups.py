@@ -163,10 +163,20 @@ class RequestLayout:
         Returns:
             Two (L,) int64.
         """
-        last = (self.first_targets[self.users] - 1).clamp(min=0)
-        has_history = self.is_history[last] & (self.users[last] == self.users)
-        left = torch.where(self.is_target & has_history, row_domains[last], row_domains)
+        left = torch.where(self.is_target, row_domains[self.previous], row_domains)
         return left, self.following(row_domains)
+
+    @property
+    def previous(self) -> Tensor:
+        """The history row before each row, of all targets the last one: (L,) int64.
+
+        A row without one before it, and a contextual row, has itself.
+        """
+        own = torch.arange(self.num_rows, device=self.users.device)
+        before = torch.where(self.is_target, self.first_targets[self.users], own) - 1
+        before = before.clamp(min=0)
+        there = ~self.is_context & self.is_history[before] & (self.users[before] == self.users)
+        return torch.where(there, before, own)
 
     def following(self, values: Tensor) -> Tensor:
         """Return what the next history row of the user has, a row's own where there is none.

@@ -1,6 +1,6 @@
 """DDSR between upstream's layers: rows of a request read the latest states of every domain."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,16 +126,17 @@ class DomainStateSublayer(nn.Module):
 class UncachedStack(STUStack):
     """Upstream's stack without its incremental mode, which knows no domains, but with ours."""
 
-    def extend(self, x: Tensor, new: NewRows, norm: int) -> Tensor:
-        """Compute the new rows of a request: (R, K) float -> (R, K).
+    def extend(self, x: Tensor, users: Sequence[NewRows], norm: int) -> Tensor:
+        """Compute the new rows of some users' requests: (R, K) float -> (R, K).
 
         Args:
-            x: what the layers are given of them.
-            new: which rows they are.
+            x: what the layers are given of them, user by user.
+            users: which rows they are.
             norm: what scores are divided by.
         """
+        groups = [group for user in users for group in user.groups.values()]
         for layer in self._stu_layers:
-            x = layer.extend(x, list(new.groups.values()), norm)
+            x = layer.extend(x, groups, norm)
         return x
 
     def cached_forward(self, *arguments: Any, **others: Any) -> Tensor:
@@ -178,9 +179,12 @@ class DomainStateStack(UncachedStack):
             x = ddsr(layer(x=x, **others), self._states)
         return x
 
-    def extend(self, x: Tensor, new: NewRows, norm: int) -> Tensor:
-        """Run layers and sublayers on the new rows of a request, see :class:`UncachedStack`."""
+    def extend(self, x: Tensor, users: Sequence[NewRows], norm: int) -> Tensor:
+        """Run layers and sublayers on the new rows of requests, see :class:`UncachedStack`."""
+        groups = [group for user in users for group in user.groups.values()]
+        sizes = [len(user.rows) for user in users]
         blocks: Any = zip(self._stu_layers, self._xd_ddsr)
         for layer, ddsr in blocks:
-            x = ddsr.extend(layer.extend(x, list(new.groups.values()), norm), new.states)
+            rows = layer.extend(x, groups, norm).split(sizes)
+            x = torch.cat([ddsr.extend(own, user.states) for own, user in zip(rows, users)])
         return x

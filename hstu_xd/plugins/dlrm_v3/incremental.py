@@ -1,6 +1,6 @@
 """The cross-domain model on top of what a user's rows have left: new rows alone are computed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,36 +113,49 @@ def _questions(states: RequestStates, num_kept: int) -> QuestionReads:
 
 
 class IncrementalTransducer(CrossDomainTransducer):
-    """The transducer that gives the layers the new rows of a user alone, while a memory is set."""
+    """The transducer that gives the layers the new rows of users alone, while it has memories."""
 
-    memory: UserMemory | None = None
+    memories: Sequence[UserMemory] = ()
 
     def _plan(self, layout: RequestLayout, domains: Tensor, times: Tensor) -> None:
-        if self.memory is None:
+        if not self.memories:
             super()._plan(layout, domains, times)
             return
-        settings = self._cross_domain.settings
-        self._layout = layout
-        self._row_groups = domains if settings.domain_mask else torch.zeros_like(domains)
-        if settings.ddsr:
-            self._states = RequestStates.build(layout, domains, times, settings)
+        self._request = layout, domains, times
 
     def _hstu_compute(self, *, max_seq_len: int, seq_embeddings: Tensor, **others: Any) -> Tensor:
-        if self.memory is None:
+        if not self.memories:
             return super()._hstu_compute(
                 max_seq_len=max_seq_len, seq_embeddings=seq_embeddings, **others
             )
         norm_length = self._cross_domain.norm_length_for(max_seq_len)
-        states, self._states = self._states, None
-        new = new_rows(self.memory, seq_embeddings, self._layout, self._row_groups, states)
-        computed = self._stu_module.extend(seq_embeddings[new.rows], new, norm_length)
-        new.commit(self.memory)
+        users = self._new_rows(seq_embeddings)
+        first = self._request[0].offsets.tolist()
+        rows = torch.cat([user.rows + begin for user, begin in zip(users, first)])
+        computed = self._stu_module.extend(seq_embeddings[rows], users, norm_length)
+        for user, memory in zip(users, self.memories):
+            user.commit(memory)
         # Only targets are read; rows of events are put beside them, those that were kept are zero.
-        return torch.zeros_like(seq_embeddings).index_copy(0, new.rows, computed)
+        return torch.zeros_like(seq_embeddings).index_copy(0, rows, computed)
+
+    def _new_rows(self, x: Tensor) -> list[NewRows]:
+        """Find what is new of each user in (L, K) rows of a batch."""
+        layout, *facts = self._request
+        settings, lengths = self._cross_domain.settings, layout.offsets.diff()
+        num_targets = layout.offsets[1:] - layout.first_targets
+        found = []
+        rows = zip(*(each.split(lengths.tolist()) for each in (x, *facts)))
+        for user, (given, domains, times) in enumerate(rows):
+            one = slice(user, user + 1)
+            own = RequestLayout.build(lengths[one], num_targets[one], layout.num_context)
+            states = RequestStates.build(own, domains, times, settings) if settings.ddsr else None
+            groups = domains if settings.domain_mask else torch.zeros_like(domains)
+            found.append(new_rows(self.memories[user], given, own, groups, states))
+        return found
 
 
 class IncrementalDlrmHSTU(CrossDomainDlrmHSTU):
-    """CrossDomainDlrmHSTU that scores one user's candidates from what is kept of the user.
+    """CrossDomainDlrmHSTU that scores the candidates of users from what is kept of each.
 
     Its parameters have the same names. Layers attend in buckets, and scores are divided by a fixed
     norm length: without one every event would move all that is kept.
@@ -151,10 +164,10 @@ class IncrementalDlrmHSTU(CrossDomainDlrmHSTU):
     transducer = IncrementalTransducer
 
     @contextmanager
-    def remembering(self, memory: UserMemory) -> Iterator[None]:
-        """Compute on top of a user's memory, and add to it."""
-        self._hstu_transducer.memory = memory
+    def remembering(self, memories: Sequence[UserMemory]) -> Iterator[None]:
+        """Compute on top of the memories of a batch's users, and add to them."""
+        self._hstu_transducer.memories = memories
         try:
             yield
         finally:
-            self._hstu_transducer.memory = None
+            self._hstu_transducer.memories = ()

@@ -18,6 +18,7 @@ from hstu_xd.plugins.dlrm_v3.domain_states import (
     RequestStates,
     UncachedStack,
 )
+from hstu_xd.plugins.dlrm_v3.positions import PositionsInOrder
 from hstu_xd.plugins.dlrm_v3.settings import CrossDomain
 from hstu_xd.plugins.rebinding import Rebinding, apply
 
@@ -164,6 +165,9 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
             Rebinding(_MODULE, "HSTUTransducer", lambda original: transducer),
             Rebinding(_MODULE, "STUStack", lambda original: stack),
         ]
+        if cross_domain.in_order:
+            name = "HSTUPositionalEncoder"
+            rebindings.append(Rebinding(_MODULE, name, lambda original: PositionsInOrder))
         if cross_domain.in_buckets:
             rebindings.append(Rebinding(_MODULE, "STULayer", lambda original: BucketedSTULayer))
         with apply(rebindings):

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.metrics import (
     UNREACHABLE,
@@ -15,7 +16,9 @@ from hstu_xd.evaluation.metrics import (
     grouped_metrics,
     target_groups,
 )
-from hstu_xd.plugins.dlrm_v3.requests import EvaluatedRequests
+from hstu_xd.evaluation.ranking import defined, grouped_ranking_metrics
+from hstu_xd.plugins.dlrm_v3.given_requests import GivenRequests
+from hstu_xd.plugins.dlrm_v3.requests import EvaluatedRequests, RequestBatch, StoreRequests
 from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
 from hstu_xd.plugins.dlrm_v3.store_dataset import StoreDataset
 
@@ -44,37 +47,71 @@ def evaluate(
     Returns:
         GAUC and NE of the true item among the drawn ones, ``gauc``, then those of switches, stays
         and domains, ``gauc[switch]``; with ``ranked_requests`` HR, NDCG and MRR of the rank among
-        all items of the domain that the user has not met, likewise, and ``count`` of these.
+        all items of the domain that the user has not met, likewise, and ``count`` of these. Of
+        requests with candidates of their own :func:`hstu_xd.evaluation.ranking.ranking_metrics`,
+        then those of domains and goals.
     """
-    asked = dataset.requests.evaluated()
+    requests = dataset.requests
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        parts = [
-            _scores(model, dataset, numbers, device)
-            for numbers in np.array_split(asked.numbers, -(-asked.numbers.size // batch_size))
-        ]
-        names = dataset.requests.store.catalog.domain_names
-        values = _request_metrics(torch.cat(parts), asked, names)
-        if settings.ranked_requests:
-            ranked = _rank(model, dataset, asked, settings, device)
-            values |= grouped_metrics(ranked, names)
+        if isinstance(requests, GivenRequests):
+            values = _given_metrics(model, dataset, requests, batch_size, device)
+        else:
+            values = _drawn_metrics(model, dataset, requests, settings, batch_size, device)
     model.train(was_training)
     return values
 
 
-def _scores(
+def _given_metrics(
     model: Any,
     dataset: StoreDataset,
-    numbers: NDArray[np.int64],
+    requests: GivenRequests,
+    batch_size: int,
     device: torch.device,
-    candidates: Tensor | None = None,
+) -> dict[str, float]:
+    """Evaluate on the candidates that requests have of their own."""
+    scores = [
+        _predict(model, dataset, requests.batch(numbers), device)
+        for numbers in _in_parts(requests.evaluated(), batch_size)
+    ]
+    return defined(grouped_ranking_metrics(*requests.scored(torch.cat(scores).numpy())))
+
+
+def _drawn_metrics(
+    model: Any,
+    dataset: StoreDataset,
+    requests: StoreRequests,
+    settings: DlrmSettings,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Evaluate on the true item among drawn ones, and among all of its domain."""
+    asked = requests.evaluated()
+    parts = [
+        _predict(model, dataset, requests.batch(numbers), device).view(len(numbers), -1)
+        for numbers in _in_parts(asked.numbers, batch_size)
+    ]
+    names = requests.store.catalog.domain_names
+    values = _request_metrics(torch.cat(parts), asked, names)
+    if settings.ranked_requests:
+        ranked = _rank(model, dataset, requests, asked, settings, device)
+        values |= grouped_metrics(ranked, names)
+    return values
+
+
+def _in_parts(numbers: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return np.array_split(numbers, -(-numbers.size // size))
+
+
+def _predict(
+    model: Any, dataset: StoreDataset, batch: RequestBatch, device: torch.device
 ) -> Tensor:
-    """Score the candidates of requests: (B, C) float64 probabilities."""
-    sample = dataset.features(dataset.requests.batch(numbers, candidates))
+    """Score the candidates of a batch: (Q,) float64 probabilities."""
+    sample = dataset.features(batch)
     sample.to(device)
     predictions = model(sample.uih_features_kjt, sample.candidates_features_kjt)[3]
-    return predictions[0].double().cpu().view(len(numbers), -1)
+    return predictions[0].double().cpu()
 
 
 def _request_metrics(
@@ -98,6 +135,7 @@ def _request_metrics(
 def _rank(
     model: Any,
     dataset: StoreDataset,
+    requests: StoreRequests,
     asked: EvaluatedRequests,
     settings: DlrmSettings,
     device: torch.device,
@@ -105,7 +143,7 @@ def _rank(
     """Rank true items among all items of their domain, chunk by chunk."""
     count = min(settings.ranked_requests, asked.numbers.size)
     chosen = np.arange(count) * asked.numbers.size // count
-    store = dataset.requests.store
+    store = requests.store
     lengths = np.minimum(asked.places - store.offsets[asked.users], settings.max_history)
     found = []
     for domain in range(store.num_domains):
@@ -118,14 +156,15 @@ def _rank(
             part = members[begin : begin + at_once]
             scores = torch.cat(
                 [
-                    _scores(model, dataset, asked.numbers[part], device, chunk)
+                    _predict(model, dataset, batch, device).view(part.size, -1)
                     for chunk in items.split(settings.chunk_length)
+                    for batch in [requests.batch(asked.numbers[part], chunk)]
                 ],
                 dim=1,
             )
             if not scores.isfinite().all():
                 raise HstuXdError("the model gives scores that are not finite; nothing is ranked")
-            ranks, others = _ranks(scores, items, dataset, asked, part)
+            ranks, others = _ranks(scores, items, store, asked, part)
             found.append(RankedTargets(ranks, asked.domains[part], asked.switched[part], others))
     return RankedTargets.joined(found)
 
@@ -133,7 +172,7 @@ def _rank(
 def _ranks(
     scores: Tensor,
     items: Tensor,
-    dataset: StoreDataset,
+    store: InteractionStore,
     asked: EvaluatedRequests,
     part: NDArray[np.int64],
 ) -> tuple[Tensor, Tensor]:
@@ -142,14 +181,13 @@ def _ranks(
     Args:
         scores: (B, n) float64, of all items of the domain.
         items: (n,) int64, ascending.
-        dataset: whose store has the items that users have met.
+        store: with the items that users have met.
         asked: the requests of evaluation.
         part: (B,) int64, which of them.
 
     Returns:
         (B,) int64 ranks from 1, ``UNREACHABLE`` where the user had met the item; (B,) int64.
     """
-    store = dataset.requests.store
     is_candidate = torch.ones_like(scores, dtype=torch.bool)
     targets = torch.from_numpy(store.item_ids[asked.places[part]].astype(np.int64))
     places = torch.searchsorted(items, targets)

@@ -30,7 +30,9 @@ class RequestBatch:
         candidate_lengths: (B,) int64.
         candidates, candidate_domains: int64; the true next item comes first in each request.
         request_times: int64, when the true next event took place, for every candidate.
-        labels: int64, 1 for the true next item and 0 for the drawn ones.
+        labels: int64, 1 for the true next item, or what was taken, and 0 for the others.
+        actions: (sum of the lengths,) int64, bits of what an event of a history was.
+        goals: (B,) int64; None where there is one goal.
     """
 
     users: Tensor
@@ -43,6 +45,8 @@ class RequestBatch:
     candidate_domains: Tensor
     request_times: Tensor
     labels: Tensor
+    actions: Tensor
+    goals: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +89,14 @@ class StoreRequests:
 
     Attributes:
         num_train: requests ``0..num_train - 1`` are of training.
+        max_candidates: of a request.
+        goal_names: one.
 
     Raises:
         InputError: no user has enough events.
     """
+
+    goal_names = ("next",)
 
     def __init__(
         self,
@@ -102,7 +110,7 @@ class StoreRequests:
         cuts: TimeCuts | None = None,
     ) -> None:
         self.store = store
-        self._max_history = max_history
+        self._max_history, self.max_candidates = max_history, num_candidates
         self._num_drawn = num_candidates - 1
         self._domains = store.catalog.item_domains.numpy()
         last, evaluated = _held_out(store, split, cuts)
@@ -187,6 +195,7 @@ class StoreRequests:
                 self.store.timestamps[asked].astype(np.int64)
             ).repeat_interleave(width),
             labels=labels.flatten(),
+            actions=torch.ones_like(items),
         )
 
     def _draw(self, domains: Tensor, generator: torch.Generator | None = None) -> Tensor:

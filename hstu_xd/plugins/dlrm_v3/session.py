@@ -1,6 +1,6 @@
 """A session over a trained model of the production path: append events, score candidates."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from hashlib import blake2b
@@ -27,6 +27,9 @@ from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings, bound_value, cross_do
 from hstu_xd.plugins.dlrm_v3.store_dataset import configure, request_features, tables
 from hstu_xd.plugins.dlrm_v3.user_memory import UserMemory
 
+# Requests that are computed together: enough to make the model's own cost of a call small.
+_USERS_AT_ONCE = 64
+
 
 class DlrmSession:
     """Scores candidates for users whose histories grow, as the whole model would.
@@ -36,8 +39,12 @@ class DlrmSession:
     the layers are given of an event tells whether what is kept of it holds. Upstream's positions
     count back from the request and its times are told from it, so an event that is appended moves
     all rows of its user, and so does a request that is much later: a domain's rows are computed
-    again when it is asked for next. Requests in between share them, those for a single event after
-    another included. A session belongs to one thread at a time.
+    again when it is asked for next. With ``xd_dlrm.positions = "order"`` they stay, and an event
+    costs a row or two. A session belongs to one thread at a time.
+
+    A request shows the latest ``max_history`` events. In order of events the window slides by
+    quarters, as :class:`hstu_xd.serving.session.EncoderSession`'s does: of n events the oldest
+    ``q * ceil((n - W) / q)`` have left, with ``W`` of ``max_history`` and ``q = max(1, W // 4)``.
 
     Args:
         model: a trained model on the CPU; put into evaluation mode.
@@ -68,6 +75,7 @@ class DlrmSession:
         self._model, self._store, self._settings = model.eval(), store, settings
         self._max_bytes = max_bytes
         self._appended: dict[str, tuple[list[int], list[int]]] = {}
+        self._num_appended: Counter[str] = Counter()
         self._memories: OrderedDict[str, UserMemory] = OrderedDict()
         self._num_bytes = 0
 
@@ -149,6 +157,7 @@ class DlrmSession:
             for column, new in zip(kept, events):
                 column.extend(new)
                 del column[: -self._settings.max_history]
+            self._num_appended[user] += len(events[0])
 
     def score(
         self,
@@ -181,11 +190,12 @@ class DlrmSession:
                 "is needed"
             )
         _check_items(self._store.catalog, candidates.flatten().tolist())
-        times = [None] * len(users) if request_timestamps is None else request_timestamps
         numbers = [self._number_of(user) for user in users]
         scores = candidates.new_empty(candidates.shape, dtype=torch.float64)
-        for row, (user, number, time) in enumerate(zip(users, numbers, times)):
-            scores[row] = self._score(user, number, candidates[row], time)
+        for first in range(0, len(users) if candidates.numel() else 0, _USERS_AT_ONCE):
+            part = slice(first, first + _USERS_AT_ONCE)
+            times = None if request_timestamps is None else request_timestamps[part]
+            scores[part] = self._score(users[part], numbers[part], candidates[part], times)
         return scores
 
     def release(self, users: Iterable[str]) -> None:
@@ -198,6 +208,7 @@ class DlrmSession:
         written = {
             "fingerprint": self._fingerprint(),
             "appended": self._appended,
+            "num_appended": dict(self._num_appended),
             "memories": {user: asdict(memory) for user, memory in self._memories.items()},
         }
         torch.save(written, partial_file(path))
@@ -220,6 +231,7 @@ class DlrmSession:
                 "session compute them"
             )
         self._appended = found["appended"]
+        self._num_appended = Counter(found["num_appended"])
         memories = {user: UserMemory.of(told) for user, told in found["memories"].items()}
         self._memories = OrderedDict(memories)
         self._num_bytes = sum(memory.num_bytes for memory in memories.values())
@@ -231,23 +243,31 @@ class DlrmSession:
         return digest.hexdigest()
 
     @torch.no_grad()
-    def _score(self, user: str, number: int, candidates: Tensor, time: int | None) -> Tensor:
-        items, times = self._history(user, number)
-        if time is None:
-            time = int(times[-1]) if len(times) else 0
-        memory = self._taken(user)
+    def _score(
+        self,
+        users: Sequence[str],
+        numbers: Sequence[int],
+        candidates: Tensor,
+        times: Sequence[int] | None,
+    ) -> Tensor:
+        histories = [self._history(user, number) for user, number in zip(users, numbers)]
+        if times is None:
+            times = [int(known[-1]) if len(known) else 0 for _, known in histories]
+        memories = [self._taken(user) for user in users]
         found = []
-        with self._model.remembering(memory):
-            for part in candidates.split(self._settings.chunk_length):
-                request = self._request(number, items, times, part, time)
+        with self._model.remembering(memories):
+            for part in candidates.split(self._settings.chunk_length, dim=1):
+                request = self._request(numbers, histories, part, times)
                 sample = request_features(request, self._settings)
                 given = sample.uih_features_kjt, sample.candidates_features_kjt
-                found.append(self._model(*given)[3][0].double())
-        self._memories[user] = memory
-        self._num_bytes += memory.num_bytes
+                found.append(self._model(*given)[3][0].double().view(part.shape))
+        for user, memory in zip(users, memories):
+            self._taken(user)  # of a user who was asked for twice
+            self._memories[user] = memory
+            self._num_bytes += memory.num_bytes
         while self._max_bytes is not None and self._num_bytes > self._max_bytes:
             self._taken(next(iter(self._memories)))
-        return torch.cat(found)
+        return torch.cat(found, dim=1)
 
     def _taken(self, user: str) -> UserMemory:
         """Take what is kept of a user out of the session, so that a failure leaves nothing half."""
@@ -256,34 +276,49 @@ class DlrmSession:
         return memory
 
     def _request(
-        self, number: int, items: Tensor, times: Tensor, candidates: Tensor, time: int
+        self,
+        numbers: Sequence[int],
+        histories: Sequence[tuple[Tensor, Tensor]],
+        candidates: Tensor,
+        times: Sequence[int],
     ) -> RequestBatch:
         domains = self._store.catalog.item_domains
+        items, asked = torch.cat([items for items, _ in histories]), candidates.flatten()
+        width = candidates.shape[1]
         return RequestBatch(
-            users=torch.tensor([number]),
-            history_lengths=torch.tensor([len(items)]),
+            users=torch.tensor(numbers),
+            history_lengths=torch.tensor([len(items) for items, _ in histories]),
             items=items,
-            times=times,
+            times=torch.cat([times for _, times in histories]),
             domains=domains[items],
-            candidate_lengths=torch.tensor([len(candidates)]),
-            candidates=candidates,
-            candidate_domains=domains[candidates],
-            request_times=torch.full_like(candidates, time),
-            labels=torch.zeros_like(candidates),
+            candidate_lengths=torch.full((len(numbers),), width),
+            candidates=asked,
+            candidate_domains=domains[asked],
+            request_times=torch.tensor(times, dtype=torch.int64).repeat_interleave(width),
+            labels=torch.zeros_like(asked),
+            actions=torch.ones_like(items),
         )
 
     def _history(self, user: str, number: int) -> tuple[Tensor, Tensor]:
-        """Return the latest ``max_history`` items and times of a user."""
+        """Return items and times of the events that a request of a user shows."""
         logged: Sequence[np.ndarray] = [np.empty(0, np.int64)] * 2
         if self._store.find_user(user) is not None:
             logged = self._store.history(number)
+        shown = self._num_shown(len(logged[0]) + self._num_appended[user])
         items, times = (
-            torch.cat(
-                [torch.from_numpy(each.astype(np.int64)), torch.tensor(new, dtype=torch.int64)]
-            )
+            np.concatenate([each, np.array(new, np.int64)])
             for each, new in zip(logged, self._appended.get(user, ([], [])))
         )
-        return items[-self._settings.max_history :], times[-self._settings.max_history :]
+        first = len(items) - shown
+        return torch.from_numpy(items[first:]), torch.from_numpy(times[first:])
+
+    def _num_shown(self, known: int) -> int:
+        """Count the events of the window, of all that are known."""
+        window = self._settings.max_history
+        if known <= window or self._settings.positions == "recency":
+            return min(known, window)
+        step = max(1, window // 4)
+        return known - step * -(-(known - window) // step)
 
     def _number_of(self, user: str) -> int:
         number = self._store.find_user(user)

@@ -11,6 +11,8 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import check, defaults_of, setting
 from hstu_xd.errors import InputError
 from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.ranking import settings as ranking
+from hstu_xd.ranking.settings import SearchSettings
 from hstu_xd.training import settings as shared
 from hstu_xd.training.gin_files import check_types
 
@@ -52,12 +54,17 @@ class DlrmSettings:
         num_domains: number of domains; 0: that of the prepared store.
         norm_length: what attention is divided by in the place of the batch's longest history, so
             that a user's scores do not depend on who else is in the batch; 0: as upstream.
+        positions: "recency" as upstream, which counts positions and times back from the request, or
+            "order", which tells of an event its place in the history and the time since the event
+            before it: a session keeps what it has computed when events are appended.
         kernel: "triton" or "pytorch" for the layers, both upstream's own; "auto": Triton where
             there is a GPU, else PyTorch, with groups of like length padded together under
             domain_mask or with a norm_length.
         bf16: whether layers compute in bfloat16 where there is a GPU.
-        max_history: latest events of a user that a request of a prepared store reads.
-        cut_points: latest events of a user that become training requests; 0: all.
+        max_history: latest events of a user that a request of a prepared store reads; under hard
+            search (``xd_search.kind``, for requests of ``hstu-xd requests``) of those it finds.
+        cut_points: latest events of a user that become training requests; 0: all. Requests of
+            ``hstu-xd requests`` have their own, and candidates.
         num_candidates: the next item and how many drawn from its domain, together.
         split: whom evaluation reads: "valid", the last event but one, or "test", the last, or
             those periods of a log that is cut in time. Training reads neither.
@@ -93,6 +100,7 @@ class DlrmSettings:
     domain_features: tuple[str, ...] = setting(("uih_domain", "item_domain"))
     num_domains: int = setting(0, at_least=0)
     norm_length: int = setting(0, at_least=0)
+    positions: str = setting("recency", allowed=("recency", "order"))
     kernel: str = setting("auto", allowed=("auto", "triton", "pytorch"))
     bf16: bool = setting(True)
     max_history: int = setting(200, at_least=1, also=("max_sequence_length",))
@@ -173,12 +181,14 @@ class CrossDomain:
         norm_length: what attention is divided by; 0: the batch's longest sequence.
         in_buckets: pad groups of like length together, on a CPU; without domain_mask a user is a
             group.
+        in_order: positions and times are told in the order of events.
     """
 
     settings: EncoderSettings
     domain_features: tuple[str, str] = ("uih_domain", "item_domain")
     norm_length: int = 0
     in_buckets: bool = False
+    in_order: bool = False
 
     @property
     def num_domains(self) -> int:
@@ -193,7 +203,7 @@ class CrossDomain:
     @property
     def is_stock(self) -> bool:
         """Whether the stock model computes the same."""
-        return not self.reads_domains and not self.norm_length
+        return not (self.reads_domains or self.norm_length or self.in_order)
 
     def norm_length_for(self, longest: int) -> int:
         """Return what attention is divided by in a batch with a longest sequence.
@@ -228,6 +238,12 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
         ("xd_dlrm", "xd_encoder"),
         "cuts in time are xd_dlrm.valid_from and .test_from",
     )
+    for block in ("xd_interest", "xd_rank"):
+        for name, value in gin.get_bindings(block).items():
+            raise InputError(
+                f"{block}.{name} = {value!r}: the host dlrm_v3 computes no interest and trains by "
+                "upstream's own settings; remove the binding"
+            )
     bound = dict(gin.get_bindings("xd_encoder"))
     check_types(EncoderSettings, "xd_encoder", bound)
     defaults = defaults_of(EncoderSettings)
@@ -254,7 +270,23 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
     first, second = settings.domain_features
     in_buckets = settings.kernel == "auto" and not torch.cuda.is_available()
     in_buckets = in_buckets and (switches.domain_mask or settings.norm_length > 0)
-    return CrossDomain(switches, (first, second), settings.norm_length, in_buckets)
+    return CrossDomain(
+        switches,
+        (first, second),
+        settings.norm_length,
+        in_buckets=in_buckets,
+        in_order=settings.positions == "order",
+    )
+
+
+def bound_search() -> SearchSettings:
+    """Return what ``xd_search.*`` binds: which events requests with candidates of their own show.
+
+    Raises:
+        InputError: a value of another type or out of range.
+    """
+    check_types(SearchSettings, "xd_search", dict(gin.get_bindings("xd_search")))
+    return ranking.CONFIGURABLES["xd_search"]()
 
 
 def bound_value(name: str) -> Any:

@@ -13,25 +13,43 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hstu_xd.data.requests import RequestSet, is_requests, read_manifest
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.errors import InputError
+from hstu_xd.plugins.dlrm_v3.given_requests import GivenRequests
 from hstu_xd.plugins.dlrm_v3.requests import RequestBatch, StoreRequests
-from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings
+from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings, bound_search
+from hstu_xd.ranking.settings import SearchSettings
 
 # Upstream compares the first one by identity: every mention has to be this object.
 ITEM, CANDIDATE = "item_id", "item_candidate_id"
 TIME, QUERY_TIME = "action_time", "item_query_time"
 WEIGHT, LABEL = "action_weight", "item_action_weight"
-USER = "user_id"
+USER, GOAL = "user_id", "goal"
 TASK = "next_item"
 
 
-@cache
-def open_requests(folder: Path, settings: DlrmSettings) -> StoreRequests:
-    """Open the requests of a prepared store, once in a process.
+def open_requests(folder: Path, settings: DlrmSettings) -> StoreRequests | GivenRequests:
+    """Open a prepared store, or requests made of one, once in a process.
 
     Raises:
-        InputError: no store there, or one without a request, or cuts that do not cut its log.
+        InputError: nothing of both there, no request in it, cuts that do not cut the log, or
+            settings of the other of both.
     """
+    return _opened(folder, settings, bound_search())
+
+
+@cache
+def _opened(
+    folder: Path, settings: DlrmSettings, search: SearchSettings
+) -> StoreRequests | GivenRequests:
+    if is_requests(folder):
+        return _opened_given(folder, settings, search)
+    if search != SearchSettings():
+        raise InputError(
+            f"{folder}: a store without requests is read without a search; remove the bindings of "
+            "xd_search.*, or name a folder of hstu-xd requests"
+        )
     store = InteractionStore.open(folder)
     return StoreRequests(
         store,
@@ -44,15 +62,38 @@ def open_requests(folder: Path, settings: DlrmSettings) -> StoreRequests:
     )
 
 
-def configure(config: Any, settings: DlrmSettings) -> Any:
+def _opened_given(folder: Path, settings: DlrmSettings, search: SearchSettings) -> GivenRequests:
+    for name in ("valid_from", "ranked_requests"):
+        value = getattr(settings, name)
+        if value:
+            raise InputError(
+                f"xd_dlrm.{name} = {value!r}: {folder} holds requests with splits "
+                "and candidates of their own; remove the binding"
+            )
+    store = InteractionStore.open(Path(read_manifest(folder)["data"]))
+    return GivenRequests(
+        store,
+        RequestSet.open(folder, store),
+        split=settings.split,
+        max_history=settings.max_history,
+        search=search,
+    )
+
+
+def configure(
+    config: Any, settings: DlrmSettings, *, num_goals: int = 1, max_candidates: int = 0
+) -> Any:
     """Return a DlrmHSTUConfig with our sizes, and the features of a store in the place of its own.
 
     Args:
         config: upstream's.
         settings: of ``xd_dlrm.*``.
+        num_goals: that requests are made for.
+        max_candidates: of a request; 0: as many as the settings say.
     """
-    history, candidates = _features(settings)
-    context = {USER: 1} if settings.user_token else {}
+    max_candidates = max_candidates or settings.num_candidates
+    history, candidates = _features(settings, has_goals=num_goals > 1)
+    context = dict.fromkeys(_context(settings, has_goals=num_goals > 1), 1)
     pairs = [(ITEM, CANDIDATE), (TIME, QUERY_TIME), (WEIGHT, LABEL)]
     embedded = [(ITEM, CANDIDATE)]
     if settings.domain_as_feature:
@@ -61,8 +102,8 @@ def configure(config: Any, settings: DlrmSettings) -> Any:
         embedded.append((of_history, of_candidates))
     return dataclasses.replace(
         dataclasses.replace(config, **settings.sizes),
-        max_seq_len=settings.max_history + settings.num_candidates + len(context),
-        max_num_candidates=settings.num_candidates,
+        max_seq_len=settings.max_history + max_candidates + len(context),
+        max_num_candidates=max_candidates,
         contextual_feature_to_max_length=context,
         contextual_feature_to_min_uih_length={},
         candidates_weight_feature_name=LABEL,
@@ -78,15 +119,19 @@ def configure(config: Any, settings: DlrmSettings) -> Any:
         hstu_uih_feature_names=history,
         hstu_candidate_feature_names=candidates,
         merge_uih_candidate_feature_mapping=pairs,
-        action_weights=[1],
+        action_weights=[1 << goal for goal in range(num_goals)],
     )
 
 
-def tables(store: InteractionStore, settings: DlrmSettings, width: int) -> dict[str, Any]:
-    """Return the embedding tables of a store: items, and users and domains where they are on."""
+def tables(
+    store: InteractionStore, settings: DlrmSettings, width: int, *, num_goals: int = 1
+) -> dict[str, Any]:
+    """Return the embedding tables: items, and users, goals and domains where they are features."""
     wanted = {ITEM: (store.num_items + 1, [ITEM, CANDIDATE])}
     if settings.user_token:
         wanted[USER] = (store.num_users, [USER])
+    if num_goals > 1:
+        wanted[GOAL] = (num_goals, [GOAL])
     if settings.domain_as_feature:
         wanted["domain"] = (store.num_domains, list(settings.domain_features))
     return {
@@ -97,10 +142,14 @@ def tables(store: InteractionStore, settings: DlrmSettings, width: int) -> dict[
     }
 
 
-def _features(settings: DlrmSettings) -> tuple[list[str], list[str]]:
+def _context(settings: DlrmSettings, *, has_goals: bool) -> list[str]:
+    return [*([USER] if settings.user_token else []), *([GOAL] if has_goals else [])]
+
+
+def _features(settings: DlrmSettings, *, has_goals: bool) -> tuple[list[str], list[str]]:
     of_history, of_candidates = settings.domain_features
-    user = [USER] if settings.user_token else []
-    return [*user, ITEM, TIME, WEIGHT, of_history], [CANDIDATE, QUERY_TIME, LABEL, of_candidates]
+    history = [*_context(settings, has_goals=has_goals), ITEM, TIME, WEIGHT, of_history]
+    return history, [CANDIDATE, QUERY_TIME, LABEL, of_candidates]
 
 
 class StoreDataset(Dataset):
@@ -116,7 +165,7 @@ class StoreDataset(Dataset):
     def __init__(
         self,
         hstu_config: Any,
-        requests: StoreRequests,
+        requests: StoreRequests | GivenRequests,
         settings: DlrmSettings,
         is_inference: bool = False,
         embedding_config: Any = None,
@@ -151,12 +200,11 @@ class StoreDataset(Dataset):
 
 def request_features(batch: RequestBatch, settings: DlrmSettings) -> Samples:
     """Lay a batch out as the model's features."""
-    history, candidates = _features(settings)
-    lengths, values = [batch.history_lengths] * 4, [batch.items, batch.times]
-    values += [torch.ones_like(batch.items), batch.domains]
-    if settings.user_token:
-        lengths.insert(0, torch.ones_like(batch.history_lengths))
-        values.insert(0, batch.users)
+    goals = batch.goals
+    history, candidates = _features(settings, has_goals=goals is not None)
+    context = [*([batch.users] if settings.user_token else []), *([] if goals is None else [goals])]
+    lengths = [torch.ones_like(batch.users)] * len(context) + [batch.history_lengths] * 4
+    values = [*context, batch.items, batch.times, batch.actions, batch.domains]
     of_candidates = [
         batch.candidates,
         batch.request_times,

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.background import BackgroundTask
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
@@ -19,7 +20,9 @@ from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batching import Busy
 from hstu_xd.serving.http.jobs import (
     Forget,
+    Found,
     ListUsers,
+    Question,
     Rank,
     ReadHistory,
     Recommend,
@@ -154,20 +157,26 @@ def _add_retrieval(app: FastAPI, service: Service, bodies: schemas.RequestBodies
     )
     async def recommend(body: bodies.recommend) -> Response:
         """Recommend the best items of domains; to an unknown user what the model starts with."""
-        found = await service.run(
-            Recommend(body.user, body.domains, body.timestamp, body.k, body.exclude_seen)
-        )
+        job = Recommend(body.user, body.domains, body.timestamp, body.k, body.exclude_seen)
+        found: Found = await service.run(job)
         rows = [
             {"domain": name, "items": [{"item": item, "score": score} for item, score in pairs]}
-            for name, pairs in zip(body.domains, found)
+            for name, pairs in zip(body.domains, found.rows)
         ]
-        return JSONResponse({"user": body.user, "recommendations": rows})
+        answer = {"user": body.user, "recommendations": rows}
+        return JSONResponse(answer, background=_shadowed(service, job, found))
 
     @app.post("/v1/score", response_model=schemas.Scores, responses=_errors(400, 413, 503))
     async def score(body: bodies.score) -> Response:
         """Score given items of a domain; they do not see each other."""
-        found = await service.run(Score(body.user, body.domain, body.timestamp, body.items))
-        return JSONResponse({"scores": found})
+        job = Score(body.user, body.domain, body.timestamp, body.items)
+        found: Found = await service.run(job)
+        return JSONResponse({"scores": found.rows}, background=_shadowed(service, job, found))
+
+
+def _shadowed(service: Service, job: Question, found: Found) -> BackgroundTask | None:
+    """Return what is done with an answer once it is sent."""
+    return None if service.shadow is None else BackgroundTask(service.shadow.offer, job, found)
 
 
 def _add_ranking(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
@@ -177,9 +186,11 @@ def _add_ranking(app: FastAPI, service: Service, bodies: schemas.RequestBodies) 
         engine = service.model.engine
         assert isinstance(engine, RankingEngine)
         goals = engine.goals if body.goal is None else (body.goal,)
-        found = await service.run(Rank(body.user, body.candidates, goals, body.timestamp))
-        rows = [{"goal": goal, "scores": scores} for goal, scores in zip(goals, found)]
-        return JSONResponse({"user": body.user, "goals": rows})
+        job = Rank(body.user, body.candidates, goals, body.timestamp)
+        found: Found = await service.run(job)
+        rows = [{"goal": goal, "scores": scores} for goal, scores in zip(goals, found.rows)]
+        answer = {"user": body.user, "goals": rows}
+        return JSONResponse(answer, background=_shadowed(service, job, found))
 
 
 def _say_what_answers(app: FastAPI, service: Service, asked: Sequence[str], instead: str) -> None:

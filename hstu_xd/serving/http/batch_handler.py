@@ -14,7 +14,17 @@ from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batching import Ticket
 from hstu_xd.serving.http.engine import Session
 from hstu_xd.serving.http.failover import FailoverSession
-from hstu_xd.serving.http.jobs import Forget, Job, ListUsers, Probe, Question, ReadHistory, Remove
+from hstu_xd.serving.http.jobs import (
+    Forget,
+    Found,
+    Job,
+    ListUsers,
+    Probe,
+    Question,
+    ReadHistory,
+    ReadLogged,
+    Remove,
+)
 from hstu_xd.serving.http.live_model import LiveModel
 from hstu_xd.serving.stores import StoreError
 
@@ -70,7 +80,7 @@ class BatchHandler:
         for kinds, handle in (
             (Append, self._append),
             (Question, self._answer),
-            (ReadHistory | ListUsers, self._read),
+            (ReadHistory | ReadLogged | ListUsers, self._read),
         ):
             _settle([ticket for ticket in tickets if isinstance(ticket.job, kinds)], handle)
 
@@ -137,11 +147,12 @@ class BatchHandler:
         questions = [question for _, question in asked]
         model.histories.look(question.user for question in questions)
         results = self._sessions.run(lambda session: session.answer(questions))
-        for (ticket, _), result in zip(asked, results, strict=True):
+        versions = model.histories.versions(question.user for question in questions)
+        for (ticket, question), result in zip(asked, results, strict=True):
             if isinstance(result, InputError):
                 ticket.error = result
             else:
-                ticket.result = result
+                ticket.result = Found(result, versions[question.user])
 
     def _change(self, tickets: Tickets) -> None:
         histories = self._model.histories
@@ -167,6 +178,8 @@ class BatchHandler:
             if isinstance(job, ReadHistory):
                 events = model.histories.last_of(job.user, job.limit)
                 ticket.result = [(event, model.items.domain_name(event.item)) for event in events]
+            elif isinstance(job, ReadLogged):
+                (ticket.result,) = self._log.read([job.user])
             elif isinstance(job, ListUsers):
                 ticket.result = model.histories.users(job.prefix, job.limit)
 

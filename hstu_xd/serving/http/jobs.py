@@ -20,8 +20,21 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Found:
+    """The result of a :data:`Question`.
+
+    Attributes:
+        rows: what its class says.
+        version: of the user's events, by the log.
+    """
+
+    rows: list
+    version: bytes
+
+
+@dataclass(frozen=True)
 class Recommend:
-    """Best items of domains. Result: for each domain (item, score) pairs, best first.
+    """Best items of domains. Rows: for each domain (item, score) pairs, best first.
 
     Attributes:
         user: who is asked for.
@@ -40,7 +53,7 @@ class Recommend:
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of items of a domain, both by their names. Result: a list of them."""
+    """Scores of items of a domain, both by their names. Rows: the scores."""
 
     user: str
     domain: str
@@ -50,7 +63,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Rank:
-    """Chances that candidates are taken. Result: a list of them for each goal.
+    """Chances that candidates are taken. Rows: a list of them for each goal.
 
     Attributes:
         user: who is asked for.
@@ -75,6 +88,13 @@ class ReadHistory:
 
 
 @dataclass(frozen=True)
+class ReadLogged:
+    """All that the log has of a user. Result: a :class:`Logged`."""
+
+    user: str
+
+
+@dataclass(frozen=True)
 class ListUsers:
     """Users whose names begin with a text. Result: a list of names, in order."""
 
@@ -90,7 +110,7 @@ class Forget:
 
 
 Question = Recommend | Score | Rank
-Job = Append | Remove | Probe | Question | ReadHistory | ListUsers | Forget
+Job = Append | Remove | Probe | Question | ReadHistory | ReadLogged | ListUsers | Forget
 
 # What an event adds to the cost of a job, in users, and a candidate that is ranked for a goal.
 _EVENT, _CANDIDATE = 0.1, 0.01

@@ -6,7 +6,7 @@ them is asked answers for all, with what those that have died had counted.
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,8 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 # Seconds and jobs.
 _LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+OUTCOMES = ("compared", "dropped", "overtaken", "failed")
 # Counted where a client went away before its request was whole, as proxies do: no error of ours.
 NOBODY_LEFT = 499
 
@@ -85,6 +87,10 @@ class Metrics:
             registry=registry,
         )
 
+    def shadow(self, name: str) -> "ShadowCounts":
+        """Make the counts of a run that answers in the shadow of this service's."""
+        return ShadowCounts(name, None if self._shared else self._registry)
+
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
         self._requests.labels(route, status).inc()
@@ -102,6 +108,55 @@ class Metrics:
         if self._shared is not None:
             self._shared.write()
         return generate_latest(self._registry)
+
+
+class ShadowCounts:
+    """How the answers of another run differ from those that were given.
+
+    Args:
+        name: of the other model.
+        registry: None: other processes read them.
+    """
+
+    def __init__(self, name: str, registry: CollectorRegistry | None) -> None:
+        def histogram(metric: str, about: str, buckets: Sequence[float]) -> Histogram:
+            found = Histogram(metric, about, ["name"], buckets=buckets, registry=registry)
+            return found.labels(name)
+
+        requests = Counter(
+            "hstu_xd_shadow_requests",
+            "Answers that were compared, dropped as the service was busy, overtaken by an event of "
+            "the user, or failed in the shadow.",
+            ["name", "outcome"],
+            registry=registry,
+        )
+        self._requests = {each: requests.labels(name, each) for each in OUTCOMES}
+        self._overlap = histogram(
+            "hstu_xd_shadow_overlap",
+            "Share of the items recommended of a domain that both models recommend.",
+            [number / 10 for number in range(11)],
+        )
+        self._rank = histogram(
+            "hstu_xd_shadow_first_rank",
+            "Rank that the shadow gives the first item; one more than all where it has it not.",
+            _RANKS,
+        )
+        self._seconds = histogram(
+            "hstu_xd_shadow_seconds", "Time that the shadow took for an answer.", _LATENCIES
+        )
+
+    def ended(self, outcome: str) -> None:
+        """Count an answer by what became of it, one of :data:`OUTCOMES`."""
+        self._requests[outcome].inc()
+
+    def compared(self, overlaps: Iterable[float], ranks: Iterable[int], seconds: float) -> None:
+        """Count an answer that was compared."""
+        self.ended("compared")
+        self._seconds.observe(seconds)
+        for overlap in overlaps:
+            self._overlap.observe(overlap)
+        for rank in ranks:
+            self._rank.observe(rank)
 
 
 class _Model:

@@ -24,6 +24,7 @@ from hstu_xd.serving.http.jobs import Job, Probe, cost_of
 from hstu_xd.serving.http.live_model import Changes, LiveModel, load_engine
 from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
+from hstu_xd.serving.http.shadow import Shadow
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Service:
         model: that answers now.
         active: requests that are under way.
         draining: no further request is taken.
+        shadow: compares answers with those of another run; None: there is none.
 
     Raises:
         InputError: the log belongs to another process or is none, or an unknown kind of store.
@@ -70,6 +72,7 @@ class Service:
     def __init__(self, engine: Engine, settings: ServiceSettings) -> None:
         self.settings = settings
         self.active, self.draining = 0, False
+        self.shadow: Shadow | None = None
         self.metrics = Metrics(self._numbers, lambda: self.model.name)
         self._batcher: Batcher[Job] = Batcher(
             lambda: self._open(engine), settings.queue, self.metrics.batch, cost_of
@@ -90,6 +93,11 @@ class Service:
     def full(self) -> bool:
         """Return whether a job would be refused now."""
         return self._batcher.full
+
+    @property
+    def idle(self) -> bool:
+        """Return whether no job waits."""
+        return not len(self._batcher)
 
     @property
     def live(self) -> bool:
@@ -180,6 +188,8 @@ class Service:
         Returns:
             Whether all of it was done in time.
         """
+        if self.shadow is not None:
+            self.shadow.close()
         return self._batcher.stop(within)
 
     def abandon(self) -> None:

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import is_postgres, open_log, shown_log
@@ -27,6 +27,9 @@ from hstu_xd.serving.http import access_log
 from hstu_xd.serving.http.metrics import forget_process, shared_counts
 from hstu_xd.serving.http.settings import LogSettings, ServiceSettings
 from hstu_xd.serving.http.worker_swaps import SwapLeader, WorkerSwaps
+
+if TYPE_CHECKING:
+    from hstu_xd.serving.http.service import Service
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Work:
         settings: of the service.
         allow_imports: whether the run may import modules of its own.
         log: what is written to stderr.
+        shadow: run whose answers are compared with those of one of the workers; None: no run's.
         serves: the run that all workers serve at the moment; None: the one of the command.
     """
 
@@ -54,6 +58,7 @@ class Work:
     settings: ServiceSettings
     allow_imports: bool
     log: LogSettings
+    shadow: Path | None = None
     serves: Path | None = None
 
     def share(self, count: int) -> "Work":
@@ -232,8 +237,25 @@ def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready
     except HstuXdError as error:
         _log.error("%s", error)
         raise SystemExit(error.exit_code) from None
+    if work.shadow is not None and number == 0:
+        _follow(service, work, work.shadow, ready)
     swaps = WorkerSwaps(service, work.run, line, allow_imports=imports)
     server.serve(service, sock, swaps, ready.set)
+
+
+def _follow(service: "Service", work: Work, run: Path, ready: Event) -> None:
+    """Have a run answer in the shadow of this worker, whose share of the requests is enough.
+
+    Without it the service does not start; a worker that is started again goes without.
+    """
+    from hstu_xd.serving.http.shadow import Shadow
+
+    try:
+        service.shadow = Shadow(service, run, allow_imports=work.allow_imports, log=work.log)
+    except HstuXdError as error:
+        _log.error("%s", error)
+        if not ready.is_set():
+            raise SystemExit(error.exit_code) from None
 
 
 def _end_with_parent() -> None:

@@ -81,6 +81,17 @@ def test_a_log_that_is_cut_in_time_trains_and_evaluates(workplace: Path) -> None
 
 
 @slow
+def test_requests_with_candidates_of_their_own_train_and_evaluate(
+    workplace: Path, baskets: Path
+) -> None:
+    hard = 'xd_search.kind = "hard"', "xd_search.k = 3"
+    done = launch(workplace, "gin/dlrm_xd.gin", f'dataset = "xd:{baskets / "goals"}"', *hard)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for metric in ("auc", r"gauc\[d1\]", r"ndcg@10\[deal=true\]"):
+        assert re.search(rf"^xd/valid/{metric}: \d", done.stdout, re.MULTILINE)
+
+
+@slow
 def test_two_processes_train_together(workplace: Path) -> None:
     done = launch(workplace, "gin/dlrm_xd.gin", mode="train", WORLD_SIZE="2")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -19,6 +19,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.bridge import free_port
 from hstu_xd.plugins.dlrm_v3 import incremental
+from hstu_xd.plugins.dlrm_v3 import session as session_module
 from hstu_xd.plugins.dlrm_v3.domain_states import DomainStateStack, UncachedStack
 from hstu_xd.plugins.dlrm_v3.launch import parsed_gin
 from hstu_xd.plugins.dlrm_v3.model import CrossDomainDlrmHSTU
@@ -47,6 +48,14 @@ VARIANTS = {
         "xd_encoder.states_per_domain = 2",
         "xd_dlrm.user_token = True",
     ),
+    "order": ("xd_dlrm.positions = 'order'", "xd_encoder.domain_mask = True"),
+    "order+all": (
+        "xd_dlrm.positions = 'order'",
+        "xd_encoder.domain_mask = True",
+        "xd_encoder.tape = True",
+        "xd_encoder.ddsr = True",
+        "xd_dlrm.user_token = True",
+    ),
     "feature": ("xd_dlrm.domain_as_feature = True", "xd_encoder.domain_mask = True"),
 }
 
@@ -55,6 +64,16 @@ VARIANTS = {
 def bound(store: Path, bindings: Sequence[str]) -> Iterator[DlrmSettings]:
     with parsed_gin(GIN, (f'dataset = "xd:{store}"', *SIZES, *bindings), told=GIN):
         yield DlrmSettings()
+
+
+def shown(events: Sequence[tuple[int, int]], settings: DlrmSettings) -> list[tuple[int, int]]:
+    """The events of the window, which slides by one or by three."""
+    window: list[tuple[int, int]] = []
+    for event in events:
+        window.append(event)
+        if len(window) > 12:
+            del window[: 1 if settings.positions == "recency" else 3]
+    return window
 
 
 class Whole:
@@ -75,7 +94,7 @@ class Whole:
     def scores(
         self, number: int, events: Sequence[tuple[int, int]], candidates: list[int], time: int
     ) -> Tensor:
-        events = events[-self.settings.max_history :]
+        events = shown(events, self.settings)
         items, times = (
             torch.tensor([event[column] for event in events], dtype=torch.int64)
             for column in (0, 1)
@@ -92,6 +111,7 @@ class Whole:
             candidate_domains=domains[asked],
             request_times=torch.full_like(asked, time),
             labels=torch.zeros_like(asked),
+            actions=torch.ones_like(items),
         )
         sample = request_features(batch, self.settings)
         return self.model(sample.uih_features_kjt, sample.candidates_features_kjt)[3][0].double()
@@ -215,6 +235,37 @@ def test_only_the_domain_that_is_asked_for_is_computed(
         assert computed == [sizes[0] + 4, 4, sizes[1] + 4, 8, changed[0] + 4, changed[1] + 4]
 
 
+def test_in_order_of_events_an_append_costs_its_own_rows(
+    tiny_store: Path, computed: list[int]
+) -> None:
+    for variant, expected in (("order", [0, 0, 1, 0]), ("order+all", [2, 0, 2, 0])):
+        with session_and_whole(tiny_store, variant) as (session, _, store):
+            number = a_short_user(store)
+            user, catalog = store.user_token(number), store.catalog
+            last = int(store.history(number)[1][-1])
+            first, second = (catalog.items_of(domain)[:4].unsqueeze(0) for domain in (0, 1))
+            both = torch.cat([first, second], dim=1)
+            session.score([user], both)
+            del computed[:]
+            session.append([user], [int(catalog.items_of(2)[0])], [last + 10**7])
+            # With states the event itself, and the one before it, which knows the next one's time.
+            session.score([user], first)
+            session.score([user], both, [last + 2 * 10**7])
+            session.append([user], [int(catalog.items_of(0)[0])], [last + 3 * 10**7])
+            session.score([user], first)
+            session.score([user], second)
+            assert [rows - asked for rows, asked in zip(computed, (4, 8, 4, 4))] == expected
+
+
+def a_short_user(store: InteractionStore) -> int:
+    """One whose window has room, of three domains."""
+    for number in range(store.num_users):
+        items = torch.from_numpy(store.history(number)[0]).long()
+        if len(items) < 9 and len(store.catalog.item_domains[items].unique()) == 3:
+            return number
+    raise AssertionError
+
+
 def test_rows_that_read_states_are_computed_once_for_an_event(
     tiny_store: Path, computed: list[int]
 ) -> None:
@@ -247,6 +298,32 @@ def the_same_item_again_and_again(store_path: Path) -> None:
             torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
             if count == 12:
                 session.append([user], [5], [new[12][1]])
+
+
+@pytest.mark.parametrize("variant", ["stock", "mask", "order", "all", "order+all"])
+def test_users_of_one_call_are_answered_as_each_alone(
+    tiny_store: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_USERS_AT_ONCE", 4)
+    with session_and_whole(tiny_store, variant) as (session, whole, store):
+        numbers = [0, 7, 1, 7, 2, 3]  # one of them twice, and a second batch
+        users = [store.user_token(number) for number in numbers]
+        events = {number: logged(store, number) for number in numbers}
+        times = [events[number][-1][1] + 100 * row for row, number in enumerate(numbers)]
+        draw = torch.Generator().manual_seed(1)
+        for step in range(3):
+            asked = torch.randint(1, store.num_items + 1, (6, 11), generator=draw)
+            found = session.score(users, asked, times)
+            for row, number in enumerate(numbers):
+                expected = whole.scores(number, events[number], asked[row].tolist(), times[row])
+                torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-5)
+            new = 5 + step, events[7][-1][1] + 50
+            session.append([users[1]], [new[0]], [new[1]])
+            events[7].append(new)
+        assert len(session) == 5
+        assert session.num_bytes == sum(each.num_bytes for each in session._memories.values())
+        assert session.score([], torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3)
+        assert session.score(users[:1], torch.zeros(1, 0, dtype=torch.int64)).shape == (1, 0)
 
 
 def everything_holds(patch: pytest.MonkeyPatch) -> None:
