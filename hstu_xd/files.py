@@ -45,7 +45,7 @@ def example_files() -> dict[Path, bytes]:
     """Return what a newcomer starts from: examples, the recipes they name, and constraints.txt."""
     examples, recipes = _folder("examples"), gin_folder() / "standalone"
     named = {
-        **{Path("examples") / file.relative_to(examples): file for file in examples.rglob("*.*")},
+        **{Path("examples") / file.relative_to(examples): file for file in examples.rglob("*")},
         **{Path("gin/standalone") / file.name: file for file in recipes.glob("*.gin")},
         Path("constraints.txt"): _folder("constraints.txt"),
     }

@@ -139,6 +139,7 @@ def test_examples_go_into_any_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
         "constraints.txt",
         "examples/own_parts/mine.gin",
         "examples/daily_retraining.py",
+        "examples/serving/Dockerfile",
         "gin/standalone/xd.gin",
     ):
         assert (folder / name).read_bytes() == (ROOT / name).read_bytes()

@@ -26,8 +26,9 @@ from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Event
 from hstu_xd.serving.http import batching
 from hstu_xd.serving.http.arrivals import Append
-from hstu_xd.serving.http.batch_handler import BatchHandler, Recommend, cost_of
 from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
+from hstu_xd.serving.http.jobs import Recommend, cost_of
+from hstu_xd.serving.http.retrieval_engine import RetrievalSession
 from hstu_xd.serving.http.settings import QueueSettings
 
 USERS = [f"u{number}" for number in range(6)]
@@ -95,14 +96,14 @@ def test_events_of_one_batch_keep_their_order_and_a_bad_one_fails_alone(
 def test_a_read_that_fails_by_itself_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = BatchHandler._result
+    answer = RetrievalSession._result
 
-    def broken(handler: BatchHandler, job: Any, *found: Any) -> Any:
-        if job.user == "u3":
+    def broken(session: RetrievalSession, asked: Any, *found: Any) -> Any:
+        if asked.job.user == "u3":
             raise RuntimeError("out of luck")
-        return answer(handler, job, *found)
+        return answer(session, asked, *found)
 
-    monkeypatch.setattr(BatchHandler, "_result", broken)
+    monkeypatch.setattr(RetrievalSession, "_result", broken)
     with serving(tmp_path) as client:
         fill(client)
         answers = client.ask_all(requests())

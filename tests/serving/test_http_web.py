@@ -96,8 +96,8 @@ def test_a_line_a_request_is_logged_without_names(
     lines = [record.getMessage() for record in caplog.records if "/v1/" in record.getMessage()]
     lines = [line for line in lines if not line.startswith("HTTP")]  # the client's own
     assert len(lines) == 2
-    assert re.fullmatch(r"\S+ GET /v1/users/\{user\}/history 200 [\d.]+ ms", lines[0])
-    assert re.fullmatch(r"\S+ POST /v1/recommend 400 [\d.]+ ms", lines[1])
+    assert re.fullmatch(r"\S+ GET /v1/users/\{user\}/history 200 [\d.]+ ms [0-9a-f]{32}", lines[0])
+    assert re.fullmatch(r"\S+ POST /v1/recommend 400 [\d.]+ ms [0-9a-f]{32}", lines[1])
 
 
 def test_the_page_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
