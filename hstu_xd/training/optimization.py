@@ -12,6 +12,7 @@ from hstu_xd.model.hstu import CrossDomainHSTU
 SCHEDULES = ("constant", "linear", "cosine")
 _BETAS = (0.9, 0.98)
 _AVERAGED = "averaged."
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def optimizer_of(model: CrossDomainHSTU, train: Any) -> torch.optim.AdamW:
@@ -63,16 +64,22 @@ def rate_at(train: Any, step: int, done: float) -> float:
 class WeightAverage:
     """An exponential moving average of a model's weights, which is evaluated and saved for it.
 
-    It begins with the weights after the first step.
+    It begins with the weights after the first step. After ``n`` steps it keeps at most
+    ``(1 + n) / (10 + n)`` of itself, so that a short training is not averaged with its beginning.
 
     Args:
         model: that is trained.
-        decay: what the average keeps of itself in a step, below 1.
+        decay: what the average keeps of itself in a step at most, below 1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._of = model
-        self._averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+        def take_in(averaged: Tensors, new: Tensors, steps: Tensor | int) -> None:
+            kept = min(decay, (1 + int(steps)) / (10 + int(steps)))
+            get_ema_multi_avg_fn(kept)(averaged, new, steps)
+
+        self._averaged = AveragedModel(model, multi_avg_fn=take_in)
 
     @property
     def model(self) -> Any:

@@ -76,7 +76,8 @@ class TrainSettings:
         embedding_decay_share: what the table of items takes of the weight decay; 0: none.
         num_warmup_steps: steps of linear warm-up.
         average_decay: above 0, an exponential moving average of the weights is evaluated and saved
-            in their place; it keeps this much of itself in a step, as 0.999.
+            in their place; it keeps this much of itself in a step, as 0.999, and in the beginning
+            less, (1 + n) / (10 + n) after n steps.
         num_epochs: passes over the training users at most.
         early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
         metrics: further functions of ranks of your own, ``(@my_metric,)``.

@@ -52,12 +52,13 @@ def test_an_average_follows_the_weights() -> None:
     average = WeightAverage(model, 0.75)
     weight = next(model.parameters())
     expected = None
-    for _ in range(3):
+    for steps in range(40):
         with torch.no_grad():
             weight.add_(torch.ones_like(weight))
         average.update()
         now = weight.detach().clone()
-        expected = now if expected is None else 0.75 * expected + 0.25 * now
+        kept = 0.75 if steps > 26 else (1 + steps) / (10 + steps)
+        expected = now if expected is None else kept * expected + (1 - kept) * now
     torch.testing.assert_close(next(average.model.parameters()).detach(), expected)
 
 
