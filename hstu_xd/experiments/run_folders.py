@@ -29,6 +29,7 @@ SETTINGS = (
     "loss",
     "search",
     "interest",
+    "short",
     "rank",
 )
 SEEDS = ("train.random_seed", "train.seed", "rank.random_seed")

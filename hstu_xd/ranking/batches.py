@@ -16,7 +16,7 @@ from hstu_xd.ranking.settings import RankingSettings
 
 
 class Histories(NamedTuple):
-    """All events before each of R requests, oldest first, end to end.
+    """Events before each of R requests, oldest first, end to end.
 
     Attributes:
         items: (L,) int64 item ids.
@@ -40,7 +40,8 @@ class RequestBatch:
         counts: (R, C, W) float32; W is 0 where counts are not asked for.
         events: (N, K) int64 item ids; 0 pads.
         buckets: (N, K) int64 of :func:`hstu_xd.interest.positions.gap_buckets`.
-        histories: for soft search; None where there is none.
+        histories: all events, for soft search; None where there is none.
+        latest: the latest events, for the domain branch; None where there is none.
     """
 
     candidates: Tensor
@@ -50,6 +51,7 @@ class RequestBatch:
     events: Tensor
     buckets: Tensor
     histories: Histories | None
+    latest: Histories | None
 
     @property
     def mask(self) -> Tensor:
@@ -113,12 +115,13 @@ class RequestData:
             events=torch.from_numpy(events),
             buckets=gap_buckets(torch.from_numpy(gaps)),
             histories=self._histories(chosen) if self._settings.search.soft != "none" else None,
+            latest=self._histories(chosen, most) if (most := self._settings.latest) else None,
         )
 
-    def _histories(self, chosen: NDArray[np.int64]) -> Histories:
-        """Read all events before some requests."""
+    def _histories(self, chosen: NDArray[np.int64], most: int | None = None) -> Histories:
+        """Read the events before some requests, all of them or the latest."""
         at = self.requests.times[chosen]
-        events, offsets = self._index.before(self.requests.users[chosen], at)
+        events, offsets = self._index.before(self.requests.users[chosen], at, most)
         items, times = self._index.read(events)
         gaps = np.repeat(at, np.diff(offsets)) - times
         return Histories(*map(torch.from_numpy, (items, gaps, offsets)))
@@ -182,11 +185,13 @@ def joined(parts: Sequence[RequestBatch]) -> RequestBatch:
         counts=of_candidates("counts"),
         events=of_groups("events"),
         buckets=of_groups("buckets"),
-        histories=_end_to_end([part.histories for part in parts if part.histories is not None]),
+        histories=_end_to_end([part.histories for part in parts]),
+        latest=_end_to_end([part.latest for part in parts]),
     )
 
 
-def _end_to_end(parts: Sequence[Histories]) -> Histories | None:
+def _end_to_end(given: Sequence[Histories | None]) -> Histories | None:
+    parts = [part for part in given if part is not None]
     if not parts:
         return None
     lengths = torch.cat([part.offsets.diff() for part in parts])

@@ -33,16 +33,22 @@ class Levels:
     Attributes:
         names: the item, the taxonomy's levels, and the domain where there is more than one.
         paths: (I + 1, H + 1) int64 node of every item id on each level; -1 where it has none.
+        domains: (I + 1,) int64 domain of every item id; -1 of id 0, which is no item.
+        num_domains: of the store.
     """
 
     names: tuple[str, ...]
     paths: NDArray[np.int64]
+    domains: NDArray[np.int64]
+    num_domains: int
 
     @classmethod
     def of(cls, store: InteractionStore) -> "Levels":
         """Return those of a store's items."""
-        item_domains = store.catalog.item_domains.numpy(force=True)
-        return cls(*level_paths(store.taxonomy, item_domains, store.num_domains))
+        domains = store.catalog.item_domains.numpy(force=True).astype(np.int64)
+        domains[:1] = -1
+        paths = level_paths(store.taxonomy, domains, store.num_domains)
+        return cls(*paths, domains, store.num_domains)
 
     @property
     def counts_width(self) -> int:
@@ -206,33 +212,36 @@ class HistoryIndex:
         return found[0], found[1]
 
     def before(
-        self, users: NDArray[np.int64], times: NDArray[np.int64]
+        self, users: NDArray[np.int64], times: NDArray[np.int64], most: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Find all events of users strictly before times.
+        """Find all events of users strictly before times, or the latest of them.
 
         Args:
             users: (R,) int64.
             times: (R,) int64.
+            most: events of a history; None: all.
 
         Returns:
             The events, oldest first in each history, end to end: (L,) int64; the offsets of the
             histories in them: (R + 1,) int64.
         """
         if self._later_of:
-            return self._before_with_later(users, times)
-        first = self._offsets[users]
+            return self._before_with_later(users, times, most)
         lengths = self.lengths(Questions(users, np.zeros_like(users), times))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths), offsets
+        ends = self._offsets[users] + lengths
+        kept = lengths if most is None else np.minimum(lengths, most)
+        offsets = np.concatenate([[0], np.cumsum(kept)])
+        return np.arange(offsets[-1]) + np.repeat(ends - kept - offsets[:-1], kept), offsets
 
     def _before_with_later(
-        self, users: NDArray[np.int64], times: NDArray[np.int64]
+        self, users: NDArray[np.int64], times: NDArray[np.int64], most: int | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         known = len(self._offsets) - 1
         longest = 1
         for user in users.tolist():
             own = int(np.diff(self._offsets[user : user + 2])[0]) if user < known else 0
             longest = max(longest, own + self._later_of[user])
+        longest = longest if most is None else min(longest, most)
         found = self.recent(Questions(users, np.zeros_like(users), times), longest)[:, ::-1]
         there = found >= 0
         return found[there], np.concatenate([[0], np.cumsum(there.sum(1))])

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
+from hstu_xd.interest.positions import Positions
 from hstu_xd.ranking.batches import RequestBatch
+from hstu_xd.ranking.domain_branch import DomainBranch
+from hstu_xd.ranking.histories import Levels
 from hstu_xd.ranking.settings import RankingSettings
 from hstu_xd.search.soft import Requests, SoftSearch
 
@@ -183,30 +186,29 @@ def cross_entropy(logits: Tensor, batch: RequestBatch) -> Tensor:
 class Ranker(RankingModel):
     """Gives each candidate of a request the chance that it is taken, for the request's goal.
 
+    Layers read views of a candidate side by side: what ``xd_interest`` makes of the events that
+    were found, and, where they are asked for, that of soft search and that of the domain branch,
+    ``[h, h * c]`` with h the latest events as they are encoded for the candidate's domain.
+
     Args:
-        paths: (I + 1, H + 1) nodes of every item id.
-        levels: names of the H + 1 levels.
-        known: (I + 1,) items that have a vector of their own.
+        levels: of the store's items.
+        known: (I + 1,) bool, items that have a vector of their own.
         goals: number of goals.
-        counts: numbers a candidate has beside the vectors.
         settings: all of the run.
     """
 
+    domains: Tensor
+
     def __init__(
-        self,
-        paths: NDArray[np.int64],
-        levels: Sequence[str],
-        known: NDArray[np.bool_],
-        goals: int,
-        counts: int,
-        settings: RankingSettings,
+        self, levels: Levels, known: NDArray[np.bool_], goals: int, settings: RankingSettings
     ) -> None:
         super().__init__()
         rank, std = settings.rank, settings.rank.init_std
         self.items = ItemVectors(
-            paths, known, item_width=rank.item_width, level_width=rank.level_width, std=std
+            levels.paths, known, item_width=rank.item_width, level_width=rank.level_width, std=std
         )
-        fields = dict(zip(levels, self.items.widths, strict=True))
+        self.register_buffer("domains", torch.from_numpy(levels.domains), persistent=False)
+        fields = dict(zip(levels.names, self.items.widths, strict=True))
         self.goals = nn.Embedding(goals, rank.goal_width)
         self.interest = interest_of(
             settings.interest, fields, places=settings.search.k, goals=goals, std=std
@@ -216,25 +218,48 @@ class Ranker(RankingModel):
         if settings.search.soft != "none":
             self.soft = SoftView(self.items.rows, goals, settings)
             read += self.soft.out_features
+        self.branch = None
+        if settings.short.events:
+            encoder = settings.encoder_settings(levels.num_domains)
+            self.branch = DomainBranch(self.items.width, encoder)
+            read += 2 * self.items.width
+        counts = levels.counts_width if settings.interest.counts else 0
         self.head = layers_of([read + rank.goal_width + counts, *rank.hidden, goals])
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Return the logits of the requests' candidates for their goals: (R, C)."""
         candidates = self.items(batch.candidates)
-        read = candidates
-        if self.interest is not None:
-            per_group = candidates
-            goals = batch.goals
-            if len(batch.events) != len(candidates):  # every candidate has events of its own
-                per_group = candidates.flatten(0, 1).unsqueeze(1)
-                goals = goals.repeat_interleave(candidates.shape[1])
-            read = self.interest(
-                per_group, self.items(batch.events), batch.events > 0, batch.buckets, goals
-            ).view(*candidates.shape[:2], -1)
+        views = [self._interest_in(candidates, batch)]
+        if self.soft is not None:
+            views.append(self.soft(batch))
+        if self.branch is not None:
+            read = self._encoded(batch)
+            views += [read, read * candidates]
         of_goal = self.goals(batch.goals)[:, None].expand(-1, candidates.shape[1], -1)
-        views = [read] if self.soft is None else [read, self.soft(batch)]
         logits = self.head(torch.cat([*views, of_goal, batch.counts], -1))
         return logits.gather(-1, batch.goals[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+
+    def _interest_in(self, candidates: Tensor, batch: RequestBatch) -> Tensor:
+        """Return what the found events say of each candidate, which is part of it."""
+        if self.interest is None:
+            return candidates
+        per_group, goals = candidates, batch.goals
+        if len(batch.events) != len(candidates):  # every candidate has events of its own
+            per_group = candidates.flatten(0, 1).unsqueeze(1)
+            goals = goals.repeat_interleave(candidates.shape[1])
+        found = self.interest(
+            per_group, self.items(batch.events), batch.events > 0, batch.buckets, goals
+        )
+        return found.view(*candidates.shape[:2], -1)
+
+    def _encoded(self, batch: RequestBatch) -> Tensor:
+        """Return the latest events as each candidate's domain reads them: (R, C, d)."""
+        assert self.branch is not None
+        assert batch.latest is not None
+        items = batch.latest.items
+        return self.branch(
+            self.items(items), self.domains[items], batch.latest, self.domains[batch.candidates]
+        )
 
     def loss(self, batch: RequestBatch) -> Tensor:
         """Sum the binary cross-entropy of all candidates, each for the goal of its request.
@@ -250,10 +275,14 @@ class Ranker(RankingModel):
         return loss
 
     def tables(self) -> list[nn.Parameter]:
-        """Return the parameters that are looked up rather than multiplied."""
+        """Return the parameters that are looked up rather than multiplied, the encoder's apart.
+
+        The encoder learns at one rate, as under ``hstu-xd train``.
+        """
         found = [*self.items.parameters(), *self.goals.parameters()]
-        if isinstance(self.interest, TIN | SideInformationTIN):
-            found += list(self.interest.positions.parameters())
+        if self.interest is not None:
+            for part in self.interest.modules():
+                found += list(part.parameters()) if isinstance(part, Positions) else []
         if self.soft is not None:
             found += self.soft.search.tables()
         return found

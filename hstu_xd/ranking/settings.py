@@ -1,4 +1,4 @@
-"""Settings of a ranking run: the search, the interest stage, and the ranker with its training."""
+"""Settings of a ranking run: what of a history is read, how, and the ranker with its training."""
 
 import logging
 from collections.abc import Sequence
@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hstu_xd.declaration import check, inert, labels, setting
+from hstu_xd.declaration import check, inert, labels, setting, settings_of
 from hstu_xd.errors import InputError
 from hstu_xd.interest.settings import KIND_NAMES, InterestSettings
+from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.search.soft import TABLES
 from hstu_xd.training import settings as training_settings
-from hstu_xd.training.gin_files import gin_lines, read_blocks, register
+from hstu_xd.training.gin_files import gin_lines, names_in_gin, read_blocks, register
 from hstu_xd.training.search_space import BLOCK as TUNE_BLOCK
 from hstu_xd.training.search_space import Dimension, TuneSettings, parse_space
 
@@ -74,6 +75,34 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
+class ShortSettings:
+    """What ``xd_short.*`` bindings set; the encoder's own are ``xd_encoder.*``, as in training.
+
+    Attributes:
+        events: latest events before a request that the encoder reads, which is asked for the domain
+            of each candidate: another view of it beside that of ``xd_interest``; 0: none.
+        width: of the encoder.
+    """
+
+    events: int = setting(
+        0,
+        at_least=0,
+        label="encoder of {events}",
+        also=("short branch", "domain branch", "window", "max_sequence_length"),
+    )
+    width: int = setting(
+        32,
+        at_least=1,
+        needs={"events": ...},
+        label="encoder width {width}",
+        also=("embedding_dim", "hidden_size", "d_model"),
+    )
+
+    def __post_init__(self) -> None:
+        check(self, "xd_short.{name} = {value!r}; it must be {needed}")
+
+
+@dataclass(frozen=True)
 class RankSettings:
     """What ``xd_rank.*`` bindings set.
 
@@ -120,6 +149,8 @@ BLOCKS: dict[str, type] = {
     "xd_search": SearchSettings,
     "xd_interest": InterestSettings,
     "xd_rank": RankSettings,
+    "xd_short": ShortSettings,
+    "xd_encoder": EncoderSettings,
 }
 # What a search tries unless told otherwise.
 SPACE = (
@@ -140,26 +171,63 @@ class RankingSettings:
         interest: how they are read.
         rank: the ranker and its training.
         tune: of a search over them, which a run does not store.
+        short: the domain branch.
+        encoder: its encoder, but for what :meth:`encoder_settings` decides.
     """
 
     search: SearchSettings = field(default_factory=SearchSettings)
     interest: InterestSettings = field(default_factory=InterestSettings)
     rank: RankSettings = field(default_factory=RankSettings)
     tune: TuneSettings = field(default_factory=lambda: TuneSettings(SPACE))
+    short: ShortSettings = field(default_factory=ShortSettings)
+    encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(1, 1))
 
     def __post_init__(self) -> None:
-        if self.interest.kind != "towers":
-            return
+        if self.short.events:
+            self._check_encoder()
+        if self.interest.kind == "towers":
+            self._check_towers()
+
+    def _check_encoder(self) -> None:
+        encoder = self.encoder_settings(num_domains=1)
+        if encoder.layer != "hstu":
+            raise InputError(
+                f"xd_encoder.layer = {encoder.layer!r} with xd_short.events = {self.short.events}: "
+                "a ranker encodes with HSTU's layers alone; leave xd_encoder.layer out"
+            )
+        if encoder.normalization != "silu":
+            raise InputError(
+                f"xd_encoder.normalization = {encoder.normalization!r} with xd_short.events = "
+                f"{self.short.events}: the encoder is asked for several domains of one history, "
+                "which needs 'silu'; leave xd_encoder.normalization out"
+            )
+
+    def _check_towers(self) -> None:
         for name, value, off in (
             ("xd_search.kind", self.search.kind, "recent"),
             ("xd_search.soft", self.search.soft, "none"),
             ("xd_interest.counts", self.interest.counts, False),
+            ("xd_short.events", self.short.events, 0),
         ):
             if value != off:
                 raise InputError(
                     f"{name} = {value!r} with xd_interest.kind = 'towers', which reads the history "
                     f"without the candidate; give {name} = {off!r}, or another kind"
                 )
+
+    def encoder_settings(self, num_domains: int) -> EncoderSettings:
+        """Complete the encoder's settings for a catalogue of ``num_domains`` domains."""
+        return replace(
+            self.encoder,
+            num_domains=num_domains,
+            norm_length=self.short.events,
+            embedding_dim=self.short.width,
+        )
+
+    @property
+    def latest(self) -> int:
+        """How many of the latest events are read beside those that a search finds."""
+        return self.short.events
 
     @property
     def search_space(self) -> list[Dimension]:
@@ -170,9 +238,9 @@ class RankingSettings:
     def flat(self) -> dict[str, Any]:
         """Every setting of a run by its full name, ``xd_rank.learning_rate``."""
         return {
-            f"{block}.{name}": value
+            f"{block}.{name}": getattr(each, name)
             for block, each in self.blocks.items()
-            for name, value in vars(each).items()
+            for name in names_in_gin(type(each))
         }
 
     @property
@@ -186,16 +254,19 @@ class RankingSettings:
         return "\n\n".join(["import hstu_xd.ranking.settings", *blocks]) + "\n"
 
     def facts(self) -> dict[str, Any]:
-        """Return what ``run.json`` records of them."""
-        return {block.removeprefix("xd_"): asdict(each) for block, each in self.blocks.items()}
+        """Return what ``run.json`` records of them, of an encoder where there is one."""
+        facts = {block.removeprefix("xd_"): asdict(each) for block, each in self.blocks.items()}
+        encoder = facts.pop("encoder")
+        if self.short.events:
+            facts["encoder"] = {name: encoder[name] for name in names_in_gin(EncoderSettings)}
+        return facts
 
     def unlike(self, other: "RankingSettings") -> list[str]:
         """List settings that are not another's, each as ``not xd_search.k = 5 but 2``."""
         return [
-            f"not {block}.{name} = {value!r} but {theirs!r}"
-            for block, own in self.blocks.items()
-            for name, value in vars(own).items()
-            if value != (theirs := getattr(other.blocks[block], name))
+            f"not {name} = {value!r} but {theirs!r}"
+            for name, value in self.flat.items()
+            if value != (theirs := other.flat[name])
         ]
 
 
@@ -203,6 +274,8 @@ def variant_name(settings: RankingSettings) -> str:
     """Name a run after its model: "TIN", "TIN + hard", "no events + counts", ..."""
     interest = settings.interest
     named = [*labels(settings.search), *labels(replace(interest, kind=InterestSettings.kind))]
+    if settings.short.events:
+        named += [*labels(settings.short), *labels(settings.encoder)]
     return " + ".join([KIND_NAMES[interest.kind], *named])
 
 
@@ -223,17 +296,38 @@ def load_ranking_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -
         InterestSettings(**bound["xd_interest"]),
         RankSettings(**bound["xd_rank"]),
         TuneSettings(**bound[TUNE_BLOCK]),
+        short := ShortSettings(**bound["xd_short"]),
+        EncoderSettings(
+            num_domains=1,
+            norm_length=max(1, short.events),
+            embedding_dim=short.width,
+            **bound["xd_encoder"],
+        ),
     )
     parse_space(settings.tune.space, BLOCKS)
-    for block, each in settings.blocks.items():
+    _warn_of_inert(settings)
+    return settings
+
+
+def _warn_of_inert(settings: RankingSettings) -> None:
+    """Say which settings do nothing."""
+    blocks = settings.blocks
+    if not settings.short.events:
+        encoder = blocks.pop("xd_encoder")
+        for name in names_in_gin(EncoderSettings):
+            if (value := getattr(encoder, name)) != settings_of(EncoderSettings)[name].default:
+                _logger.warning(
+                    "xd_encoder.%s = %r does nothing while xd_short.events is 0", name, value
+                )
+    for block, each in blocks.items():
         for name, needed in inert(type(each), vars(each)):
             _logger.warning(
                 "%s.%s = %r does nothing while %s.%s is %r",
                 *(block, name, getattr(each, name)),
                 *(block, needed, getattr(each, needed)),
             )
-    return settings
 
 
-# The settings classes as gin sees them; those of a search are the same for all kinds of runs.
-CONFIGURABLES = register(BLOCKS) | {TUNE_BLOCK: training_settings.CONFIGURABLES[TUNE_BLOCK]}
+# The settings classes as gin sees them; some are the same for all kinds of runs.
+_SHARED = {name: training_settings.CONFIGURABLES[name] for name in ("xd_encoder", TUNE_BLOCK)}
+CONFIGURABLES = _SHARED | register({k: v for k, v in BLOCKS.items() if k not in _SHARED})

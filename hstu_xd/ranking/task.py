@@ -128,8 +128,7 @@ def model_of(
     known = trained >= settings.rank.min_item_count
     if settings.interest.kind == "towers":
         return TowerRanker(levels, known, goals, settings)
-    counts = levels.counts_width if settings.interest.counts else 0
-    return Ranker(levels.paths, levels.names, known, goals, counts, settings)
+    return Ranker(levels, known, goals, settings)
 
 
 def training_events(store: InteractionStore, before: int) -> NDArray[np.int64]:

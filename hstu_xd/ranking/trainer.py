@@ -114,6 +114,8 @@ class RankTrainer(EpochTraining[RankingProgress]):
     def _step(self, chosen: NDArray[np.int64]) -> None:
         began, progress = time.perf_counter(), self.progress
         batch = self.task.data.batch(chosen)
+        # What is dropped follows from the step, as the order does from the epoch.
+        torch.manual_seed((self._rank.random_seed + progress.step) % 2**64)
         loss, candidates = self.model.loss(batch), int(batch.mask.sum())
         self._optimizer.zero_grad(set_to_none=True)
         (loss / candidates).backward()

@@ -35,6 +35,7 @@ def test_every_binding_and_key_is_listed(capsys: pytest.CaptureFixture[str]) -> 
         "xd_search",
         "xd_interest",
         "xd_rank",
+        "xd_short",
         "xd_upstream",
         "xd_dlrm",
         "rec",

@@ -36,6 +36,8 @@ NAMES = {
     "hard": "TIN + hard",
     "soft": "no events + soft",
     "both": "TIN + hard + soft",
+    "xd": "TIN + hard + encoder of 100 + mask + target view + TAPE + DDSR"
+    " + linear_dropout_rate=0.1",
 }
 QUICK = ("xd_rank.num_epochs = 2", "xd_rank.batch_requests = 32", "xd_search.k = 10")
 
@@ -52,7 +54,7 @@ def words(*bindings: str) -> list[str]:
     return [word for binding in bindings for word in ("--gin_bindings", binding)]
 
 
-@pytest.mark.parametrize("recipe", ["counts", "din", "tin", "hard", "soft", "both"])
+@pytest.mark.parametrize("recipe", ["counts", "din", "tin", "hard", "soft", "both", "xd"])
 def test_every_recipe_runs(recipe: str, cli: Cli, requests_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     file = f"gin/standalone/rank_{recipe}.gin"
@@ -212,4 +214,4 @@ def test_an_undefined_choice_is_named(
 def test_recipes_bind_what_is_there() -> None:
     for file in sorted(gin_folder().glob("standalone/rank_*.gin")):
         assert not math.isnan(load_ranking_settings([file]).rank.init_std)
-    assert set(BLOCKS) == {"xd_search", "xd_interest", "xd_rank"}
+    assert set(BLOCKS) == {"xd_search", "xd_interest", "xd_rank", "xd_short", "xd_encoder"}

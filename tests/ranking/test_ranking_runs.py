@@ -19,6 +19,8 @@ from hstu_xd.ranking import trainer
 
 Cli = Callable[..., Any]
 QUICK = ("xd_rank.num_epochs = 2", "xd_rank.batch_requests = 32", "xd_search.k = 10")
+# With something that is dropped, which a resumed run has to drop again.
+QUICK += ("xd_short.events = 6", "xd_short.width = 8", "xd_encoder.num_blocks = 1")
 QUICK_WORDS = [word for binding in QUICK for word in ("--gin_bindings", binding)]
 
 

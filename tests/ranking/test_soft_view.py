@@ -39,7 +39,7 @@ def made(
         torch.manual_seed(0)
         known = np.ones(len(index.levels.paths), np.bool_)
         return (
-            Ranker(index.levels.paths, index.levels.names, known, 2, 0, settings),
+            Ranker(index.levels, known, 2, settings),
             data.batch(CHOSEN),
             data,
         )
