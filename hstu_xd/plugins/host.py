@@ -36,6 +36,8 @@ from hstu_xd.plugins.rebinding import Patch, Rebinding
 _logger = logging.getLogger(__name__)
 
 OVERRIDE = "HSTU_XD_ALLOW_UNVERIFIED"
+# Among the hashes of an object's verified sources: some verified versions do without it.
+NOT_THERE = ""
 
 # The folders of the hosts, one line each. Reports list them in this order.
 REGISTERED = [
@@ -124,7 +126,7 @@ class Host:
         codebases: where the package comes from. Of several that fit a checkout the first counts,
             so that a fork stands before its origin.
         sources: file below the package's folder -> object -> hashes of its verified sources, as
-            :func:`source_hashes` gives them.
+            :func:`source_hashes` gives them; :data:`NOT_THERE` for a version without the object.
         rebindings: names a sequence of stages of rebindings, each of which is applied with those
             before it in force.
         cpu_rebindings: names a function that returns further ones, for a machine without a GPU.
@@ -246,9 +248,11 @@ def source_problems(host: Host, folder: Path) -> tuple[str, ...]:
             continue
         found = source_hashes(file.read_text(encoding="utf-8"))
         for key, known in objects.items():
+            if found.get(key, NOT_THERE) in known:
+                continue
             if key not in found:
                 problems.append(f"{name}: {key} is not there")
-            elif found[key] not in known:
+            else:
                 problems.append(f"{name}: the source of {key} is not a verified one")
     return tuple(problems)
 

@@ -1,9 +1,10 @@
 """The plug-in for HLLM and PerSRec (package ``REC``): its declaration as a host.
 
-``python -m hstu_xd.plugins.rec`` runs their run.py with ``model: HSTU_XD`` and ``HLLM_XD`` known.
+``python -m hstu_xd.plugins.rec`` runs their run.py with ``model: HSTU_XD`` and ``HLLM_XD`` known,
+and in PerSRec ``PersonalizedHSTU_XD`` and ``PersonalizedHLLM_XD``.
 """
 
-from hstu_xd.plugins.host import Codebase, Host
+from hstu_xd.plugins.host import NOT_THERE, Codebase, Host
 
 # PerSRec is a fork of HLLM and has all its files.
 PERSREC = Codebase(
@@ -27,6 +28,7 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
         "SequentialTransductionUnitJagged": ("ac1d8deb56cfef02", "ad14eb536e8c1162"),
         "HSTUJagged": ("633ba011880fd0be", "bf3346fe01d03c88"),
         "HSTU": ("2da448a906b58f23", "574fe20370131ac5"),
+        "PersonalizedHSTU": (NOT_THERE, "93cfe47c9c7a64a3"),
     },
     "model/basemodel.py": {
         "all_gather": ("c77cbceebb5a6e58",),
@@ -41,6 +43,7 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "model/HLLM/hllm.py": {
         "HLLM": ("de7bb9235002f224", "350898457ce13ca7"),
+        "PersonalizedHLLM": (NOT_THERE, "d0b05e87e1c7e9ff"),
     },
     "model/HLLM/modeling_llama.py": {
         "LlamaAttention": ("a9db6ef75d82e03a", "468545414fec5898"),

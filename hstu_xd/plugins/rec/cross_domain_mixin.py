@@ -1,4 +1,4 @@
-"""What HSTU_XD and HLLM_XD share: sizes, domains, signals of the next one, and requests."""
+"""What this package's models of REC share: sizes, domains, signals of the next one, requests."""
 
 import json
 import logging
@@ -39,15 +39,16 @@ class CrossDomainMixin:
     The settings and the domains are those of the run in progress.
     """
 
+    _xd_model: str  # its name, REC's key ``model``
     _xd_settings: RecSettings
     _xd_encoder_settings: EncoderSettings
     _xd_catalog: DomainCatalog | None
     _tape: nn.Module | None
     _target_domain_emb: nn.Embedding | None
 
-    def _xd_configure(self, model: str) -> None:
+    def _xd_configure(self) -> None:
         """Take the settings; nothing is added to the model yet."""
-        self._xd_settings = SESSION.settings or RecSettings(model)
+        self._xd_settings = SESSION.settings or RecSettings(self._xd_model)
         self._xd_is_plain = self._xd_settings.is_plain
         self._tape = None
         self._target_domain_emb = None

@@ -69,12 +69,15 @@ class HLLM_XD(HLLM, CrossDomainMixin):
         InputError: a setting out of range for the user LLM, or a mask on one that takes none.
     """
 
+    _xd_model = HLLM_MODEL
+
     def __init__(self, config: Any, *args: Any) -> None:
         super().__init__(config, *args)
-        self._xd_configure(HLLM_MODEL)
+        self._xd_configure()
         self._ddsr: nn.Module | None = None
         self._xd_batch: UnpaddedBatch
         self._xd_domains: Tensor
+        self._xd_target_domains: Tensor
         self._xd_negative_ids: Tensor
         if not self._xd_is_plain:
             self._xd_add_parts(llm_sizes(self.user_llm.config.to_dict(), config))
@@ -171,14 +174,15 @@ class HLLM_XD(HLLM, CrossDomainMixin):
         logits, labels = super().nce_loss(cur_embs, target_pos, target_neg, user_attention_mask)
         if self._xd_settings.scopes_negatives:
             shared = self._xd_domains_of(all_gather(self._xd_negative_ids).flatten())
-            other = self._xd_batch.events.target_domains.unsqueeze(1) != shared
+            asked = self._xd_target_domains[user_attention_mask.bool()]
+            other = asked.unsqueeze(1) != shared
             logits = logits.masked_fill(pad(other, (1, 0)), torch.finfo(logits.dtype).min)
         return logits, labels
 
     def _xd_take(self, valid: Tensor, domains: Tensor, times: Tensor) -> None:
         """Keep what the hooks of the next call read; see :meth:`_xd_unpadded`."""
         self._xd_batch = self._xd_unpadded(valid, domains, times)
-        self._xd_domains = domains[:, :-1]
+        self._xd_domains, self._xd_target_domains = domains[:, :-1], domains[:, 1:]
 
     def _xd_add_signal(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         signal = self._xd_signal(self._xd_batch)

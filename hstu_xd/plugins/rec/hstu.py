@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from hstu_xd.errors import InputError
 from hstu_xd.model.encoder import CrossDomainEncoder
-from hstu_xd.plugins.bridge import draw_within
+from hstu_xd.plugins.bridge import UnpaddedBatch, draw_within
 from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainMixin, hstu_sizes
 from hstu_xd.plugins.rec.loss import own_generator, sampled_softmax
 from hstu_xd.plugins.rec.settings import HSTU_MODEL
@@ -32,21 +32,24 @@ class HSTU_XD(HSTU, CrossDomainMixin):
         args: what REC's HSTU takes behind it, HLLM's ``dataload`` or PerSRec's numbers.
     """
 
+    _xd_model = HSTU_MODEL
+
     def __init__(self, config: Any, *args: Any) -> None:
         super().__init__(config, *args)
-        self._xd_configure(HSTU_MODEL)
+        self._xd_configure()
         if not self._xd_is_plain:
-            self._xd_add_parts(hstu_sizes(config))
-            self._xd_check_length(config["MAX_ITEM_LIST_LENGTH_TEST"])
+            self._xd_add_parts(hstu_sizes(config) | {"norm_length": self._max_sequence_length})
+            self._xd_check_length(config)
             self._xd_take_over_layers()
         self._xd_warm_start()
 
-    def _xd_check_length(self, evaluated: int | None) -> None:
-        if evaluated and evaluated != self._max_sequence_length:
+    def _xd_check_length(self, config: Any) -> None:
+        trained, evaluated = (config[f"MAX_ITEM_LIST_LENGTH{x}"] for x in ("", "_TEST"))
+        if evaluated and evaluated != trained:
             raise InputError(
-                f"MAX_ITEM_LIST_LENGTH_TEST: {evaluated}; HSTU_XD with a switch on divides "
-                f"attention by MAX_ITEM_LIST_LENGTH ({self._max_sequence_length}) throughout: give "
-                "both the same value, or leave the first out"
+                f"MAX_ITEM_LIST_LENGTH_TEST: {evaluated}; {self._xd_model} with a switch on "
+                f"divides attention by MAX_ITEM_LIST_LENGTH ({trained}) throughout: give both the "
+                "same value, or leave the first out"
             )
 
     def _xd_take_over_layers(self) -> None:
@@ -132,7 +135,11 @@ class HSTU_XD(HSTU, CrossDomainMixin):
         batch = self._xd_unpadded(valid, domains, times)
         x = self._xd_inputs(batch.gather(items), batch.present % items.shape[1])
         signal = self._xd_signal(batch)
-        return self._hstu(x if signal is None else x + signal, batch.events)
+        return self._xd_through_layers(x if signal is None else x + signal, batch)
+
+    def _xd_through_layers(self, x: Tensor, batch: UnpaddedBatch) -> Tensor:
+        """Encode the valid tokens: (L, K) float -> (L, K)."""
+        return self._hstu(x, batch.events)
 
     def _xd_inputs(self, items: Tensor, columns: Tensor | int) -> Tensor:
         """Add up item and position; REC counts positions from the left end of the padding."""

@@ -10,11 +10,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.plugins.host import activate, stand_in_for_absent
 from hstu_xd.plugins.rec import HOST
+
+if TYPE_CHECKING:
+    from hstu_xd.plugins.rec.settings import RecSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -138,6 +141,7 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     from hstu_xd.plugins.rec.rec_rebindings import MODEL_REBINDINGS, check_model
     from hstu_xd.plugins.rec.rec_session import SESSION
     from hstu_xd.plugins.rec.settings import RecSettings
+    from hstu_xd.plugins.rec.user_tokens import TokenPlaces
 
     with apply(MODEL_REBINDINGS):
         values = defaultdict(lambda: None, _read_by_rec(files))  # as REC's answers missing keys
@@ -147,19 +151,20 @@ def _check_configuration(files: list[str], extras: list[str]) -> None:
     settings = RecSettings.read(values)
     if settings.is_ours and settings.warm_start:
         CHECKPOINTS.check(Path(settings.warm_start))
+    if settings.is_personalized:
+        TokenPlaces.read(values, around_llm=settings.is_around_llm)
     if settings.is_ours and not settings.is_plain:
-        sizes = _sizes(settings.model, values)
+        sizes = _sizes(settings, values)
         if sizes is not None:
             settings.encoder_settings(sizes, num_domains=1)
     SESSION.configure(settings)
 
 
-def _sizes(model: str, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _sizes(settings: "RecSettings", values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Read the sizes of the encoder; None for a user LLM that only a hub knows."""
     from hstu_xd.plugins.rec.cross_domain_mixin import hstu_sizes, llm_sizes, local_llm_config
-    from hstu_xd.plugins.rec.settings import HSTU_MODEL
 
-    if model == HSTU_MODEL:
+    if not settings.is_around_llm:
         return hstu_sizes(values)
     if values["user_pretrain_dir"] is None:
         raise InputError("user_pretrain_dir: None; give the folder or the hub's name of an LLM")

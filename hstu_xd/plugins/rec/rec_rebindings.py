@@ -15,10 +15,11 @@ import torch
 from hstu_xd.errors import InputError
 from hstu_xd.plugins import bridge
 from hstu_xd.plugins.rebinding import Rebinding, apply
+from hstu_xd.plugins.rec import PERSREC
 from hstu_xd.plugins.rec.packed_attention import provide_packed_attention, warn_if_texts_mix
 from hstu_xd.plugins.rec.rec_metrics import domain_scoped, with_groups
 from hstu_xd.plugins.rec.rec_session import SESSION
-from hstu_xd.plugins.rec.settings import HLLM_MODEL, MODELS, RecSettings, as_theirs
+from hstu_xd.plugins.rec.settings import MODELS, RecSettings, as_theirs
 
 DATASETS = "REC.data.dataset"
 TRAINER = "REC.trainer.trainer"
@@ -36,7 +37,7 @@ def with_domains(bulid_dataloader: Callable[..., Any]) -> Callable[..., Any]:
         if SESSION.settings.item_domain_path:
             SESSION.open_log(data.id2token["item_id"], _Occurring(data))
             _check_top(config, data.item_num)
-        if SESSION.settings.model == HLLM_MODEL and SESSION.settings.scopes_negatives:
+        if SESSION.settings.is_around_llm and SESSION.settings.scopes_negatives:
             loaders[0].dataset.xd_catalog = SESSION.catalog
         return loaders
 
@@ -48,7 +49,7 @@ def _datasets() -> tuple[Rebinding, ...]:
 
     assert SESSION.settings is not None
     ours: dict[str, Any] = {"SeqEvalDataset": rec_datasets.TimedEvalDataset}
-    if SESSION.settings.model == HLLM_MODEL:
+    if SESSION.settings.is_around_llm:
         ours["TextSEQTrainDataset"] = rec_datasets.ScopedTextDataset
     elif SESSION.settings.reads_time:
         ours["SEQTrainDataset"] = rec_datasets.TimedTrainDataset
@@ -90,11 +91,11 @@ def with_hstu_xd(get_model: Callable[[str], Any]) -> Callable[[str], Any]:
     """Let REC's ``get_model`` know our models, and name the nearest of an unknown one."""
 
     def xd_get_model(model_name: str) -> Any:
+        check_model(model_name)
         if model_name in MODELS:
-            module = import_module(f"hstu_xd.plugins.rec.{MODELS[model_name].lower()}")
-            model = getattr(module, model_name)
+            name = MODELS[model_name].lower().replace("personalized", "personalized_")
+            model = getattr(import_module(f"hstu_xd.plugins.rec.{name}"), model_name)
         else:
-            check_model(model_name)
             model = get_model(model_name)
         provide_packed_attention()
         return model
@@ -106,18 +107,23 @@ def check_model(model_name: str) -> None:
     """Refuse a model that is neither REC's nor this package's.
 
     Raises:
-        InputError: the message names the nearest.
+        InputError: the message names the nearest, or the model that this codebase lacks.
     """
     known = known_models()
     if model_name in known:
         return
+    if model_name in MODELS:
+        raise InputError(
+            f"model: {model_name!r} extends {MODELS[model_name]}, which this codebase does not "
+            f"have; {PERSREC.repository} does"
+        )
     near = get_close_matches(model_name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"model: {model_name!r} is unknown; known: {', '.join(known)}{hint}")
 
 
 def known_models() -> list[str]:
-    """Return REC's model classes, which say what input they take, and this package's."""
+    """Return REC's model classes, which say what input they take, and ours that extend them."""
     import REC.utils
 
     folder = Path(REC.utils.__file__).parent.parent / "model"
@@ -126,7 +132,7 @@ def known_models() -> list[str]:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and _says_input_type(node):
                 names.append(node.name)
-    return [*MODELS, *sorted(names)]
+    return [*(ours for ours, theirs in MODELS.items() if theirs in names), *sorted(names)]
 
 
 def _says_input_type(node: ast.ClassDef) -> bool:

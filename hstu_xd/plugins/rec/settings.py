@@ -21,8 +21,24 @@ from hstu_xd.model.settings import PER_DOMAIN, EncoderSettings
 _logger = logging.getLogger(__name__)
 
 HSTU_MODEL, HLLM_MODEL = "HSTU_XD", "HLLM_XD"
-# This package's models -> REC's own that they extend.
-MODELS = {HSTU_MODEL: "HSTU", HLLM_MODEL: "HLLM"}
+PERSONALIZED_HSTU_MODEL, PERSONALIZED_HLLM_MODEL = "PersonalizedHSTU_XD", "PersonalizedHLLM_XD"
+# This package's models -> REC's own that they extend. The last two are in PerSRec alone.
+MODELS = {
+    HSTU_MODEL: "HSTU",
+    HLLM_MODEL: "HLLM",
+    PERSONALIZED_HSTU_MODEL: "PersonalizedHSTU",
+    PERSONALIZED_HLLM_MODEL: "PersonalizedHLLM",
+}
+# Settings that a history with user tokens in it leaves no room for, as this package's own history
+# tokens leave none: where it is cut is said by PerSRec's keys.
+_NOT_WITH_USER_TOKENS = (
+    "full_attention_layers",
+    "segment_by",
+    "segment_lookback",
+    "history_tokens",
+    "normalization",
+    "relative_bias",
+)
 PATH_KEY = "item_domain_path"
 PREFIX = "xd_"
 # Settings of the encoder that are keys here; its sizes are REC's own (n_layers, n_heads, ...) or
@@ -76,17 +92,29 @@ class RecSettings:
                 f"{PREFIX}{on} needs to know every item's domain; name a file with columns item "
                 f"and domain: --{PATH_KEY} FILE"
             )
-        if self.model == HLLM_MODEL:
-            self._refuse_hstu_only()
-
-    def _refuse_hstu_only(self) -> None:
         for key, each in keys().items():
             value = self._value(each.name)
-            if not each.around_llm and value != each.default:
+            if value != each.default and not self._has(each):
                 raise InputError(
-                    f"{key}: {value!r}; {HLLM_MODEL} has no such setting, leave it at "
+                    f"{key}: {value!r}; {self.model} has no such setting, leave it at "
                     f"{each.default!r}"
                 )
+        if self.model == PERSONALIZED_HSTU_MODEL and self._asks("target_view_heads"):
+            self._check_target_view()
+
+    def _has(self, each: Setting) -> bool:
+        """Tell whether the model, if it is one of this package's, knows a setting."""
+        if self.is_around_llm:
+            return each.around_llm
+        return self.model != PERSONALIZED_HSTU_MODEL or each.name not in _NOT_WITH_USER_TOKENS
+
+    def _check_target_view(self) -> None:
+        if not self._asks("domain_mask"):
+            raise InputError(
+                f"{PREFIX}target_view_heads: {self._value('target_view_heads')}; {self.model} "
+                f"needs {PREFIX}domain_mask: True with it, for without the mask its tokens stand "
+                "for no domain's events"
+            )
 
     def _value(self, name: str) -> Any:
         return self.encoder.get(name, _DEFAULTS[name]) if name in _ENCODER else getattr(self, name)
@@ -95,6 +123,16 @@ class RecSettings:
     def is_ours(self) -> bool:
         """Whether the model is one of this package's."""
         return self.model in MODELS
+
+    @property
+    def is_around_llm(self) -> bool:
+        """Whether the model is one of this package's around HLLM's user LLM."""
+        return self.model in (HLLM_MODEL, PERSONALIZED_HLLM_MODEL)
+
+    @property
+    def is_personalized(self) -> bool:
+        """Whether the model is one of this package's that PerSRec inserts user tokens into."""
+        return self.model in (PERSONALIZED_HSTU_MODEL, PERSONALIZED_HLLM_MODEL)
 
     @property
     def is_cross_domain(self) -> bool:

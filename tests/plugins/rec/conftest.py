@@ -45,6 +45,12 @@ item_prompt: "Compress "
 text_keys: ["title"]
 show_progress: False
 """
+# Where PerSRec lays user tokens into a history; HLLM's user LLM knows the first cut alone.
+CUTS = """\
+number_of_user_tokens: 3
+pretrain_item_num: 4
+insert_method: [[4, 1], [7, 2]]
+"""
 
 
 def code_folder(codebase: str) -> Path:
@@ -69,13 +75,14 @@ def _is_importable(name: str) -> bool:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """store/, data/synth.csv, small.yaml; two LLMs, texts of the items and small_hllm.yaml."""
+    """store/, data/synth.csv, small.yaml, cuts.yaml; LLMs, texts of the items, small_hllm.yaml."""
     path = tmp_path_factory.mktemp("rec")
     options = SynthOptions(users=80, domains=3, items_per_domain=60, mean_length=14)
     synthesize(path / "store", options)
     (path / "data").mkdir()
     write_interactions(path / "store", path / "data" / "synth.csv")
     (path / "small.yaml").write_text(SMALL, encoding="utf-8")
+    (path / "cuts.yaml").write_text(CUTS, encoding="utf-8")
     with (path / "data" / "synth.csv").open(encoding="utf-8") as file:
         items = list(dict.fromkeys(row["item_id"] for row in csv.DictReader(file)))
     write_llms(path, items)
@@ -141,6 +148,18 @@ def probed(request: pytest.FixtureRequest, work: Path) -> dict[str, Any]:
 def probed_hllm(request: pytest.FixtureRequest, work: Path) -> dict[str, Any]:
     """What probe_hllm.py found in a codebase."""
     return _probe("hllm", request.param, work)
+
+
+@pytest.fixture
+def probed_personalized_hstu(request: pytest.FixtureRequest, work: Path) -> dict[str, Any]:
+    """What probe_personalized_hstu.py found in a codebase."""
+    return _probe("personalized_hstu", request.param, work)
+
+
+@pytest.fixture
+def probed_personalized_hllm(request: pytest.FixtureRequest, work: Path) -> dict[str, Any]:
+    """What probe_personalized_hllm.py found in a codebase."""
+    return _probe("personalized_hllm", request.param, work)
 
 
 def _probe(model: str, codebase: str, work: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from probe_runs import (
     alone,
     compared,
     histories,
+    llm_scores,
+    packed,
     worst_gradient,
 )
 from REC.config import Config
@@ -21,7 +23,6 @@ from REC.utils import get_model
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import is_cross_domain
 from hstu_xd.model.views import Events
-from hstu_xd.plugins.rec.rec_metrics import with_request
 from hstu_xd.plugins.rec.rec_rebindings import with_hstu_xd
 from hstu_xd.plugins.rec.rec_session import SESSION
 from hstu_xd.plugins.rec.settings import RecSettings
@@ -50,17 +51,6 @@ def models(keys, **changes):
     return one, other
 
 
-def packed(items, kind):
-    """Texts of items, each of one to four words that the item alone has."""
-    texts = [[(item + 7 * word) % 200 for word in range(1 + item % 4)] for item in items.tolist()]
-    parts = {
-        "input_ids": [number for text in texts for number in [*text, 0]],
-        "cu_input_lens": [len(text) + 1 for text in texts],
-        "position_ids": [place for text in texts for place in range(len(text) + 1)],
-    }
-    return {f"{kind}_{name}": torch.tensor(part) for name, part in parts.items()}
-
-
 def batch(padding_seed=0):
     items, drawn, valid, times = histories(padding_seed)
     return {
@@ -73,24 +63,12 @@ def batch(padding_seed=0):
     }
 
 
-def predicted(model):
-    items, _, valid, times = histories()
-    torch.manual_seed(9)
-    features = torch.randn(len(TOKENS), 32)
-    if getattr(model, "_xd_is_plain", True):
-        request = torch.zeros(USERS, valid.shape[1], 6, dtype=torch.int64)
-    else:
-        request = with_request(times, torch.arange(USERS) % 3)
-    user = (torch.arange(USERS),) if IS_PERSREC else ()
-    return model.predict(items[:, :-1] * valid, request, features, *user)
-
-
 def differences(one, other):
     losses = [model(batch())["loss"] for model in (one, other)]
     for loss in losses:
         loss.backward()
     gradient = worst_gradient(one, other)
-    scores = float((predicted(one.eval()) - predicted(other.eval())).abs().max())
+    scores = float((llm_scores(one.eval()) - llm_scores(other.eval())).abs().max())
     return {"loss": abs(float(losses[0] - losses[1])), "gradient": gradient, "scores": scores}
 
 

@@ -69,6 +69,30 @@ def histories(padding_seed: int = 0) -> tuple[torch.Tensor, ...]:
     return items, drawn, real[:, :-1].long(), times
 
 
+def packed(items: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+    """Texts of items, each of one to four words that the item alone has."""
+    texts = [[(item + 7 * word) % 200 for word in range(1 + item % 4)] for item in items.tolist()]
+    parts = {
+        "input_ids": [number for text in texts for number in [*text, 0]],
+        "cu_input_lens": [len(text) + 1 for text in texts],
+        "position_ids": [place for text in texts for place in range(len(text) + 1)],
+    }
+    return {f"{kind}_{name}": torch.tensor(part) for name, part in parts.items()}
+
+
+def llm_scores(model: Any) -> torch.Tensor:
+    """What a model around an LLM predicts for the histories, with random item vectors."""
+    items, _, valid, times = histories()
+    torch.manual_seed(9)
+    features = torch.randn(len(TOKENS), 32)
+    if getattr(model, "_xd_is_plain", True):
+        request = torch.zeros(USERS, valid.shape[1], 6, dtype=torch.int64)
+    else:
+        request = with_request(times, torch.arange(USERS) % 3)
+    user = (torch.arange(USERS),) if IS_PERSREC else ()
+    return model.predict(items[:, :-1] * valid, request, features, *user)
+
+
 def worst_gradient(one: torch.nn.Module, other: torch.nn.Module) -> float:
     """Of the parameters of ``one``, which ``other`` has too."""
     theirs, ours = (dict(model.named_parameters()) for model in (one, other))

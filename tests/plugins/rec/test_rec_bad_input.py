@@ -45,7 +45,9 @@ def test_wrong_folder(launch: Any, tmp_path: Path) -> None:
 
 def test_unknown_model(launch: Any, code: Path) -> None:
     line = refused(launch(code, *FILES, "--model", "HSTUXD"), code)
-    assert "model: 'HSTUXD' is unknown; known: HSTU_XD, HLLM_XD, HLLM, HSTU; " in line
+    ours = "HSTU_XD, HLLM_XD, PersonalizedHSTU_XD, PersonalizedHLLM_XD"
+    theirs = "HLLM, HSTU, PersonalizedHLLM, PersonalizedHSTU"
+    assert f"model: 'HSTUXD' is unknown; known: {ours}, {theirs}; " in line
     assert line.endswith("did you mean HSTU_XD?")
 
 
@@ -88,6 +90,32 @@ def test_faulty_hllm(launch: Any, code: Path, work: Path, keys: dict[str, str], 
     ]
     files = ("--config_file", "overall/LLM_ddp.yaml", "HLLM/HLLM.yaml", "xd_hllm.yaml")
     assert said in refused(launch(code, *files, *pairs), code)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ([], "number_of_user_tokens: None; PerSRec's personalised models need a whole number"),
+        (["--number_of_user_tokens", 4, "--pretrain_item_num", 5, "--insert_method", 0],
+         "insert_method: 0; leave it out"),
+    ],
+)  # fmt: skip
+def test_faulty_user_tokens(
+    launch: Any, code: Path, work: Path, keys: list[Any], said: str
+) -> None:
+    pairs = ["--model", "PersonalizedHSTU_XD", "--item_domain_path", work / "store", *keys]
+    assert said in refused(launch(code, *FILES, *pairs), code)
+
+
+def test_a_codebase_without_the_personalised_models(launch: Any, code: Path, work: Path) -> None:
+    file = code / "REC" / "model" / "IDNet" / "hstu.py"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.partition("\n\nclass Personalized")[0] + "\n", encoding="utf-8")
+    done = launch(code, *FILES, "--model", "PersonalizedHSTU_XD")
+    assert (
+        "model: 'PersonalizedHSTU_XD' extends PersonalizedHSTU, which this codebase does not have; "
+        "facebookresearch/PerSRec does"
+    ) in refused(done, code)
 
 
 @pytest.mark.parametrize(

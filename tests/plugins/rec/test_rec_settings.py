@@ -48,6 +48,23 @@ def test_any_request_is_not(keys: dict[str, Any]) -> None:
     assert not read(**keys).is_plain
 
 
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [
+        ("PersonalizedHSTU_XD", {"xd_target_view_heads": 2, "xd_state_from": "output"}),
+        ("PersonalizedHLLM_XD", {"xd_full_attention_layers": [0]}),
+    ],
+)
+def test_personalised_models_have_the_switches_of_those_they_extend(
+    model: str, keys: dict[str, Any]
+) -> None:
+    switches = {"xd_domain_mask": True, "xd_tape": True, "xd_ddsr": True}
+    settings = read(model=model, **switches, **keys)
+    assert settings.is_ours
+    assert settings.is_personalized
+    assert settings.is_around_llm == ("HLLM" in model)
+
+
 def test_negatives_follow_the_switches() -> None:
     assert not read(xd_relative_bias=True).scopes_negatives
     assert read(xd_ddsr=True).scopes_negatives
@@ -105,6 +122,22 @@ def test_sizes_are_theirs() -> None:
         ),
         ({"model": "HLLM_XD", "xd_relative_bias": True}, "HLLM_XD has no such setting"),
         ({"model": "HLLM_XD", "xd_normalization": "softmax"}, "HLLM_XD has no such setting"),
+        (
+            {"model": "PersonalizedHLLM_XD", "xd_target_view_heads": 2},
+            "xd_target_view_heads: 2; PersonalizedHLLM_XD has no such setting, leave it at 0",
+        ),
+        (
+            {"model": "PersonalizedHSTU_XD", "xd_segment_by": "count"},
+            "xd_segment_by: 'count'; PersonalizedHSTU_XD has no such setting, leave it at 'none'",
+        ),
+        (
+            {"model": "PersonalizedHSTU_XD", "xd_relative_bias": True},
+            "xd_relative_bias: True; PersonalizedHSTU_XD has no such setting",
+        ),
+        (
+            {"model": "PersonalizedHSTU_XD", "xd_target_view_heads": 2},
+            "xd_target_view_heads: 2; PersonalizedHSTU_XD needs xd_domain_mask: True with it",
+        ),
     ],
 )
 def test_faults_are_named(keys: dict[str, Any], said: str) -> None:

@@ -38,7 +38,7 @@ def load_data(config):
 def bulid_dataloader(config, dataload):
     table = {"HSTU": ("SEQTrainDataset", None), "HLLM": ("TextSEQTrainDataset", "rmpad")}
     module = importlib.import_module("REC.data.dataset")
-    train_name, packing = table[config["model"]]
+    train_name, packing = table[config["model"].removeprefix("Personalized")]
     train, evaluated = getattr(module, train_name), module.SeqEvalDataset
     dataload.build()
     samples = train(config, dataload)

@@ -65,3 +65,51 @@ class HLLM(nn.Module):
         hidden = self.user_llm(inputs_embeds=item_feature[item_seq], attention_mask=present)
         last = hidden.hidden_states[-1][:, -1]
         return normalize(last, dim=-1) @ normalize(item_feature, dim=-1).t()
+
+
+class PersonalizedHLLM(HLLM):
+    input_type = "SEQ"
+
+    def __init__(self, config, dataload):
+        super().__init__(config, dataload)
+        self.number_of_user_tokens = config["number_of_user_tokens"]
+        self.pretrain_item_num = config["pretrain_item_num"]
+        self.drop_out = config["item_dropout"] or 0.0
+        for layer in self.user_llm.model.layers:
+            layer.self_attn.use_ft_flash_attn = False
+        width = self.item_llm.config.hidden_size
+        self.user_embedding = nn.Parameter(torch.randn(1, self.number_of_user_tokens, width))
+
+    def _cut(self, x, tokens):
+        """Lay tokens behind the old events."""
+        return torch.cat(
+            [x[:, : self.pretrain_item_num], tokens, x[:, self.pretrain_item_num :]], 1
+        )
+
+    def _hidden(self, vectors, present):
+        """What the user LLM makes of vectors with tokens among them."""
+        old, behind = self.pretrain_item_num, self.pretrain_item_num + self.number_of_user_tokens
+        seen = (present != 0).unsqueeze(1).expand(-1, present.shape[1], -1).tril()
+        seen[:, behind:, :old] = False
+        mask = torch.where(seen, 0.0, torch.finfo(vectors.dtype).min).unsqueeze(1)
+        return self.user_llm(inputs_embeds=vectors, attention_mask=mask).hidden_states[-1]
+
+    def forward(self, interaction, mode="train"):
+        if mode != "train":
+            return super().forward(interaction, mode)
+        present = interaction["attention_mask"]
+        users, tokens = len(present), self.number_of_user_tokens
+        items = self.forward_item_emb(interaction, "pos").unflatten(0, (users, -1))
+        drawn = self.forward_item_emb(interaction, "neg").unflatten(0, (users, -1))
+        items = self._cut(items, self.user_embedding.expand(users, -1, -1))
+        drawn = self._cut(drawn, drawn[:, :tokens])
+        hidden = self._hidden(items[:, :-1], self._cut(present, present.new_ones(users, tokens)))
+        counted = self._cut(present, present.new_zeros(users, tokens))
+        return {"loss": cross_entropy(*self.nce_loss(hidden, items[:, 1:], drawn, counted))}
+
+    @torch.no_grad()
+    def predict(self, item_seq, time_seq, item_feature):
+        users, tokens = len(item_seq), self.number_of_user_tokens
+        vectors = self._cut(item_feature[item_seq], self.user_embedding.expand(users, -1, -1))
+        last = self._hidden(vectors, self._cut(item_seq, item_seq.new_ones(users, tokens)))[:, -1]
+        return normalize(last, dim=-1) @ normalize(item_feature, dim=-1).t()

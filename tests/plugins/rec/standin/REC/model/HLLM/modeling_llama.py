@@ -62,7 +62,7 @@ class LlamaModel(nn.Module):
         length = inputs_embeds.shape[1]
         if position_ids is None:
             position_ids = torch.arange(length).unsqueeze(0)
-        if cu_input_lens is None:
+        if cu_input_lens is None and attention_mask.ndim == 2:
             seen = attention_mask.bool().unsqueeze(1).expand(-1, length, -1).tril()
             lowest = torch.finfo(inputs_embeds.dtype).min
             attention_mask = torch.where(seen, 0.0, lowest).unsqueeze(1)

@@ -1,3 +1,5 @@
+import copy
+
 import fbgemm_gpu  # noqa: F401
 import torch
 from REC.model.basemodel import all_gather
@@ -104,3 +106,37 @@ class HSTU(nn.Module):
     @torch.no_grad()
     def compute_item_all(self):
         return self._unit(torch.arange(self.item_num))
+
+
+class PersonalizedHSTU(HSTU):
+    input_type = "SEQ"
+
+    def __init__(self, config, dataload):
+        tokens = self.number_of_user_tokens = config["number_of_user_tokens"]
+        self.insert_method = config["insert_method"] or [(config["pretrain_item_num"], tokens)]
+        longer = copy.deepcopy(config)
+        longer["MAX_ITEM_LIST_LENGTH"] += tokens
+        super().__init__(longer, dataload)
+        self.user_embedding = nn.Parameter(torch.randn(1, tokens, self._hstu_embedding_dim))
+
+    def _places(self, length):
+        """Of every column the event in it, or -1; and how many cuts are before it."""
+        events, cuts, begin = [], [], 0
+        for number, (end, tokens) in enumerate([*self.insert_method, (length, 0)]):
+            events += [*range(begin, end), *[-1] * tokens]
+            cuts += [number] * (end - begin + tokens)
+            begin = end
+        return torch.tensor(events), torch.tensor(cuts)
+
+    def _encode(self, items, present):
+        users, length = items.shape
+        events, cuts = self._places(length)
+        is_token = events < 0
+        x = self.item_id_proj_tower(self.item_embedding(items))[:, events]
+        x = x.masked_scatter(is_token[:, None], self.user_embedding.expand(users, -1, -1))
+        x = x + self.position_embedding(torch.arange(len(events)))
+        seen = (present != 0)[:, events] | is_token
+        open_ones = is_token | (cuts == cuts[:, None])
+        mask = (seen[:, None] & open_ones).tril().unsqueeze(1)
+        hidden = self._hstu(x=x, attention_mask=mask)
+        return normalize(hidden[:, ~is_token], dim=-1)
