@@ -5,8 +5,9 @@ Where every candidate has its own events, C is 1. A user without events gets zer
 """
 
 from hstu_xd.interest.din import DIN, MeanPool
+from hstu_xd.interest.hstu_pooling import HSTUPooling
 from hstu_xd.interest.settings import InterestSettings
 from hstu_xd.interest.side_information import SideInformationTIN
 from hstu_xd.interest.tin import TIN
 
-__all__ = ["DIN", "TIN", "InterestSettings", "MeanPool", "SideInformationTIN"]
+__all__ = ["DIN", "TIN", "HSTUPooling", "InterestSettings", "MeanPool", "SideInformationTIN"]

@@ -11,10 +11,12 @@ KIND_NAMES = {
     "mean": "mean",
     "din": "DIN",
     "tin": "TIN",
+    "hstu": "HSTU pooling",
     "towers": "towers",
 }
 _TIN, _TOWERS = {"kind": "tin"}, {"kind": "towers"}
-_PLACED = {"kind": ("tin", "towers")}
+_PLACED = {"kind": ("tin", "hstu", "towers")}
+_ASKED = {"kind": ("mean", "din", "tin", "hstu")}
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class InterestSettings:
 
     Attributes:
         kind: how found events are read: "tin" (temporal interest network), "din" (an MLP weighs
-            them), "mean" (all alike), "none" (no events are read) or "towers" (they are encoded
-            without the candidate, whose score is a dot product, so that an index finds the best of
-            a whole catalogue).
+            them), "hstu" (HSTU's attention and gate), "mean" (all alike), "none" (no events are
+            read) or "towers" (they are encoded without the candidate, whose score is a dot product,
+            so that an index finds the best of a whole catalogue).
         counts: whether the ranker gets, of every level of the taxonomy, how often the user met the
             candidate's node and how long ago; no found events are needed for it.
         rank_encoding: whether events and candidate carry a vector of their place in what was found.
@@ -42,6 +44,10 @@ class InterestSettings:
         groups: fields whose likeness weighs the events, a TIN for each group, as
             ``("item+type", "all")``: levels by name, or "all". (): one TIN of all. As many "all"
             are the control of several TINs that are alike.
+        tape: whether a candidate is told, to the vector that reads the events, which switch of
+            domains it would be after the latest event; nothing is told at first.
+        domain_states: whether the last hidden state of the encoder (``xd_short.events``) in each
+            domain is read as one more event.
         hidden: width of the MLP of DIN.
         readout: how towers tell goals apart: "goal" (a read-out of one encoded history for each
             goal), "layer" (each has a last layer of its own, too), "tower" (each has an encoder of
@@ -65,6 +71,8 @@ class InterestSettings:
     groups: tuple[str, ...] = setting(
         (), needs={"kind": "tin", "order": 1}, also=("side information", "heads")
     )
+    tape: bool = setting(False, needs=_ASKED, label="TAPE of candidates", also=("switch",))
+    domain_states: bool = setting(False, needs=_ASKED, label="domain states", also=("ddsr",))
     hidden: int = setting(32, at_least=1, needs={"kind": "din"})
     readout: str = setting(
         "goal",

@@ -5,8 +5,11 @@ target view know it. The events of a request are encoded once; a domain of its c
 more row, a question (:class:`hstu_xd.batch.Questions`), however many candidates it has.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from hstu_xd.batch import Questions
 from hstu_xd.model.encoder import CrossDomainEncoder
@@ -14,6 +17,21 @@ from hstu_xd.model.inputs import PositionalInput, next_domain_modules, next_doma
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.model.views import Events
 from hstu_xd.ranking.batches import Histories
+
+
+class Encoded(NamedTuple):
+    """What the encoder says of R requests of up to C candidates, as wide as an item's vector.
+
+    Attributes:
+        read: (R, C, d) the history as each candidate's domain reads it; zeros without events, and
+            for padding.
+        states: (R, D, d) what the latest event of each domain left; None where it is not asked for.
+        ages: (R, D) int64 seconds from that event to the request; 0: there is none.
+    """
+
+    read: Tensor
+    states: Tensor | None
+    ages: Tensor
 
 
 class DomainBranch(nn.Module):
@@ -25,9 +43,10 @@ class DomainBranch(nn.Module):
     Args:
         width: d, of an item's vector.
         settings: of the encoder.
+        states: whether states of the domains are given out.
     """
 
-    def __init__(self, width: int, settings: EncoderSettings) -> None:
+    def __init__(self, width: int, settings: EncoderSettings, *, states: bool) -> None:
         super().__init__()
         inner, rate = settings.embedding_dim, settings.linear_dropout_rate
         self._num_domains = settings.num_domains
@@ -37,10 +56,11 @@ class DomainBranch(nn.Module):
         self._encoder = CrossDomainEncoder(settings)
         self._norm = nn.LayerNorm(inner)
         self._read = nn.Linear(inner, width)
+        self._state = nn.Linear(inner, width) if states else None
 
     def forward(
         self, vectors: Tensor, domains: Tensor, latest: Histories, asked_domains: Tensor
-    ) -> Tensor:
+    ) -> Encoded:
         """Encode the events of requests and read them for their candidates.
 
         Args:
@@ -48,34 +68,44 @@ class DomainBranch(nn.Module):
             domains: (L,) int64, of the events.
             latest: the events.
             asked_domains: (R, C) int64, of the candidates; -1 for padding.
+        """
+        asked = (asked_domains >= 0) & (latest.offsets.diff() > 0)[:, None]
+        questions, place = self._questions(asked_domains, asked, latest.offsets)
+        said, answers = self._encoded(vectors, domains, latest, questions)
+        read = vectors.new_zeros(*asked.shape, vectors.shape[1])
+        read[asked] = self._read(answers)[place]
+        rows = _latest_rows(domains, latest.offsets, self._num_domains)
+        ages = pad(latest.gaps, (0, 1))[rows]
+        if self._state is None:
+            return Encoded(read, None, ages)
+        return Encoded(read, pad(self._state(said), (0, 0, 0, 1))[rows], ages)
+
+    def _questions(
+        self, asked_domains: Tensor, asked: Tensor, offsets: Tensor
+    ) -> tuple[Questions, Tensor]:
+        """Ask the latest event of each request for every domain of its candidates, once.
 
         Returns:
-            (R, C, d): the history as each candidate's domain reads it; zeros without events, and
-            for padding.
+            The questions, and the one of each asked candidate.
         """
-        read = vectors.new_zeros(*asked_domains.shape, vectors.shape[1])
-        asked = (asked_domains >= 0) & (latest.offsets.diff() > 0)[:, None]
-        if not asked.any():
-            return read
         request = torch.arange(len(asked))[:, None].expand_as(asked)[asked]
         pairs = request * self._num_domains + asked_domains[asked]
         pairs, place = pairs.unique(return_inverse=True)
         questions = Questions(
-            rows=latest.offsets[1:][pairs // self._num_domains] - 1,
+            rows=offsets[1:][pairs // self._num_domains] - 1,
             target_domains=pairs % self._num_domains,
             timestamps=torch.zeros_like(pairs),
         )
-        read[asked] = self._read(self._answers(vectors, domains, latest, questions))[place]
-        return read
+        return questions, place
 
-    def _answers(
+    def _encoded(
         self, vectors: Tensor, domains: Tensor, latest: Histories, questions: Questions
-    ) -> Tensor:
-        """Encode events and questions that are put to them; return the answers, (Q, K)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Encode events and questions: (L, K) and (Q, K)."""
         times, last = -latest.gaps, (latest.offsets[1:] - 1)[latest.offsets.diff() > 0]
         events = Events(
             domains=domains,
-            # Nothing reads the last event itself: those that ask are its copies.
+            # No question reads the last event itself, of which it is a copy.
             target_domains=domains.roll(-1).index_copy(0, last, domains[last]),
             timestamps=times,
             next_timestamps=times.roll(-1).index_fill(0, last, 0),
@@ -92,4 +122,25 @@ class DomainBranch(nn.Module):
             torch.cat([events.target_domains, questions.target_domains]),
         )
         x = self._input(entries(self._project(vectors)), entries(events.positions), signal)
-        return self._norm(self._encoder(x, events, questions=questions)[len(domains) :])
+        encoded = self._norm(self._encoder(x, events, questions=questions))
+        return encoded[: len(domains)], encoded[len(domains) :]
+
+
+def latest_domains(domains: Tensor, offsets: Tensor) -> Tensor:
+    """Return the domain of the latest event of each request: (R,) int64, -1 without events.
+
+    Args:
+        domains: (L,) int64, of the events.
+        offsets: (R + 1,) int64, of the requests.
+    """
+    padded = pad(domains, (0, 1), value=-1)
+    return padded[torch.where(offsets.diff() > 0, offsets[1:] - 1, -1)]
+
+
+def _latest_rows(domains: Tensor, offsets: Tensor, num_domains: int) -> Tensor:
+    """Return the latest event of each request in each domain: (R, D) int64, -1 where none is."""
+    requests = torch.arange(len(offsets) - 1)
+    places = requests.repeat_interleave(offsets.diff()) * num_domains + domains
+    rows = torch.full((len(requests) * num_domains,), -1)
+    rows = rows.scatter_reduce(0, places, torch.arange(len(domains)), "amax")
+    return rows.view(-1, num_domains)

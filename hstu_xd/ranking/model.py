@@ -9,10 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
-from hstu_xd.interest.positions import Positions
+from hstu_xd.interest import (
+    DIN,
+    TIN,
+    HSTUPooling,
+    InterestSettings,
+    MeanPool,
+    SideInformationTIN,
+)
+from hstu_xd.interest.positions import Positions, gap_buckets
+from hstu_xd.model.inputs import TransitionAwarePositionalEmbedding
 from hstu_xd.ranking.batches import RequestBatch
-from hstu_xd.ranking.domain_branch import DomainBranch
+from hstu_xd.ranking.domain_branch import DomainBranch, Encoded, latest_domains
 from hstu_xd.ranking.histories import Levels
 from hstu_xd.ranking.settings import RankingSettings
 from hstu_xd.search.soft import Requests, SoftSearch
@@ -73,7 +81,7 @@ def interest_of(
     places: int,
     goals: int,
     std: float,
-) -> MeanPool | DIN | TIN | SideInformationTIN | None:
+) -> MeanPool | DIN | HSTUPooling | TIN | SideInformationTIN | None:
     """Make what reads the events; None where none are read.
 
     Args:
@@ -90,6 +98,8 @@ def interest_of(
         return MeanPool(width)
     if settings.kind == "din":
         return DIN(width, settings.hidden)
+    if settings.kind == "hstu":
+        return HSTUPooling(width, settings, places=places, std=std)
     if settings.groups:
         return SideInformationTIN(fields, settings, places=places, goals=goals, std=std)
     return TIN(width, settings, places=places, goals=goals, std=std)
@@ -210,9 +220,9 @@ class Ranker(RankingModel):
         self.register_buffer("domains", torch.from_numpy(levels.domains), persistent=False)
         fields = dict(zip(levels.names, self.items.widths, strict=True))
         self.goals = nn.Embedding(goals, rank.goal_width)
-        self.interest = interest_of(
-            settings.interest, fields, places=settings.search.k, goals=goals, std=std
-        )
+        states = settings.interest.domain_states
+        places = settings.search.k + states * levels.num_domains
+        self.interest = interest_of(settings.interest, fields, places=places, goals=goals, std=std)
         read = self.interest.out_features if self.interest is not None else self.items.width
         self.soft = None
         if settings.search.soft != "none":
@@ -221,40 +231,60 @@ class Ranker(RankingModel):
         self.branch = None
         if settings.short.events:
             encoder = settings.encoder_settings(levels.num_domains)
-            self.branch = DomainBranch(self.items.width, encoder)
+            self.branch = DomainBranch(self.items.width, encoder, states=states)
             read += 2 * self.items.width
         counts = levels.counts_width if settings.interest.counts else 0
         self.head = layers_of([read + rank.goal_width + counts, *rank.hidden, goals])
+        self.tape = None  # made last, so that all else begins as without it
+        if settings.interest.tape and self.interest is not None:
+            self.tape = TransitionAwarePositionalEmbedding(levels.num_domains, self.items.width)
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Return the logits of the requests' candidates for their goals: (R, C)."""
         candidates = self.items(batch.candidates)
-        views = [self._interest_in(candidates, batch)]
+        encoded = self._encoded(batch)
+        views = [self._interest_in(candidates, batch, encoded)]
         if self.soft is not None:
             views.append(self.soft(batch))
-        if self.branch is not None:
-            read = self._encoded(batch)
-            views += [read, read * candidates]
+        if encoded is not None:
+            views += [encoded.read, encoded.read * candidates]
         of_goal = self.goals(batch.goals)[:, None].expand(-1, candidates.shape[1], -1)
         logits = self.head(torch.cat([*views, of_goal, batch.counts], -1))
         return logits.gather(-1, batch.goals[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
 
-    def _interest_in(self, candidates: Tensor, batch: RequestBatch) -> Tensor:
+    def _interest_in(
+        self, candidates: Tensor, batch: RequestBatch, encoded: Encoded | None
+    ) -> Tensor:
         """Return what the found events say of each candidate, which is part of it."""
         if self.interest is None:
             return candidates
-        per_group, goals = candidates, batch.goals
+        if self.tape is not None:
+            candidates = candidates + self._switches(batch, self.tape)
+        events, there, buckets = self.items(batch.events), batch.events > 0, batch.buckets
+        per_group, goals, groups = candidates, batch.goals, 1
         if len(batch.events) != len(candidates):  # every candidate has events of its own
+            groups = candidates.shape[1]
             per_group = candidates.flatten(0, 1).unsqueeze(1)
-            goals = goals.repeat_interleave(candidates.shape[1])
-        found = self.interest(
-            per_group, self.items(batch.events), batch.events > 0, batch.buckets, goals
-        )
+            goals = goals.repeat_interleave(groups)
+        if encoded is not None and encoded.states is not None:
+            ages = encoded.ages.repeat_interleave(groups, 0)
+            events = torch.cat([events, encoded.states.repeat_interleave(groups, 0)], 1)
+            there = torch.cat([there, ages > 0], 1)
+            buckets = torch.cat([buckets, gap_buckets(ages.clamp(min=1))], 1)
+        found = self.interest(per_group, events, there, buckets, goals)
         return found.view(*candidates.shape[:2], -1)
 
-    def _encoded(self, batch: RequestBatch) -> Tensor:
-        """Return the latest events as each candidate's domain reads them: (R, C, d)."""
-        assert self.branch is not None
+    def _switches(self, batch: RequestBatch, tape: nn.Module) -> Tensor:
+        """Return what TAPE says of the way from the latest event to each candidate: (R, C, d)."""
+        assert batch.latest is not None
+        entered = self.domains[batch.candidates].clamp(min=0)
+        left = latest_domains(self.domains[batch.latest.items], batch.latest.offsets)[:, None]
+        return tape(torch.where(left < 0, entered, left), entered)  # without events no switch
+
+    def _encoded(self, batch: RequestBatch) -> Encoded | None:
+        """Return what the latest events say, where there is an encoder."""
+        if self.branch is None:
+            return None
         assert batch.latest is not None
         items = batch.latest.items
         return self.branch(
@@ -275,9 +305,9 @@ class Ranker(RankingModel):
         return loss
 
     def tables(self) -> list[nn.Parameter]:
-        """Return the parameters that are looked up rather than multiplied, the encoder's apart.
+        """Return the parameters that are looked up rather than multiplied.
 
-        The encoder learns at one rate, as under ``hstu-xd train``.
+        Encoder and TAPE are none of them: they learn at one rate, as under ``hstu-xd train``.
         """
         found = [*self.items.parameters(), *self.goals.parameters()]
         if self.interest is not None:

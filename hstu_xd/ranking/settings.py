@@ -185,6 +185,11 @@ class RankingSettings:
     def __post_init__(self) -> None:
         if self.short.events:
             self._check_encoder()
+        elif self.interest.domain_states:
+            raise InputError(
+                "xd_interest.domain_states = True with xd_short.events = 0: there is no encoder "
+                "whose states could be read; give xd_short.events, or leave it out"
+            )
         if self.interest.kind == "towers":
             self._check_towers()
 
@@ -226,8 +231,11 @@ class RankingSettings:
 
     @property
     def latest(self) -> int:
-        """How many of the latest events are read beside those that a search finds."""
-        return self.short.events
+        """How many of the latest events are read beside those that a search finds.
+
+        What is told of a switch needs one.
+        """
+        return max(self.short.events, int(self.interest.tape))
 
     @property
     def search_space(self) -> list[Dimension]:

@@ -19,6 +19,7 @@ from hstu_xd.model.inputs import next_domain_signal
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.model.views import Events
 from hstu_xd.ranking.batches import RequestBatch, RequestData
+from hstu_xd.ranking.domain_branch import Encoded
 from hstu_xd.ranking.histories import HistoryIndex, Questions
 from hstu_xd.ranking.model import Ranker
 from hstu_xd.ranking.settings import (
@@ -50,10 +51,15 @@ def index(store: InteractionStore) -> HistoryIndex:
     return HistoryIndex.of(store)
 
 
-def settings_with(search: SearchSettings | None = None, **encoder: Any) -> RankingSettings:
+BOTH = {"tape": True, "domain_states": True}
+
+
+def settings_with(
+    search: str = "recent", interest: dict[str, Any] | None = None, **encoder: Any
+) -> RankingSettings:
     return RankingSettings(
-        search or SearchSettings(k=5),
-        InterestSettings(),
+        SearchSettings(kind=search, k=5),
+        InterestSettings(**(interest or {})),
         RankSettings(item_width=6, level_width=6),
         short=ShortSettings(events=EVENTS, width=16),
         encoder=EncoderSettings(1, 1, dqk=4, dv=4, **encoder),
@@ -75,22 +81,29 @@ def ranker_of(index: HistoryIndex, settings: RankingSettings) -> Ranker:
 def made(
     index: HistoryIndex, requests_path: Path
 ) -> Callable[..., tuple[Ranker, RequestBatch, RequestData]]:
-    def make(**encoder: Any) -> tuple[Ranker, RequestBatch, RequestData]:
-        settings = settings_with(**encoder)
+    def make(
+        search: str = "recent", interest: dict[str, Any] | None = None, **encoder: Any
+    ) -> tuple[Ranker, RequestBatch, RequestData]:
+        settings = settings_with(search, interest, **encoder)
         data = RequestData(index, RequestSet.open(requests_path), settings)
         return ranker_of(index, settings), data.batch(CHOSEN), data
 
     return make
 
 
-def read_by(model: Ranker, batch: RequestBatch) -> Tensor:
-    """What the branch says of every candidate: (R, C, d)."""
+def encoded_by(model: Ranker, batch: RequestBatch) -> Encoded:
+    """What the branch says."""
     items = batch.latest.items
     domains = model.domains
     return model.branch(model.items(items), domains[items], batch.latest, domains[batch.candidates])
 
 
-def encoded_alone(
+def read_by(model: Ranker, batch: RequestBatch) -> Tensor:
+    """What it says of every candidate: (R, C, d)."""
+    return encoded_by(model, batch).read
+
+
+def hidden_alone(
     model: Ranker, items: Tensor, times: Tensor, request_time: int, domain: int
 ) -> Tensor:
     """A history that ends in a request for one domain, encoded as training would encode it."""
@@ -105,7 +118,18 @@ def encoded_alone(
     )
     signal = next_domain_signal(branch._tape, branch._target_domain_emb, domains, following)
     x = branch._input(branch._project(model.items(items)), events.positions, signal)
-    return branch._read(branch._norm(branch._encoder(x, events)[-1]))
+    return branch._norm(branch._encoder(x, events))
+
+
+def history_of(
+    store: InteractionStore, requests: RequestSet, number: int
+) -> tuple[Tensor, Tensor, int]:
+    """The latest events of a request, and its time."""
+    items, times = map(torch.tensor, store.history(int(requests.users[number])))
+    at = int(requests.times[number])
+    there = times < at
+    assert not there.all()
+    return items[there][-EVENTS:].long(), times[there][-EVENTS:], at
 
 
 @torch.no_grad()
@@ -114,17 +138,13 @@ def test_a_candidate_reads_what_the_encoder_says_of_it_alone(
     name: str, made: Any, store: InteractionStore, requests_path: Path
 ) -> None:
     model, batch, _ = made(**ENCODERS[name])
-    requests, found = RequestSet.open(requests_path), read_by(*made(**ENCODERS[name])[:2])
+    requests, found = RequestSet.open(requests_path), read_by(model, batch)
     checked = set()
     for place, number in enumerate(CHOSEN.tolist()):
-        items, times = map(torch.tensor, store.history(int(requests.users[number])))
-        at = int(requests.times[number])
-        there = times < at
-        assert not there.all()
-        items, times = items[there][-EVENTS:].long(), times[there][-EVENTS:]
+        history = history_of(store, requests, number)
         for column in range(batch.candidates.shape[1]):
             domain = int(model.domains[batch.candidates[place, column]])
-            wanted = encoded_alone(model, items, times, at, domain)
+            wanted = model.branch._read(hidden_alone(model, *history, domain)[-1])
             torch.testing.assert_close(found[place, column], wanted, rtol=0, atol=1e-10)
             checked.add((place, domain))
     assert len(checked) == 2 * len(CHOSEN)
@@ -154,12 +174,101 @@ def test_without_a_switch_that_reads_it_no_domain_is_told(made: Any) -> None:
 
 
 @torch.no_grad()
-def test_candidates_do_not_see_each_other(made: Any) -> None:
-    model, batch, _ = made(**XD)
+@every_encoder
+def test_states_are_what_the_latest_event_of_a_domain_left(
+    name: str, made: Any, store: InteractionStore, requests_path: Path
+) -> None:
+    model, batch, _ = made(interest=BOTH, **ENCODERS[name])
+    requests, (_, states, ages) = RequestSet.open(requests_path), encoded_by(model, batch)
+    for place, number in enumerate(CHOSEN.tolist()):
+        items, times, at = history_of(store, requests, number)
+        domains = model.domains[items]
+        hidden = hidden_alone(model, items, times, at, int(domains[-1]))
+        for domain in (0, 1):
+            row = int((domains == domain).nonzero()[-1])
+            wanted = model.branch._state(hidden[row])
+            torch.testing.assert_close(states[place, domain], wanted, rtol=0, atol=1e-10)
+            assert ages[place, domain] == at - times[row]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("search", ["recent", "hard"])
+def test_states_are_read_as_one_more_event_each(search: str, made: Any) -> None:
+    """Of which the mean takes those that there are."""
+    model, batch, _ = made(search, {"kind": "mean", "domain_states": True}, **XD)
+    items, gaps, offsets = batch.latest
+    one = int((model.domains[items[:EVENTS]] == 1).nonzero()[0])
+    assert one < EVENTS - 1
+    latest = type(batch.latest)(
+        torch.cat([items[one : one + 1], items[EVENTS:]]),
+        torch.cat([gaps[one : one + 1], gaps[EVENTS:]]),
+        (offsets - EVENTS + 1).clamp(min=0),
+    )
+    batch = replace(batch, latest=latest)
+    encoded, candidates = encoded_by(model, batch), model.items(batch.candidates)
+    assert (encoded.ages > 0).tolist() == [[False, True]] + 3 * [[True, True]]
+    found = model._interest_in(candidates, batch, encoded)
+    found = found[..., : candidates.shape[-1]]
+    events = model.items(batch.events).view(len(CHOSEN), -1, 5, candidates.shape[-1])
+    for row, domains in ((0, [1]), (2, [0, 1])):
+        for column in (0, 3):
+            own = events[row, column if search == "hard" else 0]
+            wanted = torch.cat([own, encoded.states[row, domains]]).mean(0)
+            torch.testing.assert_close(found[row, column], wanted, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_switch_is_told_of_candidates_of_another_domain(made: Any) -> None:
+    model, batch, _ = made(interest={"tape": True}, **XD)
+    told, tape = model._switches(batch, model.tape), model.tape
+    last = model.domains[batch.latest.items][batch.latest.offsets[1:] - 1]
+    assert last.unique().tolist() == [0, 1]
+    left, entered = tape._transition(tape._domain_emb.weight), tape._domain_emb.weight
+    for row, candidates in enumerate(model.domains[batch.candidates].tolist()):
+        for column, domain in enumerate(candidates):
+            wanted = tape._scale * entered[domain] * left[last[row]] * (domain != last[row])
+            torch.testing.assert_close(told[row, column], wanted)
+    none = type(batch.latest)(*(x[:0] for x in batch.latest[:2]), batch.latest.offsets * 0)
+    assert not model._switches(replace(batch, latest=none), tape).any()
+    candidates = model.items(batch.candidates)
+    with_switch = model._interest_in(candidates, batch, None)
+    model.tape = None
+    plain = model._interest_in(candidates + told, batch, None)
+    torch.testing.assert_close(with_switch, plain)
+    assert not torch.allclose(with_switch, model._interest_in(candidates, batch, None))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("events", [0, EVENTS])
+def test_nothing_is_told_of_a_switch_at_first(
+    events: int, index: HistoryIndex, requests_path: Path
+) -> None:
+    """To the bit; the encoder is not needed for it."""
+    known, scores = np.ones(len(index.levels.paths), np.bool_), []
+    for tape in (False, True):
+        settings = settings_with(interest={"tape": tape}, **XD)
+        settings = replace(settings, short=replace(settings.short, events=events))
+        data = RequestData(index, RequestSet.open(requests_path), settings)
+        torch.manual_seed(0)
+        scores.append(Ranker(index.levels, known, 2, settings).eval()(data.batch(CHOSEN)))
+    assert torch.equal(*scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("search", ["recent", "hard"])
+def test_candidates_do_not_see_each_other(search: str, made: Any) -> None:
+    model, batch, _ = made(search, BOTH, **XD)
     together = model(batch)
     for place in range(batch.candidates.shape[1]):
         alone, counts = batch.candidates[:, [place]], batch.counts[:, [place]]
-        alone = model(replace(batch, candidates=alone, counts=counts))
+        own = {}
+        if search == "hard":
+            shape = batch.candidates.shape
+            own = {
+                name: getattr(batch, name).view(*shape, -1)[:, place]
+                for name in ("events", "buckets")
+            }
+        alone = model(replace(batch, candidates=alone, counts=counts, **own))
         torch.testing.assert_close(alone[:, 0], together[:, place], rtol=0, atol=1e-12)
 
 
@@ -168,7 +277,7 @@ def test_candidates_do_not_see_each_other(made: Any) -> None:
 def test_nothing_at_or_after_a_request_reaches_a_score(
     name: str, index: HistoryIndex, store: InteractionStore, requests_path: Path
 ) -> None:
-    settings = settings_with(SearchSettings(kind="hard", k=5), **ENCODERS[name])
+    settings = settings_with("hard", BOTH, **ENCODERS[name])
     model, requests = ranker_of(index, settings), RequestSet.open(requests_path)
     times, items = np.asarray(store.timestamps), np.asarray(store.item_ids)
     owner = np.repeat(np.arange(store.num_users), np.diff(store.offsets))
@@ -231,7 +340,7 @@ def test_tape_states_and_told_domain_begin_as_nothing(
 
 @every_encoder
 def test_every_part_learns(name: str, made: Any) -> None:
-    model, batch, _ = made(**ENCODERS[name])
+    model, batch, _ = made(interest=BOTH, **ENCODERS[name])
     items, gaps, offsets = batch.latest
     offsets = (offsets - EVENTS + 1).clamp(min=0)  # the first has met one domain alone
     latest = type(batch.latest)(items[EVENTS - 1 :], gaps[EVENTS - 1 :], offsets)
@@ -261,7 +370,7 @@ def test_events_are_encoded_once_a_request(made: Any, monkeypatch: pytest.Monkey
 
 @torch.no_grad()
 def test_without_events_nothing_is_said(made: Any) -> None:
-    model, batch, _ = made(**XD)
+    model, batch, _ = made(interest=BOTH, **XD)
     items, gaps, offsets = batch.latest
     end = int(offsets[1])
     first = type(batch.latest)(items[:end], gaps[:end], offsets.clamp(max=end))
@@ -269,7 +378,7 @@ def test_without_events_nothing_is_said(made: Any) -> None:
     torch.testing.assert_close(found[0], read_by(model, batch)[0], rtol=0, atol=1e-12)
     assert not found[1:].any()
     none = type(first)(items[:0], gaps[:0], offsets * 0)
-    assert not read_by(model, replace(batch, latest=none)).any()
+    assert not any(part.any() for part in encoded_by(model, replace(batch, latest=none)))
     assert model(replace(batch, latest=none)).isfinite().all()
 
 
@@ -328,6 +437,10 @@ def test_dropping_follows_from_the_step(
             r"needs num_heads \* dv = embedding_dim, got 4 \* 16 and 32",
         ),
         (["xd_encoder.num_domains = 3"], "num_domains"),
+        (
+            ["xd_interest.domain_states = True"],
+            "xd_interest.domain_states = True with xd_short.events = 0.*give xd_short.events, or",
+        ),
     ],
 )
 def test_bad_settings_are_refused(bindings: list[str], message: str) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from hstu_xd.errors import InputError
-from hstu_xd.interest import DIN, TIN, InterestSettings, MeanPool, SideInformationTIN
+from hstu_xd.interest import DIN, TIN, HSTUPooling, InterestSettings, MeanPool, SideInformationTIN
 from hstu_xd.interest.positions import gap_buckets
 
 N, C, K, D, GOALS = 3, 4, 6, 5, 2
@@ -39,6 +40,11 @@ def side(*groups: str, dtype: torch.dtype = torch.float64, **switches: Any) -> S
     return SideInformationTIN(fields, settings, places=K, goals=GOALS, std=0.5).to(dtype)
 
 
+def pooling() -> HSTUPooling:
+    torch.manual_seed(0)
+    return HSTUPooling(D, InterestSettings(kind="hstu"), places=K, std=0.5).double()
+
+
 MODULES = {
     "tin": tin,
     "goals": lambda: tin(goal_positions="additive"),
@@ -48,6 +54,7 @@ MODULES = {
     "groups": lambda: side("item", "type+aisle", "all"),
     "din": lambda: DIN(D, 7).double(),
     "mean": lambda: MeanPool(D).double(),
+    "hstu": lambda: pooling(),
 }
 
 
@@ -89,6 +96,31 @@ def test_din_is_its_formula() -> None:
     read = torch.cat([q.expand_as(k), k, q - k, q * k], 1)
     weights = model.last(whole(read))[:, 0] * given["mask"][0]
     torch.testing.assert_close(found[0, 1], torch.cat([weights @ k, q]), rtol=1e-12, atol=1e-12)
+
+
+def test_pooling_is_its_formula() -> None:
+    """Without a softmax: the candidate's gate, and the norm of a sum over those that are there."""
+    model, given = pooling(), inputs()
+    tables, found = model.positions.tables, pooling()(**given)
+
+    def normed(x: Tensor) -> Tensor:
+        centred = x - x.mean()
+        return centred / (centred.square().mean() + 1e-6).sqrt()
+
+    gates, queries = model.of_target.weight.chunk(2)
+    keys, values = model.of_event.weight.chunk(2)
+    for n in (0, 2):
+        for c in range(C):
+            target = normed(given["candidates"][n, c] + tables["rank"][0] + tables["gap"][0])
+            read = torch.zeros(D, dtype=torch.float64)
+            for k in given["mask"][n].nonzero()[:, 0].tolist():
+                place = tables["rank"][k + 1] + tables["gap"][given["buckets"][n, k]]
+                event = normed(given["events"][n, k] + place)
+                likeness = silu(queries @ target) @ silu(keys @ event)
+                read += silu(likeness) / K * silu(values @ event)
+            wanted = model.last.weight @ (silu(gates @ target) * normed(read))
+            torch.testing.assert_close(found[n, c, :D], wanted, rtol=1e-9, atol=1e-9)
+    assert torch.equal(found[..., D:], given["candidates"])
 
 
 def test_mean_is_the_mean() -> None:
@@ -237,5 +269,5 @@ def test_gaps_are_on_a_scale_of_powers_of_two() -> None:
 def test_values_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match=r"xd_interest.order = 5; it must be at most 4"):
         InterestSettings(order=5)
-    with pytest.raises(InputError, match="one of none, mean, din, tin"):
-        InterestSettings(kind="hstu")
+    with pytest.raises(InputError, match="one of none, mean, din, tin, hstu"):
+        InterestSettings(kind="sasrec")

@@ -36,8 +36,8 @@ NAMES = {
     "hard": "TIN + hard",
     "soft": "no events + soft",
     "both": "TIN + hard + soft",
-    "xd": "TIN + hard + encoder of 100 + mask + target view + TAPE + DDSR"
-    " + linear_dropout_rate=0.1",
+    "xd": "TIN + hard + TAPE of candidates + domain states + encoder of 100 + mask + target view"
+    " + TAPE + DDSR + linear_dropout_rate=0.1",
 }
 QUICK = ("xd_rank.num_epochs = 2", "xd_rank.batch_requests = 32", "xd_search.k = 10")
 

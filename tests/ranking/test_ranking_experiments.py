@@ -110,7 +110,10 @@ def test_the_test_split_may_stay_unread(requests_path: Path, tmp_path: Path, cli
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test"]["gauc"] > 0
 
 
-SPACE = "xd_tune.space = ('xd_rank.learning_rate = (1e-3, 1e-2, \"log\")', 'xd_search.k = [3, 5]')"
+SPACE = (
+    "xd_tune.space = ('xd_rank.learning_rate = (1e-3, 1e-2, \"log\")', 'xd_search.k = [3, 5]', "
+    "'xd_short.events, xd_encoder.ddsr = [(0, False), (4, True)]')"
+)
 
 
 def test_a_search_tries_settings_on_validation(requests_path: Path, tmp_path: Path) -> None:
@@ -120,12 +123,14 @@ def test_a_search_tries_settings_on_validation(requests_path: Path, tmp_path: Pa
     assert "GAUC valid" in table
     rows = json.loads((out / "trials.json").read_text())
     assert [row["metric"] for row in rows] == ["gauc"] * 3
-    assert rows[0]["settings"] == {"xd_rank.learning_rate": 3e-3, "xd_search.k": 5}
+    begun = {"xd_rank.learning_rate": 3e-3, "xd_search.k": 5}
+    assert rows[0]["settings"] == begun | {"xd_short.events": 0, "xd_encoder.ddsr": False}
+    assert {row["settings"]["xd_short.events"] for row in rows} == {0, 4}
     for row in rows:
         assert "test" not in json.loads((out / row["run"] / "summary.json").read_text())
     best = max(rows, key=lambda row: row["value"])
     settings = load_ranking_settings([out / "best.gin"])
-    assert settings.search.k == best["settings"]["xd_search.k"]
+    assert {name: settings.flat[name] for name in best["settings"]} == best["settings"]
     summary = train(requests_path, settings, tmp_path / "run", read_test=False)
     assert summary["valid"]["gauc"] == pytest.approx(best["value"], abs=1e-6)
     with pytest.raises(InputError, match="was tuned with other settings"):

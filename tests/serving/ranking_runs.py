@@ -19,11 +19,13 @@ KINDS = {
     "recent": (),
     "hard": ("xd_search.kind = 'hard'", "xd_search.skip_recent = 1"),
     "domain": ("xd_search.kind = 'hard'", "xd_search.scope = 'target_domain'"),
+    "hstu": ("xd_interest.kind = 'hstu'",),
     "towers": ("xd_interest.kind = 'towers'",),
     "soft": ("xd_interest.kind = 'none'", "xd_search.soft = 'decoupled'"),
     "xd": (
         *("xd_search.kind = 'hard'", "xd_short.events = 9", "xd_encoder.domain_mask = True"),
         *("xd_encoder.target_view_heads = 2", "xd_encoder.tape = True", "xd_encoder.ddsr = True"),
+        *("xd_interest.tape = True", "xd_interest.domain_states = True"),
     ),
 }
 
