@@ -14,7 +14,11 @@ from hstu_xd.training.extension import Bound, read_bindings, refuse_lost_values
 
 
 def read_blocks(
-    files: Sequence[Path], bindings: Sequence[str], blocks: Mapping[str, type]
+    files: Sequence[Path],
+    bindings: Sequence[str],
+    blocks: Mapping[str, type],
+    *,
+    before: Sequence[str] = (),
 ) -> Bound:
     """Read gin files in order, then bindings, of settings that :func:`register` has told gin of.
 
@@ -23,6 +27,7 @@ def read_blocks(
             What they import may lie beside them or in the working folder.
         bindings: single settings.
         blocks: name of each block -> its dataclass of settings.
+        before: single settings that files and bindings may bind otherwise.
 
     Returns:
         What is bound, in the declared types.
@@ -40,6 +45,7 @@ def read_blocks(
     gin.clear_config()
     try:
         with importable_from([*(file.parent for file in files), Path.cwd()]):
+            gin.parse_config_files_and_bindings([], list(before), finalize_config=False)
             for file in files:
                 _parse_file(gin, (file.absolute(),))
             gin.parse_config_files_and_bindings([], list(bindings))

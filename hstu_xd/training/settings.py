@@ -76,8 +76,8 @@ class TrainSettings:
         embedding_decay_share: what the table of items takes of the weight decay; 0: none.
         num_warmup_steps: steps of linear warm-up.
         average_decay: above 0, an exponential moving average of the weights is evaluated and saved
-            in their place; it keeps this much of itself in a step, as 0.999, and in the beginning
-            less, (1 + n) / (10 + n) after n steps.
+            in their place; it keeps this much of itself in a step, and in the beginning less,
+            (1 + n) / (10 + n) after n steps. 0: none.
         num_epochs: passes over the training users at most.
         early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
         metrics: further functions of ranks of your own, ``(@my_metric,)``.
@@ -133,7 +133,7 @@ class TrainSettings:
     weight_decay: float = setting(1e-3, at_least=0, also=("wd", "l2"))
     embedding_decay_share: float = setting(1.0, at_least=0, needs={"weight_decay": ...})
     num_warmup_steps: int = setting(100, at_least=0)
-    average_decay: float = setting(0.0, at_least=0, below=1, also=("ema", "ema_decay"))
+    average_decay: float = setting(0.998, at_least=0, below=1, also=("ema", "ema_decay"))
     num_epochs: int = setting(30, at_least=1, also=("max_epochs",))
     early_stop_patience: int = setting(2, at_least=1)
     metrics: tuple[str, ...] = setting((), part=True)
@@ -261,7 +261,9 @@ class RunSettings:
         ]
 
 
-def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSettings:
+def load_settings(
+    files: Sequence[Path], bindings: Sequence[str] = (), *, before: Sequence[str] = ()
+) -> RunSettings:
     """Read gin files in order, then bindings; later ones win.
 
     Args:
@@ -269,12 +271,13 @@ def load_settings(files: Sequence[Path], bindings: Sequence[str] = ()) -> RunSet
             is looked up among those of this package. What they import may lie beside them or in the
             working folder.
         bindings: single settings, ``xd_encoder.ddsr = True``.
+        before: single settings that the files may bind otherwise.
 
     Raises:
         InputError: a file that is not there, a line gin cannot parse, an unknown name (the message
             gives the nearest), a value of the wrong type, or a binding that nothing reads.
     """
-    bound = read_blocks(files, bindings, BLOCKS)
+    bound = read_blocks(files, bindings, BLOCKS, before=before)
     encoder, train = bound.blocks["xd_encoder"], TrainSettings(**bound.blocks["xd_train"])
     check_layer(encoder.get("layer"))
     protocol = Protocol(**bound.blocks[PROTOCOL_BLOCK])

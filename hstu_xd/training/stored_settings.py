@@ -20,6 +20,8 @@ from hstu_xd.training.run_facts import CONFIG_FILE, read_run_of
 from hstu_xd.training.settings import RunSettings, load_settings
 
 _logger = logging.getLogger(__name__)
+# A run's file names all settings of its time; what later ones are where they have another default.
+_UNNAMED = ("xd_train.average_decay = 0.0",)
 
 
 def allowed_imports(run: Path, *, allow_imports: bool, trusted: Collection[str] = ()) -> list[str]:
@@ -78,7 +80,7 @@ def stored_settings(
         for name in foreign:
             if not name.startswith(("file ", "__gin__.")):
                 import_foreign(name, str(run))
-        settings = load_settings([config, *files], bindings)
+        settings = load_settings([config, *files], bindings, before=_UNNAMED)
     for name, known in recorded.items():
         file = module_file(name)
         if file is not None and sha256_of(file) != known["sha256"]:

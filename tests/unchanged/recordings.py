@@ -36,6 +36,7 @@ _SMALL = (
     "xd_train.num_negatives = 32",
     "xd_train.num_warmup_steps = 4",
     "xd_train.temperature = 0.05",
+    "xd_train.average_decay = 0.0",
 )
 _ALL = (
     "xd_encoder.domain_mask = True",
