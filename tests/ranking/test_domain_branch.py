@@ -174,6 +174,19 @@ def test_without_a_switch_that_reads_it_no_domain_is_told(made: Any) -> None:
 
 
 @torch.no_grad()
+def test_the_layers_read_the_branch_and_its_product_with_the_candidate(made: Any) -> None:
+    model, batch, _ = made(**XD)
+    read: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    model(batch)
+    found, candidates = read_by(model, batch), model.items(batch.candidates)
+    start, width = model.interest.out_features, candidates.shape[-1]
+    views = read[0][..., start : start + 2 * width].split(width, -1)
+    assert torch.equal(views[0], found)
+    assert torch.equal(views[1], found * candidates)
+
+
+@torch.no_grad()
 @every_encoder
 def test_states_are_what_the_latest_event_of_a_domain_left(
     name: str, made: Any, store: InteractionStore, requests_path: Path
