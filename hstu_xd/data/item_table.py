@@ -24,7 +24,7 @@ class FeatureOptions:
     """What is taken of a table of items.
 
     Attributes:
-        path: a Parquet or CSV file with one row an item.
+        path: a Parquet or CSV file with one row an item, or several that say the same.
         levels: columns that are levels of a taxonomy, finest first.
         item: the log's column of the item id; None, or where the file has none of this name: its
             usual names.
@@ -49,7 +49,7 @@ class ItemTable:
 
     Raises:
         InputError: a file that cannot be read, a column that is not there, or an item that has
-            two rows.
+            two rows which differ in what is taken.
     """
 
     def __init__(self, options: FeatureOptions) -> None:
@@ -85,10 +85,13 @@ class ItemTable:
             *(text_of(name).alias(f"level:{name}") for name in options.levels),
             *(frame[name].alias(f"feature:{name}") for name in options.features),
         ).drop_nulls("id:item")
+        if self._table["id:item"].is_duplicated().any():  # as in a table of impressions
+            self._table = self._table.unique(maintain_order=True)
         twice = self._table.filter(self._table["id:item"].is_duplicated())
         if len(twice):
             raise InputError(
-                f"{path}: item {twice['id:item'][0]!r} has more than one row; give every item one"
+                f"{path}: item {twice['id:item'][0]!r} has more than one row, and they differ; "
+                "give every item one"
             )
 
     def describe_items(self, log: "Log", warn: Callable[[str], object]) -> int:
