@@ -86,7 +86,7 @@ def labelled_requests(
     item_col: Annotated[str | None, typer.Option(help="Column of the item id.")] = None,
     time_col: Annotated[str | None, typer.Option(help="Column of the time.")] = None,
     time_unit: Annotated[
-        str, typer.Option(help="What times are, as for prepare: auto, s, ms, iso, ...")
+        str, typer.Option(help="What times are, one of the units that prepare knows.")
     ] = "auto",
     valid_from: Annotated[
         int | None,

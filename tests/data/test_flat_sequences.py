@@ -145,3 +145,15 @@ def test_columns_of_other_types_are_refused(call: Call) -> None:
     ROWS.with_columns(pl.lit("x").alias("domain_a_seq_38")).write_parquet("text.parquet")
     said = call("prepare", "text.parquet", "--out", "store", *BOTH, code=2)
     assert "column 'domain_a_seq_38' is String; the flat layout has lists of integers" in said
+
+
+def test_rows_give_the_items_features_too(call: Call) -> None:
+    items = ("--item-features", "rows.parquet", "--levels", "item_int_feats_9")
+    call("prepare", "rows.parquet", "--out", "store", *BOTH, *items)
+    taxonomy = InteractionStore.open("store").taxonomy
+    assert taxonomy is not None
+    assert taxonomy.values == (["4", "5"],)
+    ROWS.with_columns(item_int_feats_9=pl.Series([4, 5, 6])).write_parquet("changed.parquet")
+    items = ("--item-features", "changed.parquet", "--levels", "item_int_feats_9")
+    said = call("prepare", "rows.parquet", "--out", "other", *BOTH, *items, code=2)
+    assert "item '500' has more than one row" in said
