@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": ("data", "Data"),
     "synth": ("data", "Data"),
     "requests": ("ranking", "Data"),
+    "labelled-requests": ("ranking", "Data"),
     "train": ("runs", "Models"),
     "rank": ("ranking", "Models"),
     "evaluate": ("runs", "Models"),

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,7 +62,74 @@ def requests(
         test_from=test_from,
         seed=seed,
     )
-    manifest = write_requests(InteractionStore.open(data), out, options, force=force)
+    _tell_of_requests(out, write_requests(InteractionStore.open(data), out, options, force=force))
+
+
+def labelled_requests(
+    impressions: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Parquet or CSV file, a row for each candidate shown: user, item, time, label.",
+        ),
+    ],
+    data: Annotated[Path, typer.Option("--data", help="Prepared store, of the same ids.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    label_col: Annotated[str, typer.Option(help="Column of the label.")] = "label",
+    positive: Annotated[
+        str, typer.Option(help="Value of the label where the candidate was taken.")
+    ] = "1",
+    goal_col: Annotated[
+        str | None, typer.Option(help="Column whose values are goals. [default: one goal]")
+    ] = None,
+    user_col: Annotated[str | None, typer.Option(help="Column of the user id.")] = None,
+    item_col: Annotated[str | None, typer.Option(help="Column of the item id.")] = None,
+    time_col: Annotated[str | None, typer.Option(help="Column of the time.")] = None,
+    time_unit: Annotated[
+        str, typer.Option(help="What times are, one of the units that prepare knows.")
+    ] = "auto",
+    valid_from: Annotated[
+        int | None,
+        typer.Option(help="First second that validates. [default: after 80 % of the requests]"),
+    ] = None,
+    test_from: Annotated[
+        int | None,
+        typer.Option(help="First second that tests. [default: after 90 % of the requests]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing requests.")] = False,
+) -> None:
+    """Read requests from impressions with labels.
+
+    Rows of one user, time and goal are the candidates of a request. Of the store a request may read
+    what its user did before its time. Rows of users or items that are not in the store are left out
+    and counted.
+    """
+    from hstu_xd.data.labelled_requests import LabelOptions, write_labelled_requests
+    from hstu_xd.data.sources.columns import ColumnOptions
+    from hstu_xd.data.store import InteractionStore
+
+    options = LabelOptions(
+        label=label_col,
+        positive=positive,
+        goal=goal_col,
+        columns=ColumnOptions(user=user_col, item=item_col, time=time_col),
+        time_unit=time_unit,
+        valid_from=valid_from,
+        test_from=test_from,
+    )
+    store = InteractionStore.open(data)
+    manifest = write_labelled_requests(store, impressions, out, options, force=force)
+    _tell_of_requests(out, manifest)
+    left = manifest["left_out"]
+    if left["rows"]:
+        typer.echo(
+            f"left out {left['rows']:,} rows whose user or item is not in {data}, such as user "
+            f"{left['user']!r} with item {left['item']!r}",
+            err=True,
+        )
+
+
+def _tell_of_requests(out: Path, manifest: dict[str, Any]) -> None:
     typer.echo(f"wrote {out}, hash {manifest['hash'][:12]}")
     for split, counts in manifest["splits"].items():
         goals = ", ".join(f"{name} {n:,}" for name, n in counts["requests_by_goal"].items())

@@ -9,6 +9,7 @@ import numpy as np
 
 from hstu_xd.data.item_features import StoredFeatures, features_from
 from hstu_xd.data.sources.columns import ColumnOptions
+from hstu_xd.data.sources.flat_sequences import is_flat
 from hstu_xd.data.tables import find_id_column, id_column, read_table
 from hstu_xd.data.taxonomy import Taxonomy, numbered_levels, text_of
 from hstu_xd.errors import InputError, did_you_mean
@@ -24,7 +25,8 @@ class FeatureOptions:
     """What is taken of a table of items.
 
     Attributes:
-        path: a Parquet or CSV file with one row an item.
+        path: a Parquet or CSV file with one row an item, or a log in the flat layout
+            (:mod:`hstu_xd.data.sources.flat_sequences`), whose rows are impressions of items.
         levels: columns that are levels of a taxonomy, finest first.
         item: the log's column of the item id; None, or where the file has none of this name: its
             usual names.
@@ -49,7 +51,7 @@ class ItemTable:
 
     Raises:
         InputError: a file that cannot be read, a column that is not there, or an item that has
-            two rows.
+            two rows; in the flat layout, two that differ in what is taken.
     """
 
     def __init__(self, options: FeatureOptions) -> None:
@@ -85,6 +87,8 @@ class ItemTable:
             *(text_of(name).alias(f"level:{name}") for name in options.levels),
             *(frame[name].alias(f"feature:{name}") for name in options.features),
         ).drop_nulls("id:item")
+        if is_flat(frame.columns, ColumnOptions()):  # a row is an impression there, not an item
+            self._table = self._table.unique(maintain_order=True)
         twice = self._table.filter(self._table["id:item"].is_duplicated())
         if len(twice):
             raise InputError(

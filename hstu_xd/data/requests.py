@@ -1,9 +1,10 @@
 """Requests to rank for: a user, a time, a goal, and candidates of which some were taken.
 
-They are made from purchases, once, and kept in a file with a hash, so that all models are measured
-on the same candidates. The log is cut in time, for all users alike: what is before the first cut is
-trained on, what is before the second validates, the rest tests. A request may read what its user
-did strictly before its time: events of the same second are often one basket.
+They are made from purchases here, or given (:mod:`hstu_xd.data.labelled_requests`), once, and kept
+in a file with a hash, so that all models are measured on the same candidates. The log is cut in
+time, for all users alike: what is before the first cut is trained on, what is before the second
+validates, the rest tests. A request may read what its user did strictly before its time: events of
+the same second are often one basket.
 """
 
 import json
@@ -197,9 +198,44 @@ def write_requests(
             without requests, or a folder that may not be written.
     """
     options.check()
-    check_output(out, force=force, ours=is_requests, kind="requests", parts=(MANIFEST, TABLE))
+    check_requests_output(out, force=force)
     maker = _Maker(store, options)
     table = maker.table()
+    facts = {"options": asdict(options), "without_negatives": maker.dropped}
+    return save_requests(
+        store, out, table, maker.goal_names, cuts=maker.cuts, facts=facts, force=force
+    )
+
+
+def check_requests_output(out: Path, *, force: bool) -> None:
+    """Refuse a folder that requests may not be written to, before anything is read."""
+    check_output(out, force=force, ours=is_requests, kind="requests", parts=(MANIFEST, TABLE))
+
+
+def save_requests(
+    store: InteractionStore,
+    out: Path,
+    table: "pl.DataFrame",
+    goal_names: Sequence[str],
+    *,
+    cuts: tuple[int, int],
+    facts: dict[str, Any],
+    force: bool,
+) -> dict[str, Any]:
+    """Write requests and what is to be known of them.
+
+    Args:
+        store: the log that they are of.
+        out: the folder to write; appears whole or not at all.
+        table: a row each, see :meth:`RequestSet.of_table`.
+        goal_names: of the goals.
+        cuts: first second that validates, first that tests.
+        facts: what else the manifest says.
+        force: replace requests that are there.
+
+    Returns:
+        The manifest.
+    """
     with replaced_folder(out, force=force) as folder:
         table.write_parquet(folder / TABLE)
         manifest = {
@@ -208,11 +244,10 @@ def write_requests(
             "data": str(store.path.resolve()),
             "data_hashes": store.manifest["hashes"],
             "hash": sha256_of(folder / TABLE),
-            "goals": list(maker.goal_names),
-            "options": asdict(options),
-            "cuts": {"valid_from": maker.cuts[0], "test_from": maker.cuts[1]},
-            "splits": _counted(table, maker.goal_names),
-            "without_negatives": maker.dropped,
+            "goals": list(goal_names),
+            "cuts": {"valid_from": cuts[0], "test_from": cuts[1]},
+            "splits": _counted(table, goal_names),
+            **facts,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest

@@ -23,6 +23,7 @@ from hstu_xd.data.sources.delimited import (
     check_quote,
     decide_quoting,
 )
+from hstu_xd.data.sources.flat_sequences import is_flat, open_flat
 from hstu_xd.data.sources.inputs import Input, check_domain_of_name, list_inputs
 from hstu_xd.data.sources.parquet import ParquetSource, check_types, parquet_schema
 from hstu_xd.data.times import KINDS, ORDER_KINDS, TimeKind, check_time_unit, decide_kind, is_number
@@ -241,6 +242,8 @@ def _parquet(one: Input, options: ColumnOptions, *, alone: bool) -> Source:
         reason = str(error).splitlines()[0]
         raise InputError(f"{one.path}: not a readable Parquet file ({reason})") from error
     names = schema.names()
+    if is_flat(names, options):
+        return open_flat(one, schema, options)
     columns: dict[str, str] = {}
     for role in _roles(one, options):
         at = find_column(one.path, names, role, options, line=None)

@@ -82,8 +82,10 @@ def parquet_schema(path: Path) -> "pl.Schema":
     return empty.schema
 
 
-def parquet_batches(path: Path, names: list[str]) -> "Iterator[pl.DataFrame]":
-    """Yield some columns of a Parquet file in batches.
+def parquet_batches(
+    path: Path, names: list[str], *, rows: int = BATCH_ROWS
+) -> "Iterator[pl.DataFrame]":
+    """Yield some columns of a Parquet file in batches of at most so many rows.
 
     They are validated. Neither pyarrow nor polars notices that a damaged count hides rows, so rows
     are counted here.
@@ -97,16 +99,16 @@ def parquet_batches(path: Path, names: list[str]) -> "Iterator[pl.DataFrame]":
 
     try:
         with parquet.ParquetFile(path.absolute()) as file:
-            rows = _stated_rows(file)
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(names))):
+            left = _stated_rows(file)
+            for batch in file.iter_batches(rows, columns=list(dict.fromkeys(names))):
                 batch.validate(full=True)
                 frame = pl.from_arrow(_in_utc(pa.Table.from_batches([batch])))
                 assert isinstance(frame, pl.DataFrame)
-                rows -= len(frame)
+                left -= len(frame)
                 yield frame
-            if rows:
+            if left:
                 raise ValueError(
-                    f"it states {abs(rows)} rows {'more' if rows > 0 else 'fewer'} than can be read"
+                    f"it states {abs(left)} rows {'more' if left > 0 else 'fewer'} than can be read"
                 )
     except (pa.ArrowException, OSError, ValueError, pl.exceptions.PanicException) as error:
         raise pl.exceptions.ComputeError(str(error)) from error

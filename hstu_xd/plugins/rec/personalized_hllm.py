@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.rec.hllm import HLLM_XD
 from hstu_xd.plugins.rec.settings import PERSONALIZED_HLLM_MODEL
-from hstu_xd.plugins.rec.user_tokens import TokenPlaces, TokenSlots
+from hstu_xd.plugins.rec.user_tokens import TokenPlaces, UserTokenMixin
 
 
-class PersonalizedHLLM_XD(HLLM_XD, PersonalizedHLLM):
+class PersonalizedHLLM_XD(HLLM_XD, UserTokenMixin, PersonalizedHLLM):
     """PerSRec's PersonalizedHLLM with HLLM_XD's parts around its user LLM.
 
     PerSRec's own code runs throughout, as HLLM's does under HLLM_XD. Under the domain mask the
@@ -56,9 +56,7 @@ class PersonalizedHLLM_XD(HLLM_XD, PersonalizedHLLM):
                 f"item_dropout: {self.drop_out}; {self._xd_model} with a switch on drops no "
                 "events, for domain states would keep them; leave it out"
             )
-        settings = self._xd_encoder_settings
-        copies = settings.num_domains if settings.domain_mask else 1
-        self._xd_slots = TokenSlots(self._xd_places, copies)
+        self._xd_add_slots()
         # What is added by hooks of HLLM_XD is added between these two.
         self.user_llm.register_forward_pre_hook(self._xd_insert_copies, with_kwargs=True)
         super()._xd_extend_user_llm()
@@ -97,6 +95,16 @@ class PersonalizedHLLM_XD(HLLM_XD, PersonalizedHLLM):
             torch.cat([target_neg[:, :head], tail], dim=1),
             user_attention_mask[:, columns],
         )
+
+    def compress_pretrain(self, *given: Any, **named: Any) -> Any:
+        """Run PerSRec's method, which its trainer does not call; refused with anything on."""
+        self._xd_refuse_cache("compress_pretrain")
+        return super().compress_pretrain(*given, **named)
+
+    def predict1(self, *given: Any, **named: Any) -> Any:
+        """Run PerSRec's method, which its trainer does not call; refused with anything on."""
+        self._xd_refuse_cache("predict1")
+        return super().predict1(*given, **named)
 
     def _xd_take(self, valid: Tensor, domains: Tensor, times: Tensor) -> None:
         super()._xd_take(valid, domains, times)

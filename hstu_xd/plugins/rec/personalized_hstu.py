@@ -9,10 +9,10 @@ from torch import Tensor
 from hstu_xd.plugins.bridge import UnpaddedBatch
 from hstu_xd.plugins.rec.hstu import HSTU_XD
 from hstu_xd.plugins.rec.settings import PERSONALIZED_HSTU_MODEL
-from hstu_xd.plugins.rec.user_tokens import TokenPlaces, TokenSlots
+from hstu_xd.plugins.rec.user_tokens import TokenPlaces, UserTokenMixin
 
 
-class PersonalizedHSTU_XD(HSTU_XD, PersonalizedHSTU):
+class PersonalizedHSTU_XD(HSTU_XD, UserTokenMixin, PersonalizedHSTU):
     """PerSRec's PersonalizedHSTU that may attend inside domains, know the next one, read states.
 
     With everything off it runs PerSRec's own code. Otherwise it is HSTU_XD with user tokens among
@@ -41,9 +41,7 @@ class PersonalizedHSTU_XD(HSTU_XD, PersonalizedHSTU):
 
     def _xd_take_over_layers(self) -> None:
         super()._xd_take_over_layers()
-        settings = self._xd_encoder_settings
-        copies = settings.num_domains if settings.domain_mask else 1
-        self._xd_slots = TokenSlots(self._xd_places, copies)
+        self._xd_add_slots()
 
     def _xd_inputs(self, items: Tensor, columns: Tensor | int) -> Tensor:
         columns = torch.as_tensor(columns, device=items.device)
@@ -57,3 +55,13 @@ class PersonalizedHSTU_XD(HSTU_XD, PersonalizedHSTU):
         for number, layer in enumerate(self._hstu.layers):
             x = layer(x, rows, rows.views(number))
         return rows.take_entries(x)
+
+    def compress_pretrain(self, *given: Any, **named: Any) -> Any:
+        """Run PerSRec's method, which its trainer does not call; refused with anything on."""
+        self._xd_refuse_cache("compress_pretrain")
+        return super().compress_pretrain(*given, **named)
+
+    def predict2(self, *given: Any, **named: Any) -> Any:
+        """Run PerSRec's method, which its trainer does not call; refused with anything on."""
+        self._xd_refuse_cache("predict2")
+        return super().predict2(*given, **named)

@@ -30,6 +30,7 @@ from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.model.views import EncoderRows
 from hstu_xd.ops.grouping import DomainGrouping, lazy_property
 from hstu_xd.plugins.bridge import UnpaddedBatch
+from hstu_xd.plugins.rec.cross_domain_mixin import CrossDomainMixin
 
 
 @dataclass(frozen=True)
@@ -256,3 +257,32 @@ class TokenRows(EncoderRows):
         """Put events into their rows, zeros into those of tokens: (L, W) -> (L', W)."""
         rows = x.new_zeros(len(self.tokens), x.shape[1])
         return rows.index_copy(0, self.event_rows, x)
+
+
+class UserTokenMixin(CrossDomainMixin):
+    """What this package's personalised models share: where tokens stand, and no cached tokens.
+
+    PerSRec can also compress a history into the keys and values of its tokens and predict from
+    these. Its trainer never calls that path, and so no metric speaks for it: there HSTU divides
+    attention by other lengths than in training, and HLLM adds 1 to the scores of the tokens.
+    """
+
+    _xd_places: TokenPlaces
+    _xd_slots: TokenSlots
+
+    def _xd_add_slots(self) -> None:
+        settings = self._xd_encoder_settings
+        copies = settings.num_domains if settings.domain_mask else 1
+        self._xd_slots = TokenSlots(self._xd_places, copies)
+
+    def _xd_refuse_cache(self, method: str) -> None:
+        """Refuse a method of PerSRec's that reads cached tokens, with anything on.
+
+        Raises:
+            InputError: says what to call.
+        """
+        if not self._xd_is_plain:
+            raise InputError(
+                f"{method}: {self._xd_model} with a switch on has no cached tokens; call predict, "
+                "as PerSRec's trainer does"
+            )

@@ -281,6 +281,12 @@ def refusals():
             models({"encoder": {"domain_mask": True}}, **changes)
         except InputError as error:
             said[name] = str(error)
+    _, other = models({"encoder": {"domain_mask": True}})
+    for method in ("compress_pretrain", "predict1"):
+        try:
+            getattr(other, method)(None, None, None)
+        except InputError as error:
+            said[method] = str(error)
     return said
 
 

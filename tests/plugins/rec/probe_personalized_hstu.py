@@ -22,6 +22,7 @@ from REC.model.IDNet import hstu as theirs
 from torch.nn.functional import cross_entropy, layer_norm, normalize, silu
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.errors import InputError
 from hstu_xd.plugins.host import source_problems
 from hstu_xd.plugins.rec import HOST
 from hstu_xd.plugins.rec.personalized_hstu import PersonalizedHSTU_XD
@@ -256,6 +257,18 @@ def semantics():
     }
 
 
+def cached_tokens():
+    """What is said of PerSRec's methods that read cached tokens."""
+    _, other = models(encoder={"domain_mask": True})
+    said = []
+    for method in ("compress_pretrain", "predict2"):
+        try:
+            getattr(other, method)(None, None, None, None)
+        except InputError as error:
+            said.append(str(error))
+    return said
+
+
 if __name__ == "__main__":
     figures = alone(
         lambda: {
@@ -263,6 +276,7 @@ if __name__ == "__main__":
             "parity": parity(),
             "masked": masked(),
             "semantics": semantics(),
+            "cached_tokens": cached_tokens(),
         }
     )
     figures["unverified"] = source_problems(HOST, Path("REC"))

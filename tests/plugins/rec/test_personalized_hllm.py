@@ -64,6 +64,8 @@ def test_negatives_of_other_domains_do_not_count(probed_personalized_hllm: Figur
         ("mistral", "user_pretrain_dir: the user LLM is a mistral; PerSRec's mask of history and"),
         ("dropped", "item_dropout: 0.1; PersonalizedHLLM_XD with a switch on drops no events"),
         ("recent", "recent_item_num: 5; with pretrain_item_num (4) it must make MAX_ITEM_LIST_LEN"),
+        ("compress_pretrain", "compress_pretrain: PersonalizedHLLM_XD with a switch on has no ca"),
+        ("predict1", "predict1: PersonalizedHLLM_XD with a switch on has no cached tokens; call"),
         ("evaluated", "MAX_ITEM_LIST_LENGTH_TEST: 12; with a switch on it must be MAX_ITEM_LIST_L"),
     ],
 )

@@ -46,6 +46,15 @@ def test_tokens_carry_a_domains_past_to_that_domain_alone(
 
 
 @in_codebases
+def test_cached_tokens_are_refused(probed_personalized_hstu: Figures) -> None:
+    assert probed_personalized_hstu["cached_tokens"] == [
+        f"{method}: PersonalizedHSTU_XD with a switch on has no cached tokens; call predict, as "
+        "PerSRec's trainer does"
+        for method in ("compress_pretrain", "predict2")
+    ]
+
+
+@in_codebases
 def test_random_items_in_padding_change_nothing(probed_personalized_hstu: Figures) -> None:
     assert probed_personalized_hstu["semantics"]["padding"] == 0
 
