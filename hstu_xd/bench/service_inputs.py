@@ -18,7 +18,7 @@ USERS, ITEMS_PER_DOMAIN = 300, 2000
 # from those who are under load.
 EARLIER = "~earlier "
 # Events of each of them, and events that are written at once.
-_EACH, _AT_ONCE = 100, 20_000
+_EACH, _AT_ONCE = 100, 5_000
 
 
 @dataclass(frozen=True)
