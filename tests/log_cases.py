@@ -75,6 +75,12 @@ class PostgresServer:
         with psycopg.connect(self.url(database), autocommit=True) as connection:
             connection.execute(command)
 
+    def ask_sql(self, query: str, url: str) -> list[tuple]:
+        import psycopg
+
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute(query).fetchall()
+
     def remove(self) -> None:
         if (self._data / "postmaster.pid").exists():
             self.stop()

@@ -273,6 +273,10 @@ _COLUMNS = {
     "bytes an event": ("bytes_per_event", _tenth),
     "append us": ("append_us", _tenth),
     "open ms": ("open_ms", _tenth),
+    "log events": ("log_events", "{:,}".format),
+    "ready s": ("ready_s", "{:.2f}".format),
+    "ready s empty": ("ready_s_empty", "{:.2f}".format),
+    "first ms": ("first_ms_median", _tenth),
     "absent": ("absent", str),
     "failed": ("failed", str),
 }

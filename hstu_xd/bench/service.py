@@ -6,25 +6,24 @@ rate, whether or not earlier ones are answered. In the end the log must hold eve
 and no other one, and the answers must equal those of states that are built anew from the log.
 
 With a PostgreSQL server the same is done three times: with a file and with the server by one
-process, and with the server by several.
+process, and with the server by several. The log may have events from the start, of other users;
+then a row also says how long it took until the service was ready, with them and without.
 """
 
 import json
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -32,19 +31,32 @@ import torch
 from hstu_xd.bench.cases import Case
 from hstu_xd.bench.http_load import Call, Load, Outcome
 from hstu_xd.bench.rows import Row, empty_row
+from hstu_xd.bench.service_inputs import (
+    EARLIER,
+    USERS,
+    Setup,
+    earlier_users,
+    fill_log,
+    synthetic_run,
+)
 from hstu_xd.bench.timing import torch_threads
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving import EncoderSession
+from hstu_xd.serving.events.event_log import EventLog
 from hstu_xd.serving.events.open_log import is_postgres
 from hstu_xd.serving.http.settings import default_threads
 
 # The load that waits for its answers: connections, and its share of the given seconds.
 _CONNECTIONS, _SHARE = 8, 0.2
 _OVERLOAD = 2.0
-_USERS, _ITEMS_PER_DOMAIN, _TOP = 300, 2000, 10
+_TOP = 10
+# Earlier users whose first answers are measured, by states that are made for them.
+_FIRST = 100
 # Later than all events of a log, whatever its unit; events of the same time keep their order.
 _NOW = 2**44
+# Names that a log is asked for at once.
+_AT_ONCE = 1000
 # How often what is not measured is sent again to a busy service, and seconds in between.
 _TRIES, _PAUSE = 20, 0.5
 # Largest difference of a score, which is a cosine.
@@ -59,6 +71,7 @@ def measure(
     threads: int | None = None,
     workers: int = 1,
     events: str | None = None,
+    log_events: int = 0,
 ) -> Iterator[Row]:
     """Put a service under load and yield its row; with PostgreSQL, rows of those to compare with.
 
@@ -72,6 +85,7 @@ def measure(
         threads: threads of PyTorch in each process; None: as serve takes.
         workers: processes.
         events: URL of a PostgreSQL server that may make databases; None: the log is a file.
+        log_events: events that the log has from the start.
 
     Raises:
         InputError: several workers without a log that they can share, or no such URL.
@@ -82,21 +96,22 @@ def measure(
         )
     if events is not None and not is_postgres(events):
         raise InputError("--events: the URL of a PostgreSQL server is needed, postgresql://...")
-    setups = [_Setup("service", 1, None)]
+    setups = [Setup("service", 1, None)]
     if events is not None:
-        setups.append(_Setup("postgres", 1, events))
+        setups.append(Setup("postgres", 1, events))
     if workers > 1:
-        setups.append(_Setup(f"{workers} workers", workers, events))
+        setups.append(Setup(f"{workers} workers", workers, events))
     with TemporaryDirectory() as folder:
         place = Path(folder)
         with setups[-1].log(place):
             pass  # A server that cannot be used is known before anything is measured.
-        made = run or _synthetic_run(place, case)
+        made = run or synthetic_run(place, case)
         rows: list[Row] = []
         for setup in setups:
             with setup.log(place) as log:
                 served = _Served.from_folder(made, log)
-                row = _measured(served, case, setup, seconds=seconds, threads=threads)
+                options = {"seconds": seconds, "threads": threads, "log_events": log_events}
+                row = _measured(served, case, setup, **options)
             row["run"] = None if run is None else str(run)
             for rival in rows:
                 key = f"times_faster_than_{rival['provider']}"
@@ -105,65 +120,48 @@ def measure(
             yield row
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """How a run is served.
-
-    Attributes:
-        name: of the row.
-        workers: processes.
-        events: URL of a PostgreSQL server; None: a file.
-    """
-
-    name: str
-    workers: int
-    events: str | None
-
-    @contextmanager
-    def log(self, folder: Path) -> Iterator[str]:
-        """Give a log of its own, of which nothing is left in the end."""
-        if self.events is None:
-            yield str(folder / "events.sqlite")
-            return
-        import psycopg
-
-        url, database = urlsplit(self.events), f"hstu_xd_bench_{secrets.token_hex(4)}"
-        query = f"?{url.query}" if url.query else ""
-        try:
-            with psycopg.connect(self.events, autocommit=True) as server:
-                server.execute(f"CREATE DATABASE {database}")
-                try:
-                    yield f"{url.scheme}://{url.netloc}/{database}{query}"
-                finally:
-                    server.execute(f"DROP DATABASE {database} WITH (FORCE)")
-        except psycopg.Error as error:
-            raise HstuXdError(
-                f"PostgreSQL: {str(error).strip()}; --events needs a server that may make databases"
-            ) from error
-
-
 def _measured(
-    served: "_Served", case: Case, setup: _Setup, *, seconds: float, threads: int | None
+    served: "_Served",
+    case: Case,
+    setup: Setup,
+    *,
+    seconds: float,
+    threads: int | None,
+    log_events: int,
 ) -> Row:
     taken = threads or max(1, (os.cpu_count() or 1) // setup.workers)
     if threads is None and setup.workers == 1:
         taken = default_threads()
     with torch_threads(taken):
-        with _process(served, setup.workers, taken) as (process, port):
+        opening: Row = {}
+        if log_events:
+            with _process(served, setup.workers, taken) as empty:
+                opening = {"log_events": log_events, "ready_s_empty": empty.ready_s}
+            fill_log(served.log, served.catalog, log_events)
+        with _process(served, setup.workers, taken) as running:
+            process, port = running.process, running.port
             traffic = _Traffic(served, _users(port))
-            _warm_up(port, traffic)
+            found: dict[str, dict[str, float]] = {}
+            if log_events:
+                count = earlier_users(log_events)
+                users = [f"{EARLIER}{n * count // _FIRST}" for n in range(min(_FIRST, count))]
+                first = _answers(port, traffic, users)
+                found = first.found
+                opening |= {"ready_s": running.ready_s, "first_ms_median": first.ms_median}
+            # All states are built before anything is measured.
+            _answers(port, traffic, traffic.users)
             closed = Load(port).closed(
                 traffic.draw, seconds=max(1.0, _SHARE * seconds), connections=_CONNECTIONS
             )
             answered = sum(x.status == 200 for x in closed)
             capacity = answered / max(1.0, _SHARE * seconds)
             opened = Load(port).open(traffic.draw, rate=_OVERLOAD * capacity, seconds=seconds)
-            found = _answers(port, traffic)
+            found |= _answers(port, traffic, traffic.users).found
             peak = _peak_bytes(process)
         row = empty_row(setup.name, served.case(case), threads=taken, repeats=1)
         row |= {"what": "service", "peak_bytes": peak, "workers": setup.workers}
         row["events_in"] = "SQLite" if setup.events is None else "PostgreSQL"
-        row |= _figures(closed, opened, capacity, seconds)
+        row |= opening | _figures(closed, opened, capacity, seconds)
         row |= served.check([*closed, *opened], found)
     wrong = row["other_errors"] + row["lost_events"] + row["foreign_events"]
     row["correct"] = wrong == 0 and row["error_of_budget"] <= 1
@@ -229,9 +227,9 @@ class _Served:
         log, settings = open_log(self.log), ServiceSettings(self.log)
         engine = load_engine(self.run, settings)
         assert isinstance(engine, RetrievalEngine)
-        names = {user for user, _ in accepted} | set(log.users_from("", sys.maxsize))
+        names = [*{user for user, _ in accepted} | set(_later_users(log))]
         logged = Counter(
-            (event.user, event.item) for known in log.read([*names]) for event in known.events
+            (event.user, event.item) for known in log.read(names) for event in known.events
         )
         items = Items(self.catalog)
         histories = Histories(log, self.catalog, items, engine.prepared)
@@ -250,6 +248,17 @@ class _Served:
             "checked_users": len(found),
             "error_of_budget": worst / _BUDGET,
         }
+
+
+def _later_users(log: EventLog) -> list[str]:
+    """Return all users of a log but those who were there before the service."""
+    found: list[str] = []
+    # A few at a time, as there may be a hundred thousand.
+    while some := log.users_from(f"{found[-1]}\0" if found else "", _AT_ONCE):
+        found += some
+        if some[-1].startswith(EARLIER):
+            break
+    return [user for user in found if not user.startswith(EARLIER)]
 
 
 class _Traffic:
@@ -308,14 +317,28 @@ def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seco
     }
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A service that takes requests.
+
+    Attributes:
+        process: of it.
+        port: that it listens on.
+        ready_s: seconds from the start of the process until it was ready.
+    """
+
+    process: "subprocess.Popen[str]"
+    port: int
+    ready_s: float
+
+
 @contextmanager
-def _process(
-    served: _Served, workers: int, threads: int
-) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """Start the service, give process and port, and drain the service in the end."""
+def _process(served: _Served, workers: int, threads: int) -> Iterator[_Running]:
+    """Start the service, and drain it in the end."""
     command = [sys.executable, "-m", "hstu_xd", "serve", str(served.run), "--port", "0"]
     # Events come after those of any log, whatever its unit.
     command += ["--max-clock-skew", str(_NOW), "--workers", str(workers)]
+    began = time.perf_counter()
     process = subprocess.Popen(
         [*command, "--events", served.log, "--threads", str(threads)],
         stdout=subprocess.PIPE,
@@ -326,7 +349,7 @@ def _process(
         said = process.stdout.readline()
         if not said.startswith("serving "):
             raise HstuXdError("the service did not start; it says why on stderr")
-        yield process, int(said.rpartition(":")[2])
+        yield _Running(process, int(said.rpartition(":")[2]), time.perf_counter() - began)
         process.send_signal(signal.SIGTERM)
         if process.wait(60):
             raise HstuXdError(f"the service ended with status {process.returncode} on SIGTERM")
@@ -337,28 +360,35 @@ def _process(
 
 def _users(port: int) -> list[str]:
     """Return the users that the service knows, or names of new ones."""
-    (outcome,) = _ask_all(port, [Call(f"/v1/users?limit={_USERS}")])
-    return json.loads(outcome.answer)["users"] or [f"user-{n}" for n in range(_USERS)]
+    (outcome,) = _ask_all(port, [Call(f"/v1/users?limit={USERS}")])
+    users = [name for name in json.loads(outcome.answer)["users"] if not name.startswith(EARLIER)]
+    return users or [f"user-{n}" for n in range(USERS)]
 
 
-def _warm_up(port: int, traffic: _Traffic) -> None:
-    """Ask for every user once, so that all states are built before anything is measured."""
-    _answers(port, traffic)
+@dataclass(frozen=True)
+class _Answers:
+    """What was recommended to users, one after the other.
+
+    Attributes:
+        found: by user the items and their scores.
+        ms_median: of an answer.
+    """
+
+    found: dict[str, dict[str, float]]
+    ms_median: float
 
 
-def _answers(port: int, traffic: _Traffic) -> dict[str, dict[str, float]]:
-    """Ask for recommendations of each user's domain; return items and scores by user."""
+def _answers(port: int, traffic: _Traffic, users: Sequence[str]) -> _Answers:
+    """Ask for recommendations of each user's domain."""
     names = traffic.catalog.domain_names
-    calls = [
-        traffic.recommend(user, names[_domain(user, traffic.catalog)], _TOP)
-        for user in traffic.users
-    ]
+    calls = [traffic.recommend(user, names[_domain(user, traffic.catalog)], _TOP) for user in users]
     found = {}
-    for call, outcome in zip(calls, _ask_all(port, calls)):
+    outcomes = _ask_all(port, calls)
+    for call, outcome in zip(calls, outcomes):
         (rows,) = json.loads(outcome.answer)["recommendations"]
         assert call.body is not None
         found[call.body["user"]] = {row["item"]: row["score"] for row in rows["items"]}
-    return found
+    return _Answers(found, float(np.median([1e3 * outcome.seconds for outcome in outcomes])))
 
 
 def _ask_all(port: int, calls: list[Call]) -> list[Outcome]:
@@ -396,45 +426,3 @@ def _peak_bytes(process: "subprocess.Popen[str]") -> int | None:
         (line,) = [x for x in text.splitlines() if x.startswith("VmHWM:")]
         peak += int(line.split()[1]) * 1024
     return peak
-
-
-def _synthetic_run(folder: Path, case: Case) -> Path:
-    """Write a run with every switch on and random weights, over a synthetic store."""
-    from hstu_xd.data.store import InteractionStore
-    from hstu_xd.data.synthetic import SynthOptions, synthesize
-    from hstu_xd.model.hstu import CrossDomainHSTU
-    from hstu_xd.training.checkpoint import MODEL_FILE, save_checkpoint
-    from hstu_xd.training.distributed import World
-    from hstu_xd.training.run_facts import lay_out
-    from hstu_xd.training.settings import RunSettings, TrainSettings
-
-    options = SynthOptions(
-        users=_USERS,
-        domains=case.num_domains,
-        items_per_domain=_ITEMS_PER_DOMAIN,
-        mean_length=max(5, case.seq_len),
-    )
-    synthesize(folder / "data", options)
-    store = InteractionStore.open(folder / "data")
-    encoder = {
-        "num_blocks": case.layers,
-        "num_heads": case.heads,
-        "dqk": case.dqk,
-        "dv": case.dv,
-        "domain_mask": True,
-        "tape": True,
-        "ddsr": True,
-        "target_domain_embedding": True,
-        "target_view_heads": case.heads // 2,
-    }
-    train = TrainSettings(max_sequence_length=case.seq_len, item_embedding_dim=case.width)
-    settings = RunSettings(encoder, train)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = CrossDomainHSTU(store.catalog, settings.encoder_settings(store.num_domains))
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    here = World(0, 1, torch.device("cpu"))
-    lay_out(folder / "run", store, settings, model, "random weights", here)
-    save_checkpoint(folder / "run" / MODEL_FILE, model.state_dict(), {})
-    return folder / "run"

@@ -304,6 +304,9 @@ def service(
             "measurement; compared with a file. [default: a file alone]"
         ),
     ] = None,
+    log_events: Annotated[
+        int, typer.Option(min=0, help="Events that the log has before the service starts.")
+    ] = 0,
     as_json: Json = False,
     out: Out = None,
 ) -> None:
@@ -321,7 +324,13 @@ def service(
     )
     show(
         lambda: loads.measure(
-            run, case, seconds=seconds, threads=threads, workers=workers, events=events
+            run,
+            case,
+            seconds=seconds,
+            threads=threads,
+            workers=workers,
+            events=events,
+            log_events=log_events,
         ),
         as_json,
         out,

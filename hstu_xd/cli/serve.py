@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import urlsplit
 
 import typer
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 _TOKEN = "HSTU_XD_TOKEN"
+# OpenTelemetry's variables that name a collector: one for traces, one for whatever is sent.
+_TRACES_AT, _ALL_AT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
+_TRACES_PATH = "/v1/traces"
 
 
 Run = Annotated[Path, typer.Argument(help="Run folder.")]
@@ -93,6 +97,13 @@ LogFormat = Annotated[
     Literal["text", "json"],
     typer.Option(help="How it is written: lines of text, or a JSON object a line."),
 ]
+Traces = Annotated[
+    str | None,
+    typer.Option(
+        help="Collector of OpenTelemetry that gets a trace of every request by OTLP over HTTP, as "
+        f"http://HOST:4318. [default: {_ALL_AT}, or none]"
+    ),
+]
 Drain = Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get on SIGTERM.")]
 ShadowRun = Annotated[
     Path | None,
@@ -135,6 +146,7 @@ def serve(
     root_path: RootPath = "",
     log_level: LogLevel = "warning",
     log_format: LogFormat = "text",
+    traces: Traces = None,
     drain: Drain = 5.0,
     workers: NumWorkers = 1,
     shadow: ShadowRun = None,
@@ -171,6 +183,7 @@ def serve(
         token=_token(token_file),
         drain_seconds=drain,
         root_path=root_path,
+        traces=_collector(traces),
         queue=QueueSettings(max_batch, max_wait / 1e3, max_queue, max_delay / 1e3),
         limits=Limits(max_body=max_body, max_k=max_k),
         writes=WriteSettings(repeats, unknown_items, max_clock_skew),
@@ -265,6 +278,73 @@ def _token(file: Path | None) -> str | None:
             f"{file or _TOKEN}: the token must be printable ASCII without spaces, and not empty"
         )
     return token
+
+
+def _collector(option: str | None) -> str | None:
+    """Return the URL that spans are posted to; None where nobody asks for traces.
+
+    What the option asks for is done, or the command ends. OpenTelemetry's variables, which may be
+    those of a whole cluster, are warned of where nothing follows from them.
+    """
+    is_off = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if option is not None:
+        if is_off:
+            raise InputError("--traces with OTEL_SDK_DISABLED=true; drop one of them")
+        return _traces_url("--traces", option)
+    name = _TRACES_AT if os.environ.get(_TRACES_AT) else _ALL_AT
+    given, exporter = os.environ.get(name), os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"
+    if not given or is_off or exporter.strip().lower() == "none":
+        return None
+    try:
+        if exporter.strip().lower() != "otlp":
+            raise InputError(f"OTEL_TRACES_EXPORTER is {exporter!r}; serve has otlp or none")
+        protocols = (
+            os.environ.get(f"OTEL_EXPORTER_OTLP_{kind}PROTOCOL") for kind in ("TRACES_", "")
+        )
+        protocol = next(filter(None, protocols), "http/protobuf")
+        if protocol != "http/protobuf":
+            raise InputError(
+                f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}; serve has http/protobuf"
+            )
+        return _traces_url(name, given)
+    except HstuXdError as error:
+        logging.getLogger(__name__).warning("no traces: %s", error)
+        return None
+
+
+def _traces_url(name: str, given: str) -> str:
+    """Check the URL of a collector, and complete it.
+
+    Args:
+        name: of the option or variable.
+        given: its value.
+
+    Raises:
+        InputError: it is no such URL.
+        HstuXdError: the extra is not installed.
+    """
+    try:
+        parts = urlsplit(given)
+        is_sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_sound, parts = False, urlsplit("")
+    if not is_sound or "@" in given or parts.query or parts.fragment:
+        shown = (
+            "has a user, a password or a query" if "@" in given or "?" in given else f"is {given!r}"
+        )
+        raise InputError(
+            f"{name} {shown}; http://HOST:4318 is needed, and what a collector asks for goes in "
+            "OTEL_EXPORTER_OTLP_HEADERS"
+        )
+    try:
+        import hstu_xd.serving.http.tracing  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise HstuXdError(
+            f'{name}: {error.name} is not installed; traces need pip install "hstu-xd[otel]"'
+        ) from error
+    if name == _TRACES_AT or given.endswith(_TRACES_PATH):
+        return given
+    return given.rstrip("/") + _TRACES_PATH
 
 
 def _make_folder(folder: Path) -> None:

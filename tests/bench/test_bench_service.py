@@ -10,7 +10,7 @@ from log_cases import postgres_server
 
 pytest.importorskip("fastapi", reason="no fastapi here: bench service is NOT covered")
 
-from hstu_xd.bench import service
+from hstu_xd.bench import service, service_inputs
 from hstu_xd.bench.http_load import Call, Load, Outcome
 from hstu_xd.errors import HstuXdError, InputError
 
@@ -19,8 +19,9 @@ TINY = {"heads": 2, "dqk": 4, "dv": 4, "width": 8, "layers": 1, "seq_len": 12, "
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "_USERS", 12)
-    monkeypatch.setattr(service, "_ITEMS_PER_DOMAIN", 20)
+    for module in (service, service_inputs):
+        monkeypatch.setattr(module, "USERS", 12)
+    monkeypatch.setattr(service_inputs, "ITEMS_PER_DOMAIN", 20)
 
 
 def test_a_service_under_load_loses_nothing(
@@ -49,6 +50,18 @@ def test_a_service_under_load_loses_nothing(
     assert row["accepted_per_second"] == len(accepted)
     assert row["offered_per_second"] == len(kept)
     assert {x.status for x in kept} <= {200, 503}
+
+
+def test_a_log_may_be_long_from_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    call("service", json=True, seconds=1.0, num_domains=3, log_events=30_000, **TINY)
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["log_events"] == 30_000
+    assert row["ready_s"] > 0 < row["ready_s_empty"]
+    # Those of the log, who are asked once, and those under load.
+    assert row["checked_users"] == 100 + 12
+    assert row["first_ms_median"] > 0
+    assert row["correct"] is True
+    assert (row["lost_events"], row["foreign_events"]) == (0, 0)
 
 
 @pytest.mark.slow

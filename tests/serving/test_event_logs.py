@@ -2,7 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -347,6 +348,53 @@ def test_a_migration_that_was_cut_short_goes_on(
         log.close()
     with pytest.raises(InputError, match="of a later hstu-xd"):
         open_log.open_log(url)
+
+
+@pytest.mark.parametrize("isolation", ["read committed", "repeatable read"])
+def test_a_writer_that_waited_for_a_migration_sees_its_schema(
+    server: PostgresServer, isolation: str
+) -> None:
+    """Whatever it writes, and whatever transactions of the database see by default."""
+    import psycopg
+
+    from hstu_xd.serving.events import postgres_log
+
+    url = server.database()
+    name = url.partition("@/")[2].partition("?")[0]
+    server.run_sql(f"ALTER DATABASE {name} SET default_transaction_isolation = '{isolation}'", name)
+    log = open_log.open_log(url)
+    log.add(numbered(2))
+    before = known(log)
+    writes = (
+        lambda: log.add(numbered(1)),
+        lambda: log.add(numbered(1), versions={"ann": before.version}),
+        lambda: log.remove(Event("ann", "0", 0), hide=True),
+        lambda: log.forget("ann"),
+        log.probe,
+    )
+    for write in writes:
+        said: list[str] = []
+
+        def attempt(write: Callable[[], object] = write, said: list[str] = said) -> None:
+            with pytest.raises(LogError) as told:
+                write()
+            said.append(str(told.value))
+
+        with psycopg.connect(url) as migrating:
+            migrating.execute("SELECT pg_advisory_xact_lock(%s)", (postgres_log._LOCK,))
+            waiting = threading.Thread(target=attempt)
+            waiting.start()
+            query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            deadline = time.monotonic() + 60
+            while not migrating.execute(query).fetchall()[0][0]:
+                assert time.monotonic() < deadline
+            migrating.execute("UPDATE hstu_xd.schema SET version = version + 1")
+        waiting.join()
+        assert "of a later hstu-xd (schema 2, this one knows 1); serve with that one" in said[0]
+        server.run_sql("UPDATE hstu_xd.schema SET version = 1", name)
+    assert known(log) == before
+    log.add(numbered(1), versions={"ann": before.version})
+    log.close()
 
 
 def test_what_postgres_cannot_keep_is_said(server: PostgresServer) -> None:

@@ -2,9 +2,15 @@
 
 Nothing that was accepted is lost or counts twice, nothing that was refused is there, and every
 answer is that of the full encoder on the events that the user had at the time.
+
+HSTU_XD_SOAK sets a number of events, and it goes on until so many are accepted; the whole soak is
+200,000:
+
+    HSTU_XD_SOAK=200000 python -m pytest -n 0 -m slow tests/serving/test_workers_soak.py
 """
 
 import json
+import os
 import random
 import signal
 import time
@@ -29,6 +35,7 @@ from hstu_xd.bench.http_load import Call, Load, Outcome
 from hstu_xd.serving.events.event_log import Event
 from hstu_xd.serving.events.open_log import open_log
 
+EVENTS = int(os.environ.get("HSTU_XD_SOAK", "0"))
 USERS, WORKERS, CONNECTIONS = 60, 2, 8
 # Seconds in which capacity is measured; what is then offered, as a multiple of it.
 MEASURED, OVERLOAD = 3.0, 2.0
@@ -108,6 +115,11 @@ def fates(traffic: Traffic, outcomes: Iterable[Outcome]) -> dict[int, Fate]:
         else:
             assert outcome.status == 503, (outcome.status, outcome.answer)
     return found
+
+
+def accepted(known: dict[int, Fate]) -> int:
+    """How many events clients were told of that they are taken."""
+    return sum(fate.taken_at < float("inf") for fate in known.values())
 
 
 def ask(process: ServiceProcess, call: Call) -> tuple[int, Any]:
@@ -220,12 +232,17 @@ def disturb(faults: list[Callable[[], None]], seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "kills", "restarts"),
-    [(6.0, 1, 1), pytest.param(60.0, 10, 3, marks=pytest.mark.slow)],
+    ("seconds", "kills", "restarts", "events"),
+    [(6.0, 1, 1, 0), pytest.param(60.0, 10, 3, EVENTS, marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
 def test_workers_and_servers_are_killed_under_load(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float, kills: int, restarts: int
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    seconds: float,
+    kills: int,
+    restarts: int,
+    events: int,
 ) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(postgres_server())
@@ -255,11 +272,16 @@ def test_workers_and_servers_are_killed_under_load(
         traffic, load = Traffic(), Load(process.port)
         calm = load.closed(traffic.draw, seconds=MEASURED, connections=CONNECTIONS)
         rate = OVERLOAD * sum(each.status == 200 for each in calm) / MEASURED
-        with ThreadPoolExecutor(1) as pool:
-            loaded = pool.submit(load.open, traffic.draw, rate=rate, seconds=seconds)
-            disturb(faults, seconds)
-            outcomes = [*calm, *loaded.result()]
-        known = fates(traffic, outcomes)
+        known, rounds, loaded = fates(traffic, calm), 0, list[Outcome]()
+        while not rounds or accepted(known) < events:
+            rounds += 1
+            with ThreadPoolExecutor(1) as pool:
+                options = {"rate": rate, "seconds": seconds, "seed": rounds}
+                ended = pool.submit(load.open, traffic.draw, **options)
+                disturb(faults, seconds)
+                loaded += ended.result()
+            known = fates(traffic, [*calm, *loaded])
+        outcomes = [*calm, *loaded]
         logged = check_log(process, log, known)
         compared, worst = check_answers(traffic, outcomes, logged, known)
         assert compared
@@ -267,14 +289,15 @@ def test_workers_and_servers_are_killed_under_load(
         code, said = process.end(signal.SIGTERM)
     assert code == 0, said
     assert "Traceback" not in said
-    assert said.count("ended with status -9; it is started again") == kills
-    statuses = Counter(each.status for each in loaded.result())
-    accepted = [each.seconds * 1e3 for each in loaded.result() if each.status == 200]
-    middle, late = np.percentile(accepted, [50, 99])
+    assert said.count("ended with status -9; it is started again") == kills * rounds
+    statuses = Counter(each.status for each in loaded)
+    taken = [each.seconds * 1e3 for each in loaded if each.status == 200]
+    middle, late = np.percentile(taken, [50, 99])
     with capsys.disabled():
         print(
             f"\n{rate / OVERLOAD:.0f} requests/s are borne, {rate:.0f}/s were offered for "
-            f"{seconds:.0f} s: {dict(sorted(statuses.items()))}; "
+            f"{rounds} x {seconds:.0f} s, with {rounds * kills} kills and {rounds * restarts} "
+            f"restarts of each server: {dict(sorted(statuses.items()))}; "
             f"{sum(map(len, logged.values()))} events, 0 lost, 0 doubled; {compared} answers, off "
             f"by {worst:.1e} at most; p50 {middle:.1f} ms, p99 {late:.1f} ms, "
             f"{late / middle:.1f} times as long"

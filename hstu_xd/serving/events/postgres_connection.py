@@ -29,6 +29,7 @@ _RESPITE = 0.5
 # Seconds that the clocks of server and machine may differ before it is said.
 _SKEW = 60.0
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
+_ABOUT = f"SELECT pg_advisory_xact_lock_shared(%s), pg_current_xact_id()::text, {_NOW}"
 
 # What another writer may bring about, where the rows of users could not keep them apart.
 _RACES = (
@@ -87,11 +88,13 @@ class PostgresConnection:
                 raise
         return self._fetch(query, values)
 
-    def write(self, write: Callable[[psycopg.Connection], Any]) -> Any:
+    def write(self, write: Callable[[psycopg.Connection], Any], lock: int) -> Any:
         """Write all of it or nothing, and remember whether it could be written.
 
         Args:
             write: sends statements, and returns None or what returns the result once they ran.
+            lock: number of an advisory lock, which it shares with other writers; each statement
+                sees what was there before that who had it alone.
 
         Raises:
             Conflict: others have written meanwhile.
@@ -104,11 +107,11 @@ class PostgresConnection:
                 try:
                     # What is sent together takes one way there and back.
                     with connection.pipeline():
-                        connection.execute("BEGIN")
-                        about = connection.execute(f"SELECT pg_current_xact_id()::text, {_NOW}")
+                        connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+                        about = connection.execute(_ABOUT, (lock,))
                         finish = write(connection)
                     found = finish() if callable(finish) else None
-                    ((transaction, now),) = about.fetchall()
+                    ((_, transaction, now),) = about.fetchall()
                     self._set_clock(now)
                 except BaseException:
                     with suppress(psycopg.Error):

@@ -61,7 +61,9 @@ _CLAIM = """
     ORDER BY name COLLATE "C"
     ON CONFLICT (name) DO UPDATE SET version = excluded.version, previous = excluded.previous
 """
-_AS_EXPECTED = "WHERE users.version = excluded.previous"
+_AS_EXPECTED = " WHERE users.version = excluded.previous"
+# What writes first says which schema it has found: a statement of its own would cost every write.
+_SCHEMA = " RETURNING (SELECT version FROM hstu_xd.schema)"
 _ADD = """
     INSERT INTO hstu_xd.events (name, item, timestamp)
     SELECT name, item, timestamp FROM unnest(%s::text[], %s::text[], %s::bigint[])
@@ -145,19 +147,12 @@ class PostgresLog:
         expected = [b"" if versions is None else versions[user] for user in users]
         claim = _CLAIM if versions is None else _CLAIM + _AS_EXPECTED
 
-        def write(connection: psycopg.Connection) -> Callable[[], None]:
-            claimed = connection.execute(claim, (version, users, expected))
+        def write(connection: psycopg.Connection) -> None:
             connection.execute(_ADD, _columns(events))
             if keys:
                 connection.execute(_ADD_KEYS, _columns(keys))
 
-            def check() -> None:
-                if claimed.rowcount < len(users):
-                    raise Conflict("another process has written to the same users; repeat it")
-
-            return check
-
-        self._write(write)
+        self._write(claim, (version, users, expected), write, rows=len(users))
 
     def forget(self, user: str) -> None:
         """Remove a user's events; PostgreSQL overwrites their bytes when it vacuums.
@@ -166,18 +161,16 @@ class PostgresLog:
         """
 
         def write(connection: psycopg.Connection) -> None:
-            connection.execute(_CLAIM, (new_version(), [user], [b""]))
             connection.execute("UPDATE hstu_xd.users SET restarted = true WHERE name = %s", (user,))
             for table in ("events", "keys", "hidden"):
                 connection.execute(f"DELETE FROM hstu_xd.{table} WHERE name = %s", (user,))
 
-        self._write(write)
+        self._write(_CLAIM, (new_version(), [user], [b""]), write)
 
     def remove(self, event: Event, *, hide: bool) -> int:
         """Remove one event, as often as it is there, and return how often it was."""
 
         def write(connection: psycopg.Connection) -> Callable[[], int]:
-            connection.execute(_CLAIM, (new_version(), [event.user], [b""]))
             removed = connection.execute(f"DELETE FROM hstu_xd.events {_SAME}", event)
             connection.execute(f"UPDATE hstu_xd.keys SET item = '', timestamp = 0 {_SAME}", event)
             if hide:
@@ -185,13 +178,11 @@ class PostgresLog:
                 connection.execute(row, event)
             return lambda: removed.rowcount
 
-        return self._write(write)
+        return self._write(_CLAIM, (new_version(), [event.user], [b""]), write)
 
     def probe(self) -> None:
         """Write something, which changes nothing."""
-        self._write(
-            lambda connection: connection.execute("UPDATE hstu_xd.schema SET version = version")
-        )
+        self._write("UPDATE hstu_xd.schema SET version = version", (), lambda connection: None)
         ((size,),) = self._connection.read(_SIZE)
         self._bytes = int(size)
 
@@ -236,23 +227,37 @@ class PostgresLog:
         """Close the connection."""
         self._connection.close()
 
-    def _write(self, write: Callable[[psycopg.Connection], Any]) -> Any:
-        """Write to a log of the present schema, see :meth:`PostgresConnection.write`."""
+    def _write(
+        self,
+        first: str,
+        values: Sequence[Any],
+        write: Callable[[psycopg.Connection], Any],
+        rows: int = 1,
+    ) -> Any:
+        """Write to a log of the present schema, see :meth:`PostgresConnection.write`.
+
+        Args:
+            first: statement that writes rows, by which nothing or something of all is written.
+            values: of it.
+            write: sends what comes after it; returns None or what returns the result once all ran.
+            rows: that it writes, unless other writers have been there.
+        """
 
         def write_as_known(connection: psycopg.Connection) -> Callable[[], Any]:
-            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (_LOCK,))
-            schema = connection.execute("SELECT version FROM hstu_xd.schema")
+            schemas = connection.execute(first + _SCHEMA, values)
             finish = write(connection)
 
             def check() -> Any:
-                ((found,),) = schema.fetchall()
+                if schemas.rowcount < rows:
+                    raise Conflict("another process has written to the same users; repeat it")
+                found, *_ = (version for (version,) in schemas.fetchall())
                 if found != len(MIGRATIONS):
                     raise LogError(f"the event log is of {_another(found)}; serve with that one")
                 return finish() if callable(finish) else None
 
             return check
 
-        return self._connection.write(write_as_known)
+        return self._connection.write(write_as_known, _LOCK)
 
     def _migrate(self) -> None:
         """Bring the schema up to date; several who start at once wait for each other."""

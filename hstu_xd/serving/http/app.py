@@ -88,6 +88,8 @@ def build_app(service: Service, swaps: Swaps | None = None) -> RequestGuard:
         "request may bring.",
         docs_url=None,
         redoc_url=None,
+        # Its own spans have the path and what is wrong with a body, and so names of users.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     _handle_errors(app)
     bodies = schemas.RequestBodies(service.settings.limits)

@@ -4,14 +4,16 @@ Every event is in the log before anybody is told that it was taken.
 """
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, Keyed, LogError
 from hstu_xd.serving.http.arrivals import Append
-from hstu_xd.serving.http.batching import Ticket
+from hstu_xd.serving.http.batching import Step, Ticket
 from hstu_xd.serving.http.engine import Session
 from hstu_xd.serving.http.failover import FailoverSession
 from hstu_xd.serving.http.jobs import (
@@ -45,7 +47,8 @@ class BatchHandler:
     had never come.
 
     Jobs name users, items and domains as clients do. A batch is handled by one model from its
-    beginning to its end, and its tickets say which.
+    beginning to its end, and its tickets say which. They also say what the batch waited for, as
+    nobody is told before all of it is handled.
 
     Args:
         sessions: states of users, of the model.
@@ -56,6 +59,7 @@ class BatchHandler:
     def __init__(self, sessions: FailoverSession, log: EventLog, model: LiveModel) -> None:
         self._sessions, self._log, self._model = sessions, log, model
         self._next: deque[tuple[LiveModel, Session]] = deque()
+        self._steps: list[Step] = []
 
     def replace(self, model: LiveModel, session: Session) -> None:
         """Handle all batches that begin from now on by another model; called by any thread.
@@ -72,6 +76,7 @@ class BatchHandler:
             model, session = self._next.popleft()
             self._sessions.adopt(model.session, session)
             self._model = model
+        self._steps = []
         for ticket in tickets:
             ticket.by = self._model.name
         for ticket in tickets:
@@ -83,11 +88,22 @@ class BatchHandler:
             (ReadHistory | ReadLogged | ListUsers, self._read),
         ):
             _settle([ticket for ticket in tickets if isinstance(ticket.job, kinds)], handle)
+        for ticket in tickets:
+            ticket.steps += self._steps
 
     def close(self) -> None:
         """Close log and store."""
         self._sessions.close()
         self._log.close()
+
+    @contextmanager
+    def _noted(self, name: str) -> Iterator[None]:
+        """Note how long the batch waits for something."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._steps.append(Step(name, began, time.perf_counter()))
 
     def _append(self, tickets: Tickets) -> None:
         for left in reversed(range(_TRIES)):
@@ -102,7 +118,8 @@ class BatchHandler:
         new: list[tuple[Event, str | None]] = []
         jobs = [ticket.job for ticket in tickets if isinstance(ticket.job, Append)]
         model = self._model
-        arrived = model.arrivals.begin(jobs)
+        with self._noted("log.read"):
+            arrived = model.arrivals.begin(jobs)
         for ticket in tickets:
             job = ticket.job
             assert isinstance(job, Append)
@@ -120,8 +137,10 @@ class BatchHandler:
         keys = [Keyed(event.user, key, *event[1:]) for event, key in new if key is not None]
         versions = model.histories.versions(users)
         try:
-            self._sessions.run(lambda session: session.append(events))
-            self._log.add(events, keys, versions)
+            with self._noted("states"):
+                self._sessions.run(lambda session: session.append(events))
+            with self._noted("log.write"):
+                self._log.add(events, keys, versions)
         except InputError:
             raise  # No state has changed.
         except Exception:
@@ -145,8 +164,10 @@ class BatchHandler:
         if not asked:
             return
         questions = [question for _, question in asked]
-        model.histories.look(question.user for question in questions)
-        results = self._sessions.run(lambda session: session.answer(questions))
+        with self._noted("log.read"):
+            model.histories.look(question.user for question in questions)
+        with self._noted("states"):
+            results = self._sessions.run(lambda session: session.answer(questions))
         versions = model.histories.versions(question.user for question in questions)
         for (ticket, question), result in zip(asked, results, strict=True):
             if isinstance(result, InputError):
@@ -163,25 +184,29 @@ class BatchHandler:
                 self._sessions.probe()
                 continue
             assert isinstance(job, Forget | Remove)
-            if isinstance(job, Forget):
-                user, ticket.result = job.user, histories.forget(job.user)
-            else:
-                user, ticket.result = job.event.user, histories.remove(job.event)
+            with self._noted("log.write"):
+                if isinstance(job, Forget):
+                    user, ticket.result = job.user, histories.forget(job.user)
+                else:
+                    user, ticket.result = job.event.user, histories.remove(job.event)
             # A state that the store keeps is of a version that is no more.
-            with suppress(StoreError):
+            with self._noted("states"), suppress(StoreError):
                 self._sessions.forget(user)
 
     def _read(self, tickets: Tickets) -> None:
+        with self._noted("log.read"):
+            for ticket in tickets:
+                ticket.result = self._read_one(ticket.job)
+
+    def _read_one(self, job: Job) -> Any:
         model = self._model
-        for ticket in tickets:
-            job = ticket.job
-            if isinstance(job, ReadHistory):
-                events = model.histories.last_of(job.user, job.limit)
-                ticket.result = [(event, model.items.domain_name(event.item)) for event in events]
-            elif isinstance(job, ReadLogged):
-                (ticket.result,) = self._log.read([job.user])
-            elif isinstance(job, ListUsers):
-                ticket.result = model.histories.users(job.prefix, job.limit)
+        if isinstance(job, ReadHistory):
+            events = model.histories.last_of(job.user, job.limit)
+            return [(event, model.items.domain_name(event.item)) for event in events]
+        if isinstance(job, ReadLogged):
+            return self._log.read([job.user])[0]
+        assert isinstance(job, ListUsers)
+        return model.histories.users(job.prefix, job.limit)
 
 
 def _settle(tickets: Tickets, handle: Callable[[Tickets], None]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from hstu_xd.errors import HstuXdError
 from hstu_xd.serving.http.settings import QueueSettings
@@ -45,6 +45,20 @@ class Handler(Protocol[J]):
         ...
 
 
+class Step(NamedTuple):
+    """What a job waited for.
+
+    Attributes:
+        name: of it: "queue", "log.read", "log.write" or "states".
+        began: when, by ``time.perf_counter``.
+        ended: when.
+    """
+
+    name: str
+    began: float
+    ended: float
+
+
 @dataclass(eq=False)
 class Ticket(Generic[J]):
     """A job and what became of it.
@@ -54,6 +68,7 @@ class Ticket(Generic[J]):
         result: of the job, once it is done.
         error: why it was not done; None where it was.
         by: name of what handled it; empty until then.
+        steps: what it waited for, one after the other.
         done: whom it is told.
         cost: of the job.
         since: when it was queued.
@@ -63,6 +78,7 @@ class Ticket(Generic[J]):
     result: Any = None
     error: Exception | None = None
     by: str = ""
+    steps: list[Step] = field(default_factory=list)
     done: "asyncio.Future[Any]" = field(kw_only=True)
     cost: float = field(kw_only=True)
     since: float = field(kw_only=True)
@@ -212,6 +228,7 @@ class Batcher(Generic[J]):
                 late = start - _OVERDUE * self._settings.max_delay - self._settings.max_wait
                 due = [ticket for ticket in batch if ticket.since >= late]
                 for ticket in batch:
+                    ticket.steps.append(Step("queue", ticket.since, start))
                     if ticket.since < late:
                         ticket.error = Busy(_BUSY)
                 if due:

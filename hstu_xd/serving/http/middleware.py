@@ -102,7 +102,7 @@ class RequestGuard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                version = quote(self._service.answered_by, safe=" ").encode()
+                version = quote(self._service.handled.by, safe=" ").encode()
                 named = [(b"x-model", version), (b"x-request-id", request_id.encode())]
                 message = {**message, "headers": [*message.get("headers", ()), *named]}
             await send(message)
@@ -118,9 +118,11 @@ class RequestGuard:
             self._service.active -= 1
             seconds, route = time.perf_counter() - start, route_of(path)
             self._service.metrics.answered(route, status, seconds)
-            method, version = scope["method"], self._service.answered_by
-            answered = Answered(method, route, status, 1e3 * seconds, version, request_id)
+            method, handled = scope["method"], self._service.handled
+            answered = Answered(method, route, status, 1e3 * seconds, handled.by, request_id)
             access_log.write(answered, (scope.get("client") or ["-"])[0])
+            if self._service.tracing is not None:
+                self._service.tracing.record(answered, start, handled.steps, headers)
 
     async def _pass(
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send

@@ -6,18 +6,19 @@ It counts what Prometheus reads at /metrics.
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import open_log
 from hstu_xd.serving.http.batch_handler import BatchHandler
-from hstu_xd.serving.http.batching import Batcher
+from hstu_xd.serving.http.batching import Batcher, Step
 from hstu_xd.serving.http.engine import Engine, Session
 from hstu_xd.serving.http.failover import FailoverSession
 from hstu_xd.serving.http.jobs import Job, Probe, cost_of
@@ -26,14 +27,31 @@ from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.settings import ServiceSettings, default_threads
 from hstu_xd.serving.http.shadow import Shadow
 
+if TYPE_CHECKING:
+    from hstu_xd.serving.http.tracing import Tracing
+
 _log = logging.getLogger(__name__)
 
 # Seconds after a write until whoever asks for the health lets one be tried, and how long he waits.
 _PROBE_AFTER, _PROBE_PATIENCE = 2.0, 0.5
 
 
-# Name of the model by which the request of this task was handled.
-_ANSWERED_BY: ContextVar[str] = ContextVar("answered_by")
+@dataclass(frozen=True)
+class Handled:
+    """How a request was handled.
+
+    Attributes:
+        by: name of the model.
+        steps: what it waited for, one after the other.
+    """
+
+    by: str
+    steps: Sequence[Step] = ()
+
+
+# How the request of this task was handled.
+_NOT_YET = Handled("")
+_HANDLED: ContextVar[Handled] = ContextVar("handled", default=_NOT_YET)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +81,7 @@ class Service:
         active: requests that are under way.
         draining: no further request is taken.
         shadow: compares answers with those of another run; None: there is none.
+        tracing: sends spans of requests; None: there are none.
 
     Raises:
         InputError: the log belongs to another process or is none, or an unknown kind of store.
@@ -77,16 +96,17 @@ class Service:
         self._batcher: Batcher[Job] = Batcher(
             lambda: self._open(engine), settings.queue, self.metrics.batch, cost_of
         )
+        self.tracing = _tracing(settings.traces)
 
     @property
-    def answered_by(self) -> str:
-        """Return the name of the model by which the request of this task was handled."""
-        return _ANSWERED_BY.get()
+    def handled(self) -> Handled:
+        """Return how the request of this task was handled."""
+        return _HANDLED.get()
 
     def present(self) -> LiveModel:
         """Return the model that answers now, as the one that handles this task's request."""
         model = self.model
-        _ANSWERED_BY.set(model.name)
+        _HANDLED.set(Handled(model.name))
         return model
 
     @property
@@ -143,8 +163,7 @@ class Service:
         try:
             return await ticket.done
         finally:
-            if ticket.by:
-                _ANSWERED_BY.set(ticket.by)
+            _HANDLED.set(Handled(ticket.by or self.handled.by, ticket.steps))
 
     def load(self, run: Path, *, allow_imports: bool = False) -> Loaded:
         """Load a run beside the model that answers, and check that it can take its place.
@@ -188,9 +207,14 @@ class Service:
         Returns:
             Whether all of it was done in time.
         """
+        if self.tracing is not None:
+            self.tracing.close()
         if self.shadow is not None:
             self.shadow.close()
-        return self._batcher.stop(within)
+        is_done = self._batcher.stop(within)
+        if self.tracing is not None:
+            self.tracing.wait()
+        return is_done
 
     def abandon(self) -> None:
         """Refuse what waits, and wait for nothing that is under way."""
@@ -223,3 +247,12 @@ class Service:
             ),
             "hstu_xd_log_bytes": ("Bytes of the event log.", self._log.num_bytes()),
         }
+
+
+def _tracing(url: str | None) -> "Tracing | None":
+    if url is None:
+        return None
+    # Without traces nothing of OpenTelemetry is loaded.
+    from hstu_xd.serving.http.tracing import Tracing
+
+    return Tracing(url)

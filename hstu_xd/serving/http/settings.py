@@ -145,6 +145,7 @@ class ServiceSettings:
         token: what clients must present; None: nothing.
         drain_seconds: how long accepted requests may take once the service is to stop.
         root_path: prefix under which a proxy shows the service; empty: none.
+        traces: URL that spans of requests are posted to, by OTLP; None: there are none.
     """
 
     events: Path | str
@@ -154,6 +155,7 @@ class ServiceSettings:
     token: str | None = None
     drain_seconds: float = 5.0
     root_path: str = ""
+    traces: str | None = None
     queue: QueueSettings = field(default_factory=QueueSettings)
     limits: Limits = field(default_factory=Limits)
     writes: WriteSettings = field(default_factory=WriteSettings)
