@@ -20,6 +20,8 @@ from hstu_xd.cli.bench_options import (
     Interleavings,
     Json,
     Layers,
+    LogEvents,
+    LogServer,
     NumDomains,
     NumDomainsServed,
     Out,
@@ -297,16 +299,8 @@ def service(
     workers: Annotated[
         int, typer.Option(min=1, help="Processes; compared with one where there are more.")
     ] = 1,
-    events: Annotated[
-        str | None,
-        typer.Option(
-            help="PostgreSQL server for the log, which gets databases for the time of the "
-            "measurement; compared with a file. [default: a file alone]"
-        ),
-    ] = None,
-    log_events: Annotated[
-        int, typer.Option(min=0, help="Events that the log has before the service starts.")
-    ] = 0,
+    events: LogServer = None,
+    log_events: LogEvents = 0,
     as_json: Json = False,
     out: Out = None,
 ) -> None:

@@ -92,6 +92,16 @@ RetrievalItems = Annotated[
     int | None,
     typer.Option(min=1000, help="Also time the search for the best of so many items, 1000000 say."),
 ]
+LogServer = Annotated[
+    str | None,
+    typer.Option(
+        help="PostgreSQL server for the log, which gets databases for the time of the measurement; "
+        "compared with a file. [default: a file alone]"
+    ),
+]
+LogEvents = Annotated[
+    int, typer.Option(min=0, help="Events that the log has before the service starts.")
+]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")]
 StoreData = Annotated[
     Path | None,
