@@ -18,6 +18,7 @@ from service_process import ServiceProcess
 
 from hstu_xd.cli import app
 from hstu_xd.cli import serve as command
+from hstu_xd.errors import InputError
 
 pytest.importorskip(
     "opentelemetry.exporter.otlp.proto.http",
@@ -326,6 +327,16 @@ def test_variables_of_opentelemetry_hold(
         assert found is None
         assert "no traces: " in caplog.text
         assert url in caplog.text
+
+
+@pytest.mark.parametrize("size", ["0", "1"])
+def test_a_variable_that_the_library_does_not_take_is_said(
+    tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", size)
+    wrong = r"OpenTelemetry: max_\w+ must .*; mend the OTEL_EXPORTER_OTLP_... or OTEL_BSP_"
+    with pytest.raises(InputError, match=wrong), serving(tmp_path, traces=URL):
+        pass
 
 
 def test_the_extra_is_named_where_it_is_missing(

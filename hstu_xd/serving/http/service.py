@@ -92,11 +92,11 @@ class Service:
         self.settings = settings
         self.active, self.draining = 0, False
         self.shadow: Shadow | None = None
+        self.tracing = _tracing(settings.traces)
         self.metrics = Metrics(self._numbers, lambda: self.model.name)
         self._batcher: Batcher[Job] = Batcher(
             lambda: self._open(engine), settings.queue, self.metrics.batch, cost_of
         )
-        self.tracing = _tracing(settings.traces)
 
     @property
     def handled(self) -> Handled:

@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from hstu_xd.errors import InputError
 from hstu_xd.serving.http.access_log import Answered
 from hstu_xd.serving.http.batching import Step
 from hstu_xd.version import __version__
@@ -40,6 +41,9 @@ class Tracing:
 
     Args:
         url: that they are posted to, by OTLP over HTTP.
+
+    Raises:
+        InputError: a variable of OpenTelemetry has a value that its library does not take.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,8 +51,13 @@ class Tracing:
         self._provider = TracerProvider(
             resource=named.merge(OTELResourceDetector().detect()), shutdown_on_exit=False
         )
-        exporter = _Exporter(trace_exporter.OTLPSpanExporter(endpoint=url), url)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        try:
+            exporter = _Exporter(trace_exporter.OTLPSpanExporter(endpoint=url), url)
+            self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        except ValueError as error:
+            raise InputError(
+                f"OpenTelemetry: {error}; mend the OTEL_EXPORTER_OTLP_... or OTEL_BSP_... variable"
+            ) from error
         self._tracer = self._provider.get_tracer("hstu_xd.serving", __version__)
         self._propagator = TraceContextTextMapPropagator()
         # The library waits for what is being sent for as long as that takes.
@@ -103,8 +112,9 @@ class Tracing:
 
     def close(self) -> None:
         """Begin to send what is left; nothing is recorded any more."""
-        self._end_by = time.monotonic() + _ENDING
-        self._end.start()
+        if self._end.ident is None:
+            self._end_by = time.monotonic() + _ENDING
+            self._end.start()
 
     def wait(self) -> None:
         """Wait until it is sent, but not for long."""
