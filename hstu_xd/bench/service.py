@@ -253,8 +253,8 @@ class _Served:
 def _later_users(log: EventLog) -> list[str]:
     """Return all users of a log but those who were there before the service."""
     found: list[str] = []
-    # A few at a time, as there may be a hundred thousand.
-    while some := log.users_from(f"{found[-1]}\0" if found else "", _AT_ONCE):
+    # A few at a time, as there may be a hundred thousand; each begins with the last one before.
+    while some := log.users_from(found[-1] if found else "", _AT_ONCE)[bool(found) :]:
         found += some
         if some[-1].startswith(EARLIER):
             break
