@@ -60,16 +60,16 @@ class Setup:
 
 def earlier_users(events: int) -> int:
     """Return how many users have so many events, see :func:`fill_log`."""
-    return max(1, events // _EACH)
+    return -(-events // _EACH)
 
 
 def fill_log(name: str, catalog: DomainCatalog, events: int) -> None:
-    """Write events of earlier users, some 100 each, in the order of their times.
+    """Write events of earlier users, 100 each but for the last, in the order of their times.
 
     Args:
         name: of the log, see :func:`hstu_xd.serving.events.open_log.open_log`.
         catalog: whose items they are of, in turns.
-        events: how many, down to a multiple of 100 and at least that.
+        events: how many.
     """
     from hstu_xd.serving.events.event_log import Event
     from hstu_xd.serving.events.open_log import open_log
@@ -82,7 +82,7 @@ def fill_log(name: str, catalog: DomainCatalog, events: int) -> None:
             [
                 Event(f"{EARLIER}{user}", tokens[(7 * user + number) % len(tokens)], number)
                 for user in range(first, min(first + block, users))
-                for number in range(_EACH)
+                for number in range(min(_EACH, events - _EACH * user))
             ]
         )
     log.close()

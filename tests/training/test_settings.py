@@ -32,6 +32,12 @@ def test_recipes_load_and_round_trip(recipe: Path, tmp_path: Path) -> None:
     assert again.encoder_settings(3) == settings.encoder_settings(3)
 
 
+def test_plain_hstu_trains_by_the_recipe_without_a_file() -> None:
+    recipe = load_settings([Path("gin/standalone/hstu.gin")])
+    assert load_settings([]).train == recipe.train
+    assert load_settings([]).encoder_settings(3) == recipe.encoder_settings(3)
+
+
 def test_the_recipes_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

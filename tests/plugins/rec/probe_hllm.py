@@ -14,7 +14,8 @@ from probe_runs import (
     compared,
     histories,
     llm_scores,
-    packed,
+    shake,
+    text_batch,
     worst_gradient,
 )
 from REC.config import Config
@@ -41,30 +42,12 @@ def models(keys, **changes):
     SESSION.configure(RecSettings("HLLM_XD", str(WORK / "store"), **keys))
     SESSION.open_log(TOKENS, None)
     one, other = (MODELS(name)(made, *ARGUMENTS) for name in ("HLLM", "HLLM_XD"))
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in one.named_parameters():
-            if "logit_scale" not in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    left = other.load_state_dict(one.state_dict(), strict=False)
-    assert not left.unexpected_keys, left.unexpected_keys
+    shake(one, other)
     return one, other
 
 
-def batch(padding_seed=0):
-    items, drawn, valid, times = histories(padding_seed)
-    return {
-        "pos_item_ids": items,
-        "neg_item_ids": drawn,
-        **packed(items.flatten(), "pos"),
-        **packed(drawn.flatten(), "neg"),
-        "attention_mask": valid,
-        "xd_times": times,
-    }
-
-
 def differences(one, other):
-    losses = [model(batch())["loss"] for model in (one, other)]
+    losses = [model(text_batch())["loss"] for model in (one, other)]
     for loss in losses:
         loss.backward()
     gradient = worst_gradient(one, other)
@@ -176,7 +159,7 @@ def semantics():
     """What random padding and the times change, what each part adds, which negatives count."""
     _, other = models({"encoder": {"domain_mask": True, **ZERO_INIT}})
     enlarge_parts(other)
-    usual, padded = (batch(seed) for seed in (0, 5))
+    usual, padded = (text_batch(seed) for seed in (0, 5))
     older = usual | {"xd_times": usual["xd_times"] // 1000}
     loss, padding, times = (float(other(x)["loss"]) for x in (usual, padded, older))
     return {
@@ -222,7 +205,7 @@ def parts():
 def negatives():
     """Domain-scoped logits against REC's own, one pair at a time."""
     plain, scoped = models({"negatives": "domain"})
-    interaction = batch()
+    interaction = text_batch()
     scoped(interaction)
     torch.manual_seed(6)
     valid = interaction["attention_mask"]

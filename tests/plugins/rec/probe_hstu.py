@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 from probe_runs import (
     ARGUMENTS,
-    IS_PERSREC,
     LENGTH,
     OUT,
     TOKENS,
     USERS,
     WORK,
     alone,
+    batch,
     compared,
-    histories,
+    shake,
     worst_gradient,
 )
 from REC.config import Config
@@ -50,21 +50,8 @@ def models(changes=None, **keys):
     one = theirs.HSTU(made, *ARGUMENTS)
     torch.manual_seed(3)
     other = HSTU_XD(made, *ARGUMENTS)
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in one.named_parameters():
-            if "logit_scale" not in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    left = other.load_state_dict(one.state_dict(), strict=False)
-    unused = [name for name in left.unexpected_keys if "_rel_attn_bias" not in name]
-    assert not unused, unused
+    shake(one, other, unused="_rel_attn_bias")
     return one, other
-
-
-def batch(padding_seed=0):
-    """Histories with PerSRec's numbers of users where it takes them; times behind."""
-    items, drawn, valid, times = histories(padding_seed)
-    return items, drawn, valid, (torch.arange(USERS),) if IS_PERSREC else (), times
 
 
 def losses(one, other, reads_time):

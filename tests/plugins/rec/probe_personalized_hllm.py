@@ -17,6 +17,8 @@ from probe_runs import (
     histories,
     llm_scores,
     packed,
+    shake,
+    text_batch,
     worst_gradient,
 )
 from REC.config import Config
@@ -45,27 +47,12 @@ def models(keys, **changes):
     SESSION.open_log(TOKENS, None)
     names = ("PersonalizedHLLM", "PersonalizedHLLM_XD")
     one, other = (MODELS(name)(made, *ARGUMENTS) for name in names)
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in one.named_parameters():
-            if "logit_scale" not in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    left = other.load_state_dict(one.state_dict(), strict=False)
-    assert not left.unexpected_keys, left.unexpected_keys
+    shake(one, other)
     return one, other
 
 
 def batch(padding_seed=0):
-    items, drawn, valid, times = histories(padding_seed)
-    return {
-        "pos_item_ids": items,
-        "neg_item_ids": drawn,
-        **packed(items.flatten(), "pos"),
-        **packed(drawn.flatten(), "neg"),
-        "attention_mask": valid,
-        "user_id": torch.arange(USERS),
-        "xd_times": times,
-    }
+    return text_batch(padding_seed) | {"user_id": torch.arange(USERS)}
 
 
 def states_and_loss(model, interaction):
@@ -98,7 +85,10 @@ def all_off():
 def on(keys, **changes):
     """States, their gradients, scores, and the loss over events by its formula."""
     one, other = models(keys, **changes)
-    (first, _), (second, loss) = states_and_loss(one, batch()), states_and_loss(other, batch())
+    (first, _), (second, loss) = (
+        states_and_loss(one, batch()),
+        states_and_loss(other, batch()),
+    )
     weights = torch.randn(first.shape, generator=torch.Generator().manual_seed(6))
     expected = loss_over_events(one, first)
     (first * weights).mean().backward()

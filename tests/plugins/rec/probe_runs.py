@@ -69,6 +69,37 @@ def histories(padding_seed: int = 0) -> tuple[torch.Tensor, ...]:
     return items, drawn, real[:, :-1].long(), times
 
 
+def batch(padding_seed: int = 0) -> tuple[Any, ...]:
+    """Histories with PerSRec's numbers of users where it takes them; times behind."""
+    items, drawn, valid, times = histories(padding_seed)
+    return items, drawn, valid, (torch.arange(USERS),) if IS_PERSREC else (), times
+
+
+def text_batch(padding_seed: int = 0) -> dict[str, torch.Tensor]:
+    """Histories as models around an LLM read them."""
+    items, drawn, valid, times = histories(padding_seed)
+    return {
+        "pos_item_ids": items,
+        "neg_item_ids": drawn,
+        **packed(items.flatten(), "pos"),
+        **packed(drawn.flatten(), "neg"),
+        "attention_mask": valid,
+        "xd_times": times,
+    }
+
+
+def shake(one: torch.nn.Module, other: torch.nn.Module, unused: str | None = None) -> None:
+    """Give both the same, large, parameters; those named ``unused`` may be of ``one`` alone."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in one.named_parameters():
+            if "logit_scale" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    left = other.load_state_dict(one.state_dict(), strict=False).unexpected_keys
+    left = [name for name in left if unused is None or unused not in name]
+    assert not left, left
+
+
 def packed(items: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
     """Texts of items, each of one to four words that the item alone has."""
     texts = [[(item + 7 * word) % 200 for word in range(1 + item % 4)] for item in items.tolist()]
