@@ -193,6 +193,11 @@ class DomainGrouping:
         grouped = torch.repeat_interleave(groups, self.lengths, output_size=self.num_tokens)
         return grouped[self.inverse]
 
+    @lazy_property
+    def domains(self) -> Tensor:
+        """(L,) int64, the domain of every batch token."""
+        return self.group_of % self.num_domains
+
     def first_row(self, group: Tensor, position: Tensor) -> Tensor:
         """Return the first row, in grouped order, of a group's tokens from a position on.
 

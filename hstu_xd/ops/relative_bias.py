@@ -64,6 +64,22 @@ class RelativeBias:
         """Longest history ``N`` the position table covers."""
         return (self.position_weights.numel() + 1) // 2
 
+    def check_span(self) -> int:
+        """Return how far apart the positions of two tokens can be.
+
+        Raises:
+            InputError: farther than the position table covers.
+        """
+        if not self.positions.numel():
+            return 0
+        span = int(self.positions.max() - self.positions.min())
+        if span >= self.max_length:
+            raise InputError(
+                f"bias.positions span {span + 1} positions; bias.position_weights covers "
+                f"{self.max_length}: make the table longer or cut the histories"
+            )
+        return span
+
     def position_index(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Find the row of the position table of pairs: (..., m), (..., n) -> (..., m, n) int64."""
         return key_positions.unsqueeze(-2) - query_positions.unsqueeze(-1) + (self.max_length - 1)

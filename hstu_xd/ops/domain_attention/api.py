@@ -10,6 +10,7 @@ from hstu_xd.ops import triton_support
 from hstu_xd.ops.domain_attention.eager import eager_domain_attention
 from hstu_xd.ops.domain_attention.flex import flex_domain_attention
 from hstu_xd.ops.domain_attention.fused import fused_domain_attention
+from hstu_xd.ops.domain_attention.native import LIBRARY, native_domain_attention, suits
 from hstu_xd.ops.domain_attention.reference import reference_domain_attention
 from hstu_xd.ops.first_use import KernelUse, SmallBatch, kernels_hold, outputs
 from hstu_xd.ops.grouping import DomainGrouping
@@ -20,6 +21,7 @@ _IMPLS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "silu": {
         "reference": reference_domain_attention,
         "eager": eager_domain_attention,
+        "native": native_domain_attention,
         "triton": fused_domain_attention,
     },
     "softmax": {
@@ -33,19 +35,20 @@ _IMPLS: dict[str, dict[str, Callable[..., Tensor]]] = {
 def available_impls(normalization: str = "silu") -> tuple[str, ...]:
     """Return the names that ``domain_attention(..., impl=...)`` accepts here, slowest first.
 
-    "triton" is among them where triton is installed and there is a CUDA device, or where Triton's
-    interpreter stands in for one.
+    "native" is among them where a C compiler is; "triton" where triton is installed and there is a
+    CUDA device, or where Triton's interpreter stands in for one.
 
     Args:
-        normalization: "silu" or "softmax": the fused kernels know the first only, FlexAttention
-            ("flex") the second only.
+        normalization: "silu" or "softmax": the loops in C and the fused kernels know the first
+            only, FlexAttention ("flex") the second only.
 
     Raises:
         InputError: an unknown normalization.
     """
     if normalization not in _IMPLS:
         raise InputError(f"normalization is {normalization!r}; one of {', '.join(_IMPLS)}")
-    return tuple(x for x in _IMPLS[normalization] if x != "triton" or triton_support.installed())
+    here = {"native": LIBRARY.problem() is None, "triton": triton_support.installed()}
+    return tuple(x for x in _IMPLS[normalization] if here.get(x, True))
 
 
 def check_impl(impl: str, normalization: str) -> None:
@@ -92,8 +95,8 @@ def domain_attention(
         bias: relative position and time bias, or None.
         normalization: "silu" or "softmax".
         impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width, compute
-            the normalization and hold on their first use, else eager) or a name of
-            :func:`available_impls`.
+            the normalization and hold on their first use; the loops in C on a CPU, where they
+            compute it and can be compiled; else eager) or a name of :func:`available_impls`.
 
     Returns:
         (L, H, dv) float, in batch order; zeros where a query's group holds no key.
@@ -118,16 +121,19 @@ def domain_attention(
     check_impl(impl, normalization)
     insists = impl == "triton"
     if impl == "auto":
-        fits = normalization == "silu" and grouping.rule is None
-        impl = "triton" if fits and _kernels_suit(q, v) else "eager"
+        impl = "eager"
+        if normalization == "silu" and grouping.rule is None:
+            impl = _fastest(q, v, grouping, bias)
     if impl == "triton":
         use = KernelUse.build("domain_attention", q, v, biased=bias is not None)
         impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
 
 
-def _kernels_suit(q: Tensor, v: Tensor) -> bool:
-    return q.is_cuda and triton_support.suits(q, v)
+def _fastest(q: Tensor, v: Tensor, grouping: DomainGrouping, bias: RelativeBias | None) -> str:
+    if q.is_cuda:
+        return "triton" if triton_support.suits(q, v) else "eager"
+    return "native" if suits(q, grouping, bias) else "eager"
 
 
 def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:

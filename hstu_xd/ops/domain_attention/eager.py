@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from hstu_xd.errors import InputError
 from hstu_xd.ops.domain_attention.tiles import (
     PADDING_KEY,
     PADDING_QUERY,
@@ -375,12 +374,7 @@ def _coordinates(
             named_by_id=named,
         )
     positions = bias.positions
-    span = int(positions.max() - positions.min())
-    if span >= bias.max_length:
-        raise InputError(
-            f"bias.positions span {span + 1} positions; bias.position_weights covers "
-            f"{bias.max_length}: make the table longer or cut the histories"
-        )
+    span = bias.check_span()
     # Where the bias has the positions that decide causality, its own index shows a later key.
     alike = all(torch.equal(positions, x.positions) for x in (grouping, grouping.keys))
     return _Coordinates(

@@ -10,12 +10,14 @@ from hstu_xd.ops.first_use import KernelUse, SmallBatch, kernels_hold, outputs
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
 from hstu_xd.ops.state_attention.eager import eager_state_attention
 from hstu_xd.ops.state_attention.fused import fused_state_attention
+from hstu_xd.ops.state_attention.native import LIBRARY, native_state_attention, suits
 from hstu_xd.ops.state_attention.reference import reference_state_attention
 from hstu_xd.ops.state_attention.state_reads import StateReads
 
 _IMPLS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_state_attention,
     "eager": eager_state_attention,
+    "native": native_state_attention,
     "triton": fused_state_attention,
 }
 
@@ -25,10 +27,11 @@ _STATES_TRIED = 2
 def available_state_impls() -> tuple[str, ...]:
     """Return the names that ``state_attention(..., impl=...)`` accepts here, slowest first.
 
-    "triton" is among them where triton is installed and there is a CUDA device, or where Triton's
-    interpreter stands in for one.
+    "native" is among them where a C compiler is; "triton" where triton is installed and there is a
+    CUDA device, or where Triton's interpreter stands in for one.
     """
-    return tuple(x for x in _IMPLS if x != "triton" or triton_support.installed())
+    here = {"native": LIBRARY.problem() is None, "triton": triton_support.installed()}
+    return tuple(x for x in _IMPLS if here.get(x, True))
 
 
 def state_attention(
@@ -56,7 +59,8 @@ def state_attention(
         reads: the plan of the batch, built once and shared by all layers.
         bias: (129, H) float by ``age``, its last row for initial states; None for no bias.
         impl: "auto" (the fused kernels on CUDA, where they take the dtype and the width and hold
-            on their first use, else eager) or a name of :func:`available_state_impls`.
+            on their first use; the loops in C on a CPU, where they can be compiled; else eager) or
+            a name of :func:`available_state_impls`.
 
     Returns:
         (L, H, dv) float, in batch order.
@@ -82,7 +86,7 @@ def state_attention(
     _check(q, k, v, reads, bias)
     insists = impl == "triton"
     if impl == "auto":
-        impl = "triton" if _kernels_suit(q, v) else "eager"
+        impl = _fastest(q, v, reads, bias)
     elif impl not in available_state_impls():
         known = ", ".join(available_state_impls())
         raise InputError(
@@ -94,8 +98,10 @@ def state_attention(
     return _IMPLS[impl](q, k, v, reads, bias=bias)
 
 
-def _kernels_suit(q: Tensor, v: Tensor) -> bool:
-    return q.is_cuda and triton_support.suits(q, v)
+def _fastest(q: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> str:
+    if q.is_cuda:
+        return "triton" if triton_support.suits(q, v) else "eager"
+    return "native" if suits(q, reads, bias) else "eager"
 
 
 def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:

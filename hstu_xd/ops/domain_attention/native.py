@@ -1,0 +1,170 @@
+"""Domain attention by loops in C: the fastest way on a CPU, in float32 and with SiLU.
+
+It walks from group to group and knows no padding, so nothing is planned for a batch beyond its
+grouping. See ``native.c`` for how, and :mod:`hstu_xd.ops.native_library` for who compiles it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hstu_xd.errors import InputError
+from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.native_library import NativeLibrary, address, fits, rows_of, structure
+from hstu_xd.ops.relative_bias import RelativeBias, bucket_edges
+
+LIBRARY = NativeLibrary(Path(__file__).with_name("native.c"))
+
+_Arguments = structure(
+    "Attention",
+    "q k v grad_out query_tokens query_offsets key_tokens key_offsets places position_weights "
+    "time_weights positions timestamps next_timestamps edges out dq dk dv_out position_sums "
+    "time_sums",
+    numbers="q_stride k_stride v_stride grad_out_stride heads dqk dv groups max_length "
+    "last_bucket norm_length threads",
+)
+
+
+def suits(q: Tensor, grouping: DomainGrouping, bias: RelativeBias | None) -> bool:
+    """Return whether "auto" takes the loops for these tensors.
+
+    Sizes that follow from shapes alone, as an exported program has them, are for plain PyTorch.
+    """
+    tables = () if bias is None else (bias.position_weights, bias.time_weights)
+    if grouping.rule is not None or grouping.padded_length is not None:
+        return False
+    return fits(q, *tables) and LIBRARY.problem() is None
+
+
+def native_domain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grouping: DomainGrouping,
+    *,
+    norm_length: int,
+    bias: RelativeBias | None = None,
+) -> Tensor:
+    """Compute :func:`hstu_xd.ops.domain_attention` with SiLU; see there for the arguments.
+
+    Raises:
+        InputError: tensors that are not float32 on the CPU, a grouping with a rule of its own, or
+            no compiler.
+    """
+    tables = {} if bias is None else {"position": bias.position_weights, "time": bias.time_weights}
+    for name, tensor in {"q": q, **{f"bias.{x}_weights": y for x, y in tables.items()}}.items():
+        if not fits(tensor):
+            raise InputError(
+                f"{name} is {tensor.dtype} on {tensor.device}; impl 'native' needs float32 on cpu, "
+                "outside of compiled graphs: use impl='eager'"
+            )
+    if grouping.rule is not None:
+        raise InputError(
+            "grouping has a rule of its own, which impl 'native' cannot ask: use impl='eager'"
+        )
+    if bias is not None:
+        bias.check_span()
+    out: Tensor = _NativeAttention.apply(
+        q, k, v, tables.get("position"), tables.get("time"), grouping, norm_length, bias
+    )
+    return out
+
+
+class _NativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_weights: Tensor | None,
+        time_weights: Tensor | None,
+        grouping: DomainGrouping,
+        norm_length: int,
+        bias: RelativeBias | None,
+    ) -> Tensor:
+        ctx.rest = grouping, norm_length, bias
+        ctx.save_for_backward(q, k, v, position_weights, time_weights)
+        out = v.new_empty(v.shape)
+        _call("hstu_xd_attend", (q, k, v), grouping, norm_length, bias, out=out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]  # the decorator makes ctx positional only
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, position_weights, time_weights = ctx.saved_tensors
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        # Thousands of pairs meet in one entry of a table.
+        sums = [
+            None if x is None else torch.zeros_like(x, dtype=torch.float64)
+            for x in (position_weights, time_weights)
+        ]
+        _call(
+            "hstu_xd_attend_backward",
+            (q, k, v),
+            *ctx.rest,
+            grad_out=grad_outputs[0],
+            dq=dq,
+            dk=dk,
+            dv_out=dv,
+            position_sums=sums[0],
+            time_sums=sums[1],
+        )
+        of_tables = (None if x is None else x.float() for x in sums)
+        return dq, dk, dv, *of_tables, None, None, None
+
+
+def _call(
+    function: str,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    grouping: DomainGrouping,
+    norm_length: int,
+    bias: RelativeBias | None,
+    *,
+    grad_out: Tensor | None = None,
+    **written: Tensor | None,
+) -> None:
+    """Hand tensors over to a function of the library; all stay alive while it runs."""
+    q, k, v = (rows_of(x) for x in inputs)
+    grad_out = rows_of(v if grad_out is None else grad_out)
+    keys = grouping.keys
+    read: dict[str, Tensor] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "grad_out": grad_out,
+        "query_tokens": grouping.permutation,
+        "query_offsets": grouping.offsets,
+        "key_tokens": keys.permutation,
+        "key_offsets": keys.offsets,
+        "places": grouping.positions,
+    }
+    sizes = {"max_length": 1, "last_bucket": 0}
+    if bias is not None:
+        read |= {
+            "position_weights": bias.position_weights,
+            "time_weights": bias.time_weights,
+            "positions": bias.positions,
+            "timestamps": bias.timestamps,
+            "next_timestamps": bias.next_timestamps,
+            "edges": bucket_edges(q.device),
+        }
+        sizes = {"max_length": bias.max_length, "last_bucket": bias.time_weights.numel() - 1}
+    rows = {"q", "k", "v", "grad_out"}
+    read = {name: x if name in rows else x.contiguous() for name, x in read.items()}
+    arguments = _Arguments(
+        **{name: address(x) for name, x in (read | written).items()},
+        **{f"{name}_stride": read[name].stride(0) for name in rows},
+        heads=q.shape[1],
+        dqk=q.shape[2],
+        dv=v.shape[2],
+        groups=grouping.offsets.numel() - 1,
+        norm_length=norm_length,
+        threads=torch.get_num_threads(),
+        **sizes,
+    )
+    LIBRARY.call(function, arguments)

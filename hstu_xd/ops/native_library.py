@@ -1,0 +1,161 @@
+"""Compile the package's C files on this machine, once, and load them.
+
+The native operators are C files beside their Python callers. The first use of one calls the
+system's compiler, as triton does, and keeps the library in the user's cache. Where there is no
+compiler or it fails, "auto" goes on with plain PyTorch; who insists on "native" is told why.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hstu_xd.errors import InputError
+
+# Any compiler of these takes the C files as they are.
+_COMPILERS = ("cc", "gcc", "clang")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
+_SECONDS = 120
+
+
+class NativeLibrary:
+    """A C file of an operator, compiled on its first use in a process.
+
+    Args:
+        source: the C file.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+
+    def problem(self) -> str | None:
+        """Return why the library cannot be used here, in a sentence; None where it can."""
+        found = _loaded(self._source)
+        return found if isinstance(found, str) else None
+
+    def call(self, name: str, arguments: ctypes.Structure) -> None:
+        """Call a function that takes a pointer to a structure and returns nothing.
+
+        Raises:
+            InputError: the library cannot be used here.
+        """
+        found = _loaded(self._source)
+        if isinstance(found, str):
+            raise InputError(f"impl 'native' cannot be used here: {found}; use impl='eager'")
+        found[name](ctypes.byref(arguments))
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Return whether tensors are what the C files compute with, float32 in memory of the host.
+
+    Not in a graph that is being compiled, where they have no memory.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return (L, H, d) with each row's heads side by side in memory; rows may lie apart."""
+    heads, width = x.shape[1:]
+    side_by_side = (x.stride(1) == width or heads == 1) and (x.stride(2) == 1 or width == 1)
+    return x if side_by_side and x.stride(0) >= heads * width else x.contiguous()
+
+
+def compiler() -> str | None:
+    """Return the path of the C compiler that is used: the one that CC names, or the system's."""
+    names = (os.environ["CC"],) if os.environ.get("CC") else _COMPILERS
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@cache
+def _loaded(source: Path) -> ctypes.CDLL | str:
+    """Return the library, or why there is none."""
+    if sys.platform == "win32":
+        return "the C files need a compiler with GCC's vector extensions, which Windows lacks"
+    path = compiler()
+    if path is None:
+        return f"no C compiler was found ({', '.join(_COMPILERS)}, or the one that CC names)"
+    try:
+        return ctypes.CDLL(str(_compiled(source, path)))
+    except subprocess.CalledProcessError as error:
+        return f"{path} failed: {_first_line(error.stderr)}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path}: {_first_line(str(error))}"
+
+
+def _compiled(source: Path, path: str) -> Path:
+    """Return the compiled file, from the cache where this machine has compiled it before."""
+    texts = [source.read_bytes(), *(x.read_bytes() for x in sorted(source.parent.parent.glob("*.h")))]
+    # What "native" means differs between machines that share a home folder.
+    described = _run(path, "-march=native", "-E", "-v", "-x", "c", os.devnull).stderr
+    key = hashlib.sha256("\n".join([described, *_FLAGS]).encode() + b"".join(texts)).hexdigest()
+    name = f"{source.parent.name}-{key[:16]}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
+    folder = _cache_folder()
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="hstu-xd-"))
+    elif (folder / name).exists():
+        return folder / name
+    # Another process may compile the same file: each writes its own, and the last one stays.
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        built = Path(work) / name
+        try:
+            _run(path, *_FLAGS, "-fopenmp", "-o", str(built), str(source))
+        except subprocess.CalledProcessError:
+            # Apple's compiler has no OpenMP: one thread is what it gives.
+            _run(path, *_FLAGS, "-o", str(built), str(source))
+        built.replace(folder / name)
+    return folder / name
+
+
+def _cache_folder() -> Path | None:
+    """Return the folder of compiled files, made where it is missing; None where none can be."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "hstu-xd"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return None
+    # What others can write is not loaded.
+    status = folder.stat()
+    is_own = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if is_own and os.access(folder, os.W_OK) else None
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+
+
+def _first_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if "error" in line] or text.splitlines()
+    return next(iter(lines), "it gave no reason").strip()
+
+
+def structure(name: str, pointers: str, *, numbers: str) -> type[ctypes.Structure]:
+    """Declare the C structure of an operator's arguments, of eight bytes a field.
+
+    Args:
+        name: of the structure.
+        pointers: names of the fields that are pointers.
+        numbers: names of those that are int64.
+
+    Returns:
+        The structure, its pointers first.
+    """
+    fields = [(x, ctypes.c_void_p) for x in pointers.split()]
+    fields += [(x, ctypes.c_int64) for x in numbers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def address(x: Tensor | None) -> int | None:
+    """Return where a tensor's memory begins; None for none."""
+    return None if x is None else x.data_ptr()

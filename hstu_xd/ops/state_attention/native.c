@@ -1,0 +1,317 @@
+/* DDSR's attention on a CPU: walks over each history once and holds the states that can be seen.
+ *
+ * A user has M slots a domain. A token's state takes the place of the oldest one of its domain,
+ * then the token asks all slots. Going back, the gradients of a state are summed in its slot until
+ * it is replaced, so that they are written once.
+ */
+
+#include "../vectors.h"
+
+#include <math.h>
+
+/* Pieces of work. Their number is fixed, so that sums over them do not depend on the threads. */
+enum { PIECES = 32 };
+
+/* Fields of eight bytes each, pointers first; native.py has the same list. */
+typedef struct {
+    /* (tokens, heads * width) floats of queries, a stride apart; of keys and values, which have a
+     * row more for the initial state of each domain. */
+    const float *q, *k, *v, *grad_out;
+    const int64_t *offsets, *domains, *timestamps, *next_timestamps;
+    const float *bias; /* (never_written + 1, heads), or NULL */
+    const int32_t *edges;
+    /* What is written: as q, k and v, and a sum of the gradients of the bias. */
+    float *out, *dq, *dk, *dv_out;
+    double *bias_sums;
+    int64_t q_stride, k_stride, v_stride, grad_out_stride;
+    int64_t tokens, heads, dqk, dv, users, num_domains, states_per_domain, never_written, threads;
+} States;
+
+/* What a user's slots hold; a slot's lanes lie beside those of its neighbours. */
+typedef struct {
+    const States *s;
+    int64_t slots, wide;
+    int64_t dqk, dv;        /* widths of a packed row, rounded up */
+    float *key_columns;     /* (heads, dqk, wide) */
+    float *value_columns;   /* (heads, dv, wide), backward */
+    float *rows;            /* (heads, wide, dqk or dv): values forward, keys backward */
+    float *dk, *dv_rows;    /* (heads, wide, dqk) and (heads, wide, dv), backward */
+    float *bias;            /* (heads, never_written + 1) */
+    float *weights, *slopes; /* (wide,) */
+    int64_t *written;       /* (wide,) time of a state */
+    int32_t *ages;          /* (wide,) */
+    int64_t *state_of;      /* (wide,) row of the state; -1 in an empty slot */
+    int32_t *is_seen;       /* (wide,) all bits set, or none: the slot is empty */
+    int64_t *visits;        /* (num_domains,) */
+    float *initial;         /* (num_domains, heads * (dqk + dv)): gradients of initial states */
+    double *bias_sums;      /* of the piece */
+} Slots;
+
+/* Where a state's head begins in what is kept of it, see Slots. */
+static inline float *of_head(float *rows, const Slots *x, int64_t head, int64_t slot, int64_t width) {
+    return rows + (head * x->wide + slot) * width;
+}
+
+/* Puts a row of keys and values into a slot. */
+static void put(Slots *x, int64_t slot, int64_t row, int backward) {
+    const States *s = x->s;
+    x->state_of[slot] = row;
+    x->is_seen[slot] = -1;
+    for (int64_t head = 0; head < s->heads; head++) {
+        const float *k = s->k + row * s->k_stride + head * s->dqk;
+        const float *v = s->v + row * s->v_stride + head * s->dv;
+        float *columns = x->key_columns + head * s->dqk * x->wide + slot;
+        for (int64_t c = 0; c < s->dqk; c++) columns[c * x->wide] = k[c];
+        if (!backward) {
+            memcpy(of_head(x->rows, x, head, slot, x->dv), v, s->dv * sizeof(float));
+            continue;
+        }
+        memcpy(of_head(x->rows, x, head, slot, x->dqk), k, s->dqk * sizeof(float));
+        columns = x->value_columns + head * s->dv * x->wide + slot;
+        for (int64_t c = 0; c < s->dv; c++) columns[c * x->wide] = v[c];
+    }
+}
+
+/* Hands the gradients of the state in a slot over and clears them. */
+static void hand_over(Slots *x, int64_t slot) {
+    const States *s = x->s;
+    const int64_t row = x->state_of[slot], of_keys = s->heads * s->dqk, of_values = s->heads * s->dv;
+    for (int64_t head = 0; head < s->heads; head++) {
+        float *dk = of_head(x->dk, x, head, slot, x->dqk), *dv = of_head(x->dv_rows, x, head, slot, x->dv);
+        if (row < s->tokens) {
+            memcpy(s->dk + row * of_keys + head * s->dqk, dk, s->dqk * sizeof(float));
+            memcpy(s->dv_out + row * of_values + head * s->dv, dv, s->dv * sizeof(float));
+        } else {
+            float *initial = x->initial + (row - s->tokens) * (of_keys + of_values);
+            for (int64_t c = 0; c < s->dqk; c++) initial[head * s->dqk + c] += dk[c];
+            for (int64_t c = 0; c < s->dv; c++) initial[of_keys + head * s->dv + c] += dv[c];
+        }
+        memset(dk, 0, x->dqk * sizeof(float));
+        memset(dv, 0, x->dv * sizeof(float));
+    }
+}
+
+/* Begins a user: the initial state of every domain, and nothing else. */
+static void begin(Slots *x, int backward) {
+    const States *s = x->s;
+    memset(x->is_seen, 0, x->wide * sizeof(int32_t));
+    memset(x->visits, 0, s->num_domains * sizeof(int64_t));
+    /* Empty slots have a weight of zero, which would not make up for another user's infinity. */
+    const int64_t lanes = s->heads * x->wide * sizeof(float);
+    memset(x->key_columns, 0, lanes * s->dqk);
+    memset(x->rows, 0, lanes * (backward ? x->dqk : x->dv));
+    if (backward) memset(x->value_columns, 0, lanes * s->dv);
+    for (int64_t slot = 0; slot < x->wide; slot++) x->state_of[slot] = -1, x->written[slot] = 0;
+    for (int64_t d = 0; d < s->num_domains; d++) put(x, d * s->states_per_domain, s->tokens + d, backward);
+}
+
+/* Writes a token's state and tells how old all states are for it. */
+static void visit(Slots *x, int64_t token, int backward) {
+    const States *s = x->s;
+    const int64_t domain = s->domains[token];
+    const int64_t slot = domain * s->states_per_domain + x->visits[domain]++ % s->states_per_domain;
+    if (backward && x->state_of[slot] >= 0) hand_over(x, slot);
+    put(x, slot, token, backward);
+    x->written[slot] = s->timestamps[token];
+    if (!s->bias) return;
+    for (int64_t j = 0; j < x->wide; j += LANES) {
+        longs difference;
+        for (int lane = 0; lane < LANES; lane++)
+            difference[lane] = s->next_timestamps[token] - x->written[j + lane];
+        *(ints *)(x->ages + j) = time_bucket(difference, s->edges, (int32_t)s->never_written);
+    }
+    for (int64_t d = 0; d < s->num_domains; d++)
+        if (!x->visits[d]) x->ages[d * s->states_per_domain] = (int32_t)s->never_written;
+}
+
+/* result[j] = <row, columns[.][j]> + what is in result, of all slots. */
+static inline void multiply(const float *row, const float *columns, int64_t width, int64_t wide, float *result) {
+    for (int64_t j = 0; j < wide; j += LANES) {
+        floats total = load(result + j), other = splat(0);
+        int64_t c = 0;
+        for (; c + 1 < width; c += 2) {
+            total += splat(row[c]) * load(columns + c * wide + j);
+            other += splat(row[c + 1]) * load(columns + (c + 1) * wide + j);
+        }
+        if (c < width) total += splat(row[c]) * load(columns + c * wide + j);
+        store(result + j, total + other);
+    }
+}
+
+/* total[c] = sum_j weights[j] rows[j][c], of a width that is padded to full vectors. */
+static inline void add_rows(const float *weights, const float *rows, int64_t padded, int64_t n, float *total,
+                            int64_t width) {
+    for (int64_t c = 0; c < padded; c += LANES) {
+        floats found = splat(0), other = splat(0);
+        int64_t j = 0;
+        for (; j + 1 < n; j += 2) {
+            found += splat(weights[j]) * load(rows + j * padded + c);
+            other += splat(weights[j + 1]) * load(rows + (j + 1) * padded + c);
+        }
+        if (j < n) found += splat(weights[j]) * load(rows + j * padded + c);
+        found += other;
+        memcpy(total + c, &found, (width - c < LANES ? width - c : LANES) * sizeof(float));
+    }
+}
+
+/* Makes the weights of all slots for one head of a token: softmax of scores and ages. */
+static void weigh(Slots *x, int64_t token, int64_t head) {
+    const States *s = x->s;
+    const float *bias = x->bias + head * (s->never_written + 1);
+    float *weights = x->weights;
+    for (int64_t j = 0; j < x->wide; j++) weights[j] = s->bias ? bias[x->ages[j]] : 0;
+    multiply(s->q + token * s->q_stride + head * s->dqk, x->key_columns + head * s->dqk * x->wide, s->dqk, x->wide,
+             weights);
+    floats top = splat(-INFINITY), total = splat(0);
+    for (int64_t j = 0; j < x->wide; j += LANES) {
+        const ints mask = *(const ints *)(x->is_seen + j);
+        const floats score = choose(mask, load(weights + j), splat(-INFINITY));
+        top = choose(score > top, score, top);
+    }
+    const floats highest = splat(largest(top));
+    for (int64_t j = 0; j < x->wide; j += LANES) {
+        const floats weight = keep(*(const ints *)(x->is_seen + j), exponential(load(weights + j) - highest));
+        store(weights + j, weight);
+        total += weight;
+    }
+    const floats scale = splat(1.0f / sum(total));
+    for (int64_t j = 0; j < x->wide; j += LANES) store(weights + j, load(weights + j) * scale);
+}
+
+static void answer(Slots *x, int64_t token) {
+    const States *s = x->s;
+    for (int64_t head = 0; head < s->heads; head++) {
+        weigh(x, token, head);
+        add_rows(x->weights, x->rows + head * x->wide * x->dv, x->dv, x->slots,
+                 s->out + (token * s->heads + head) * s->dv, s->dv);
+    }
+}
+
+/* rows[j] += weights[j] row, of all slots. */
+static inline void add_outer(const float *weights, const float *row, int64_t width, float *rows, int64_t padded,
+                             int64_t n) {
+    for (int64_t c = 0; c < padded; c += LANES) {
+        floats part = splat(0);
+        memcpy(&part, row + c, (width - c < LANES ? width - c : LANES) * sizeof(float));
+        for (int64_t j = 0; j < n; j++)
+            store(rows + j * padded + c, load(rows + j * padded + c) + splat(weights[j]) * part);
+    }
+}
+
+static void answer_backward(Slots *x, int64_t token) {
+    const States *s = x->s;
+    for (int64_t head = 0; head < s->heads; head++) {
+        const float *q = s->q + token * s->q_stride + head * s->dqk;
+        const float *grad = s->grad_out + token * s->grad_out_stride + head * s->dv;
+        weigh(x, token, head);
+        memset(x->slopes, 0, x->wide * sizeof(float));
+        multiply(grad, x->value_columns + head * s->dv * x->wide, s->dv, x->wide, x->slopes);
+        floats total = splat(0);
+        for (int64_t j = 0; j < x->wide; j += LANES) total += load(x->weights + j) * load(x->slopes + j);
+        const floats mean = splat(sum(total));
+        for (int64_t j = 0; j < x->wide; j += LANES)
+            store(x->slopes + j, load(x->weights + j) * (load(x->slopes + j) - mean));
+        add_rows(x->slopes, x->rows + head * x->wide * x->dqk, x->dqk, x->slots,
+                 s->dq + (token * s->heads + head) * s->dqk, s->dqk);
+        add_outer(x->slopes, q, s->dqk, x->dk + head * x->wide * x->dqk, x->dqk, x->slots);
+        add_outer(x->weights, grad, s->dv, x->dv_rows + head * x->wide * x->dv, x->dv, x->slots);
+        double *sums = x->bias_sums + head * (s->never_written + 1);
+        for (int64_t j = 0; s->bias && j < x->slots; j++) sums[x->ages[j]] += x->slopes[j];
+    }
+}
+
+static void *take(void **at, int64_t bytes) {
+    void *found = *at;
+    *at = (char *)*at + (bytes + 63) / 64 * 64;
+    return found;
+}
+
+/* Lays the slots out in one block of memory, which the caller frees. */
+static void *make_slots(Slots *x, const States *s, int backward) {
+    const int64_t f = sizeof(float);
+    x->s = s;
+    x->slots = s->num_domains * s->states_per_domain;
+    const int64_t wide = x->wide = round_up(x->slots), lanes = s->heads * wide;
+    x->dqk = round_up(s->dqk);
+    x->dv = round_up(s->dv);
+    const int64_t keys = lanes * x->dqk * f, values = lanes * x->dv * f;
+    const int64_t tables = s->heads * (s->never_written + 1) * f;
+    const int64_t small = 5 * 8 * wide + 8 * s->num_domains, parts = 16;
+    void *block = calloc(1, 3 * (keys + values) + tables + small + parts * 64), *at = block;
+    if (!block) abort();
+    x->key_columns = take(&at, keys);
+    x->value_columns = take(&at, values);
+    x->rows = take(&at, backward ? keys : values);
+    x->dk = take(&at, keys);
+    x->dv_rows = take(&at, values);
+    x->bias = take(&at, tables);
+    x->weights = take(&at, wide * f);
+    x->slopes = take(&at, wide * f);
+    x->written = take(&at, wide * 8);
+    x->state_of = take(&at, wide * 8);
+    x->ages = take(&at, wide * 4);
+    x->is_seen = take(&at, wide * 4);
+    x->visits = take(&at, s->num_domains * 8);
+    for (int64_t head = 0; s->bias && head < s->heads; head++)
+        for (int64_t age = 0; age <= s->never_written; age++)
+            x->bias[head * (s->never_written + 1) + age] = s->bias[age * s->heads + head];
+    return block;
+}
+
+static void walk(Slots *x, int64_t user, int backward) {
+    const States *s = x->s;
+    if (s->offsets[user] == s->offsets[user + 1]) return;
+    begin(x, backward);
+    for (int64_t token = s->offsets[user]; token < s->offsets[user + 1]; token++) {
+        visit(x, token, backward);
+        (backward ? answer_backward : answer)(x, token);
+    }
+    for (int64_t slot = 0; backward && slot < x->slots; slot++)
+        if (x->state_of[slot] >= 0) hand_over(x, slot);
+}
+
+/* Cuts the users into pieces of about as many tokens. */
+static void cut(const States *s, int64_t first_user[PIECES + 1]) {
+    int64_t piece = 0;
+    for (int64_t user = 0; user < s->users; user++)
+        while (piece <= PIECES && s->offsets[user] * PIECES >= piece * s->tokens) first_user[piece++] = user;
+    while (piece <= PIECES) first_user[piece++] = s->users;
+    first_user[PIECES] = s->users;
+}
+
+static void compute(const States *s, int backward) {
+    int64_t first_user[PIECES + 1];
+    cut(s, first_user);
+    const int64_t of_state = s->heads * (s->dqk + s->dv), of_initial = s->num_domains * of_state;
+    const int64_t table = s->heads * (s->never_written + 1);
+    float *initial = backward ? calloc(PIECES * of_initial, sizeof(float)) : NULL;
+    double *bias_sums = backward ? calloc(PIECES * table, sizeof(double)) : NULL;
+    if (backward && (!initial || !bias_sums)) abort();
+#pragma omp parallel num_threads((int)s->threads)
+    {
+        Slots slots;
+        void *memory = make_slots(&slots, s, backward);
+#pragma omp for schedule(dynamic)
+        for (int piece = 0; piece < PIECES; piece++) {
+            slots.initial = backward ? initial + piece * of_initial : NULL;
+            slots.bias_sums = backward ? bias_sums + piece * table : NULL;
+            for (int64_t user = first_user[piece]; user < first_user[piece + 1]; user++)
+                walk(&slots, user, backward);
+        }
+        free(memory);
+    }
+    const int64_t of_keys = s->heads * s->dqk;
+    for (int piece = 0; backward && piece < PIECES; piece++) {
+        for (int64_t i = 0; i < of_initial; i++) {
+            const int64_t row = s->tokens + i / of_state, c = i % of_state;
+            float *to = c < of_keys ? s->dk + row * of_keys + c : s->dv_out + row * s->heads * s->dv + c - of_keys;
+            *to = (piece ? *to : 0) + initial[piece * of_initial + i];
+        }
+        for (int64_t i = 0; s->bias && i < table; i++) s->bias_sums[i] += bias_sums[piece * table + i];
+    }
+    free(initial);
+    free(bias_sums);
+}
+
+void hstu_xd_ask_states(const States *s) { compute(s, 0); }
+void hstu_xd_ask_states_backward(const States *s) { compute(s, 1); }

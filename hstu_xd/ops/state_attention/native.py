@@ -1,0 +1,132 @@
+"""DDSR's attention by loops in C: the fastest way on a CPU, in float32.
+
+It walks over every history once and holds the states that a token can see, so nothing is planned
+or gathered. See ``native.c`` for how, and :mod:`hstu_xd.ops.native_library` for who compiles it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hstu_xd.errors import InputError
+from hstu_xd.ops.native_library import NativeLibrary, address, fits, rows_of, structure
+from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, bucket_edges
+from hstu_xd.ops.state_attention.state_reads import StateReads
+
+LIBRARY = NativeLibrary(Path(__file__).with_name("native.c"))
+
+_Arguments = structure(
+    "States",
+    "q k v grad_out offsets domains timestamps next_timestamps bias edges out dq dk dv_out "
+    "bias_sums",
+    numbers="q_stride k_stride v_stride grad_out_stride tokens heads dqk dv users num_domains "
+    "states_per_domain never_written threads",
+)
+
+
+def suits(q: Tensor, reads: StateReads, bias: Tensor | None) -> bool:
+    """Return whether "auto" takes the loops for these tensors.
+
+    Sizes that follow from shapes alone, as an exported program has them, are for plain PyTorch.
+    """
+    if reads.grouping.padded_length is not None:
+        return False
+    return fits(q, *(() if bias is None else (bias,))) and LIBRARY.problem() is None
+
+
+def native_state_attention(
+    q: Tensor, k: Tensor, v: Tensor, reads: StateReads, *, bias: Tensor | None = None
+) -> Tensor:
+    """Compute :func:`hstu_xd.ops.state_attention`; see there for the arguments.
+
+    Raises:
+        InputError: tensors that are not float32 on the CPU, or no compiler.
+    """
+    for name, tensor in (("q", q), ("bias", bias)):
+        if tensor is not None and not fits(tensor):
+            raise InputError(
+                f"{name} is {tensor.dtype} on {tensor.device}; impl 'native' needs float32 on cpu, "
+                "outside of compiled graphs: use impl='eager'"
+            )
+    out: Tensor = _NativeStates.apply(q, k, v, bias, reads)
+    return out
+
+
+class _NativeStates(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, reads: StateReads
+    ) -> Tensor:
+        ctx.reads = reads
+        ctx.save_for_backward(q, k, v, bias)
+        out = q.new_empty(q.shape[0], *v.shape[1:])
+        _call("hstu_xd_ask_states", (q, k, v), bias, reads, out=out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]  # the decorator makes ctx positional only
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        sums = None
+        if bias is not None:
+            sums = torch.zeros_like(bias.t(), dtype=torch.float64).contiguous()
+        _call(
+            "hstu_xd_ask_states_backward",
+            (q, k, v),
+            bias,
+            ctx.reads,
+            grad_out=grad_outputs[0],
+            dq=dq,
+            dk=dk,
+            dv_out=dv,
+            bias_sums=sums,
+        )
+        # Laid out as the table is, or DDP would copy it in every step.
+        return dq, dk, dv, None if sums is None else sums.t().float().contiguous(), None
+
+
+def _call(
+    function: str,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    reads: StateReads,
+    *,
+    grad_out: Tensor | None = None,
+    **written: Tensor | None,
+) -> None:
+    """Hand tensors over to a function of the library; all stay alive while it runs."""
+    q, k, v = (rows_of(x) for x in inputs)
+    grouping = reads.grouping
+    read: dict[str, Tensor | None] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "grad_out": None if grad_out is None else rows_of(grad_out),
+        "offsets": grouping.batch_offsets.contiguous(),
+        "domains": grouping.domains,
+        "timestamps": reads.timestamps.contiguous(),
+        "next_timestamps": reads.next_timestamps.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        "edges": bucket_edges(q.device),
+    }
+    strides = {name: x.stride(0) for name, x in (("q", q), ("k", k), ("v", v))}
+    arguments = _Arguments(
+        **{name: address(x) for name, x in (read | written).items()},
+        **{f"{name}_stride": stride for name, stride in strides.items()},
+        grad_out_stride=0 if read["grad_out"] is None else read["grad_out"].stride(0),
+        tokens=grouping.num_tokens,
+        heads=q.shape[1],
+        dqk=q.shape[2],
+        dv=v.shape[2],
+        users=grouping.batch_offsets.numel() - 1,
+        num_domains=grouping.num_domains,
+        states_per_domain=reads.states_per_domain,
+        never_written=NUM_TIME_BUCKETS,
+        threads=torch.get_num_threads(),
+    )
+    LIBRARY.call(function, arguments)

@@ -1,0 +1,105 @@
+/* Vectors of sixteen floats, and what the native operators compute alike.
+ *
+ * The compiler's vector extensions (GCC, Clang) split them into what the processor has.
+ */
+
+#ifndef HSTU_XD_VECTORS_H
+#define HSTU_XD_VECTORS_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { LANES = 16 };
+
+typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int64_t longs __attribute__((vector_size(128), aligned(8), may_alias));
+
+static inline floats load(const float *from) { return *(const floats *)from; }
+static inline void store(float *to, floats x) { *(floats *)to = x; }
+static inline floats splat(float x) { return (floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+static inline ints splat_int(int32_t x) { return (ints){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+static inline ints lanes_from(int32_t first) {
+    return (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + splat_int(first);
+}
+
+/* Takes x where the mask has all bits set, and zero where it has none. */
+static inline floats keep(ints mask, floats x) { return (floats)((ints)x & mask); }
+static inline floats choose(ints mask, floats x, floats other) {
+    return (floats)(((ints)x & mask) | ((ints)other & ~mask));
+}
+static inline ints at_least(ints x, ints least) { return (x & (x > least)) | (least & (x <= least)); }
+static inline ints at_most(ints x, ints most) { return (x & (x < most)) | (most & (x >= most)); }
+
+static inline float sum(floats x) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += x[lane];
+    return total;
+}
+
+static inline float largest(floats x) {
+    float found = x[0];
+    for (int lane = 1; lane < LANES; lane++) found = x[lane] > found ? x[lane] : found;
+    return found;
+}
+
+static inline int64_t round_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* exp(x) within two units in the last place; x is taken to lie between -87 and 88. */
+static inline floats exponential(floats x) {
+    x = choose(x < splat(-87.0f), splat(-87.0f), x);
+    x = choose(x > splat(88.0f), splat(88.0f), x);
+    /* Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits. */
+    const floats magic = splat(12582912.0f);
+    const floats shifted = x * splat(1.44269504f) + magic;
+    const floats whole = shifted - magic;
+    const floats rest = x - whole * splat(0.693359375f) + whole * splat(2.12194440e-4f);
+    /* Taylor's series, with its last coefficients fitted to |rest| <= ln(2) / 2. */
+    floats series = splat(1.9875691500e-4f);
+    series = series * rest + splat(1.3981999507e-3f);
+    series = series * rest + splat(8.3334519073e-3f);
+    series = series * rest + splat(4.1665795894e-2f);
+    series = series * rest + splat(1.6666665459e-1f);
+    series = series * rest + splat(5.0000001201e-1f);
+    series = series * rest * rest + rest + splat(1.0f);
+    const ints exponent = (ints)shifted - (ints)magic + splat_int(127);
+    return series * (floats)(exponent << 23);
+}
+
+/* Buckets of time differences by the edges of hstu_xd.ops.relative_bias.bucket_edges.
+ *
+ * An edge is the bits of the first float32 of a bucket, and bits order as magnitudes do. The
+ * exponent and the mantissa, read as one number, are a logarithm that is too small by less than a
+ * bucket: so the bucket is the one guessed or the next.
+ */
+static inline ints time_bucket(longs difference, const int32_t *edges, int32_t last) {
+    const int32_t one = 0x3F800000;
+    ints bits = (ints)__builtin_convertvector(difference, floats) & splat_int(0x7FFFFFFF);
+    bits = at_least(bits, splat_int(one));
+    const floats logarithm = __builtin_convertvector(bits - splat_int(one), floats);
+    /* ln(2) / 0.301 buckets an exponent, of 2^23 bits, and a little less against rounding up. */
+    ints bucket = __builtin_convertvector(logarithm * splat(2.302814888f / 8388608.0f * 0.999999f), ints);
+    ints next;
+    for (int lane = 0; lane < LANES; lane++) next[lane] = edges[bucket[lane] + 1];
+    bucket -= bits >= next; /* a comparison that holds is -1 */
+    return at_most(bucket, splat_int(last));
+}
+
+/* Memory of one thread, which grows as it is asked for more; what it held is lost then. */
+typedef struct {
+    float *at;
+    int64_t size;
+} Scratch;
+
+static inline float *reserve(Scratch *scratch, int64_t size) {
+    if (size > scratch->size) {
+        free(scratch->at);
+        scratch->at = malloc(size * sizeof(float));
+        if (!scratch->at) abort();
+        scratch->size = size;
+    }
+    return scratch->at;
+}
+
+#endif
