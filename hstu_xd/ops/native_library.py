@@ -35,11 +35,11 @@ class NativeLibrary:
     """
 
     def __init__(self, source: Path) -> None:
-        self._source = source
+        self.source = source
 
     def problem(self) -> str | None:
         """Return why the library cannot be used here, in a sentence; None where it can."""
-        found = _loaded(self._source)
+        found = _loaded(self.source)
         return found if isinstance(found, str) else None
 
     def call(self, name: str, arguments: ctypes.Structure) -> None:
@@ -48,20 +48,38 @@ class NativeLibrary:
         Raises:
             InputError: the library cannot be used here.
         """
-        found = _loaded(self._source)
+        found = _loaded(self.source)
         if isinstance(found, str):
             raise InputError(f"impl 'native' cannot be used here: {found}; use impl='eager'")
         found[name](ctypes.byref(arguments))
 
 
+# Types that the C files take; halves are computed in float32, which holds them exactly.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def fits(*tensors: Tensor) -> bool:
-    """Return whether tensors are what the C files compute with, float32 in memory of the host.
+    """Return whether the C files can compute with tensors: in memory of the host, float32 or less.
 
     Not in a graph that is being compiled, where they have no memory.
     """
     if torch.compiler.is_compiling():
         return False
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    return all(x.device.type == "cpu" and x.dtype in _DTYPES for x in tensors)
+
+
+def check_fits(**tensors: Tensor | None) -> None:
+    """Refuse tensors that do not fit.
+
+    Raises:
+        InputError: the message names the tensor and what to do.
+    """
+    for name, x in tensors.items():
+        if x is not None and not fits(x):
+            raise InputError(
+                f"{name} is {x.dtype} on {x.device}; impl 'native' needs float32, bfloat16 or "
+                "float16 on cpu, outside of compiled graphs: use impl='eager'"
+            )
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -95,10 +113,11 @@ def _loaded(source: Path) -> ctypes.CDLL | str:
 
 def _compiled(source: Path, path: str) -> Path:
     """Return the compiled file, from the cache where this machine has compiled it before."""
-    texts = [source.read_bytes(), *(x.read_bytes() for x in sorted(source.parent.parent.glob("*.h")))]
+    files = [source, *sorted(source.parent.parent.glob("*.h"))]
     # What "native" means differs between machines that share a home folder.
     described = _run(path, "-march=native", "-E", "-v", "-x", "c", os.devnull).stderr
-    key = hashlib.sha256("\n".join([described, *_FLAGS]).encode() + b"".join(texts)).hexdigest()
+    texts = [described, *_FLAGS, *(x.read_text() for x in files)]
+    key = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     name = f"{source.parent.name}-{key[:16]}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
     folder = _cache_folder()
     if folder is None:
@@ -138,6 +157,11 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 def _first_line(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if "error" in line] or text.splitlines()
     return next(iter(lines), "it gave no reason").strip()
+
+
+def forget() -> None:
+    """Ask for the compiler and the compiled files anew: for tests that take them away."""
+    _loaded.cache_clear()
 
 
 def structure(name: str, pointers: str, *, numbers: str) -> type[ctypes.Structure]:

@@ -34,7 +34,8 @@ def test_a_wrong_ddsr_does_not_pass_the_gate(
         return right(*given, **named) * 1.001
 
     monkeypatch.setattr(train_step, "_ITEMS", 60)
-    monkeypatch.setitem(api._IMPLS, "eager", wrong)
+    for name in ("eager", "native"):
+        monkeypatch.setitem(api._IMPLS, name, wrong)
     with pytest.raises(HstuXdError, match=r"^all disagrees with the reference"):
         run_bench(capsys, "train-step", seq_len=[8], num_domains=[3])
 

@@ -21,6 +21,8 @@ every_impl = pytest.mark.parametrize("impl", available_impls())
 # The kernels have no float64 and their own shapes (test_triton_kernels.py): where there is no GPU,
 # every program of a kernel is interpreted.
 every_float64_impl = pytest.mark.parametrize("impl", ["reference", "eager"])
+# Those that are quick on a CPU.
+every_cpu_impl = pytest.mark.parametrize("impl", [x for x in available_impls() if x != "triton"])
 
 # Times are multiples of this, chosen so that no difference falls on the edge of a time bucket,
 # where float32 and float64 logarithms may disagree (test_time_bucket.py proves it).

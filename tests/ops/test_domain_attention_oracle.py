@@ -9,6 +9,7 @@ from attention_cases import (
     Spec,
     draw,
     errors_against_oracle,
+    every_cpu_impl,
     every_float64_impl,
     whole_tensor,
 )
@@ -44,7 +45,7 @@ VIEWS = [
 every_view = pytest.mark.parametrize("spec", VIEWS, ids=str)
 
 
-@every_float64_impl
+@every_cpu_impl
 @every_view
 def test_float32_stays_within_budget(spec: Spec, impl: str) -> None:
     attention = partial(domain_attention, impl=impl)

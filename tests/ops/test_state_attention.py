@@ -132,7 +132,7 @@ def test_the_function_and_its_implementations_are_public() -> None:
     assert callable(ops.state_attention)
     assert callable(ops.domain_attention)
     assert available_state_impls()[:2] == ("reference", "eager")
-    assert set(available_state_impls()[2:]) <= {"triton"}
+    assert set(available_state_impls()[2:]) <= {"native", "triton"}
 
 
 def call(change: Callable[[dict[str, Any]], Any]) -> Tensor:

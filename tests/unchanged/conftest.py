@@ -2,18 +2,30 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from recordings import CONDITIONS, RUNS, conditions
 
+from hstu_xd.ops import native_library
+
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train on the CPU, as it was recorded, also where there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch() -> Iterator[None]:
+    """Compute without the loops in C, as it was recorded: they round as the compiler has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", "no-such-compiler")
+        native_library.forget()
+        yield
+    native_library.forget()
 
 
 @pytest.fixture(scope="session")

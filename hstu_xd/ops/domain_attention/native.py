@@ -4,6 +4,7 @@ It walks from group to group and knows no padding, so nothing is planned for a b
 grouping. See ``native.c`` for how, and :mod:`hstu_xd.ops.native_library` for who compiles it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from torch.autograd.function import once_differentiable
 
 from hstu_xd.errors import InputError
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.native_library import NativeLibrary, address, fits, rows_of, structure
+from hstu_xd.ops.native_library import (
+    NativeLibrary,
+    address,
+    check_fits,
+    fits,
+    rows_of,
+    structure,
+)
 from hstu_xd.ops.relative_bias import RelativeBias, bucket_edges
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("native.c"))
@@ -51,26 +59,23 @@ def native_domain_attention(
     """Compute :func:`hstu_xd.ops.domain_attention` with SiLU; see there for the arguments.
 
     Raises:
-        InputError: tensors that are not float32 on the CPU, a grouping with a rule of its own, or
-            no compiler.
+        InputError: tensors that are float64 or not on the CPU, a grouping with a rule of its own,
+            positions beyond the table, or no compiler.
     """
-    tables = {} if bias is None else {"position": bias.position_weights, "time": bias.time_weights}
-    for name, tensor in {"q": q, **{f"bias.{x}_weights": y for x, y in tables.items()}}.items():
-        if not fits(tensor):
-            raise InputError(
-                f"{name} is {tensor.dtype} on {tensor.device}; impl 'native' needs float32 on cpu, "
-                "outside of compiled graphs: use impl='eager'"
-            )
+    position_weights = None if bias is None else bias.position_weights
+    time_weights = None if bias is None else bias.time_weights
+    check_fits(q=q, position_weights=position_weights, time_weights=time_weights)
     if grouping.rule is not None:
         raise InputError(
             "grouping has a rule of its own, which impl 'native' cannot ask: use impl='eager'"
         )
     if bias is not None:
         bias.check_span()
+        position_weights, time_weights = bias.position_weights.float(), bias.time_weights.float()
     out: Tensor = _NativeAttention.apply(
-        q, k, v, tables.get("position"), tables.get("time"), grouping, norm_length, bias
+        q.float(), k.float(), v.float(), position_weights, time_weights, grouping, norm_length, bias
     )
-    return out
+    return out.to(v.dtype)
 
 
 class _NativeAttention(torch.autograd.Function):
@@ -86,57 +91,52 @@ class _NativeAttention(torch.autograd.Function):
         norm_length: int,
         bias: RelativeBias | None,
     ) -> Tensor:
+        tables = [x for x in (position_weights, time_weights) if x is not None]
+        inputs = [q, k, v, *tables]
         ctx.rest = grouping, norm_length, bias
-        ctx.save_for_backward(q, k, v, position_weights, time_weights)
+        ctx.save_for_backward(*inputs)
         out = v.new_empty(v.shape)
-        _call("hstu_xd_attend", (q, k, v), grouping, norm_length, bias, out=out)
+        _call("hstu_xd_attend", inputs, grouping, norm_length, bias, out=out)
         return out
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]  # the decorator makes ctx positional only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, position_weights, time_weights = ctx.saved_tensors
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        inputs = ctx.saved_tensors
+        dq, dk, dv = (x.new_empty(x.shape) for x in inputs[:3])
         # Thousands of pairs meet in one entry of a table.
-        sums = [
-            None if x is None else torch.zeros_like(x, dtype=torch.float64)
-            for x in (position_weights, time_weights)
-        ]
+        sums = [torch.zeros_like(x, dtype=torch.float64) for x in inputs[3:]]
+        written = dict(zip(("position_sums", "time_sums"), sums))
         _call(
             "hstu_xd_attend_backward",
-            (q, k, v),
+            inputs,
             *ctx.rest,
             grad_out=grad_outputs[0],
             dq=dq,
             dk=dk,
             dv_out=dv,
-            position_sums=sums[0],
-            time_sums=sums[1],
+            **written,
         )
-        of_tables = (None if x is None else x.float() for x in sums)
+        of_tables = [x.float() for x in sums] or [None, None]
         return dq, dk, dv, *of_tables, None, None, None
 
 
 def _call(
     function: str,
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: Sequence[Tensor],
     grouping: DomainGrouping,
     norm_length: int,
     bias: RelativeBias | None,
     *,
     grad_out: Tensor | None = None,
-    **written: Tensor | None,
+    **written: Tensor,
 ) -> None:
     """Hand tensors over to a function of the library; all stay alive while it runs."""
-    q, k, v = (rows_of(x) for x in inputs)
-    grad_out = rows_of(v if grad_out is None else grad_out)
-    keys = grouping.keys
-    read: dict[str, Tensor] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "grad_out": grad_out,
+    rows = dict(zip(("q", "k", "v"), inputs)) | {"grad_out": grad_out}
+    rows = {name: rows_of(x) for name, x in rows.items() if x is not None}
+    q, v, keys = rows["q"], rows["v"], grouping.keys
+    coordinates = {
         "query_tokens": grouping.permutation,
         "query_offsets": grouping.offsets,
         "key_tokens": keys.permutation,
@@ -145,20 +145,19 @@ def _call(
     }
     sizes = {"max_length": 1, "last_bucket": 0}
     if bias is not None:
-        read |= {
-            "position_weights": bias.position_weights,
-            "time_weights": bias.time_weights,
+        coordinates |= {
+            "position_weights": inputs[3],
+            "time_weights": inputs[4],
             "positions": bias.positions,
             "timestamps": bias.timestamps,
             "next_timestamps": bias.next_timestamps,
             "edges": bucket_edges(q.device),
         }
         sizes = {"max_length": bias.max_length, "last_bucket": bias.time_weights.numel() - 1}
-    rows = {"q", "k", "v", "grad_out"}
-    read = {name: x if name in rows else x.contiguous() for name, x in read.items()}
+    given = rows | {name: x.contiguous() for name, x in coordinates.items()}
     arguments = _Arguments(
-        **{name: address(x) for name, x in (read | written).items()},
-        **{f"{name}_stride": read[name].stride(0) for name in rows},
+        **{name: address(x) for name, x in (given | written).items()},
+        **{f"{name}_stride": x.stride(0) for name, x in rows.items()},
         heads=q.shape[1],
         dqk=q.shape[2],
         dv=v.shape[2],

@@ -99,9 +99,13 @@ def state_attention(
 
 
 def _fastest(q: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> str:
-    if q.is_cuda:
-        return "triton" if triton_support.suits(q, v) else "eager"
+    if _kernels_suit(q, v):
+        return "triton"
     return "native" if suits(q, reads, bias) else "eager"
+
+
+def _kernels_suit(q: Tensor, v: Tensor) -> bool:
+    return q.is_cuda and triton_support.suits(q, v)
 
 
 def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:

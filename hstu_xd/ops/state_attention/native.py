@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu_xd.errors import InputError
-from hstu_xd.ops.native_library import NativeLibrary, address, fits, rows_of, structure
+from hstu_xd.ops.native_library import (
+    NativeLibrary,
+    address,
+    check_fits,
+    fits,
+    rows_of,
+    structure,
+)
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, bucket_edges
 from hstu_xd.ops.state_attention.state_reads import StateReads
 
@@ -43,16 +49,12 @@ def native_state_attention(
     """Compute :func:`hstu_xd.ops.state_attention`; see there for the arguments.
 
     Raises:
-        InputError: tensors that are not float32 on the CPU, or no compiler.
+        InputError: tensors that are float64 or not on the CPU, or no compiler.
     """
-    for name, tensor in (("q", q), ("bias", bias)):
-        if tensor is not None and not fits(tensor):
-            raise InputError(
-                f"{name} is {tensor.dtype} on {tensor.device}; impl 'native' needs float32 on cpu, "
-                "outside of compiled graphs: use impl='eager'"
-            )
-    out: Tensor = _NativeStates.apply(q, k, v, bias, reads)
-    return out
+    check_fits(q=q, bias=bias)
+    table = None if bias is None else bias.float()
+    out: Tensor = _NativeStates.apply(q.float(), k.float(), v.float(), table, reads)
+    return out.to(v.dtype)
 
 
 class _NativeStates(torch.autograd.Function):
@@ -100,25 +102,22 @@ def _call(
     **written: Tensor | None,
 ) -> None:
     """Hand tensors over to a function of the library; all stay alive while it runs."""
-    q, k, v = (rows_of(x) for x in inputs)
-    grouping = reads.grouping
-    read: dict[str, Tensor | None] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "grad_out": None if grad_out is None else rows_of(grad_out),
-        "offsets": grouping.batch_offsets.contiguous(),
+    rows = dict(zip(("q", "k", "v"), inputs)) | {"grad_out": grad_out}
+    rows = {name: rows_of(x) for name, x in rows.items() if x is not None}
+    q, v, grouping = rows["q"], rows["v"], reads.grouping
+    coordinates = {
+        "offsets": grouping.batch_offsets,
         "domains": grouping.domains,
-        "timestamps": reads.timestamps.contiguous(),
-        "next_timestamps": reads.next_timestamps.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
+        "timestamps": reads.timestamps,
+        "next_timestamps": reads.next_timestamps,
         "edges": bucket_edges(q.device),
     }
-    strides = {name: x.stride(0) for name, x in (("q", q), ("k", k), ("v", v))}
+    if bias is not None:
+        coordinates["bias"] = bias
+    given = rows | {name: x.contiguous() for name, x in coordinates.items()}
     arguments = _Arguments(
-        **{name: address(x) for name, x in (read | written).items()},
-        **{f"{name}_stride": stride for name, stride in strides.items()},
-        grad_out_stride=0 if read["grad_out"] is None else read["grad_out"].stride(0),
+        **{name: address(x) for name, x in (given | written).items()},
+        **{f"{name}_stride": x.stride(0) for name, x in rows.items()},
         tokens=grouping.num_tokens,
         heads=q.shape[1],
         dqk=q.shape[2],

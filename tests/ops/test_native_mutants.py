@@ -1,0 +1,195 @@
+"""Seeded mutants of the C files. The checks against the definition must reject each of them."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import Errors, Spec, draw, errors_against_oracle, worst_row
+from kernel_cases import check_bucket_edges, poisoned_memory
+from native_marks import needs_compiler
+from state_cases import Spec as StateSpec
+from state_cases import draw as draw_states
+
+import hstu_xd
+from hstu_xd.ops import domain_attention, state_attention
+from hstu_xd.ops.domain_attention import native as domain_native
+from hstu_xd.ops.native_library import NativeLibrary
+from hstu_xd.ops.state_attention import native as state_native
+
+pytestmark = [needs_compiler, pytest.mark.slow]
+
+OPS = Path(hstu_xd.__file__).parent / "ops"
+# More keys than a stretch, more queries than a block, a domain that a target view never finds.
+ATTENTION = [
+    Spec((0, 1, 2, 200, 17), 3, dqk=6, dv=5, visited=2, target_view=target, biased=biased)
+    for target in (False, True)
+    for biased in (True, False)
+]
+STATES = [StateSpec((9, 0, 30, 1), 4, 3, visited=3, biased=biased) for biased in (True, False)]
+
+
+def attention() -> None:
+    for spec in ATTENTION:
+        run = partial(domain_attention, impl="native")
+        with poisoned_memory():
+            errors_against_oracle(run, draw(spec), torch.float32).check()
+
+
+def states() -> None:
+    for spec in STATES:
+        case = draw_states(spec)
+        leaves = case.leaves(torch.float32)
+        with poisoned_memory():
+            out = state_attention(**leaves, reads=case.reads(), impl="native")
+            found, mass = case.with_gradients(out, leaves), case.mass()
+        rows = {
+            name: worst_row(found[name], x.numpy(), mass[name].numpy() if name in mass else None)
+            for name, x in case.by_definition().items()
+        }
+        Errors(rows.pop("out"), rows).check()
+
+
+def edges() -> None:
+    check_bucket_edges("native")
+
+
+# Name: file, text, what stands there instead, the check that is to see it.
+Check = Callable[[], None]
+MUTANTS: dict[str, tuple[str, str, str, Check]] = {}
+
+
+def domain(name: str, text: str, instead: str, check: Check = attention) -> None:
+    MUTANTS[name] = "domain_attention/native.c", text, instead, check
+
+
+def state(name: str, text: str, instead: str) -> None:
+    MUTANTS[name] = "state_attention/native.c", text, instead, states
+
+
+def both(name: str, text: str, instead: str, check: Check = attention) -> None:
+    MUTANTS[name] = "vectors.h", text, instead, check
+
+
+domain("strictly_causal", "[before]] <= place)", "[before]] < place)")
+domain("unseen_keys_weigh", "splat_int(seen[r0 + r]), weight)", "splat_int(most), weight)")
+domain(
+    "unseen_keys_have_gradients",
+    "store(&slopes[r][j], keep(mask, slope))",
+    "store(&slopes[r][j], slope)",
+)
+domain(
+    "one_key_of_a_stretch_lost",
+    "for (int64_t j = 0; j < n; j++) {\n            const floats row",
+    "for (int64_t j = 0; j < n - (n == STRETCH); j++) {\n            const floats row",
+)
+domain(
+    "second_stretch_starts_early",
+    "values + start * group->dv",
+    "values + (start ? start - 1 : 0) * group->dv",
+)
+domain(
+    "positions_shifted",
+    "a->max_length - 1 - a->positions[token]",
+    "a->max_length - 2 - a->positions[token]",
+)
+domain(
+    "table_gradients_shifted",
+    "a->max_length - 1 - a->positions[group->queries[first + r]]",
+    "a->max_length - a->positions[group->queries[first + r]]",
+)
+domain(
+    "time_of_the_query_itself",
+    "const int64_t time = a->next_timestamps[token]",
+    "const int64_t time = a->timestamps[token]",
+)
+domain(
+    "not_divided", "totals[r * group->dv + c] / (float)a->norm_length", "totals[r * group->dv + c]"
+)
+domain("gradient_not_divided", "grads[i] /= (float)a->norm_length", "grads[i] /= 1")
+domain("slope_of_silu", "(gate + weight * (splat(1.0f) - gate))", "(gate + weight * gate)")
+domain(
+    "second_head_reads_the_first_values",
+    "group->rows + head * group->wide * group->dv",
+    "group->rows",
+)
+domain(
+    "bias_gradient_of_the_last_head_alone",
+    "store(dbias + j, load(dbias + j) + keep(mask, slope))",
+    "store(dbias + j, keep(mask, slope))",
+)
+domain("odd_keys_lose_their_times", "of_times[2 * i] + of_times[2 * i + 1]", "of_times[2 * i]")
+domain(
+    "last_block_lost",
+    "first < group->num_queries; first += BLOCK",
+    "first + BLOCK <= group->num_queries || !first; first += BLOCK",
+)
+domain(
+    "nothing_written_for_empty_groups",
+    "    clear(backward ? a->dq",
+    "    if (0) clear(backward ? a->dq",
+)
+domain("first_piece_of_tables_alone", "with_tables && piece < PIECES", "with_tables && piece < 1")
+both("edge_excluded", "bucket -= bits >= next", "bucket -= bits > next", edges)
+both("guess_not_mended", "bucket -= bits >= next", "(void)next", edges)
+both("exponential_off", "splat(1.6666665459e-1f)", "splat(1.66e-1f)")
+
+state(
+    "own_state_unseen",
+    "        visit(x, token, backward);\n        (backward ? answer_backward : answer)(x, token);",
+    "        (backward ? answer_backward : answer)(x, token);\n        visit(x, token, backward);",
+)
+state(
+    "newest_replaced", "x->visits[domain]++ % s->states_per_domain", "(x->visits[domain]++ ? 1 : 0)"
+)
+state(
+    "initial_state_stays",
+    "const int64_t slot = domain * s->states_per_domain + x->visits",
+    "const int64_t slot = domain * s->states_per_domain + (s->states_per_domain > 1) + x->visits",
+)
+state(
+    "empty_slots_weigh",
+    "keep(*(const ints *)(x->is_seen + j), exponential",
+    "keep(splat_int(-1), exponential",
+)
+state("gradients_not_cleared", "        memset(dk, 0, x->dqk * sizeof(float));\n", "")
+state(
+    "gradients_never_handed_over", "if (backward && x->state_of[slot] >= 0) hand_over(x, slot);", ""
+)
+state("softmax_gradient_without_its_mean", "(load(x->slopes + j) - mean)", "load(x->slopes + j)")
+state("age_of_the_initial_state", "(int32_t)s->never_written;\n}", "0;\n}")
+state(
+    "age_at_the_own_event",
+    "s->next_timestamps[token] - x->written",
+    "s->timestamps[token] - x->written",
+)
+state("bias_of_the_first_head", "x->bias + head * (s->never_written + 1)", "x->bias")
+state("initial_gradients_of_the_last_piece", "(piece ? *to : 0) + initial", "initial")
+state(
+    "users_share_their_slots",
+    "    begin(x, backward);\n    for",
+    "    if (!user) begin(x, backward);\n    for",
+)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_checks_reject_the_mutant(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, text, instead, check = MUTANTS[name]
+    for each in OPS.rglob("*.[ch]"):
+        copied = tmp_path / each.relative_to(OPS)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(each, copied)
+    source = (tmp_path / file).read_text()
+    assert text in source
+    (tmp_path / file).write_text(source.replace(text, instead))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (domain_native, state_native):
+        library = NativeLibrary(tmp_path / module.LIBRARY.source.relative_to(OPS))
+        assert library.problem() is None
+        monkeypatch.setattr(module, "LIBRARY", library)
+    with pytest.raises(AssertionError, match="error"):
+        check()
