@@ -199,13 +199,13 @@ class HSTULayer(nn.Module):
         bias = None
         if self._rel_attn_bias is not None:
             bias = self._rel_attn_bias(rows.positions, rows.timestamps, rows.next_timestamps)
+        # One split of the heads: a slice of each view would have a gradient of zeros for the others.
+        heads = [view.heads.stop - view.heads.start for view in views]
         outputs = []
-        for view in views:
-            parts = [
+        for view, *parts in zip(views, *(x.split(heads, dim=1) for x in (q, k, v))):
+            read = [
                 domain_attention(
-                    q[:, view.heads],
-                    k[:, view.heads],
-                    v[:, view.heads],
+                    *parts,
                     grouping,
                     norm_length=s.norm_length,
                     bias=bias,
@@ -214,7 +214,7 @@ class HSTULayer(nn.Module):
                 )
                 for grouping in view.groupings
             ]
-            outputs.append(sum(parts[1:], start=parts[0]))
+            outputs.append(sum(read[1:], start=read[0]))
         return torch.cat(outputs, dim=1).flatten(1)
 
 

@@ -45,7 +45,7 @@ class View:
     """What some heads of a layer read.
 
     Attributes:
-        heads: which heads.
+        heads: which heads; those of a layer's views come one after the other.
         groupings: attentions by these groupings add up to what every row reads. A grouping says
             which rows ask, which are read, and how both are grouped.
     """

@@ -32,16 +32,31 @@ static inline floats choose(ints mask, floats x, floats other) {
 static inline ints at_least(ints x, ints least) { return (x & (x > least)) | (least & (x <= least)); }
 static inline ints at_most(ints x, ints most) { return (x & (x < most)) | (most & (x >= most)); }
 
+/* Halves of a vector, and their halves. */
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+typedef union {
+    floats all;
+    eight halves[2];
+    four quarters[4];
+} Parts;
+
 static inline float sum(floats x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += x[lane];
-    return total;
+    Parts parts = {.all = x};
+    parts.halves[0] += parts.halves[1];
+    const four last = parts.quarters[0] + parts.quarters[1];
+    return (last[0] + last[1]) + (last[2] + last[3]);
 }
 
+static inline float larger(float x, float y) { return x > y ? x : y; }
+
 static inline float largest(floats x) {
-    float found = x[0];
-    for (int lane = 1; lane < LANES; lane++) found = x[lane] > found ? x[lane] : found;
-    return found;
+    Parts parts = {.all = x};
+    const eight a = parts.halves[0], b = parts.halves[1];
+    parts.halves[0] = (eight)(((__typeof__(a > b))a & (a > b)) | ((__typeof__(a > b))b & ~(a > b)));
+    const four last = parts.quarters[0], other = parts.quarters[1];
+    return larger(larger(larger(last[0], other[0]), larger(last[1], other[1])),
+                  larger(larger(last[2], other[2]), larger(last[3], other[3])));
 }
 
 static inline int64_t round_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -86,6 +101,13 @@ static inline ints time_bucket(longs difference, const int32_t *edges, int32_t l
     return at_most(bucket, splat_int(last));
 }
 
+/* Memory for floats where vectors do not straddle lines of the cache. */
+static inline void *aligned(int64_t bytes) {
+    void *found = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!found) abort();
+    return found;
+}
+
 /* Memory of one thread, which grows as it is asked for more; what it held is lost then. */
 typedef struct {
     float *at;
@@ -95,8 +117,7 @@ typedef struct {
 static inline float *reserve(Scratch *scratch, int64_t size) {
     if (size > scratch->size) {
         free(scratch->at);
-        scratch->at = malloc(size * sizeof(float));
-        if (!scratch->at) abort();
+        scratch->at = aligned(size * sizeof(float));
         scratch->size = size;
     }
     return scratch->at;

@@ -120,7 +120,8 @@ domain(
     "store(dbias + j, load(dbias + j) + keep(mask, slope))",
     "store(dbias + j, keep(mask, slope))",
 )
-domain("odd_keys_lose_their_times", "of_times[2 * i] + of_times[2 * i + 1]", "of_times[2 * i]")
+domain("odd_keys_lose_their_times", "i < SUMS * buckets; i++", "i < SUMS * buckets; i += 2")
+state("one_sum_of_the_bias_lost", "i < table; i++", "i + 1 < table; i += 2")
 domain(
     "last_block_lost",
     "first < group->num_queries; first += BLOCK",
@@ -158,7 +159,7 @@ state("gradients_not_cleared", "        memset(dk, 0, x->dqk * sizeof(float));\n
 state(
     "gradients_never_handed_over", "if (backward && x->state_of[slot] >= 0) hand_over(x, slot);", ""
 )
-state("softmax_gradient_without_its_mean", "(load(x->slopes + j) - mean)", "load(x->slopes + j)")
+state("softmax_gradient_without_its_mean", "(load(slopes + j) - mean)", "load(slopes + j)")
 state("age_of_the_initial_state", "(int32_t)s->never_written;\n}", "0;\n}")
 state(
     "age_at_the_own_event",

@@ -11,6 +11,8 @@
 enum { ROWS = 4, BLOCK = 16, STRETCH = 64 };
 /* Pieces of work. Their number is fixed, so that sums over them do not depend on the threads. */
 enum { PIECES = 32 };
+/* Sums that are kept side by side where additions would wait for one another. */
+enum { SUMS = 4 };
 
 /* Fields of eight bytes each, pointers first; native.py has the same list. */
 typedef struct {
@@ -156,10 +158,10 @@ static void add_to_tables(const Group *group, int64_t first, int64_t rows, const
         const float *dbias = group->dbias + r * group->wide;
         const int32_t *buckets = group->buckets + r * group->wide;
         double *sums = group->position_sums + shift;
-        /* Neighbours often share a bucket: two rows of sums keep one from waiting for the other. */
+        /* Neighbours often share a bucket. */
         for (int64_t j = 0; j < seen[r]; j++) {
             sums[group->key_positions[j]] += dbias[j];
-            group->time_sums[2 * buckets[j] + (j & 1)] += dbias[j];
+            group->time_sums[SUMS * buckets[j] + j % SUMS] += dbias[j];
         }
     }
 }
@@ -361,7 +363,7 @@ static void compute(const Attention *a, int backward) {
     cut(a, first_group);
     const int64_t positions = 2 * a->max_length - 1, buckets = a->last_bucket + 1;
     const int with_tables = backward && a->position_weights != NULL;
-    const int64_t sums = with_tables ? positions + 2 * buckets : 0;
+    const int64_t sums = with_tables ? positions + SUMS * buckets : 0;
     double *all_sums = with_tables ? calloc(PIECES * sums, sizeof(double)) : NULL;
     if (with_tables && !all_sums) abort();
 #pragma omp parallel num_threads((int)a->threads)
@@ -387,7 +389,7 @@ static void compute(const Attention *a, int backward) {
     for (int piece = 0; with_tables && piece < PIECES; piece++) {
         const double *of_positions = all_sums + piece * sums, *of_times = of_positions + positions;
         for (int64_t i = 0; i < positions; i++) a->position_sums[i] += of_positions[i];
-        for (int64_t i = 0; i < buckets; i++) a->time_sums[i] += of_times[2 * i] + of_times[2 * i + 1];
+        for (int64_t i = 0; i < SUMS * buckets; i++) a->time_sums[i / SUMS] += of_times[i];
     }
     free(all_sums);
 }

@@ -11,6 +11,8 @@
 
 /* Pieces of work. Their number is fixed, so that sums over them do not depend on the threads. */
 enum { PIECES = 32 };
+/* Sums that are kept side by side where additions would wait for one another. */
+enum { SUMS = 4 };
 
 /* Fields of eight bytes each, pointers first; native.py has the same list. */
 typedef struct {
@@ -37,7 +39,8 @@ typedef struct {
     float *rows;            /* (heads, wide, dqk or dv): values forward, keys backward */
     float *dk, *dv_rows;    /* (heads, wide, dqk) and (heads, wide, dv), backward */
     float *bias;            /* (heads, never_written + 1) */
-    float *weights, *slopes; /* (wide,) */
+    float *weights, *slopes; /* (heads, wide) */
+    float *totals;          /* (heads,) */
     int64_t *written;       /* (wide,) time of a state */
     int32_t *ages;          /* (wide,) */
     int64_t *state_of;      /* (wide,) row of the state; -1 in an empty slot */
@@ -142,49 +145,67 @@ static inline void multiply(const float *row, const float *columns, int64_t widt
 static inline void add_rows(const float *weights, const float *rows, int64_t padded, int64_t n, float *total,
                             int64_t width) {
     for (int64_t c = 0; c < padded; c += LANES) {
-        floats found = splat(0), other = splat(0);
+        /* Several sums at once, since an addition waits for the one before it. */
+        floats sums[SUMS] = {0};
         int64_t j = 0;
-        for (; j + 1 < n; j += 2) {
-            found += splat(weights[j]) * load(rows + j * padded + c);
-            other += splat(weights[j + 1]) * load(rows + (j + 1) * padded + c);
-        }
-        if (j < n) found += splat(weights[j]) * load(rows + j * padded + c);
-        found += other;
+        for (; j + SUMS <= n; j += SUMS)
+            for (int i = 0; i < SUMS; i++) sums[i] += splat(weights[j + i]) * load(rows + (j + i) * padded + c);
+        for (; j < n; j++) sums[0] += splat(weights[j]) * load(rows + j * padded + c);
+        const floats found = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         memcpy(total + c, &found, (width - c < LANES ? width - c : LANES) * sizeof(float));
     }
 }
 
-/* Makes the weights of all slots for one head of a token: softmax of scores and ages. */
-static void weigh(Slots *x, int64_t token, int64_t head) {
+/* Makes the weights of all slots for a token's heads: softmax of scores and ages.
+ *
+ * Each step is taken for all heads before the next one: what they compute can overlap then.
+ */
+static void weigh(Slots *x, int64_t token) {
     const States *s = x->s;
-    const float *bias = x->bias + head * (s->never_written + 1);
-    float *weights = x->weights;
-    for (int64_t j = 0; j < x->wide; j++) weights[j] = s->bias ? bias[x->ages[j]] : 0;
-    multiply(s->q + token * s->q_stride + head * s->dqk, x->key_columns + head * s->dqk * x->wide, s->dqk, x->wide,
-             weights);
-    floats top = splat(-INFINITY), total = splat(0);
-    for (int64_t j = 0; j < x->wide; j += LANES) {
-        const ints mask = *(const ints *)(x->is_seen + j);
-        const floats score = choose(mask, load(weights + j), splat(-INFINITY));
-        top = choose(score > top, score, top);
+    const int64_t wide = x->wide, heads = s->heads;
+    for (int64_t head = 0; head < heads; head++) {
+        const float *bias = x->bias + head * (s->never_written + 1);
+        float *weights = x->weights + head * wide;
+        for (int64_t j = 0; j < wide; j++) weights[j] = s->bias ? bias[x->ages[j]] : 0;
     }
-    const floats highest = splat(largest(top));
-    for (int64_t j = 0; j < x->wide; j += LANES) {
-        const floats weight = keep(*(const ints *)(x->is_seen + j), exponential(load(weights + j) - highest));
-        store(weights + j, weight);
-        total += weight;
+    for (int64_t head = 0; head < heads; head++)
+        multiply(s->q + token * s->q_stride + head * s->dqk, x->key_columns + head * s->dqk * wide, s->dqk, wide,
+                 x->weights + head * wide);
+    for (int64_t head = 0; head < heads; head++) {
+        floats top = splat(-INFINITY);
+        for (int64_t j = 0; j < wide; j += LANES) {
+            const ints mask = *(const ints *)(x->is_seen + j);
+            const floats score = choose(mask, load(x->weights + head * wide + j), splat(-INFINITY));
+            top = choose(score > top, score, top);
+        }
+        x->totals[head] = largest(top);
     }
-    const floats scale = splat(1.0f / sum(total));
-    for (int64_t j = 0; j < x->wide; j += LANES) store(weights + j, load(weights + j) * scale);
+    for (int64_t head = 0; head < heads; head++) {
+        const floats highest = splat(x->totals[head]);
+        floats total = splat(0);
+        for (int64_t j = 0; j < wide; j += LANES) {
+            float *at = x->weights + head * wide + j;
+            const floats weight = keep(*(const ints *)(x->is_seen + j), exponential(load(at) - highest));
+            store(at, weight);
+            total += weight;
+        }
+        x->totals[head] = sum(total);
+    }
+    for (int64_t head = 0; head < heads; head++) {
+        const floats scale = splat(1.0f / x->totals[head]);
+        for (int64_t j = 0; j < wide; j += LANES) {
+            float *at = x->weights + head * wide + j;
+            store(at, load(at) * scale);
+        }
+    }
 }
 
 static void answer(Slots *x, int64_t token) {
     const States *s = x->s;
-    for (int64_t head = 0; head < s->heads; head++) {
-        weigh(x, token, head);
-        add_rows(x->weights, x->rows + head * x->wide * x->dv, x->dv, x->slots,
+    weigh(x, token);
+    for (int64_t head = 0; head < s->heads; head++)
+        add_rows(x->weights + head * x->wide, x->rows + head * x->wide * x->dv, x->dv, x->slots,
                  s->out + (token * s->heads + head) * s->dv, s->dv);
-    }
 }
 
 /* rows[j] += weights[j] row, of all slots. */
@@ -200,23 +221,31 @@ static inline void add_outer(const float *weights, const float *row, int64_t wid
 
 static void answer_backward(Slots *x, int64_t token) {
     const States *s = x->s;
-    for (int64_t head = 0; head < s->heads; head++) {
-        const float *q = s->q + token * s->q_stride + head * s->dqk;
-        const float *grad = s->grad_out + token * s->grad_out_stride + head * s->dv;
-        weigh(x, token, head);
-        memset(x->slopes, 0, x->wide * sizeof(float));
-        multiply(grad, x->value_columns + head * s->dv * x->wide, s->dv, x->wide, x->slopes);
+    const int64_t wide = x->wide, heads = s->heads;
+    const float *queries = s->q + token * s->q_stride, *grads = s->grad_out + token * s->grad_out_stride;
+    weigh(x, token);
+    memset(x->slopes, 0, heads * wide * sizeof(float));
+    for (int64_t head = 0; head < heads; head++)
+        multiply(grads + head * s->dv, x->value_columns + head * s->dv * wide, s->dv, wide, x->slopes + head * wide);
+    for (int64_t head = 0; head < heads; head++) {
+        const float *weights = x->weights + head * wide;
+        float *slopes = x->slopes + head * wide;
         floats total = splat(0);
-        for (int64_t j = 0; j < x->wide; j += LANES) total += load(x->weights + j) * load(x->slopes + j);
+        for (int64_t j = 0; j < wide; j += LANES) total += load(weights + j) * load(slopes + j);
         const floats mean = splat(sum(total));
-        for (int64_t j = 0; j < x->wide; j += LANES)
-            store(x->slopes + j, load(x->weights + j) * (load(x->slopes + j) - mean));
-        add_rows(x->slopes, x->rows + head * x->wide * x->dqk, x->dqk, x->slots,
-                 s->dq + (token * s->heads + head) * s->dqk, s->dqk);
-        add_outer(x->slopes, q, s->dqk, x->dk + head * x->wide * x->dqk, x->dqk, x->slots);
-        add_outer(x->weights, grad, s->dv, x->dv_rows + head * x->wide * x->dv, x->dv, x->slots);
-        double *sums = x->bias_sums + head * (s->never_written + 1);
-        for (int64_t j = 0; s->bias && j < x->slots; j++) sums[x->ages[j]] += x->slopes[j];
+        for (int64_t j = 0; j < wide; j += LANES)
+            store(slopes + j, load(weights + j) * (load(slopes + j) - mean));
+    }
+    for (int64_t head = 0; head < heads; head++) {
+        const float *slopes = x->slopes + head * wide;
+        add_rows(slopes, x->rows + head * wide * x->dqk, x->dqk, x->slots, s->dq + (token * heads + head) * s->dqk,
+                 s->dqk);
+        add_outer(slopes, queries + head * s->dqk, s->dqk, x->dk + head * wide * x->dqk, x->dqk, x->slots);
+        add_outer(x->weights + head * wide, grads + head * s->dv, s->dv, x->dv_rows + head * wide * x->dv, x->dv,
+                  x->slots);
+        /* States are often of one age: rows of sums keep one from waiting for the other. */
+        double *sums = x->bias_sums + SUMS * head * (s->never_written + 1);
+        for (int64_t j = 0; s->bias && j < x->slots; j++) sums[SUMS * x->ages[j] + j % SUMS] += slopes[j];
     }
 }
 
@@ -236,17 +265,18 @@ static void *make_slots(Slots *x, const States *s, int backward) {
     x->dv = round_up(s->dv);
     const int64_t keys = lanes * x->dqk * f, values = lanes * x->dv * f;
     const int64_t tables = s->heads * (s->never_written + 1) * f;
-    const int64_t small = 5 * 8 * wide + 8 * s->num_domains, parts = 16;
-    void *block = calloc(1, 3 * (keys + values) + tables + small + parts * 64), *at = block;
-    if (!block) abort();
+    const int64_t small = 2 * lanes * f + 3 * 8 * wide + s->heads * f + 8 * s->num_domains, parts = 16;
+    const int64_t size = 3 * (keys + values) + tables + small + parts * 64;
+    void *block = memset(aligned(size), 0, size), *at = block;
     x->key_columns = take(&at, keys);
     x->value_columns = take(&at, values);
     x->rows = take(&at, backward ? keys : values);
     x->dk = take(&at, keys);
     x->dv_rows = take(&at, values);
     x->bias = take(&at, tables);
-    x->weights = take(&at, wide * f);
-    x->slopes = take(&at, wide * f);
+    x->weights = take(&at, lanes * f);
+    x->slopes = take(&at, lanes * f);
+    x->totals = take(&at, s->heads * f);
     x->written = take(&at, wide * 8);
     x->state_of = take(&at, wide * 8);
     x->ages = take(&at, wide * 4);
@@ -283,7 +313,7 @@ static void compute(const States *s, int backward) {
     int64_t first_user[PIECES + 1];
     cut(s, first_user);
     const int64_t of_state = s->heads * (s->dqk + s->dv), of_initial = s->num_domains * of_state;
-    const int64_t table = s->heads * (s->never_written + 1);
+    const int64_t table = s->heads * (s->never_written + 1) * SUMS;
     float *initial = backward ? calloc(PIECES * of_initial, sizeof(float)) : NULL;
     double *bias_sums = backward ? calloc(PIECES * table, sizeof(double)) : NULL;
     if (backward && (!initial || !bias_sums)) abort();
@@ -307,7 +337,7 @@ static void compute(const States *s, int backward) {
             float *to = c < of_keys ? s->dk + row * of_keys + c : s->dv_out + row * s->heads * s->dv + c - of_keys;
             *to = (piece ? *to : 0) + initial[piece * of_initial + i];
         }
-        for (int64_t i = 0; s->bias && i < table; i++) s->bias_sums[i] += bias_sums[piece * table + i];
+        for (int64_t i = 0; s->bias && i < table; i++) s->bias_sums[i / SUMS] += bias_sums[piece * table + i];
     }
     free(initial);
     free(bias_sums);
