@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ops import state_attention
@@ -109,9 +109,12 @@ class DynamicDomainState(nn.Module):
             (L + R, H * dv) float.
         """
         assert reads.states_per_domain == self._states_per_domain
-        query = self.queries(hidden, target_domains)
         written = torch.cat([states, self._initial_state.to(states.dtype)])
-        key, value = self.memory(written)
+        if hidden is states:
+            query, key, value = self._projected(written)
+            query = self._scaled(query[: len(hidden)], target_domains)
+        else:
+            query, (key, value) = self.queries(hidden, target_domains), self.memory(written)
         q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query.to(key.dtype), key, value))
         if questions is None:
             return state_attention(q, k, v, reads, bias=self._age_w, impl=self.impl).flatten(1)
@@ -165,10 +168,18 @@ class DynamicDomainState(nn.Module):
 
     def queries(self, hidden: Tensor, target_domains: Tensor) -> Tensor:
         """Make scaled queries: (..., K) float, (...) int64 -> (..., H * dqk) float."""
-        query = self._query(hidden)
+        return self._scaled(self._query(hidden), target_domains)
+
+    def _scaled(self, query: Tensor, target_domains: Tensor) -> Tensor:
+        """Tell queries the domain that is asked for, and scale them: (..., H * dqk) float."""
         if self._target_emb is not None:
             query = query + self._target_emb(target_domains)
         return query * self._dqk**-0.5
+
+    def _projected(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Make queries, keys and values of the same rows by one product: (..., K) each."""
+        parts = [self._query.weight, self._key.weight, self._value.weight]
+        return linear(states, torch.cat(parts)).split([len(x) for x in parts], dim=-1)
 
     def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Make keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""

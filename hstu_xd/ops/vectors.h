@@ -32,6 +32,18 @@ static inline floats choose(ints mask, floats x, floats other) {
 static inline ints at_least(ints x, ints least) { return (x & (x > least)) | (least & (x <= least)); }
 static inline ints at_most(ints x, ints most) { return (x & (x < most)) | (most & (x >= most)); }
 
+/* Rows are short: a call of memcpy or memset would take longer than they do. */
+static inline void copy(float *to, const float *from, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+    if (i < n) memcpy(to + i, from + i, (n - i) * sizeof(float));
+}
+
+/* Sets rows to zero that are padded to full vectors. */
+static inline void clear(float *to, int64_t padded) {
+    for (int64_t i = 0; i < padded; i += LANES) store(to + i, splat(0));
+}
+
 /* Halves of a vector, and their halves. */
 typedef float eight __attribute__((vector_size(32)));
 typedef float four __attribute__((vector_size(16)));

@@ -52,7 +52,7 @@ typedef struct {
 /* Lays rows of tokens into columns: (n tokens, width) -> (width, wide). */
 static void pack_columns(const float *from, int64_t stride, const int64_t *tokens, int64_t n, int64_t width,
                          int64_t wide, float *to) {
-    memset(to, 0, width * wide * sizeof(float));
+    clear(to, width * wide);
     for (int64_t j = 0; j < n; j++)
         for (int64_t c = 0; c < width; c++) to[c * wide + j] = from[tokens[j] * stride + c];
 }
@@ -66,9 +66,8 @@ static void unpack_columns(const float *from, int64_t wide, const int64_t *token
 /* Lays rows of tokens one behind the other, padded with zeros: (n, width) -> (height, padded). */
 static void pack_rows(const float *from, int64_t stride, const int64_t *tokens, int64_t n, int64_t width,
                       int64_t padded, int64_t height, float *to) {
-    memset(to, 0, height * padded * sizeof(float));
-    for (int64_t j = 0; j < n; j++)
-        memcpy(to + j * padded, from + tokens[j] * stride, width * sizeof(float));
+    if (n < height || width < padded) clear(to, height * padded);
+    for (int64_t j = 0; j < n; j++) copy(to + j * padded, from + tokens[j] * stride, width);
 }
 
 /* products[r][j] = <rows[r], columns[.][j]> of ROWS rows and n columns. */
@@ -131,7 +130,7 @@ static void look_up(const Group *group, int64_t first, int64_t rows, int64_t see
         const int64_t token = group->queries[first + r];
         float *bias = group->bias + r * group->wide;
         if (!a->position_weights) {
-            memset(bias, 0, round_up(seen) * sizeof(float));
+            clear(bias, round_up(seen));
             continue;
         }
         const int32_t shift = (int32_t)(a->max_length - 1 - a->positions[token]);
@@ -240,7 +239,7 @@ static void attend_block(const Group *group, int64_t first, int64_t rows, const 
     float *queries = memory, *totals = memory + BLOCK * group->dqk;
     for (int64_t head = 0; head < a->heads; head++) {
         pack_rows(a->q + head * a->dqk, a->q_stride, group->queries + first, rows, a->dqk, group->dqk, BLOCK, queries);
-        memset(totals, 0, BLOCK * group->dv * sizeof(float));
+        clear(totals, BLOCK * group->dv);
         for (int64_t r = 0; r < rows; r += ROWS)
             attend_rows(group, head, queries + r * group->dqk, r, seen, totals + r * group->dv);
         for (int64_t r = 0; r < rows; r++) {
@@ -253,18 +252,17 @@ static void attend_block(const Group *group, int64_t first, int64_t rows, const 
 static void return_block(const Group *group, int64_t first, int64_t rows, const int32_t seen[BLOCK], float *memory) {
     const Attention *a = group->a;
     float *queries = memory, *grads = queries + BLOCK * group->dqk, *dq = grads + BLOCK * group->dv;
-    memset(group->dbias, 0, BLOCK * group->wide * sizeof(float));
+    clear(group->dbias, BLOCK * group->wide);
     for (int64_t head = 0; head < a->heads; head++) {
         pack_rows(a->q + head * a->dqk, a->q_stride, group->queries + first, rows, a->dqk, group->dqk, BLOCK, queries);
         pack_rows(a->grad_out + head * a->dv, a->grad_out_stride, group->queries + first, rows, a->dv, group->dv, BLOCK,
                   grads);
         for (int64_t i = 0; i < BLOCK * group->dv; i++) grads[i] /= (float)a->norm_length;
-        memset(dq, 0, BLOCK * group->dqk * sizeof(float));
+        clear(dq, BLOCK * group->dqk);
         for (int64_t r = 0; r < rows; r += ROWS)
             return_rows(group, head, queries + r * group->dqk, grads + r * group->dv, r, seen, dq + r * group->dqk);
         for (int64_t r = 0; r < rows; r++)
-            memcpy(a->dq + (group->queries[first + r] * a->heads + head) * a->dqk, dq + r * group->dqk,
-                   a->dqk * sizeof(float));
+            copy(a->dq + (group->queries[first + r] * a->heads + head) * a->dqk, dq + r * group->dqk, a->dqk);
     }
     if (a->position_weights) add_to_tables(group, first, rows, seen);
 }
@@ -290,7 +288,7 @@ static float *prepare(Group *group, Scratch *scratch, int backward) {
         group->value_columns = at, at += a->heads * a->dv * wide;
         group->dk_columns = at, at += a->heads * a->dqk * wide;
         group->dv_columns = at, at += a->heads * a->dv * wide;
-        memset(group->dk_columns, 0, a->heads * (a->dqk + a->dv) * wide * sizeof(float));
+        clear(group->dk_columns, a->heads * (a->dqk + a->dv) * wide);
     }
     if (a->position_weights) describe_keys(group);
     for (int64_t head = 0; head < a->heads; head++) {
@@ -307,17 +305,17 @@ static float *prepare(Group *group, Scratch *scratch, int backward) {
 }
 
 /* Writes zeros for tokens of a group in which nobody reads or nothing is read. */
-static void clear(float *to, int64_t width, const int64_t *tokens, int64_t n) {
+static void clear_rows(float *to, int64_t width, const int64_t *tokens, int64_t n) {
     for (int64_t i = 0; i < n; i++) memset(to + tokens[i] * width, 0, width * sizeof(float));
 }
 
 static void compute_group(Group *group, Scratch *scratch, int backward) {
     const Attention *a = group->a;
     if (!group->num_queries || !group->num_keys) {
-        clear(backward ? a->dq : a->out, a->heads * (backward ? a->dqk : a->dv), group->queries, group->num_queries);
+        clear_rows(backward ? a->dq : a->out, a->heads * (backward ? a->dqk : a->dv), group->queries, group->num_queries);
         if (backward) {
-            clear(a->dk, a->heads * a->dqk, group->keys, group->num_keys);
-            clear(a->dv_out, a->heads * a->dv, group->keys, group->num_keys);
+            clear_rows(a->dk, a->heads * a->dqk, group->keys, group->num_keys);
+            clear_rows(a->dv_out, a->heads * a->dv, group->keys, group->num_keys);
         }
         return;
     }

@@ -66,10 +66,10 @@ static void put(Slots *x, int64_t slot, int64_t row, int backward) {
         float *columns = x->key_columns + head * s->dqk * x->wide + slot;
         for (int64_t c = 0; c < s->dqk; c++) columns[c * x->wide] = k[c];
         if (!backward) {
-            memcpy(of_head(x->rows, x, head, slot, x->dv), v, s->dv * sizeof(float));
+            copy(of_head(x->rows, x, head, slot, x->dv), v, s->dv);
             continue;
         }
-        memcpy(of_head(x->rows, x, head, slot, x->dqk), k, s->dqk * sizeof(float));
+        copy(of_head(x->rows, x, head, slot, x->dqk), k, s->dqk);
         columns = x->value_columns + head * s->dv * x->wide + slot;
         for (int64_t c = 0; c < s->dv; c++) columns[c * x->wide] = v[c];
     }
@@ -82,15 +82,15 @@ static void hand_over(Slots *x, int64_t slot) {
     for (int64_t head = 0; head < s->heads; head++) {
         float *dk = of_head(x->dk, x, head, slot, x->dqk), *dv = of_head(x->dv_rows, x, head, slot, x->dv);
         if (row < s->tokens) {
-            memcpy(s->dk + row * of_keys + head * s->dqk, dk, s->dqk * sizeof(float));
-            memcpy(s->dv_out + row * of_values + head * s->dv, dv, s->dv * sizeof(float));
+            copy(s->dk + row * of_keys + head * s->dqk, dk, s->dqk);
+            copy(s->dv_out + row * of_values + head * s->dv, dv, s->dv);
         } else {
             float *initial = x->initial + (row - s->tokens) * (of_keys + of_values);
             for (int64_t c = 0; c < s->dqk; c++) initial[head * s->dqk + c] += dk[c];
             for (int64_t c = 0; c < s->dv; c++) initial[of_keys + head * s->dv + c] += dv[c];
         }
-        memset(dk, 0, x->dqk * sizeof(float));
-        memset(dv, 0, x->dv * sizeof(float));
+        clear(dk, x->dqk);
+        clear(dv, x->dv);
     }
 }
 
@@ -152,7 +152,7 @@ static inline void add_rows(const float *weights, const float *rows, int64_t pad
             for (int i = 0; i < SUMS; i++) sums[i] += splat(weights[j + i]) * load(rows + (j + i) * padded + c);
         for (; j < n; j++) sums[0] += splat(weights[j]) * load(rows + j * padded + c);
         const floats found = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        memcpy(total + c, &found, (width - c < LANES ? width - c : LANES) * sizeof(float));
+        copy(total + c, (const float *)&found, width - c < LANES ? width - c : LANES);
     }
 }
 
@@ -213,7 +213,7 @@ static inline void add_outer(const float *weights, const float *row, int64_t wid
                              int64_t n) {
     for (int64_t c = 0; c < padded; c += LANES) {
         floats part = splat(0);
-        memcpy(&part, row + c, (width - c < LANES ? width - c : LANES) * sizeof(float));
+        copy((float *)&part, row + c, width - c < LANES ? width - c : LANES);
         for (int64_t j = 0; j < n; j++)
             store(rows + j * padded + c, load(rows + j * padded + c) + splat(weights[j]) * part);
     }
@@ -224,7 +224,7 @@ static void answer_backward(Slots *x, int64_t token) {
     const int64_t wide = x->wide, heads = s->heads;
     const float *queries = s->q + token * s->q_stride, *grads = s->grad_out + token * s->grad_out_stride;
     weigh(x, token);
-    memset(x->slopes, 0, heads * wide * sizeof(float));
+    clear(x->slopes, heads * wide);
     for (int64_t head = 0; head < heads; head++)
         multiply(grads + head * s->dv, x->value_columns + head * s->dv * wide, s->dv, wide, x->slopes + head * wide);
     for (int64_t head = 0; head < heads; head++) {
