@@ -150,6 +150,8 @@ def _attention(
             why = found.get("kernels") or "unknown"
             if triton["error"]:
                 why = f"triton does not load: {triton['error']}"
+        if found.get("loops"):
+            why += f"; no loops in C: {found['loops']}"
     return {"available": available, "auto": found.get("auto", ""), "why_not_faster": why}
 
 

@@ -169,11 +169,29 @@ def _attention() -> dict[str, Any]:
     fused = "triton" in names and torch.cuda.is_available()  # elsewhere it is only interpreted
     problem = kernels_problem(torch.device("cuda")) if fused else ""
     auto = "triton" if fused and not problem else "eager"
-    return {"available": list(names), "auto": auto, "kernels": problem}
+    loops = "" if torch.cuda.is_available() else loops_problem()
+    if not loops and not torch.cuda.is_available():
+        auto = "native"
+    return {"available": list(names), "auto": auto, "kernels": problem, "loops": loops}
+
+
+def loops_problem() -> str:
+    """Use both operators' loops in C once, with gradients; return what is wrong, or ""."""
+    import torch
+
+    from hstu_xd.ops.domain_attention.native import LIBRARY
+
+    return LIBRARY.problem() or _problem("native", torch.device("cpu"), (torch.float32,))
 
 
 def kernels_problem(device: "torch.device") -> str:
     """Use both fused operators once, with gradients; return what is wrong with them, or ""."""
+    import torch
+
+    return _problem("triton", device, (torch.float32, torch.bfloat16))
+
+
+def _problem(impl: str, device: "torch.device", dtypes: "Sequence[torch.dtype]") -> str:
     import torch
 
     from hstu_xd import ops
@@ -183,11 +201,11 @@ def kernels_problem(device: "torch.device") -> str:
     grouping = DomainGrouping.from_jagged(domains, offsets, 2)
     reads = ops.StateReads(grouping, domains, domains, states_per_domain=1)
     try:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes:
             x = torch.ones(5, 2, 16, dtype=dtype, device=device, requires_grad=True)
             token = x[:3]
-            out = ops.domain_attention(token, token, token, grouping, norm_length=3, impl="triton")
-            (out + ops.state_attention(token, x, x, reads, impl="triton")).sum().backward()
+            out = ops.domain_attention(token, token, token, grouping, norm_length=3, impl=impl)
+            (out + ops.state_attention(token, x, x, reads, impl=impl)).sum().backward()
     except Exception as error:
         return str(error) if isinstance(error, HstuXdError) else _cause(error)
     return ""

@@ -112,7 +112,7 @@ class DynamicDomainState(nn.Module):
         written = torch.cat([states, self._initial_state.to(states.dtype)])
         if hidden is states:
             query, key, value = self._projected(written)
-            query = self._scaled(query[: len(hidden)], target_domains)
+            query = self._scaled(query[: hidden.shape[0]], target_domains)
         else:
             query, (key, value) = self.queries(hidden, target_domains), self.memory(written)
         q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query.to(key.dtype), key, value))
@@ -179,7 +179,7 @@ class DynamicDomainState(nn.Module):
     def _projected(self, states: Tensor) -> tuple[Tensor, ...]:
         """Make queries, keys and values of the same rows by one product: (..., K) each."""
         parts = [self._query.weight, self._key.weight, self._value.weight]
-        return linear(states, torch.cat(parts)).split([len(x) for x in parts], dim=-1)
+        return linear(states, torch.cat(parts)).split([x.shape[0] for x in parts], dim=-1)
 
     def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Make keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""

@@ -199,13 +199,16 @@ class HSTULayer(nn.Module):
         bias = None
         if self._rel_attn_bias is not None:
             bias = self._rel_attn_bias(rows.positions, rows.timestamps, rows.next_timestamps)
-        # One split of the heads: a slice of each view would have a gradient of zeros for the others.
+        # The gradient of a slice would be zeros for all other heads; that of a split is whole.
         heads = [view.heads.stop - view.heads.start for view in views]
         outputs = []
-        for view, *parts in zip(views, *(x.split(heads, dim=1) for x in (q, k, v))):
+        parts = (x.split(heads, dim=1) for x in (q, k, v))
+        for view, queries, keys, values in zip(views, *parts):
             read = [
                 domain_attention(
-                    *parts,
+                    queries,
+                    keys,
+                    values,
                     grouping,
                     norm_length=s.norm_length,
                     bias=bias,

@@ -1,9 +1,9 @@
-"""A net under the fused kernels: on a GPU that nobody has verified, their first use is compared.
+"""A net under fast code: where nobody has verified it, its first use is compared.
 
-Before a kernel serves a device, a dtype and widths for the first time in a process, a small batch
-of the same dtype and widths goes through it and through plain PyTorch in float64, forward and
-backward. Where the kernel does not compile, launch or agree, one WARNING says so and plain PyTorch
-takes over; who insists on the kernels gets an error instead.
+Before a fused kernel on an unverified GPU, or a loop in C, serves a device, a dtype and widths for
+the first time in a process, a small batch of the same dtype and widths goes through it and through
+plain PyTorch in float64, forward and backward. Where it does not compile, launch or agree, one
+WARNING says so and plain PyTorch takes over; who insists on it gets an error instead.
 """
 
 import logging
@@ -35,8 +35,12 @@ _DOMAINS = 2
 _MOST_SECONDS = 10_000_000
 
 
+# Implementation -> what it is called.
+_NAMES = {"triton": "the fused kernel", "native": "the loop in C"}
+
+
 class KernelUse(NamedTuple):
-    """What a kernel is compiled for.
+    """What a kernel is compiled for, or a loop in C called with.
 
     Attributes:
         operator: name of the operator.
@@ -46,6 +50,7 @@ class KernelUse(NamedTuple):
         dqk: width of queries and keys in a head.
         dv: width of values in a head.
         biased: whether there is a bias.
+        impl: "triton" or "native".
     """
 
     operator: str
@@ -55,18 +60,20 @@ class KernelUse(NamedTuple):
     dqk: int
     dv: int
     biased: bool
+    impl: str = "triton"
 
     @classmethod
-    def build(cls, operator: str, q: Tensor, v: Tensor, *, biased: bool) -> "KernelUse":
+    def build(cls, operator: str, q: Tensor, v: Tensor, *, biased: bool, impl: str) -> "KernelUse":
         """Return the use of tensors (L, H, dqk) and (..., H, dv)."""
         # A graph that is being compiled has names for sizes; of these it needs the numbers.
         heads, dqk, dv = (index(size) for size in (*q.shape[1:], v.shape[2]))
-        return cls(operator, q.device, q.dtype, heads, dqk, dv, biased)
+        return cls(operator, q.device, q.dtype, heads, dqk, dv, biased, impl)
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         widths = f"{self.dqk}" if self.dqk == self.dv else f"{self.dqk} and {self.dv}"
-        return f"{self.operator} in {name} with {self.heads} heads of {widths}"
+        what = f"{self.operator} in {name} with {self.heads} heads of {widths}"
+        return f"{_NAMES[self.impl]} of {what}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,21 +117,21 @@ class SmallBatch:
 Trial = Callable[[KernelUse, bool], dict[str, Tensor]]
 
 
-def kernels_hold(use: KernelUse, trial: Trial, *, insists: bool) -> bool:
-    """Return whether the kernels may be used; tried out on the first call of a process.
+def holds(use: KernelUse, trial: Trial, *, insists: bool) -> bool:
+    """Return whether fast code may be used; tried out on the first call of a process.
 
     Args:
         use: what they are to be used for.
-        trial: runs the kernels, or plain PyTorch in float64.
-        insists: whether the caller wants the kernels and nothing else.
+        trial: runs it, or plain PyTorch in float64.
+        insists: whether the caller wants it and nothing else.
 
     Raises:
-        HstuXdError: the kernels failed and the caller insists on them.
+        HstuXdError: it failed and the caller insists on it.
     """
     problem = _problem(trial, *use)
     if problem and insists:
         raise HstuXdError(
-            f"the fused kernel of {use} cannot be used on {_name(use.device)}: {problem}; "
+            f"{use} cannot be used on {_name(use.device)}: {problem}; "
             "use impl='auto' or impl='eager' (xd_encoder.impl)"
         )
     return not problem
@@ -145,7 +152,8 @@ def _verified(device: torch.device) -> bool:
 def _problem(trial: Trial, *use: Any) -> str | None:
     # A graph that is being compiled takes the answer for a constant, and can give plain arguments.
     asked = KernelUse(*use)
-    return _tried(asked, trial) if in_doubt(asked.device) else None
+    in_question = asked.impl == "native" or in_doubt(asked.device)
+    return _tried(asked, trial) if in_question else None
 
 
 # As torch.compiler.assume_constant_result does, which would load the compiler, and triton with it.
@@ -154,13 +162,13 @@ vars(_problem)["_dynamo_marked_constant"] = True
 
 @cache
 def _tried(use: KernelUse, trial: Trial) -> str | None:
-    """Return what is wrong with the kernels, None where they hold; said once, at WARNING."""
+    """Return what is wrong with it, None where it holds; said once, at WARNING."""
     # In a thread of its own: autocast, inference mode and the like of the caller do not reach it.
     with ThreadPoolExecutor(max_workers=1) as pool:
         problem = pool.submit(_try, use, trial).result()
     if problem:
         _logger.warning(
-            "the fused kernel of %s cannot be used on %s: %s. Plain PyTorch (impl='eager') takes "
+            "%s cannot be used on %s: %s. Plain PyTorch (impl='eager') takes "
             "over; please report this",
             use,
             _name(use.device),

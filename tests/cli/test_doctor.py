@@ -206,6 +206,12 @@ def test_why_not_a_faster_attention(
     assert line(lines, "attention") == f'"auto" is eager (of reference, eager); {why}'
 
 
+def test_why_no_loops_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = {"available": ["reference", "eager"], "auto": "eager", "loops": "no C compiler"}
+    _, lines = report(monkeypatch, attention=attention)
+    assert line(lines, "attention").endswith("sees none; no loops in C: no C compiler")
+
+
 def test_upstream_and_its_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     upstream = {"importable": True, "path": str(tmp_path / "generative_recommenders")}
     upstream |= {"verified": True, "commit": "db1bf8f" + 33 * "0", "problems": []}
@@ -261,8 +267,10 @@ def test_what_auto_is_said_to_be_is_what_runs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(module._IMPLS, "silu", spies)
     x = torch.ones(3, 1, 4)
     grouping = DomainGrouping.from_jagged(torch.tensor([0, 1, 0]), torch.tensor([0, 3]), 2)
+    auto = QUESTIONS["attention"]()["auto"]
+    ran.clear()
     domain_attention(x, x, x, grouping, norm_length=3)
-    assert ran == [QUESTIONS["attention"]()["auto"]]
+    assert ran == [auto]
 
 
 def test_a_checkout_in_the_current_folder_is_found_as_main_py_finds_it(

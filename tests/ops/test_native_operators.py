@@ -10,13 +10,19 @@ import pytest
 import torch
 from attention_cases import Spec, draw, errors_against_oracle
 from kernel_cases import check_bucket_edges
-from native_marks import needs_compiler
+from native_marks import mutated, needs_compiler
 from state_cases import Spec as StateSpec
 from state_cases import draw as draw_states
 from torch import Tensor
 
-from hstu_xd.errors import InputError
-from hstu_xd.ops import available_impls, available_state_impls, domain_attention, state_attention
+from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.ops import (
+    available_impls,
+    available_state_impls,
+    domain_attention,
+    first_use,
+    state_attention,
+)
 from hstu_xd.ops import native_library as library
 from hstu_xd.ops.domain_attention import native as domain_native
 from hstu_xd.ops.state_attention import native as state_native
@@ -219,6 +225,39 @@ def test_without_a_library_auto_is_plain_pytorch(
             draw_states(STATES).reads(),
         )
     assert str(error.value).startswith(f"impl 'native' cannot be used here: {reason}")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("file", "text", "instead"),
+    [
+        ("domain_attention", "(gate + weight * (splat(1.0f) - gate))", "gate"),
+        ("state_attention", "splat(1.0f / x->totals[head])", "splat(1.0f)"),
+    ],
+)
+def test_a_compiler_that_computes_something_else_is_found_out(
+    file: str,
+    text: str,
+    instead: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    operator = {"domain_attention": domain_native, "state_attention": state_native}[file]
+    run = {"domain_attention": partial(attend, SPEC), "state_attention": ask}[file]
+    copied = mutated(tmp_path, f"{file}/native.c", text, instead)
+    monkeypatch.setattr(operator, "LIBRARY", library.NativeLibrary(copied / file / "native.c"))
+    first_use._tried.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                assert all(torch.equal(*pair) for pair in zip(run("auto"), run("eager")))
+        (record,) = caplog.records
+        assert f"the loop in C of {file} in float32 with 2 heads of 5 and 7" in record.message
+        with pytest.raises(HstuXdError, match="cannot be used on cpu: it differs from plain PyTo"):
+            run("native")
+    finally:
+        first_use._tried.cache_clear()
 
 
 @needs_compiler

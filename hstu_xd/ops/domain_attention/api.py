@@ -7,12 +7,13 @@ from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.ops import triton_support
+from hstu_xd.ops.domain_attention import native
 from hstu_xd.ops.domain_attention.eager import eager_domain_attention
 from hstu_xd.ops.domain_attention.flex import flex_domain_attention
 from hstu_xd.ops.domain_attention.fused import fused_domain_attention
-from hstu_xd.ops.domain_attention.native import LIBRARY, native_domain_attention, suits
+from hstu_xd.ops.domain_attention.native import native_domain_attention
 from hstu_xd.ops.domain_attention.reference import reference_domain_attention
-from hstu_xd.ops.first_use import KernelUse, SmallBatch, kernels_hold, outputs
+from hstu_xd.ops.first_use import KernelUse, SmallBatch, holds, outputs
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 
@@ -32,6 +33,10 @@ _IMPLS: dict[str, dict[str, Callable[..., Tensor]]] = {
 }
 
 
+# Those whose first use is compared.
+_FAST = {"native": native_domain_attention, "triton": fused_domain_attention}
+
+
 def available_impls(normalization: str = "silu") -> tuple[str, ...]:
     """Return the names that ``domain_attention(..., impl=...)`` accepts here, slowest first.
 
@@ -47,7 +52,7 @@ def available_impls(normalization: str = "silu") -> tuple[str, ...]:
     """
     if normalization not in _IMPLS:
         raise InputError(f"normalization is {normalization!r}; one of {', '.join(_IMPLS)}")
-    here = {"native": LIBRARY.problem() is None, "triton": triton_support.installed()}
+    here = {"native": native.LIBRARY.problem() is None, "triton": triton_support.installed()}
     return tuple(x for x in _IMPLS[normalization] if here.get(x, True))
 
 
@@ -104,7 +109,7 @@ def domain_attention(
     Raises:
         InputError: shapes or dtypes that do not fit together, an unknown ``normalization``, an
             ``impl`` that is unknown or does not compute it, ``norm_length`` below 1.
-        HstuXdError: "triton" on a GPU where the kernels fail or disagree, see ``ops.first_use``.
+        HstuXdError: "triton" or "native" where it fails or disagrees, see ``ops.first_use``.
 
     Example:
         >>> import torch
@@ -119,21 +124,23 @@ def domain_attention(
     """
     _check(q, k, v, grouping, norm_length, bias)
     check_impl(impl, normalization)
-    insists = impl == "triton"
+    insists = impl != "auto"
     if impl == "auto":
         impl = "eager"
         if normalization == "silu" and grouping.rule is None:
             impl = _fastest(q, v, grouping, bias)
-    if impl == "triton":
-        use = KernelUse.build("domain_attention", q, v, biased=bias is not None)
-        impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
+    if impl == "native":
+        native.check(q, grouping, bias)
+    if impl in _FAST:
+        use = KernelUse.build("domain_attention", q, v, biased=bias is not None, impl=impl)
+        impl = impl if holds(use, _trial, insists=insists) else "eager"
     return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
 
 
 def _fastest(q: Tensor, v: Tensor, grouping: DomainGrouping, bias: RelativeBias | None) -> str:
     if _kernels_suit(q, v):
         return "triton"
-    return "native" if suits(q, grouping, bias) else "eager"
+    return "native" if native.suits(q, grouping, bias) else "eager"
 
 
 def _kernels_suit(q: Tensor, v: Tensor) -> bool:
@@ -160,8 +167,8 @@ def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:
             bias = RelativeBias(
                 tables["position_weights"], tables["time_weights"], grouping.positions, *times
             )
-        impl = _IMPLS["silu"]["eager" if exact else "triton"]
-        return impl(q, k, v, grouping, norm_length=norm_length, bias=bias)
+        run = eager_domain_attention if exact else _FAST[use.impl]
+        return run(q, k, v, grouping, norm_length=norm_length, bias=bias)
 
     return outputs(attend, leaves, batch.normal(use, *leaves["v"].shape), exact=exact)
 

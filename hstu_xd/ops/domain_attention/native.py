@@ -47,6 +47,21 @@ def suits(q: Tensor, grouping: DomainGrouping, bias: RelativeBias | None) -> boo
     return fits(q, *tables) and LIBRARY.problem() is None
 
 
+def check(q: Tensor, grouping: DomainGrouping, bias: RelativeBias | None) -> None:
+    """Refuse what the loops cannot compute.
+
+    Raises:
+        InputError: tensors that are float64 or not on the CPU, or a grouping with a rule of its
+            own.
+    """
+    tables = (None, None) if bias is None else (bias.position_weights, bias.time_weights)
+    check_fits(q=q, position_weights=tables[0], time_weights=tables[1])
+    if grouping.rule is not None:
+        raise InputError(
+            "grouping has a rule of its own, which impl 'native' cannot ask: use impl='eager'"
+        )
+
+
 def native_domain_attention(
     q: Tensor,
     k: Tensor,
@@ -59,16 +74,9 @@ def native_domain_attention(
     """Compute :func:`hstu_xd.ops.domain_attention` with SiLU; see there for the arguments.
 
     Raises:
-        InputError: tensors that are float64 or not on the CPU, a grouping with a rule of its own,
-            positions beyond the table, or no compiler.
+        InputError: positions beyond the table, or no compiler.
     """
-    position_weights = None if bias is None else bias.position_weights
-    time_weights = None if bias is None else bias.time_weights
-    check_fits(q=q, position_weights=position_weights, time_weights=time_weights)
-    if grouping.rule is not None:
-        raise InputError(
-            "grouping has a rule of its own, which impl 'native' cannot ask: use impl='eager'"
-        )
+    position_weights = time_weights = None
     if bias is not None:
         bias.check_span()
         position_weights, time_weights = bias.position_weights.float(), bias.time_weights.float()

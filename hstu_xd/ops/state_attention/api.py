@@ -6,11 +6,12 @@ from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.ops import triton_support
-from hstu_xd.ops.first_use import KernelUse, SmallBatch, kernels_hold, outputs
+from hstu_xd.ops.first_use import KernelUse, SmallBatch, holds, outputs
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS
+from hstu_xd.ops.state_attention import native
 from hstu_xd.ops.state_attention.eager import eager_state_attention
 from hstu_xd.ops.state_attention.fused import fused_state_attention
-from hstu_xd.ops.state_attention.native import LIBRARY, native_state_attention, suits
+from hstu_xd.ops.state_attention.native import native_state_attention
 from hstu_xd.ops.state_attention.reference import reference_state_attention
 from hstu_xd.ops.state_attention.state_reads import StateReads
 
@@ -21,6 +22,9 @@ _IMPLS: dict[str, Callable[..., Tensor]] = {
     "triton": fused_state_attention,
 }
 
+# Those whose first use is compared.
+_FAST = {"native": native_state_attention, "triton": fused_state_attention}
+
 _STATES_TRIED = 2
 
 
@@ -30,7 +34,7 @@ def available_state_impls() -> tuple[str, ...]:
     "native" is among them where a C compiler is; "triton" where triton is installed and there is a
     CUDA device, or where Triton's interpreter stands in for one.
     """
-    here = {"native": LIBRARY.problem() is None, "triton": triton_support.installed()}
+    here = {"native": native.LIBRARY.problem() is None, "triton": triton_support.installed()}
     return tuple(x for x in _IMPLS if here.get(x, True))
 
 
@@ -67,7 +71,7 @@ def state_attention(
 
     Raises:
         InputError: shapes or dtypes that do not fit together, or an unknown ``impl``.
-        HstuXdError: "triton" on a GPU where the kernels fail or disagree, see ``ops.first_use``.
+        HstuXdError: "triton" or "native" where it fails or disagrees, see ``ops.first_use``.
 
     Example:
         >>> import torch
@@ -84,7 +88,7 @@ def state_attention(
         bias by age are this project's.
     """
     _check(q, k, v, reads, bias)
-    insists = impl == "triton"
+    insists = impl != "auto"
     if impl == "auto":
         impl = _fastest(q, v, reads, bias)
     elif impl not in available_state_impls():
@@ -92,16 +96,18 @@ def state_attention(
         raise InputError(
             f"impl {impl!r} is not available here; use auto, {known} for state_attention"
         )
-    if impl == "triton":
-        use = KernelUse.build("state_attention", q, v, biased=bias is not None)
-        impl = "triton" if kernels_hold(use, _trial, insists=insists) else "eager"
+    if impl == "native":
+        native.check(q, bias)
+    if impl in _FAST:
+        use = KernelUse.build("state_attention", q, v, biased=bias is not None, impl=impl)
+        impl = impl if holds(use, _trial, insists=insists) else "eager"
     return _IMPLS[impl](q, k, v, reads, bias=bias)
 
 
 def _fastest(q: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> str:
     if _kernels_suit(q, v):
         return "triton"
-    return "native" if suits(q, reads, bias) else "eager"
+    return "native" if native.suits(q, reads, bias) else "eager"
 
 
 def _kernels_suit(q: Tensor, v: Tensor) -> bool:
@@ -122,7 +128,8 @@ def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:
         leaves["bias"] = batch.normal(use, NUM_TIME_BUCKETS + 1, use.heads)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _IMPLS["eager" if exact else "triton"](q, k, v, reads, bias=bias)
+        run = eager_state_attention if exact else _FAST[use.impl]
+        return run(q, k, v, reads, bias=bias)
 
     return outputs(attend, leaves, batch.normal(use, length, use.heads, use.dv), exact=exact)
 

@@ -43,15 +43,23 @@ def suits(q: Tensor, reads: StateReads, bias: Tensor | None) -> bool:
     return fits(q, *(() if bias is None else (bias,))) and LIBRARY.problem() is None
 
 
+def check(q: Tensor, bias: Tensor | None) -> None:
+    """Refuse tensors that are float64 or not on the CPU.
+
+    Raises:
+        InputError: the message names the tensor and what to do.
+    """
+    check_fits(q=q, bias=bias)
+
+
 def native_state_attention(
     q: Tensor, k: Tensor, v: Tensor, reads: StateReads, *, bias: Tensor | None = None
 ) -> Tensor:
     """Compute :func:`hstu_xd.ops.state_attention`; see there for the arguments.
 
     Raises:
-        InputError: tensors that are float64 or not on the CPU, or no compiler.
+        InputError: there is no compiler.
     """
-    check_fits(q=q, bias=bias)
     table = None if bias is None else bias.float()
     out: Tensor = _NativeStates.apply(q.float(), k.float(), v.float(), table, reads)
     return out.to(v.dtype)
