@@ -51,7 +51,8 @@ class EncoderSettings:
             does.
         normalization: how attention scores become weights, by "silu" as in HSTU or by "softmax".
         impl: implementation of the attention, see :func:`hstu_xd.ops.available_impls`; "auto" takes
-            the fused kernels where they hold, "triton" insists on them.
+            the fused kernels, or on a CPU the loops in C, where they hold; "triton" and "native"
+            insist on them.
         layer: "hstu", "sasrec" (needs normalization "softmax", and knows neither relative bias nor
             DDSR), or a class of your own in its place, ``@MyLayer``: built and called as
             :class:`hstu_xd.model.encoder.HSTULayer` is.
