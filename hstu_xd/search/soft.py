@@ -87,9 +87,9 @@ class SoftSearch(nn.Module):
         self._projects = tables == "projection"
 
         self.representation = _tables(sizes, width, self.sides, init_std)
-        if tables in ("shared", "projection"):
-            self.attention = self.representation
-        else:
+        # Held once: a table under two names cannot be saved.
+        self._is_shared = tables in ("shared", "projection")
+        if not self._is_shared:
             self.attention = _tables(sizes, self.attention_width, self.sides, init_std)
         if self._projects:
             self.projection = nn.Linear(
@@ -105,7 +105,8 @@ class SoftSearch(nn.Module):
 
     def attend(self, ids: Tensor, *, is_candidate: bool) -> Tensor:
         """Return attention embeddings of (N, F) ids, whose products are scaled: (N, F a)."""
-        embedded = self._embedded(self.attention, ids, is_candidate)
+        tables = self.representation if self._is_shared else self.attention
+        embedded = self._embedded(tables, ids, is_candidate)
         embedded = self.projection(embedded) if self._projects else embedded
         return embedded / embedded.shape[1] ** 0.25
 
