@@ -218,7 +218,8 @@ def export(
 ) -> None:
     """Write a trained run as a torch.export program.
 
-    Weights, item vectors and the catalogue stand beside it.
+    Weights, item vectors and the catalogue stand beside it. That of a ranking run takes the events
+    that a search found; its manifest says how to find them.
     """
     from hstu_xd.export import MANIFEST, write_export
 

@@ -159,6 +159,31 @@ class SoftSearch(nn.Module):
             found[asked, : rows.shape[1]] = rows
         return found
 
+    @torch.no_grad()
+    def search_padded(self, requests: Requests, there: Tensor, k: int) -> Tensor:
+        """Compute :meth:`search` by steps whose sizes follow from shapes alone: what is exported.
+
+        All scores are held at once.
+
+        Args:
+            requests: what is asked, as many events and as many candidates of each.
+            there: (B, N) bool, False for events that are padding.
+            k: how many events to find.
+
+        Returns:
+            As :meth:`search`.
+        """
+        users, columns = there.shape
+        queries = self.attend(requests.candidates, is_candidate=True)
+        keys = self.attend(requests.events, is_candidate=False)
+        queries, keys = (x.view(users, -1, x.shape[1]) for x in (queries, keys))
+        scores = queries @ keys.mT + self.time_scores(requests.gaps).view(users, 1, columns)
+        scores = scores.masked_fill(~there[:, None], -torch.inf)
+        # So wide that there are K of them, however few events there are.
+        scores, places = nn.functional.pad(scores, (0, k), value=-torch.inf).topk(k)
+        rows = places + requests.offsets[:-1, None, None]
+        return torch.where(scores > -torch.inf, rows, -1).flatten(0, 1)
+
     def forward(self, requests: Requests, found: Tensor) -> Tensor:
         """Read the events that were found.
 
