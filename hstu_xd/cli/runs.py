@@ -223,6 +223,7 @@ def export(
     """
     from hstu_xd.export import MANIFEST, write_export
 
+    is_ranking(run, {"--allow-imports": allow_imports})
     manifest = write_export(run, out, force=force, allow_imports=allow_imports)
     for name in (*manifest["hashes"], MANIFEST):
         typer.echo(f"wrote {out / name} ({(out / name).stat().st_size:,} bytes)")

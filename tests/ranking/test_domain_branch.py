@@ -27,7 +27,7 @@ from hstu_xd.ranking.settings import (
     SearchSettings,
     ShortSettings,
 )
-from hstu_xd.ranking.task import RankingTask
+from hstu_xd.ranking.task import RankingTask, training_events
 
 Cli = Callable[..., Any]
 CHOSEN = np.array([5, 2, 11, 40])
@@ -413,7 +413,8 @@ def test_dropping_follows_from_the_step(
     for drawn in (0, 7):
         requests = RequestSet.open(requests_path)
         settings = settings_with(linear_dropout_rate=0.5)
-        trainer = RankTrainer(RankingTask(store, requests, settings, 2**40), tmp_path)
+        trained = training_events(store, 2**40)
+        trainer = RankTrainer(RankingTask(store, requests, settings, trained), tmp_path)
         torch.rand(drawn)  # as if somebody had drawn before
         for _ in range(2):
             trainer._step(CHOSEN)
