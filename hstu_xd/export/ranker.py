@@ -43,7 +43,8 @@ class ProgramInput:
     def described(self) -> str:
         """Say shape, dtype and meaning."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"({', '.join(map(str, self.shape))}) {dtype}, {self.meaning}"
+        sizes = ", ".join(map(str, self.shape)) + "," * (len(self.shape) == 1)
+        return f"({sizes}) {dtype}, {self.meaning}"
 
 
 class RankProgram(nn.Module):
