@@ -239,6 +239,11 @@ def test_segments_are_refused(folder: Path, tmp_path: Path, cli: Cli) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_ranking_runs_import_nothing(folder: Path, tmp_path: Path, cli: Cli) -> None:
+    said = cli("export", folder / "hard", "--out", tmp_path / "out", "--allow-imports")
+    assert (said.code, "--allow-imports has no meaning there" in said.err) == (2, True)
+
+
 def test_tracing_leaves_the_model_and_the_process_alone(folder: Path) -> None:
     ranker = ServedRanker.of(folder / "towers", open_store(folder / "towers"))
     program = export_ranker(ranker)
