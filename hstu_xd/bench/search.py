@@ -1,5 +1,6 @@
 """``bench search``: hard search over an index mapped from disk, against scanning the history."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,6 +21,9 @@ ITEMS = 50_000
 SPAN = 100_000_000
 APPENDS = 2_000
 CHECKED = 5
+# Events of each user of a long log, and how often it is opened.
+OF_A_USER = 100
+OPENINGS = 9
 # Requests of a turn, of which the index answers all and the scan a candidate of the first.
 IN_A_ROW = 4
 
@@ -48,6 +52,82 @@ def measure_search(
     for length in lengths:
         with TemporaryDirectory() as folder:
             yield from _measure(Path(folder) / "index", length, k, candidates, repeats)
+
+
+def measure_opening(events: int, k: int) -> dict[str, Any]:
+    """Time the opening of the index of a whole log, whose pages are not in memory.
+
+    Args:
+        events: of the log, rounded to users of 100 each.
+        k: events to find for a candidate.
+
+    Returns:
+        A row: ``open_ms`` is of the opening, ``first_ms_median`` of the first search after it,
+        which reads pages from the disk. ``correct`` says that the opened index finds what the built
+        one does, and nothing else is timed.
+    """
+    rng = np.random.default_rng(0)
+    users = max(1, events // OF_A_USER)
+    items = (rng.zipf(1.2, users * OF_A_USER) % ITEMS).astype(np.int32)
+    times = rng.integers(0, SPAN, (users, OF_A_USER))
+    times.sort(axis=1)
+    began = time.perf_counter()
+    built = HardIndex.build(_Paths(items), np.arange(users + 1) * OF_A_USER, times.ravel())
+    build_seconds = time.perf_counter() - began
+    whose = rng.integers(0, users, OPENINGS + 1)
+    nodes, at = _Paths(rng.integers(0, ITEMS, len(whose)))[:], np.full(len(whose), SPAN)
+    wanted = built.search(whose, nodes, at, k).events
+    row = {"provider": "opening", "log_events": len(items), "users": users, "k": k}
+    sizes = {"bytes_per_event": built.nbytes / len(items)}
+    openings, searches, correct = [], [], True
+    with TemporaryDirectory() as folder:
+        built.save(place := Path(folder) / "index")
+        del built
+        for turn in range(OPENINGS + 1):
+            _leave_memory(place)
+            began = time.perf_counter()
+            index = HardIndex.open(place)
+            opened = time.perf_counter()
+            one = slice(turn, turn + 1)
+            found = index.search(whose[one], nodes[one], at[one], k).events[0]
+            searches.append(time.perf_counter() - opened)
+            openings.append(opened - began)
+            correct &= np.array_equal(found, wanted[turn])
+            del index  # pages that are mapped stay in memory
+    if not correct:
+        return row | {"correct": False}
+    return row | {
+        "correct": True,
+        # The first one loads code.
+        "open_ms": float(np.median(openings[1:])) * 1e3,
+        "first_ms_median": float(np.median(searches[1:])) * 1e3,
+        "events_per_second": round(len(items) / build_seconds),
+        **sizes,
+    }
+
+
+class _Paths:
+    """Nodes of events by their items, made a slice at a time."""
+
+    def __init__(self, items: NDArray) -> None:
+        self._items = items
+
+    def __getitem__(self, events: slice) -> Ints:
+        items = self._items[events].astype(np.int64)
+        return np.stack([items // FAN_OUT**level for level in range(LEVELS)], axis=1)
+
+
+def _leave_memory(folder: Path) -> None:
+    """Have the system forget the pages of files, where it takes advice."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in folder.iterdir():
+        number = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(number)
+            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(number)
 
 
 def scan(paths: NDArray[np.int32], times: Ints, candidate: Ints, at: int, k: int) -> Found:

@@ -24,11 +24,13 @@ from hstu_xd.cli.bench_options import (
     LogServer,
     NumDomains,
     NumDomainsServed,
+    OpenedEvents,
     Out,
     Plan,
     Providers,
     Repeats,
     RetrievalItems,
+    SearchedEvents,
     SeqLens,
     Skews,
     StoreBindings,
@@ -370,14 +372,8 @@ def sampler(
 
 @bench.command(rich_help_panel=_DATA)
 def search(
-    events: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=100,
-            help="Events of the searched user; repeat for several. "
-            "[default: 10000, 100000, 1000000]",
-        ),
-    ] = None,
+    events: SearchedEvents = None,
+    opening: OpenedEvents = None,
     k: Annotated[int, typer.Option(min=1, help="Events to find for a candidate.")] = 50,
     candidates: Annotated[int, typer.Option(min=1, help="Candidates of a request.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed requests of each provider.")] = 20,
@@ -385,13 +381,14 @@ def search(
     out: Out = None,
 ) -> None:
     """Time hard search in a long history against a scan of it."""
-    from hstu_xd.bench.search import LENGTHS, measure_search
+    from hstu_xd.bench.search import LENGTHS, measure_opening, measure_search
 
-    show(
-        lambda: measure_search(events or LENGTHS, k=k, candidates=candidates, repeats=repeats),
-        as_json,
-        out,
-    )
+    def rows() -> Iterable[dict[str, Any]]:
+        yield from measure_search(events or LENGTHS, k=k, candidates=candidates, repeats=repeats)
+        if opening is not None:
+            yield measure_opening(opening, k)
+
+    show(rows, as_json, out)
 
 
 @bench.command(rich_help_panel=_ROWS)

@@ -92,6 +92,21 @@ RetrievalItems = Annotated[
     int | None,
     typer.Option(min=1000, help="Also time the search for the best of so many items, 1000000 say."),
 ]
+SearchedEvents = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=100,
+        help="Events of the searched user; repeat for several. [default: 10000, 100000, 1000000]",
+    ),
+]
+OpenedEvents = Annotated[
+    int | None,
+    typer.Option(
+        min=100,
+        help="Also time the opening of an index of so many events, 100000000 say, which takes 50 "
+        "bytes of memory and 24 of disk each.",
+    ),
+]
 LogServer = Annotated[
     str | None,
     typer.Option(

@@ -1,7 +1,7 @@
 """The command recommend: for one user on the screen, for all users or given pairs into a file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +45,10 @@ def recommend(
             "the file --out.",
         ),
     ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option("--goal", help="Goal, for a run of towers. [default: the only one]"),
+    ] = None,
     k: Annotated[
         int | None,
         typer.Option("--k", min=1, help="Items to recommend of a domain. [default: 10]"),
@@ -84,22 +88,30 @@ def recommend(
     With --all-users the file gets a row an item: user, domain, rank, item, score. What was computed
     stays when the command is stopped, and the same command goes on with it. With --pairs it gets a
     row a pair: user, item, domain, score.
+
+    Of a ranking run of towers it gives the best items for --user and --goal, of --domain or of all,
+    with the chances that score gives them.
     """
-    use = _use_of(
-        {
-            "--user": user,
-            "--domain": domain,
-            "--all-users": all_users or None,
-            "--users": users,
-            "--domains": domains,
-            "--pairs": pairs,
-            "--k": k,
-            "--out": out,
-            "--format": format,
-            "--force": force or None,
-            "--exclude-seen": exclude_seen,
-        }
-    )
+    options = {
+        "--user": user,
+        "--domain": domain,
+        "--all-users": all_users or None,
+        "--users": users,
+        "--domains": domains,
+        "--pairs": pairs,
+        "--k": k,
+        "--out": out,
+        "--format": format,
+        "--force": force or None,
+        "--exclude-seen": exclude_seen,
+    }
+    if _is_ranking(run):
+        asked = (run, options | {"--log": log}, goal, at)
+        _of_towers(*asked, data=data, verify=verify, as_json=as_json)
+        return
+    if goal is not None:
+        raise InputError(f"--goal {goal}: {run} is a retrieval run and has no goals; leave it out")
+    use = _use_of(options)
     from hstu_xd.serving.recommend_all import open_histories, recommend_to_all
     from hstu_xd.serving.score_pairs import score_pairs
 
@@ -114,7 +126,7 @@ def recommend(
         assert user is not None
         assert domain is not None
         found = _of_one(run, user, domain, k or _K, exclude_seen=exclude_seen, **asking)
-        _print_one(user, domain, found, as_json=as_json)
+        _print_one({"user": user, "domain": domain}, found, as_json=as_json)
         return
     assert out is not None
     if use == "--pairs":
@@ -257,9 +269,58 @@ def _of_one(
     return [{"item": catalog.token(item), "score": score} for item, score in found]
 
 
-def _print_one(user: str, domain: str, rows: list[dict[str, object]], *, as_json: bool) -> None:
+def _is_ranking(run: Path) -> bool:
+    from hstu_xd.evaluation.protocol import RANKING
+    from hstu_xd.training.run_facts import RUN_FILE, kind_of, read_run
+
+    # What is no run at all is told by what opens it.
+    return (run / RUN_FILE).is_file() and kind_of(read_run(run)) == RANKING
+
+
+_TOWERS_TAKE = ("--user", "--domain", "--k", "--exclude-seen")
+
+
+def _of_towers(
+    run: Path,
+    options: Mapping[str, Any],
+    goal: str | None,
+    at: int | None,
+    *,
+    data: Path | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Print the best items for one user and a goal, by a ranking run of towers."""
+    from hstu_xd.ranking.run import ServedRanker, open_store
+    from hstu_xd.serving.ranking_session import RankingSession, history_of
+    from hstu_xd.serving.tower_search import BestRequest, TowerSearch
+
+    given = (name for name, value in options.items() if value is not None)
+    if idle := next((name for name in given if name not in _TOWERS_TAKE), None):
+        raise InputError(
+            f"{run} is a ranking run, of which recommend answers --user, with --goal, --domain, "
+            f"--k, --at and --exclude-seen; leave {idle} out, or take a run of hstu-xd train"
+        )
+    if (user := options["--user"]) is None:
+        raise InputError("--user is missing; give --user, and --goal where the run has several")
+    store = open_store(run, data, verify=verify)
+    ranker = ServedRanker.of(run, store)
+    search, session = TowerSearch(ranker), RankingSession(ranker, history_of(store))
+    if session.latest_time(user) is None:
+        typer.echo(f"WARNING: {user!r} has no events; found without a history", err=True)
+    domain, k = options["--domain"], options["--k"] or _K
+    seen = bool(options["--exclude-seen"])
+    found = search.best(session, BestRequest(user, goal, domain, k, at, seen))
+    rows = [{"item": item, "score": chance} for item, chance in found]
+    told = {"user": user, "domain": domain, "goal": goal or session.goals[0]}
+    _print_one(told, rows, as_json=as_json)
+
+
+def _print_one(
+    told: Mapping[str, object], rows: Sequence[Mapping[str, object]], *, as_json: bool
+) -> None:
     if as_json:
-        typer.echo(json.dumps({"user": user, "domain": domain, "items": rows}))
+        typer.echo(json.dumps({**told, "items": rows}))
         return
     for rank, row in enumerate(rows, start=1):
         typer.echo(f"{rank:4d}  {row['item']:32s} {row['score']:.4f}")

@@ -218,10 +218,12 @@ def export(
 ) -> None:
     """Write a trained run as a torch.export program.
 
-    Weights, item vectors and the catalogue stand beside it.
+    Weights, item vectors and the catalogue stand beside it. That of a ranking run takes the events
+    that a search found; its manifest says how to find them.
     """
     from hstu_xd.export import MANIFEST, write_export
 
+    is_ranking(run, {"--allow-imports": allow_imports})
     manifest = write_export(run, out, force=force, allow_imports=allow_imports)
     for name in (*manifest["hashes"], MANIFEST):
         typer.echo(f"wrote {out / name} ({(out / name).stat().st_size:,} bytes)")

@@ -156,7 +156,7 @@ def serve(
     """Serve a trained run over HTTP.
 
     Takes events of users and recommends items of any domain (POST /v1/recommend); a ranking run
-    ranks given candidates instead (POST /v1/rank).
+    ranks given candidates instead (POST /v1/rank), and one of towers does both.
 
     POST /v1/models lets another run of the same folder answer, SIGHUP what RUN holds or links to
     now; requests go on meanwhile.

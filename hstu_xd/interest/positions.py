@@ -59,7 +59,7 @@ class Positions(nn.Module):
             goals: (N,) int64; -1: unknown.
         """
         places = torch.arange(1, vectors.shape[1] + 1, device=vectors.device)
-        rows = {"rank": places.expand(len(vectors), -1), "gap": buckets}
+        rows = {"rank": places.expand(vectors.shape[0], -1), "gap": buckets}
         return self._add(vectors, rows, goals)
 
     def of_targets(self, vectors: Tensor, goals: Tensor) -> Tensor:

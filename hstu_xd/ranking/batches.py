@@ -22,11 +22,34 @@ class Histories(NamedTuple):
         items: (L,) int64 item ids.
         gaps: (L,) int64 seconds to the request, above 0.
         offsets: (R + 1,) int64.
+        padded_length: events of every request where padding, item 0, was kept at its end; else
+            None.
     """
 
     items: Tensor
     gaps: Tensor
     offsets: Tensor
+    padded_length: int | None = None
+
+    @classmethod
+    def with_padding(cls, items: Tensor, gaps: Tensor) -> "Histories":
+        """Keep the padding of (R, L) right-padded events: all sizes follow from shapes alone."""
+        requests, columns = items.shape
+        offsets = torch.arange(requests + 1) * columns
+        return cls(items.flatten(), gaps.flatten(), offsets, columns)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Return how many events each request has: (R,) int64."""
+        if self.padded_length is None:
+            return self.offsets.diff()
+        return (self.items.view(-1, self.padded_length) > 0).sum(1)
+
+    @property
+    def latest(self) -> Tensor:
+        """Return the latest event of each request, -1 without events: (R,) int64."""
+        lengths = self.lengths
+        return torch.where(lengths > 0, self.offsets[:-1] + lengths - 1, -1)
 
 
 @dataclass(frozen=True)
@@ -124,7 +147,8 @@ class RequestData:
         events, offsets = self._index.before(self.requests.users[chosen], at, most)
         items, times = self._index.read(events)
         gaps = np.repeat(at, np.diff(offsets)) - times
-        return Histories(*map(torch.from_numpy, (items, gaps, offsets)))
+        given, before, ends = map(torch.from_numpy, (items, gaps, offsets))
+        return Histories(given, before, ends)
 
     def _events(
         self, chosen: NDArray[np.int64], rows: NDArray[np.int64], inside: NDArray[np.bool_]

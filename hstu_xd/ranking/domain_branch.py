@@ -65,15 +65,21 @@ class DomainBranch(nn.Module):
 
         Args:
             vectors: (L, d) of the events' items.
-            domains: (L,) int64, of the events.
+            domains: (L,) int64, of the events; -1 of padding.
             latest: the events.
             asked_domains: (R, C) int64, of the candidates; -1 for padding.
         """
-        asked = (asked_domains >= 0) & (latest.offsets.diff() > 0)[:, None]
-        questions, place = self._questions(asked_domains, asked, latest.offsets)
-        said, answers = self._encoded(vectors, domains, latest, questions)
-        read = vectors.new_zeros(*asked.shape, vectors.shape[1])
-        read[asked] = self._read(answers)[place]
+        asked = (asked_domains >= 0) & (latest.lengths > 0)[:, None]
+        if latest.padded_length is not None:
+            said, answers = self._encoded_padded(vectors, domains, latest, latest.padded_length)
+            places = asked_domains.clamp(min=0)
+            requests = torch.arange(places.shape[0])[:, None]
+            read = self._read(answers)[requests, places] * asked.unsqueeze(-1)
+        else:
+            questions, place = self._questions(asked_domains, asked, latest.offsets)
+            said, answers = self._encoded(vectors, domains, latest, questions)
+            read = vectors.new_zeros(*asked.shape, vectors.shape[1])
+            read[asked] = self._read(answers)[place]
         rows = _latest_rows(domains, latest.offsets, self._num_domains)
         ages = pad(latest.gaps, (0, 1))[rows]
         if self._state is None:
@@ -125,22 +131,64 @@ class DomainBranch(nn.Module):
         encoded = self._norm(self._encoder(x, events, questions=questions))
         return encoded[: len(domains)], encoded[len(domains) :]
 
+    def _encoded_padded(
+        self, vectors: Tensor, domains: Tensor, latest: Histories, columns: int
+    ) -> tuple[Tensor, Tensor]:
+        """Encode events by steps whose sizes follow from shapes alone: what is exported.
 
-def latest_domains(domains: Tensor, offsets: Tensor) -> Tensor:
+        No question is put: every request is encoded once for each domain, which its latest event
+        is told to be the next. Earlier events read nothing of it.
+
+        Returns:
+            (L, K) what events say, the latest one told its own domain; (R, D, K) what the latest
+            ones say of every domain.
+        """
+        shape = latest.offsets.shape[0] - 1, self._num_domains, columns
+        last = (latest.lengths - 1).clamp(min=0)
+
+        def spread(values: Tensor) -> Tensor:
+            """Repeat what a request's events have, for every domain."""
+            values = values.view(shape[0], 1, columns, *values.shape[1:])
+            return values.expand(*shape, *values.shape[3:]).flatten(0, 2)
+
+        own, times = domains.clamp(min=0), -latest.gaps
+        is_last = (torch.arange(columns) == last[:, None, None]).expand(shape).flatten()
+        every = torch.arange(self._num_domains)[:, None].expand(shape).flatten()
+        rolled = [values.view(-1, columns).roll(-1, 1).flatten() for values in (own, times)]
+        events = Events(
+            domains=spread(own),
+            target_domains=torch.where(is_last, every, spread(rolled[0])),
+            timestamps=spread(times),
+            next_timestamps=torch.where(is_last, 0, spread(rolled[1])),
+            offsets=torch.arange(shape[0] * shape[1] + 1) * columns,
+            padded_length=columns,
+        )
+        signal = next_domain_signal(
+            self._tape, self._target_domain_emb, events.domains, events.target_domains
+        )
+        x = self._input(spread(self._project(vectors)), events.positions, signal)
+        encoded = self._norm(self._encoder(x, events)).view(*shape, -1)
+        requests = torch.arange(shape[0])
+        said = encoded[requests, own.view(-1, columns)[requests, last]]
+        return said.flatten(0, 1), encoded[requests, :, last]
+
+
+def latest_domains(domains: Tensor, latest: Histories) -> Tensor:
     """Return the domain of the latest event of each request: (R,) int64, -1 without events.
 
     Args:
         domains: (L,) int64, of the events.
-        offsets: (R + 1,) int64, of the requests.
+        latest: the events.
     """
-    padded = pad(domains, (0, 1), value=-1)
-    return padded[torch.where(offsets.diff() > 0, offsets[1:] - 1, -1)]
+    return pad(domains, (0, 1), value=-1)[latest.latest]
 
 
 def _latest_rows(domains: Tensor, offsets: Tensor, num_domains: int) -> Tensor:
     """Return the latest event of each request in each domain: (R, D) int64, -1 where none is."""
-    requests = torch.arange(len(offsets) - 1)
-    places = requests.repeat_interleave(offsets.diff()) * num_domains + domains
-    rows = torch.full((len(requests) * num_domains,), -1)
-    rows = rows.scatter_reduce(0, places, torch.arange(len(domains)), "amax")
-    return rows.view(-1, num_domains)
+    requests = torch.arange(offsets.shape[0] - 1)
+    of_events = requests.repeat_interleave(offsets.diff(), output_size=domains.shape[0])
+    nowhere = requests.shape[0] * num_domains  # of padding
+    places = torch.where(domains < 0, nowhere, of_events * num_domains + domains)
+    rows = torch.full((nowhere + 1,), -1)
+    rows = rows.scatter_reduce(0, places, torch.arange(domains.shape[0]), "amax")
+    return rows[:-1].view(-1, num_domains)

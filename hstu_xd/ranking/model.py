@@ -67,6 +67,11 @@ class ItemVectors(nn.Module):
         self.register_buffer("rows", torch.from_numpy(rows), persistent=False)
         self.width = sum(widths)
 
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Return which item ids have a vector of their own: (I + 1,) bool."""
+        return (self.rows[:, 0] > 0).numpy(force=True)
+
     def forward(self, items: Tensor) -> Tensor:
         """Return vectors of item ids, of any shape: (..., width)."""
         rows = self.rows[items].unbind(-1)
@@ -137,8 +142,15 @@ class SoftView(nn.Module):
         )
 
     def forward(self, batch: RequestBatch) -> Tensor:
-        """Return the view of every candidate: (R, C, out_features), zeros for padding."""
+        """Return the view of every candidate: (R, C, out_features).
+
+        For padding it is zeros, or anything where the events have padding, too.
+        """
         asked = self._asked(batch)
+        if batch.histories is not None and batch.histories.padded_length is not None:
+            there = (batch.histories.items > 0).view(batch.candidates.shape[0], -1)
+            read = self.search(asked, self.search.search_padded(asked, there, self._k))
+            return read.view(*batch.candidates.shape, -1)
         read = self.search(asked, self.search.search(asked, self._k))
         view = read.new_zeros(*batch.mask.shape, self.out_features)
         view[batch.mask] = read
@@ -151,14 +163,19 @@ class SoftView(nn.Module):
 
     def _asked(self, batch: RequestBatch) -> Requests:
         assert batch.histories is not None
-        items, gaps, offsets = batch.histories
-        counts = batch.mask.sum(1)
+        histories = batch.histories
+        requests, width = batch.candidates.shape
+        if histories.padded_length is not None:
+            candidates, offsets = batch.candidates.flatten(), torch.arange(requests + 1) * width
+        else:
+            candidates = batch.candidates[batch.mask]
+            offsets = nn.functional.pad(batch.mask.sum(1).cumsum(0), (1, 0))
         return Requests(
-            events=self.rows[items],
-            gaps=gaps,
-            offsets=offsets,
-            candidates=self.rows[batch.candidates[batch.mask]],
-            candidate_offsets=nn.functional.pad(counts.cumsum(0), (1, 0)),
+            events=self.rows[histories.items],
+            gaps=histories.gaps,
+            offsets=histories.offsets,
+            candidates=self.rows[candidates],
+            candidate_offsets=offsets,
         )
 
 
@@ -171,7 +188,29 @@ def layers_of(widths: Sequence[int]) -> nn.Sequential:
 
 
 class RankingModel(nn.Module, ABC):
-    """What is trained on requests: logits of their candidates, each for the goal of its request."""
+    """What is trained on requests: logits of their candidates, each for the goal of its request.
+
+    Args:
+        levels: of the store's items.
+        known: (I + 1,) bool, items that have a vector of their own.
+        goals: number of goals.
+        settings: all of the run.
+
+    Attributes:
+        items: what makes vectors of item ids.
+    """
+
+    items: ItemVectors
+
+    @abstractmethod
+    def __init__(
+        self, levels: Levels, known: NDArray[np.bool_], goals: int, settings: RankingSettings
+    ) -> None:
+        super().__init__()
+
+    def like(self, levels: Levels, goals: int, settings: RankingSettings) -> "RankingModel":
+        """Make a new one of the same class that knows the same items, by other settings."""
+        return type(self)(levels, self.items.known, goals, settings)
 
     @abstractmethod
     def forward(self, batch: RequestBatch) -> Tensor:
@@ -212,7 +251,7 @@ class Ranker(RankingModel):
     def __init__(
         self, levels: Levels, known: NDArray[np.bool_], goals: int, settings: RankingSettings
     ) -> None:
-        super().__init__()
+        super().__init__(levels, known, goals, settings)
         rank, std = settings.rank, settings.rank.init_std
         self.items = ItemVectors(
             levels.paths, known, item_width=rank.item_width, level_width=rank.level_width, std=std
@@ -222,6 +261,8 @@ class Ranker(RankingModel):
         self.goals = nn.Embedding(goals, rank.goal_width)
         states = settings.interest.domain_states
         places = settings.search.k + states * levels.num_domains
+        # Whether every candidate has events of its own, or those of a request are its candidates'.
+        self._per_candidate = settings.search.kind == "hard"
         self.interest = interest_of(settings.interest, fields, places=places, goals=goals, std=std)
         read = self.interest.out_features if self.interest is not None else self.items.width
         self.soft = None
@@ -262,7 +303,7 @@ class Ranker(RankingModel):
             candidates = candidates + self._switches(batch, self.tape)
         events, there, buckets = self.items(batch.events), batch.events > 0, batch.buckets
         per_group, goals, groups = candidates, batch.goals, 1
-        if len(batch.events) != len(candidates):  # every candidate has events of its own
+        if self._per_candidate:
             groups = candidates.shape[1]
             per_group = candidates.flatten(0, 1).unsqueeze(1)
             goals = goals.repeat_interleave(groups)
@@ -278,7 +319,7 @@ class Ranker(RankingModel):
         """Return what TAPE says of the way from the latest event to each candidate: (R, C, d)."""
         assert batch.latest is not None
         entered = self.domains[batch.candidates].clamp(min=0)
-        left = latest_domains(self.domains[batch.latest.items], batch.latest.offsets)[:, None]
+        left = latest_domains(self.domains[batch.latest.items], batch.latest)[:, None]
         return tape(torch.where(left < 0, entered, left), entered)  # without events no switch
 
     def _encoded(self, batch: RequestBatch) -> Encoded | None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.requests import RequestSet, read_manifest
 from hstu_xd.data.store import InteractionStore, is_store
@@ -22,11 +25,13 @@ from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, load_weight
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.run_facts import (
     CONFIG_FILE,
+    TRAINED_FILE,
     facts_of_data,
     facts_of_start,
     held_folder,
     open_data,
     read_run_of,
+    still_holds,
     write_facts,
 )
 from hstu_xd.training.trackers import check_trackers, choose_trackers
@@ -83,10 +88,12 @@ def train(
                 settings = _settings_to_resume(out, data, requests, settings)
             settings = settings or RankingSettings()
             before = requests.manifest["cuts"]["valid_from"]
-            trainer = RankTrainer(RankingTask(store, requests, settings, before), out, announce)
+            trained = training_events(store, before)
+            trainer = RankTrainer(RankingTask(store, requests, settings, trained), out, announce)
             if resume:
                 trainer.resume()
             else:
+                np.save(out / TRAINED_FILE, trained)
                 _lay_out(out, data, trainer, name or variant_name(settings), here)
             if trackers:
                 choose_trackers(out, trackers)
@@ -191,7 +198,7 @@ def load_ranker(run: Path, data: Path | None = None, *, verify: bool = False) ->
                 f"again, or add --data {folder} to take them as they are now"
             )
         _logger.warning("%s has other requests than those that %s was trained on", folder, run)
-    task = RankingTask(store, requests, settings, facts["trained_before"])
+    task = RankingTask(store, requests, settings, trained_items(run, store))
     return TrainedRanker(task, with_weights(task.new_model(), run))
 
 
@@ -226,9 +233,46 @@ class ServedRanker:
         """
         facts, settings = read_run_of(RANKING, run), load_ranking_settings([run / CONFIG_FILE])
         levels, goals = Levels.of(store), tuple(facts["goals"])
-        trained = training_events(store, facts["trained_before"])
-        model = model_of(levels, trained, len(goals), settings)
+        model = model_of(levels, trained_items(run, store), len(goals), settings)
         return cls(with_weights(model, run), settings, levels, store.catalog, goals)
+
+
+def trained_items(run: Path, store: InteractionStore) -> NDArray[np.int64]:
+    """Return how many training events every item id has: (I + 1,) int64.
+
+    They are of the log that the run was trained on, whatever the histories are that it reads now:
+    what has a vector of its own follows from them.
+
+    Args:
+        run: the run folder.
+        store: with the items of the run; it is counted where an older run does not say so and the
+            run's own log is no more.
+
+    Raises:
+        InputError: the file that says so is damaged.
+    """
+    facts, file = read_run_of(RANKING, run), run / TRAINED_FILE
+    if file.is_file():
+        try:
+            trained = np.load(file)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{file}: cannot be read as an array; restore the file") from error
+        if trained.shape == (store.num_items + 1,) and trained.dtype == np.int64:
+            return trained
+        raise InputError(
+            f"{file}: {trained.dtype} of shape {trained.shape}; int64 of shape "
+            f"({store.num_items + 1},) belongs there; restore the file"
+        )
+    own = Path(facts["data"])
+    if still_holds(own, facts):
+        store = InteractionStore.open(own)
+    else:
+        _logger.warning(
+            "%s does not say which items it was trained on, and %s no longer holds its log: they "
+            "are counted in %s; where those are others, chances are wrong",
+            *(run, own, store.path),
+        )
+    return training_events(store, facts["trained_before"])
 
 
 def open_store(

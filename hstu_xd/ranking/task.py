@@ -34,7 +34,7 @@ class RankingTask:
         store: the log.
         requests: of it.
         settings: of the ranker.
-        trained_before: the events before this second are those that train.
+        trained: (I + 1,) int64 number of every item id's events that train.
 
     Attributes:
         store, requests, settings: as given.
@@ -49,12 +49,12 @@ class RankingTask:
         store: InteractionStore,
         requests: RequestSet,
         settings: RankingSettings,
-        trained_before: int,
+        trained: NDArray[np.int64],
     ) -> None:
         self.store, self.requests, self.settings = store, requests, settings
         self._index = HistoryIndex.of(store)
         self.data = RequestData(self._index, requests, settings)
-        self._trained = training_events(store, trained_before)
+        self._trained = trained
 
     def new_model(self) -> RankingModel:
         """Make a ranker of these items, levels and goals, with weights by torch's generator."""

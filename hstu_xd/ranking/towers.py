@@ -40,7 +40,7 @@ class TowerRanker(RankingModel):
     def __init__(
         self, levels: Levels, known: NDArray[np.bool_], goals: int, settings: RankingSettings
     ) -> None:
-        super().__init__()
+        super().__init__(levels, known, goals, settings)
         rank, self._settings = settings.rank, settings.interest
         self.items = ItemVectors(
             levels.paths,
@@ -95,7 +95,7 @@ class TowerRanker(RankingModel):
         serves all goals.
         """
         goals, (states, hidden) = len(self.bias), self._encoded(batch)
-        queries = self.queries.expand(len(states), -1, -1)
+        queries = self.queries.expand(states.shape[0], -1, -1)
         if self.own:
             read = [
                 self._read(queries[:, [goal]], self._layers(layers, states, hidden), hidden)
@@ -111,7 +111,7 @@ class TowerRanker(RankingModel):
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Return the logits of the requests' candidates for their goals: (R, C)."""
-        rows = torch.arange(len(batch.goals))
+        rows = torch.arange(batch.goals.shape[0])
         asked = self.user_vectors(batch)[rows, batch.goals]
         logits = (self.item_vectors(batch.candidates) @ asked.unsqueeze(-1)).squeeze(-1)
         return logits + self.bias[batch.goals, None]
@@ -123,7 +123,7 @@ class TowerRanker(RankingModel):
     def _encoded(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
         """Return (R, K + 1, d) states, latest event first, and where no event is, (R, K + 1)."""
         events = self.positions(self.items(batch.events), batch.buckets, batch.goals)
-        rows = torch.cat([events, self.start.expand(len(events), 1, -1)], 1)
+        rows = torch.cat([events, self.start.expand(events.shape[0], 1, -1)], 1)
         hidden = nn.functional.pad(batch.events == 0, (0, 1))
         return self._layers(self.shared, rows, hidden), hidden
 

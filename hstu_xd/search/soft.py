@@ -87,9 +87,9 @@ class SoftSearch(nn.Module):
         self._projects = tables == "projection"
 
         self.representation = _tables(sizes, width, self.sides, init_std)
-        if tables in ("shared", "projection"):
-            self.attention = self.representation
-        else:
+        # Held once: a table under two names cannot be saved.
+        self._is_shared = tables in ("shared", "projection")
+        if not self._is_shared:
             self.attention = _tables(sizes, self.attention_width, self.sides, init_std)
         if self._projects:
             self.projection = nn.Linear(
@@ -105,7 +105,8 @@ class SoftSearch(nn.Module):
 
     def attend(self, ids: Tensor, *, is_candidate: bool) -> Tensor:
         """Return attention embeddings of (N, F) ids, whose products are scaled: (N, F a)."""
-        embedded = self._embedded(self.attention, ids, is_candidate)
+        tables = self.representation if self._is_shared else self.attention
+        embedded = self._embedded(tables, ids, is_candidate)
         embedded = self.projection(embedded) if self._projects else embedded
         return embedded / embedded.shape[1] ** 0.25
 
@@ -157,6 +158,31 @@ class SoftSearch(nn.Module):
                 rows = rows.gather(1, kept)
             found[asked, : rows.shape[1]] = rows
         return found
+
+    @torch.no_grad()
+    def search_padded(self, requests: Requests, there: Tensor, k: int) -> Tensor:
+        """Compute :meth:`search` by steps whose sizes follow from shapes alone: what is exported.
+
+        All scores are held at once.
+
+        Args:
+            requests: what is asked, as many events and as many candidates of each.
+            there: (B, N) bool, False for events that are padding.
+            k: how many events to find.
+
+        Returns:
+            As :meth:`search`.
+        """
+        users, columns = there.shape
+        queries = self.attend(requests.candidates, is_candidate=True)
+        keys = self.attend(requests.events, is_candidate=False)
+        queries, keys = (x.view(users, -1, x.shape[1]) for x in (queries, keys))
+        scores = queries @ keys.mT + self.time_scores(requests.gaps).view(users, 1, columns)
+        scores = scores.masked_fill(~there[:, None], -torch.inf)
+        # So wide that there are K of them, however few events there are.
+        scores, places = nn.functional.pad(scores, (0, k), value=-torch.inf).topk(k)
+        rows = places + requests.offsets[:-1, None, None]
+        return torch.where(scores > -torch.inf, rows, -1).flatten(0, 1)
 
     def forward(self, requests: Requests, found: Tensor) -> Tensor:
         """Read the events that were found.

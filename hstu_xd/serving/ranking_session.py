@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from hstu_xd.data.requests import RequestSet
 from hstu_xd.data.store import InteractionStore
@@ -175,10 +176,28 @@ class RankingSession:
         if not request.candidates:
             raise InputError(f"the request for user {request.user!r} names no candidates")
         candidates = np.array([self._items.id_of(name) for name in request.candidates])
-        goal, state = self._goal(request.goal), self._state(request.user)
-        time = request.timestamp
-        if time is None:
-            time = (state.last_time or 0) + 1
+        return self._batch(request.user, candidates, request.goal, request.timestamp)
+
+    def read(self, user: str, goal: str | None, timestamp: int | None) -> RequestBatch:
+        """Find what the model reads for a user without candidates, as towers do.
+
+        Raises:
+            InputError: an unknown goal.
+        """
+        return self._batch(user, np.empty(0, np.int64), goal, timestamp)
+
+    def seen(self, user: str, timestamp: int | None = None) -> Tensor:
+        """Return the items of a user's events before a time: (n,) int64."""
+        state = self._state(user)
+        at = np.array([_time_of(state, timestamp)])
+        events, _ = state.index.before(np.zeros(1, np.int64), at)
+        return torch.from_numpy(state.index.read(events)[0])
+
+    def _batch(
+        self, user: str, candidates: NDArray[np.int64], goal_name: str | None, timestamp: int | None
+    ) -> RequestBatch:
+        goal, state = self._goal(goal_name), self._state(user)
+        time = _time_of(state, timestamp)
         asked = RequestSet(
             users=np.zeros(1, np.int64),
             times=np.array([time], np.int64),
@@ -261,6 +280,11 @@ def history_of(store: InteractionStore) -> History:
         return ((), ()) if number is None else store.history(number)
 
     return history
+
+
+def _time_of(state: _State, timestamp: int | None) -> int:
+    """Return the time of a request: right after the user's latest event, unless it is given."""
+    return (state.last_time or 0) + 1 if timestamp is None else timestamp
 
 
 def _check_order(user: str, state: _State | None, events: Sequence[tuple[int, int]]) -> None:

@@ -6,12 +6,13 @@ Approximate nearest items of one domain, by FAISS: a tenth of the items is looke
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct, Scorer
 
 # Share of the lists that a search reads.
@@ -84,6 +85,19 @@ _INDEXED_FROM = 100_000
 _LARGEST_SHARE = 0.01
 
 
+class Searched(Protocol):
+    """A model whose items are searched, as :class:`hstu_xd.model.hstu.CrossDomainHSTU`."""
+
+    @property
+    def catalog(self) -> DomainCatalog:
+        """Return the domain of every item."""
+        ...
+
+    def item_vectors(self, item_ids: Tensor) -> Tensor:
+        """Return vectors of items: (...) int64 -> (..., K) float."""
+        ...
+
+
 class ItemIndex:
     """What ranks items, with the vectors of all of them, those of a domain side by side.
 
@@ -105,7 +119,7 @@ class ItemIndex:
 
     @torch.inference_mode()
     def __init__(
-        self, model: CrossDomainHSTU, retrieval: str = "exact", scorer: Scorer | None = None
+        self, model: Searched, retrieval: str = "exact", scorer: Scorer | None = None
     ) -> None:
         if retrieval not in RETRIEVALS:
             raise InputError(f"retrieval is {retrieval!r}; one of {', '.join(RETRIEVALS)}")

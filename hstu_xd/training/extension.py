@@ -369,10 +369,11 @@ def check_metrics(train: Any, protocol: Protocol) -> None:
         raise InputError(
             f"xd_train.metrics: {repeated[0]!r} is the name of two metrics; rename yours"
         )
-    if train.select_metric not in names:
+    metric, bracket, group = train.select_metric.partition("[")
+    if metric not in names or (bracket and (len(group) < 2 or not group.endswith("]"))):
         raise InputError(
             f"xd_train.select_metric = {train.select_metric!r}; it must be one of "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}, or one of a group, {names[0]}[switch]"
         )
 
 

@@ -121,6 +121,8 @@ def train(
             here.barrier()
             here.in_main(lambda: _note_resumption(out, trainer))
         else:
+            if isinstance(trainer, Trainer):
+                trainer.check_group()
             name = name or variant_name(settings)
             told = continues.facts if continues else None
             here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here, told))

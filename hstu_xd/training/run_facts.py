@@ -33,6 +33,8 @@ _logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
 PARTIAL_FILE = "run.partial"
+# Of a ranking run: how many training events every item has.
+TRAINED_FILE = "trained_items.npy"
 # What wrote the folder of a run of each kind.
 _TRAINED_BY = {RETRIEVAL: "hstu-xd train", RANKING: "hstu-xd rank"}
 
@@ -104,7 +106,7 @@ def _check_new(out: Path) -> None:
     found = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if RUN_FILE in found:
         raise InputError(f"{out} exists; resume it with --resume or give another --out")
-    begun = {CONFIG_FILE, CATALOG_FILE, FEATURES_FILE, LOCK_FILE, PARTIAL_FILE}
+    begun = {CONFIG_FILE, CATALOG_FILE, FEATURES_FILE, TRAINED_FILE, LOCK_FILE, PARTIAL_FILE}
     if found - begun or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} exists and is not a run folder; give another --out")
 
@@ -206,7 +208,7 @@ def last_time_of(run: Path, facts: Mapping[str, Any]) -> int:
     if "last_time" in facts:
         return facts["last_time"]
     folder = Path(facts["data"])
-    if not _still_holds(folder, facts):
+    if not still_holds(folder, facts):
         raise InputError(
             f"{run} does not say up to what time it was trained, and {folder} no longer holds its "
             "log; prepare that log there again, or train without --continue-from"
@@ -294,12 +296,13 @@ def check_same_data(run: Path, store: InteractionStore) -> None:
             "the old log there again, or train into a new --out"
         )
     mend = f"resume it with --data {trained_on}"
-    if not _still_holds(trained_on, facts):
+    if not still_holds(trained_on, facts):
         mend = f"{trained_on} no longer holds them: prepare the old log again, or give a new --out"
     raise InputError(f"{run} was trained on other data than {store.path} ({changes}); {mend}")
 
 
-def _still_holds(folder: Path, facts: Mapping[str, Any]) -> bool:
+def still_holds(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Tell whether a folder has the store, unchanged, that a run was trained on."""
     try:
         return not data_changes(facts, InteractionStore.open(folder))
     except InputError:

@@ -81,7 +81,8 @@ class TrainSettings:
         num_epochs: passes over the training users at most.
         early_stop_patience: epochs without a better validation ``select_metric`` before stopping.
         metrics: further functions of ranks of your own, ``(@my_metric,)``.
-        select_metric: the validation metric that picks the best epoch.
+        select_metric: the validation metric that picks the best epoch, of all targets or of a group
+            that evaluate prints: "ndcg@100", "ndcg@100[switch]", "ndcg@100[books]".
         checkpoint_every: steps between two saves of the resumable state; epochs end with one.
         new_items: how items begin that a continued run has not met, "domain-mean" (around the mean
             of their domain's), "co-occurring" (around the mean of those next to them in the

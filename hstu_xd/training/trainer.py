@@ -22,7 +22,7 @@ from tqdm import tqdm
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import HstuXdError
+from hstu_xd.errors import HstuXdError, InputError, did_you_mean
 from hstu_xd.evaluation.cost import attention_cost
 from hstu_xd.evaluation.metrics import RankedTargets, grouped_metrics
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
@@ -182,6 +182,24 @@ class Trainer(EpochTraining[Progress]):
             summary = self._summarise(read_test=read_test)
             self._agreed.finish()
             return summary
+
+    def check_group(self) -> None:
+        """Refuse to pick epochs by a group of targets that validation has none of.
+
+        Raises:
+            InputError: it has none.
+        """
+        name = self.settings.select_metric
+        metric, bracket, _ = name.partition("[")
+        if not bracket:
+            return
+        # Which groups there are depends on candidates, too: so the new model is measured.
+        found = [each for each in self.evaluate(Split.VALID) if each.startswith(f"{metric}[")]
+        if name not in found:
+            raise InputError(
+                f"xd_train.select_metric = {name!r} has no validation targets here; of {metric} "
+                f"there are {metric}, {', '.join(found)}{did_you_mean(name, found)}"
+            )
 
     @property
     def users_per_epoch(self) -> dict[str, int]:

@@ -27,3 +27,29 @@ def test_a_wrong_index_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = search.measure_search([300], k=5, candidates=2, repeats=1)
     assert row["correct"] is False
     assert "us_per_candidate" not in row
+
+
+def test_the_opening_of_a_long_log_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"events": [100], "opening": 5_050, "k": 5, "candidates": 2, "repeats": 1}
+    *_, row = run_bench(capsys, "search", **options)
+    assert (row["provider"], row["log_events"], row["users"]) == ("opening", 5_000, 50)
+    assert row["correct"] is True
+    assert row["open_ms"] > 0
+    assert row["first_ms_median"] > 0
+    assert row["bytes_per_event"] < 40
+
+
+def test_an_opened_index_that_finds_something_else_gets_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = HardIndex.open
+
+    def wrong(at: object) -> HardIndex:
+        index = opened(at)  # type: ignore[arg-type]
+        monkeypatch.setattr(index, "search", lambda *asked: Found.nothing(1, asked[-1]))
+        return index
+
+    monkeypatch.setattr(HardIndex, "open", wrong)
+    row = search.measure_opening(1_000, 5)
+    assert row["correct"] is False
+    assert "open_ms" not in row

@@ -16,12 +16,11 @@ from requests_of import requests
 from safetensors.torch import load_file
 
 import hstu_xd
-from hstu_xd import export
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.cli import app
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import SynthOptions, synthesize
-from hstu_xd.export import describe_catalog
+from hstu_xd.export import describe_catalog, folder
 from hstu_xd.training.checkpoint import save_checkpoint
 
 WINDOW = 12
@@ -153,7 +152,7 @@ def test_domains_that_interleave_and_ids_nobody_bears() -> None:
 @pytest.fixture
 def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing takes seconds; what is written is not the matter here."""
-    monkeypatch.setattr(export, "export_encoder", lambda model: None)
+    monkeypatch.setattr(folder, "export_encoder", lambda model: None)
     monkeypatch.setattr(torch.export, "save", lambda program, file: file.write(b"program"))
 
 
@@ -194,13 +193,13 @@ def test_a_failure_leaves_what_was_there(
 
     line = ["export", str(run), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as broken:
-        broken.setattr(export, step, full)
+        broken.setattr(folder, step, full)
         assert app.run(line) == 1
         assert "No space left" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
     assert app.run(line) == 0
     before = (tmp_path / "out" / "manifest.json").read_bytes()
-    monkeypatch.setattr(export, step, full)
+    monkeypatch.setattr(folder, step, full)
     assert app.run([*line, "--force"]) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
@@ -220,7 +219,7 @@ def test_a_model_that_is_saved_meanwhile_is_not_mixed_with_the_one_before(
         changed = {name: value + 1 for name, value in weights.items()}
         save_checkpoint(training / "best.safetensors", changed, {"epoch": 9})
 
-    monkeypatch.setattr(export, "export_encoder", saves)
+    monkeypatch.setattr(folder, "export_encoder", saves)
     assert app.run(["export", str(training), "--out", str(tmp_path / "out")]) == 1
     assert "has saved a better model meanwhile; export it again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

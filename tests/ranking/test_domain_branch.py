@@ -27,7 +27,7 @@ from hstu_xd.ranking.settings import (
     SearchSettings,
     ShortSettings,
 )
-from hstu_xd.ranking.task import RankingTask
+from hstu_xd.ranking.task import RankingTask, training_events
 
 Cli = Callable[..., Any]
 CHOSEN = np.array([5, 2, 11, 40])
@@ -207,7 +207,7 @@ def test_states_are_what_the_latest_event_of_a_domain_left(
 def test_states_are_read_as_one_more_event_each(search: str, made: Any) -> None:
     """Of which the mean takes those that there are."""
     model, batch, _ = made(search, {"kind": "mean", "domain_states": True}, **XD)
-    items, gaps, offsets = batch.latest
+    items, gaps, offsets, _ = batch.latest
     one = int((model.domains[items[:EVENTS]] == 1).nonzero()[0])
     assert one < EVENTS - 1
     latest = type(batch.latest)(
@@ -352,7 +352,7 @@ def test_tape_states_and_told_domain_begin_as_nothing(
 @every_encoder
 def test_every_part_learns(name: str, made: Any) -> None:
     model, batch, _ = made(interest=BOTH, **ENCODERS[name])
-    items, gaps, offsets = batch.latest
+    items, gaps, offsets, _ = batch.latest
     offsets = (offsets - EVENTS + 1).clamp(min=0)  # the first has met one domain alone
     latest = type(batch.latest)(items[EVENTS - 1 :], gaps[EVENTS - 1 :], offsets)
     model.train()
@@ -382,7 +382,7 @@ def test_events_are_encoded_once_a_request(made: Any, monkeypatch: pytest.Monkey
 @torch.no_grad()
 def test_without_events_nothing_is_said(made: Any) -> None:
     model, batch, _ = made(interest=BOTH, **XD)
-    items, gaps, offsets = batch.latest
+    items, gaps, offsets, _ = batch.latest
     end = int(offsets[1])
     first = type(batch.latest)(items[:end], gaps[:end], offsets.clamp(max=end))
     found = read_by(model, replace(batch, latest=first))
@@ -413,7 +413,8 @@ def test_dropping_follows_from_the_step(
     for drawn in (0, 7):
         requests = RequestSet.open(requests_path)
         settings = settings_with(linear_dropout_rate=0.5)
-        trainer = RankTrainer(RankingTask(store, requests, settings, 2**40), tmp_path)
+        trained = training_events(store, 2**40)
+        trainer = RankTrainer(RankingTask(store, requests, settings, trained), tmp_path)
         torch.rand(drawn)  # as if somebody had drawn before
         for _ in range(2):
             trainer._step(CHOSEN)

@@ -25,7 +25,7 @@ from hstu_xd.ranking.settings import (
     SearchSettings,
     load_ranking_settings,
 )
-from hstu_xd.ranking.task import RankingTask
+from hstu_xd.ranking.task import RankingTask, training_events
 from hstu_xd.ranking.trainer import RankTrainer
 
 Cli = Callable[..., Any]
@@ -47,7 +47,7 @@ def trainer_of(
 ) -> RankTrainer:
     requests = RequestSet.open(requests_path)
     before = requests.manifest["cuts"]["valid_from"]
-    return RankTrainer(RankingTask(store, requests, settings, before), out)
+    return RankTrainer(RankingTask(store, requests, settings, training_events(store, before)), out)
 
 
 def words(*bindings: str) -> list[str]:
@@ -206,7 +206,8 @@ def test_an_undefined_choice_is_named(
     requests = RequestSet.open(requests_path)
     requests.labels[:] = 0
     settings = RankingSettings(rank=RankSettings(num_epochs=1))
-    trainer = RankTrainer(RankingTask(store, requests, settings, 0), tmp_path)
+    trained = training_events(store, 0)
+    trainer = RankTrainer(RankingTask(store, requests, settings, trained), tmp_path)
     with pytest.raises(InputError, match="no user there has candidates of both classes"):
         trainer.fit()
 

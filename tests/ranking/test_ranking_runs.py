@@ -236,8 +236,6 @@ def test_options_of_retrieval_are_refused(options: tuple[str, ...], run: Path, c
 @pytest.mark.parametrize(
     "command",
     [
-        ("recommend", "RUN", "--user", "u1", "--domain", "d0"),
-        ("export", "RUN", "--out", "OUT"),
         ("train", "--data", "STORE", "--out", "RUN", "--resume"),
         ("train", "--data", "STORE", "--out", "OUT", "--continue-from", "RUN"),
     ],

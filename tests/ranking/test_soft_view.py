@@ -262,3 +262,14 @@ def test_four_tables_keep_candidates_and_events_apart(made: Any) -> None:
             fields[1].weight.zero_()
         assert torch.equal(model.soft(batch)[..., :width], before[..., :width])
         assert not model.soft(batch)[..., width:].any()
+
+
+@pytest.mark.parametrize("tables", soft.TABLES)
+def test_runs_of_all_tables_are_saved_and_measured(
+    tables: str, requests_path: Path, tmp_path: Path, cli: Cli
+) -> None:
+    own = (f"xd_search.soft = '{tables}'", "xd_rank.num_epochs = 1", "xd_search.k = 5")
+    given = [word for binding in own for word in ("--gin_bindings", binding)]
+    said = cli("rank", "--data", requests_path, "--out", tmp_path / "run", *given)
+    assert said.code == 0, said.err
+    assert cli("evaluate", tmp_path / "run").code == 0

@@ -32,8 +32,10 @@ def draw(lengths: list[int], candidates: list[int], seed: int = 0) -> Requests:
 def scores_by_definition(model: SoftSearch, requests: Requests, q: int, i: int) -> Tensor:
     """<A(c), A(i)> / sqrt(a) + <A_time(0), A_time(b)> / sqrt(a_time) of one pair, no "four"."""
 
+    tables = getattr(model, "attention", model.representation)
+
     def embedded(ids: Tensor) -> Tensor:
-        rows = torch.cat([t[0].weight[x] for t, x in zip(model.attention, ids)])
+        rows = torch.cat([t[0].weight[x] for t, x in zip(tables, ids)])
         return model.projection(rows) if hasattr(model, "projection") else rows
 
     a, b = embedded(requests.candidates[q]), embedded(requests.events[i])

@@ -30,20 +30,25 @@ OPERATIONS = (
     "GET /readyz",
 )
 # What a service of each kind of run answers beside these.
-QUESTIONS = {"retrieval": ("POST /v1/recommend", "POST /v1/score"), "ranking": ("POST /v1/rank",)}
+QUESTIONS = {
+    "retrieval": ("POST /v1/recommend", "POST /v1/score"),
+    "ranking": ("POST /v1/rank",),
+    "towers": ("POST /v1/rank", "POST /v1/recommend"),
+}
 
 
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Client]]:
     """A client of a service of each kind of run."""
     folder = tmp_path_factory.mktemp("service")
-    ranker = make_runs(folder, ["hard"]) / "hard"
+    rankers = make_runs(folder, ["hard", "towers"])
     with (
         serving(folder / "retrieval", run=write_run(folder / "run")) as retrieval,
-        serving(folder / "ranking", run=ranker) as ranking,
+        serving(folder / "ranking", run=rankers / "hard") as ranking,
+        serving(folder / "towers-log", run=rankers / "towers") as towers,
     ):
         retrieval.append(*events(5))
-        yield {"retrieval": retrieval, "ranking": ranking}
+        yield {"retrieval": retrieval, "ranking": ranking, "towers": towers}
 
 
 @pytest.fixture(params=QUESTIONS)

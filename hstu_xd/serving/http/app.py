@@ -96,7 +96,11 @@ def build_app(service: Service, swaps: Swaps | None = None) -> RequestGuard:
     _add_writes(app, service, bodies)
     if isinstance(service.model.engine, RankingEngine):
         _add_ranking(app, service, bodies)
-        _say_what_answers(app, service, ("/v1/recommend", "/v1/score"), "/v1/rank")
+        if service.model.engine.search is None:
+            _say_what_answers(app, service, ("/v1/recommend", "/v1/score"), "/v1/rank")
+        else:
+            _add_search(app, service, bodies)
+            _say_what_answers(app, service, ("/v1/score",), "/v1/rank or /v1/recommend")
     else:
         _add_retrieval(app, service, bodies)
         _say_what_answers(app, service, ("/v1/rank",), "/v1/recommend or /v1/score")
@@ -160,13 +164,7 @@ def _add_retrieval(app: FastAPI, service: Service, bodies: schemas.RequestBodies
     async def recommend(body: bodies.recommend) -> Response:
         """Recommend the best items of domains; to an unknown user what the model starts with."""
         job = Recommend(body.user, body.domains, body.timestamp, body.k, body.exclude_seen)
-        found: Found = await service.run(job)
-        rows = [
-            {"domain": name, "items": [{"item": item, "score": score} for item, score in pairs]}
-            for name, pairs in zip(body.domains, found.rows)
-        ]
-        answer = {"user": body.user, "recommendations": rows}
-        return JSONResponse(answer, background=_shadowed(service, job, found))
+        return await _recommended(service, job)
 
     @app.post("/v1/score", response_model=schemas.Scores, responses=_errors(400, 413, 503))
     async def score(body: bodies.score) -> Response:
@@ -174,6 +172,16 @@ def _add_retrieval(app: FastAPI, service: Service, bodies: schemas.RequestBodies
         job = Score(body.user, body.domain, body.timestamp, body.items)
         found: Found = await service.run(job)
         return JSONResponse({"scores": found.rows}, background=_shadowed(service, job, found))
+
+
+async def _recommended(service: Service, job: Recommend) -> Response:
+    found: Found = await service.run(job)
+    rows = [
+        {"domain": name, "items": [{"item": item, "score": score} for item, score in pairs]}
+        for name, pairs in zip(job.domains, found.rows)
+    ]
+    answer = {"user": job.user, "recommendations": rows}
+    return JSONResponse(answer, background=_shadowed(service, job, found))
 
 
 def _shadowed(service: Service, job: Question, found: Found) -> BackgroundTask | None:
@@ -193,6 +201,16 @@ def _add_ranking(app: FastAPI, service: Service, bodies: schemas.RequestBodies) 
         rows = [{"goal": goal, "scores": scores} for goal, scores in zip(goals, found.rows)]
         answer = {"user": body.user, "goals": rows}
         return JSONResponse(answer, background=_shadowed(service, job, found))
+
+
+def _add_search(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
+    @app.post(
+        "/v1/recommend", response_model=schemas.Recommendations, responses=_errors(400, 413, 503)
+    )
+    async def recommend(body: bodies.best) -> Response:
+        """Recommend the best items of domains for a goal, with the chances that they are taken."""
+        asked = (body.user, body.domains, body.timestamp, body.k, body.exclude_seen, body.goal)
+        return await _recommended(service, Recommend(*asked))
 
 
 def _say_what_answers(app: FastAPI, service: Service, asked: Sequence[str], instead: str) -> None:

@@ -8,7 +8,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Event
 from hstu_xd.serving.http.histories import Histories
-from hstu_xd.serving.http.jobs import Question
+from hstu_xd.serving.http.jobs import Question, Recommend
 from hstu_xd.serving.stores import StateStore
 
 T = TypeVar("T")
@@ -92,6 +92,20 @@ class Engine(Protocol):
             InputError: it answers something that this one does not.
         """
         ...
+
+
+def domains_of(job: Recommend, catalog: DomainCatalog) -> list[int]:
+    """Return the ids of the domains that items are wanted of.
+
+    Raises:
+        InputError: an unknown one, or more than there are.
+    """
+    if len(job.domains) > catalog.num_domains:
+        raise InputError(
+            f"domains has {len(job.domains)} names, and there are {catalog.num_domains} domains; "
+            "name each once"
+        )
+    return [catalog.domain_index(name) for name in job.domains]
 
 
 def settled(

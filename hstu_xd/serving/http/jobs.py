@@ -42,6 +42,7 @@ class Recommend:
         timestamp: of the request; None: that of the user's last event.
         k: items of a domain, at most.
         exclude_seen: leave out items of the history; None: as the run was evaluated.
+        goal: of towers; None: the only one, or a retrieval run, which has none.
     """
 
     user: str
@@ -49,6 +50,7 @@ class Recommend:
     timestamp: int | None
     k: int
     exclude_seen: bool | None
+    goal: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Scorer
 from hstu_xd.serving.codec import fingerprint
 from hstu_xd.serving.events.event_log import Event
-from hstu_xd.serving.http.engine import Engine, settled
+from hstu_xd.serving.http.engine import Engine, domains_of, settled
 from hstu_xd.serving.http.histories import Histories
 from hstu_xd.serving.http.jobs import Question, Recommend, Score
 from hstu_xd.serving.http.settings import StateSettings
@@ -166,13 +166,7 @@ class RetrievalSession:
             item_ids = [engine.items.id_in(token, domain) for token in job.items]
             return _Asked(job, Request(job.user, [domain], job.timestamp), item_ids)
         assert isinstance(job, Recommend)
-        if len(job.domains) > catalog.num_domains:
-            raise InputError(
-                f"domains has {len(job.domains)} names, and there are {catalog.num_domains} "
-                "domains; name each once"
-            )
-        domains = [catalog.domain_index(name) for name in job.domains]
-        return _Asked(job, Request(job.user, domains, job.timestamp))
+        return _Asked(job, Request(job.user, domains_of(job, catalog), job.timestamp))
 
     def _answers(self, asked: list["_Asked"]) -> list[Any]:
         answers = self.encoder.answer([each.request for each in asked])

@@ -85,7 +85,7 @@ class Removed(BaseModel):
 
 
 class Recommendation(BaseModel):
-    """An item and its score, a cosine in -1..1."""
+    """An item and its score, a cosine in -1..1; of towers the chance, 0..1, that it is taken."""
 
     item: str
     score: float
@@ -251,6 +251,13 @@ class RequestBodies:
             ] = None
             timestamp: Timestamp | None = None
 
+        class BestBody(RecommendBody):
+            """Who is to be recommended what, and for which goal."""
+
+            goal: Annotated[
+                Goal | None, Field(description="What they are wanted for; by default the only one.")
+            ] = None
+
         class ScoreBody(Body):
             """Items of a domain to score for a user."""
 
@@ -276,4 +283,4 @@ class RequestBodies:
             ] = None
 
         self.events, self.recommend, self.score = Events, RecommendBody, ScoreBody
-        self.rank = RankBody
+        self.rank, self.best = RankBody, BestBody

@@ -67,11 +67,11 @@ def make_runs(folder: Path, kinds: Sequence[str] = (*KINDS, "one_goal")) -> Path
     run_words(*make, folder / "one_goal_requests")
     for kind in kinds:
         requests = "one_goal_requests" if kind == "one_goal" else "requests"
-        _rank(folder / kind, folder / requests, KINDS.get(kind, ()))
+        rank_run(folder / kind, folder / requests, KINDS.get(kind, ()))
     return folder
 
 
-def _rank(out: Path, requests: Path, bindings: tuple[str, ...]) -> None:
+def rank_run(out: Path, requests: Path, bindings: tuple[str, ...]) -> None:
     own = (*bindings, "xd_search.k = 6", "xd_rank.num_epochs = 1", "xd_rank.item_width = 4")
     given = [word for binding in own for word in ("--gin_bindings", binding)]
     run_words("rank", "--data", requests, "--out", out, *given)
