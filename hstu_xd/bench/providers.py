@@ -1,13 +1,13 @@
 """Providers: the implementations that compete, what each computes, and what it needs to run.
 
 This package's own are named by implementation: "triton" (the fused kernels; "triton-unbiased" tells
-what the bias costs), "eager", and "reference", the dense masked definition. "eager-softmax", "flex"
-(FlexAttention with a block mask on the mixed sequence) and "sdpa" (with a dense mask) compute
-softmax inside domains. "upstream" is the dense layer stack of generative-recommenders and
-"upstream-triton" its fused attention, "upstream-cuda" its operator in CUDA, "cutlass" NVIDIA's and
-FBGEMM's ``hstu_attn_varlen_func``: they know no domains and so compute full attention ("-mixed")
-whatever their number, or attention inside domains on the sequence as this package regroups it
-("-grouped").
+what the bias costs), "native" (the loops in C), "eager", and "reference", the dense masked
+definition. "eager-softmax", "flex" (FlexAttention with a block mask on the mixed sequence) and
+"sdpa" (with a dense mask) compute softmax inside domains. "upstream" is the dense layer stack of
+generative-recommenders and "upstream-triton" its fused attention, "upstream-cuda" its operator in
+CUDA, "cutlass" NVIDIA's and FBGEMM's ``hstu_attn_varlen_func``: they know no domains and so compute
+full attention ("-mixed") whatever their number, or attention inside domains on the sequence as this
+package regroups it ("-grouped").
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from hstu_xd.bench.attention_passes import CUTLASS_MODULES, Varlen, importable
 from hstu_xd.bench.cases import Case, Draw
 from hstu_xd.bench.timing import Builder, Computation, Pass
 from hstu_xd.ops import triton_support
+from hstu_xd.ops.domain_attention.native import LIBRARY
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Provider:
         normalization: "silu" or "softmax".
         bias: when it has the relative bias: "always", "never", or as the "case" says.
         modules: modules that must be importable, or tuples of which one must be.
-        needs: "nothing", "kernels" (Triton, and a GPU or its interpreter) or "cuda", a GPU.
+        needs: "nothing", "kernels" (Triton, and a GPU or its interpreter), "cuda", a GPU, or "loops",
+            a CPU and a C compiler.
         powers_of_two: whether head widths must be powers of two from 16 on.
     """
 
@@ -57,6 +59,10 @@ class Provider:
             return f"{' and '.join(absent)} not importable"
         if self.needs == "cuda" and case.device == "cpu":
             return "needs a CUDA device"
+        if self.needs == "loops":
+            why = "is for the CPU" if case.device != "cpu" else LIBRARY.problem()
+            if why or case.dtype == "float64":
+                return why or "has no float64"
         if self.needs == "kernels" and not triton_support.installed():
             return "needs triton and a CUDA device"
         if self.bias == "always" and not case.biased:
@@ -91,6 +97,7 @@ _OTHERS = {
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "encoder": {
         "triton": Provider(encoder_passes.own("triton"), needs="kernels"),
+        "native": Provider(encoder_passes.own("native"), needs="loops"),
         "eager": Provider(encoder_passes.own("eager")),
         "reference": Provider(encoder_passes.own("reference")),
         "upstream": Provider(encoder_passes.upstream, masked=False, bias="always", modules=(_GR,)),
@@ -102,6 +109,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     "attention": {
         "triton": Provider(attention_passes.own("triton"), needs="kernels"),
         "triton-unbiased": Provider(attention_passes.own("triton"), bias="never", needs="kernels"),
+        "native": Provider(attention_passes.own("native"), needs="loops"),
         "eager": Provider(attention_passes.own("eager")),
         "reference": Provider(attention_passes.own("reference")),
         **{f"{name}-mixed": replace(one, masked=False) for name, one in _OTHERS.items()},

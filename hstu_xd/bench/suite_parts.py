@@ -90,7 +90,7 @@ def cpu_suite(stores: Sequence[Path]) -> Suite:
     encoder = Part(
         "encoder-1000",
         "encoder",
-        {"seq_len": 1000, "num_domains": [5, 10], "provider": ["eager", "upstream"]}
+        {"seq_len": 1000, "num_domains": [5, 10], "provider": ["native", "eager", "upstream"]}
         | {"against": "upstream", "repeats": 5},
     )
     steps = _drawn_step("train-step-500-7", 500, 7, 32)
@@ -113,7 +113,7 @@ def cpu_suite(stores: Sequence[Path]) -> Suite:
             Goal(
                 f"encoder against upstream's dense layers, N=1000, D={d}",
                 bound,
-                column(encoder.name, "eager", _UPSTREAM, num_domains=d),
+                column(encoder.name, "native", _UPSTREAM, num_domains=d),
             )
             for d, bound in ((5, 12), (10, 18))
         ),

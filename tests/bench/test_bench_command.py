@@ -197,7 +197,7 @@ def test_a_plan_is_made_in_each_pass_or_once(plan: str, times: int) -> None:
     ("what", "options", "message"),
     [
         ("encoder", {"provider": "refrence"}, "did you mean 'reference'?"),
-        ("attention", {"provider": "upstream"}, "There are triton, triton-unbiased, eager"),
+        ("attention", {"provider": "upstream"}, "There are triton, triton-unbiased, native, eager"),
         ("train-step", {"provider": "hst"}, "did you mean 'hstu'? There are dense, hstu, mask"),
         ("serving", {"provider": "apend"}, "did you mean 'append'?"),
         ("attention", {"against": "nobody"}, "no provider 'nobody'. There are"),
