@@ -2,8 +2,8 @@
 
 ``domain_attention`` is causal attention inside (user, domain) runs, ``state_attention`` the
 attention to the latest states of all domains (DDSR). In a folder ``api`` is the public function,
-``reference`` the definition, ``eager`` an implementation in plain PyTorch, ``native`` leads to loops
-in C and ``fused`` to Triton kernels; ``grouping`` says who sees whom.
+``reference`` the definition, ``eager`` an implementation in plain PyTorch, ``native`` leads to
+loops in C and ``fused`` to Triton kernels; ``grouping`` says who sees whom.
 """
 
 from hstu_xd.ops.domain_attention.api import available_impls, domain_attention
