@@ -33,8 +33,8 @@ class Provider:
         normalization: "silu" or "softmax".
         bias: when it has the relative bias: "always", "never", or as the "case" says.
         modules: modules that must be importable, or tuples of which one must be.
-        needs: "nothing", "kernels" (Triton, and a GPU or its interpreter), "cuda" (a GPU) or "loops"
-            (a CPU and a C compiler).
+        needs: "nothing", "kernels" (Triton, and a GPU or its interpreter), "cuda" (a GPU) or
+            "loops" (a CPU and a C compiler).
         powers_of_two: whether head widths must be powers of two from 16 on.
     """
 
