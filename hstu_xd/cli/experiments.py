@@ -193,6 +193,12 @@ def compare(
 
 # Small enough for the time limit, large enough for the planted structure to show.
 _RECIPE = (
+    "xd_encoder.dqk = 16",
+    "xd_encoder.dv = 16",
+    "xd_encoder.linear_dropout_rate = 0.4",
+    "xd_train.item_embedding_dim = 64",
+    "xd_train.dropout_rate = 0.4",
+    "xd_train.weight_decay = 1e-3",
     "xd_train.num_epochs = 12",
     "xd_train.local_batch_size = 64",
     "xd_train.num_warmup_steps = 50",

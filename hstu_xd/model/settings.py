@@ -66,10 +66,10 @@ class EncoderSettings:
     embedding_dim: int = setting(64, at_least=1, from_data=True)
     num_blocks: int = setting(2, at_least=1, upstream=True, also=("layers", "num_layers", "depth"))
     num_heads: int = setting(4, at_least=1, upstream=True)
-    dqk: int = setting(16, at_least=1, upstream=True, also=("attention_dim",))
-    dv: int = setting(16, at_least=1, upstream=True, also=("linear_dim", "hidden_dim"))
+    dqk: int = setting(32, at_least=1, upstream=True, also=("attention_dim",))
+    dv: int = setting(32, at_least=1, upstream=True, also=("linear_dim", "hidden_dim"))
     linear_dropout_rate: float = setting(
-        0.4, at_least=0, below=1, upstream=True, also=("dropout", "hidden_dropout_prob")
+        0.5, at_least=0, below=1, upstream=True, also=("dropout", "hidden_dropout_prob")
     )
     linear_activation: str = setting("silu", allowed=("silu", "none"), upstream=True)
     concat_ua: bool = setting(False, upstream=True, tag="concat_ua")

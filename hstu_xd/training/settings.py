@@ -97,11 +97,11 @@ class TrainSettings:
 
     max_sequence_length: int = setting(100, at_least=1, also=("max_len", "window"))
     gr_output_length: int = setting(10, at_least=0)
-    item_embedding_dim: int = setting(64, at_least=1, also=("width", "hidden_size", "d_model"))
+    item_embedding_dim: int = setting(128, at_least=1, also=("width", "hidden_size", "d_model"))
     domain: str = setting("", also=("single_domain", "per_domain"))
     local_batch_size: int = setting(64, at_least=1)
     eval_batch_size: int = setting(256, at_least=1)
-    dropout_rate: float = setting(0.4, at_least=0, below=1, also=("dropout",))
+    dropout_rate: float = setting(0.5, at_least=0, below=1, also=("dropout",))
     objective: str = setting(RETRIEVAL, part=True, also=("loss",))
     baseline: str = setting(NO_BASELINE, allowed=(NO_BASELINE, *BASELINES))
     recent_share: float = setting(
@@ -124,14 +124,14 @@ class TrainSettings:
     asked_weight: float = setting(1.0, above=0, needs=_ASKED)
     asked_within_events: int = setting(0, at_least=0, needs=_ASKED, also=("horizon",))
     asked_within_time: int = setting(0, at_least=0, needs=_ASKED)
-    learning_rate: float = setting(3e-3, above=0, also=("lr",))
+    learning_rate: float = setting(2e-3, above=0, also=("lr",))
     learning_rate_schedule: str = setting(
         "constant", allowed=SCHEDULES, also=("lr_schedule", "scheduler")
     )
     final_rate_share: float = setting(
         0.0, at_least=0, at_most=1, needs={"learning_rate_schedule": SCHEDULES[1:]}
     )
-    weight_decay: float = setting(1e-3, at_least=0, also=("wd", "l2"))
+    weight_decay: float = setting(1e-2, at_least=0, also=("wd", "l2"))
     embedding_decay_share: float = setting(1.0, at_least=0, needs={"weight_decay": ...})
     num_warmup_steps: int = setting(100, at_least=0)
     average_decay: float = setting(0.998, at_least=0, below=1, also=("ema", "ema_decay"))

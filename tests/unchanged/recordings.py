@@ -37,6 +37,10 @@ _SMALL = (
     "xd_train.num_warmup_steps = 4",
     "xd_train.temperature = 0.05",
     "xd_train.average_decay = 0.0",
+    "xd_encoder.linear_dropout_rate = 0.4",
+    "xd_train.dropout_rate = 0.4",
+    "xd_train.learning_rate = 3e-3",
+    "xd_train.weight_decay = 1e-3",
 )
 _ALL = (
     "xd_encoder.domain_mask = True",
