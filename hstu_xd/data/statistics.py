@@ -18,7 +18,7 @@ DIGITS = 9
 
 def describe(
     offsets: NDArray[np.int64],
-    item: NDArray[np.int32],
+    item_ids: NDArray[np.int32],
     item_domain: NDArray[np.int32],
     domain_names: list[str],
 ) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def describe(
 
     Args:
         offsets: (U + 1,) int64, start of each user's events; no user without events.
-        item: (L,) row of each event's item in ``item_domain``.
+        item_ids: (L,) in 1..I.
         item_domain: (I,) domain of each item.
         domain_names: D names.
 
@@ -43,7 +43,8 @@ def describe(
     users_of = np.zeros(num_domains, np.int64)
     events_of = np.zeros(num_domains, np.int64)
     delta_sum, switches = 0.0, 0
-    for block in domain_counts(offsets, item, item_domain, num_domains):
+    by_id = np.concatenate([item_domain[:1], item_domain])
+    for block in domain_counts(offsets, item_ids, by_id, num_domains):
         shares = block.counts / lengths[block.users, None]
         delta_sum += float(np.square(shares).sum())
         users_of += (block.counts > 0).sum(axis=0)
@@ -53,18 +54,18 @@ def describe(
         switched[starts - 1] = False
         switches += int(switched.sum())
     items_of = np.bincount(item_domain, minlength=num_domains)
-    neighbours = len(item) - len(lengths)
+    neighbours = len(item_ids) - len(lengths)
     return {
         "users": len(lengths),
         "items": len(item_domain),
-        "interactions": len(item),
+        "interactions": len(item_ids),
         "domains": {
             name: {"users": int(u), "items": int(i), "interactions": int(e)}
             for name, u, i, e in zip(domain_names, users_of, items_of, events_of)
         },
         "delta": round(delta_sum / len(lengths), DIGITS),
         "history_length": {
-            "mean": round(len(item) / len(lengths), DIGITS),
+            "mean": round(len(item_ids) / len(lengths), DIGITS),
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hstu_xd.cli.app import run
-from hstu_xd.data import append
+from hstu_xd.data import merging
 from hstu_xd.data.store_files import ALL_FILES
 
 HEADER = "user,item,domain,timestamp"
@@ -64,7 +64,7 @@ def test_new_users_items_domains_and_interleaved_times(
 ) -> None:
     """Old rows and new ones share seconds, and new ones come before, between and after."""
     draw = random.Random(seed)
-    monkeypatch.setattr(append, "_BLOCK_ROWS", draw.choice([1, 7, 1000]))
+    monkeypatch.setattr(merging, "_BLOCK_ROWS", draw.choice([1, 7, 1000]))
     span = draw.choice([3, 40, 100_000])
     old = random_rows(draw, draw.randrange(1, 120), 9, 30, "abc", span)
     # The new ones have users and items in between, and of all domains some more.
