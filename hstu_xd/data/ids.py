@@ -4,7 +4,7 @@ Ids are numbered in order of first sight, a batch at a time, faster than by a ge
 looks odd about ids is said. All of that works on the distinct ids of a log, not on its events.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
+from hstu_xd.data.token_bytes import TokenBytes
 from hstu_xd.errors import InputError
 
 CHUNK = 1 << 16
@@ -141,19 +142,46 @@ LONGEST_ID = 4096
 _DECIMAL = r"^-?\d+\.\d+$"
 _WHOLE_DECIMAL = r"^(-?\d+)\.0+$"
 _WHOLE = r"^-?\d+$"
+
+
+class _Pattern(NamedTuple):
+    """A regular expression, and what every id that it fits has.
+
+    Attributes:
+        text: the expression.
+        letters: all of them are in the id.
+        begins: the id begins with one of them; empty: with anything.
+    """
+
+    text: str
+    letters: str = ""
+    begins: str = ""
+
+    def fitting(self, look: TokenBytes) -> "pl.Series":
+        """Return the ids that the expression fits."""
+        if not look.have(self.letters):
+            return look.tokens.clear()
+        tokens = look.tokens.filter(look.begin(self.begins)) if self.begins else look.tokens
+        return tokens.filter(tokens.str.contains(self.text))
+
+
 # Spellings that other ids may have too, and how they differ from those.
-_TWINS = {_WHOLE_DECIMAL: "a fraction of zeros", r"^0+(\d+)$": "leading zeros"}
+_TWINS = {
+    _Pattern(_WHOLE_DECIMAL, letters="."): "a fraction of zeros",
+    _Pattern(r"^0+(\d+)$", begins="0"): "leading zeros",
+}
 _SHORTENED = "look like numbers that a spreadsheet has shortened: different ids may have become one"
 _QUOTED = r"""^('.+'|".+"|\x{201c}.+\x{201d})$"""
 _ODD = {
-    r"^-?\d\.\d+[eE]\+\d+$": f"{_SHORTENED}; export them as text",
-    _QUOTED: "hold their quotes; take them away if others have none",
+    _Pattern(r"^-?\d\.\d+[eE]\+\d+$", letters=".+"): f"{_SHORTENED}; export them as text",
+    _Pattern(_QUOTED, begins="'\"\u201c"): "hold their quotes; take them away if others have none",
 }
 # Characters that nobody sees, and that are no white space.
 _UNSEEN = "\u200b\u2060\ufeff"
 _CONTROL = r"[\p{Cc}\p{Zl}\p{Zp}]"
 _MISSING = ("nan", "none", "null", "\\n", "na", "n/a", "<na>", "nil", "nat", "undefined", "#n/a")
 _LONGEST_MISSING = max(map(len, _MISSING))
+_BEGINS, _ENDS = ({t for word in _MISSING for t in (word[at], word[at].upper())} for at in (0, -1))
 _EXAMPLES = 3
 
 
@@ -168,6 +196,8 @@ def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
     Returns:
         The ids, and what was changed, in words.
     """
+    if _is_plain(tokens):
+        return tokens, []
     notes = []
     stripped = tokens.str.strip_chars()
     spaced = tokens.filter(stripped != tokens)
@@ -200,8 +230,16 @@ def _plain(tokens: "pl.Series") -> "pl.Series":
     return tokens.str.normalize("NFC").str.strip_chars(_UNSEEN).str.strip_chars()
 
 
+def _is_plain(tokens: "pl.Series") -> bool:
+    """Whether there is nothing to make equal: no accents, no ends to take away, no decimals."""
+    look = TokenBytes(tokens)
+    return look.is_printed_ascii and not look.have(".")
+
+
 def respellable(tokens: "pl.Series") -> "pl.Series":
     """Return the ids that :func:`tidy` leaves or changes as the other ids of the log are."""
+    if _is_plain(tokens):
+        return tokens.clear()
     # Printed ASCII holds no accents and no ends to take away; nearly all ids are of it.
     rare = tokens.filter(tokens.str.contains(f"[^!-~]|{_DECIMAL}"))
     stripped = rare.str.strip_chars()
@@ -248,7 +286,9 @@ def missing_as_text(tokens: "pl.Series", events: NDArray[np.int64], role: str) -
         events: number of events of each.
         role: ``user``, ``item`` or ``domain``.
     """
-    short = np.flatnonzero(tokens.str.len_bytes().to_numpy() <= _LONGEST_MISSING)
+    look = TokenBytes(tokens)
+    may_be = (look.lengths <= _LONGEST_MISSING) & look.begin(_BEGINS) & look.end(_ENDS)
+    short = np.flatnonzero(may_be)
     rows = short[tokens.gather(short).str.to_lowercase().is_in(_MISSING).to_numpy()]
     if not rows.size:
         return None
@@ -267,11 +307,12 @@ def odd_ids(tokens: "pl.Series", role: str) -> list[str]:
         role: ``user``, ``item`` or ``domain``.
     """
     found = []
+    look = TokenBytes(tokens)
     for pattern, difference in _TWINS.items():
-        longer = tokens.filter(tokens.str.contains(pattern))
+        longer = pattern.fitting(look)
         if longer.is_empty():
             continue
-        shorter = longer.str.extract(pattern)
+        shorter = longer.str.extract(pattern.text)
         twins = longer.filter(shorter.is_in(tokens.implode()) & (shorter != longer))
         if len(twins):
             found.append(
@@ -279,7 +320,7 @@ def odd_ids(tokens: "pl.Series", role: str) -> list[str]:
                 f"({_few(twins)}); write them in one way if they are the same"
             )
     for pattern, state in _ODD.items():
-        odd = tokens.filter(tokens.str.contains(pattern))
+        odd = pattern.fitting(look)
         if len(odd):
             found.append(f"{len(odd):,} {role} ids ({_few(odd)}) {state}")
     return found

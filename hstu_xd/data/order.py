@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hstu_xd.data.encode import Events
+from hstu_xd.data.token_bytes import TokenBytes
 
 WORD = 8
 CHUNK = 1 << 20
@@ -45,16 +46,8 @@ def hash_tokens(tokens: "pl.Series") -> NDArray[np.uint64]:
 
 
 def _hash_chunk(tokens: "pl.Series") -> NDArray[np.uint64]:
-    import pyarrow as pa
-
-    array = tokens.rechunk().to_arrow().cast(pa.large_binary())
-    if isinstance(array, pa.ChunkedArray):
-        array = array.combine_chunks()
-    _, offset_buffer, data_buffer = array.buffers()
-    window = slice(array.offset, array.offset + len(array) + 1)
-    offsets = np.frombuffer(offset_buffer, np.int64)[window]
-    data = np.frombuffer(data_buffer, np.uint8) if data_buffer else np.empty(0, np.uint8)
-    lengths = np.diff(offsets)
+    look = TokenBytes(tokens)
+    offsets, data, lengths = look.offsets, look.data, look.lengths
     hashes = lengths.astype(np.uint64)
     within = np.arange(WORD)
     for start in range(0, int(lengths.max(initial=0)), WORD):

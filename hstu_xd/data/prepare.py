@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hstu_xd.data import store_files
-from hstu_xd.data.encode import EventReader, Events, IdOptions, read_log
+from hstu_xd.data.encode import EventReader, Events, IdOptions, doubts_of_ids, read_log
 from hstu_xd.data.event_fields import FieldRows
 from hstu_xd.data.filters import Filters, apply_filters, offsets_of
 from hstu_xd.data.ids import alike_without_case, strangers
@@ -187,6 +187,12 @@ def build_log(
     if events.fields is not None:
         second = events.moments.seconds(events.time)
         rows = FieldRows(events.fields, events.user, events.item, second, events.time)
+    doubts = doubts_of_ids(
+        events.users,
+        events.items,
+        lambda: np.bincount(events.user, minlength=len(events.users)),
+        lambda: np.bincount(events.item, minlength=len(events.items)),
+    )
     histories, tied = in_time_order(events)
     repeats = found = count_repeats(histories)
     if window is not None:
@@ -221,7 +227,7 @@ def build_log(
             },
         },
     )
-    facts["warnings"] += events.warnings
+    facts["warnings"] += doubts
     return log, facts
 
 
