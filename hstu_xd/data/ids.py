@@ -126,7 +126,10 @@ class TokenDictionary:
         return codes
 
     def _learn(self, hashes: NDArray[np.uint64], tokens: "pl.DataFrame") -> None:
-        fresh, first = np.unique(hashes, return_index=True)
+        first = np.argsort(hashes, kind="stable")
+        fresh = hashes[first]
+        differs = np.append(True, fresh[1:] != fresh[:-1])
+        fresh, first = fresh[differs], first[differs]
         # As plain Arrow strings: polars' string views would keep the whole batch's text alive.
         self._parts.append(tokens[first].to_arrow())
         self._size += len(fresh)

@@ -15,7 +15,7 @@ MANY_REPEATS = 0.01
 MANY_MET = 0.5
 # Targets by their place from the end of a history, counted for so many users at once.
 _TARGETS = {"test": 1, "valid": 2}
-_BLOCK_USERS = 1 << 15
+_BLOCK_USERS = 1 << 13
 
 
 def parse_rule(text: str | None) -> int | None:
@@ -113,11 +113,12 @@ def targets_met(log: Log) -> dict[str, Any]:
         for name, back in _TARGETS.items():
             # Ids begin with 1: 0 is nobody's item.
             wanted = np.where(has_targets, item.take(ends - back, mode="clip"), 0)
-            rows = np.flatnonzero(item == np.repeat(wanted, sizes))
-            owner = np.searchsorted(ends, rows, "right")
+            met = item == np.repeat(wanted, sizes)
             # Every target finds itself, and what comes after it is no history.
-            owner = owner[rows < ends[owner] - back]
-            counts[name]["targets"] += int(has_targets.sum())
+            for last in range(1, back + 1):
+                met[(ends - last)[has_targets]] = False
+            owner = np.searchsorted(ends, np.flatnonzero(met), "right")
+            counts[name]["targets"] += int(np.count_nonzero(has_targets))
             counts[name]["met_before"] += int(np.count_nonzero(np.diff(owner, prepend=-1)))
     return counts
 
