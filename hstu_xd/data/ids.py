@@ -106,7 +106,7 @@ class TokenDictionary:
         codes = self._find(values)
         unseen = np.flatnonzero(codes < 0)
         if unseen.size:
-            self._learn(values[unseen], tokens[unseen])
+            self._learn(values[unseen], tokens, unseen)
             codes[unseen] = self._find(values[unseen])
         return codes
 
@@ -125,13 +125,16 @@ class TokenDictionary:
             codes[rest] = np.where(late < 0, late, late + np.int32(len(self._old.hashes)))
         return codes
 
-    def _learn(self, hashes: NDArray[np.uint64], tokens: "pl.DataFrame") -> None:
+    def _learn(
+        self, hashes: NDArray[np.uint64], tokens: "pl.DataFrame", rows: NDArray[np.int64]
+    ) -> None:
+        """Give codes to the hashes of rows of tokens."""
         first = np.argsort(hashes, kind="stable")
         fresh = hashes[first]
         differs = np.append(True, fresh[1:] != fresh[:-1])
         fresh, first = fresh[differs], first[differs]
         # As plain Arrow strings: polars' string views would keep the whole batch's text alive.
-        self._parts.append(tokens[first].to_arrow())
+        self._parts.append(tokens[rows[first]].to_arrow())
         self._size += len(fresh)
         # Two indexes: rebuilding one large index for every few new tokens would be quadratic.
         recent = np.concatenate([self._new.hashes, fresh])
@@ -186,6 +189,8 @@ _MISSING = ("nan", "none", "null", "\\n", "na", "n/a", "<na>", "nil", "nat", "un
 _LONGEST_MISSING = max(map(len, _MISSING))
 _BEGINS, _ENDS = ({t for word in _MISSING for t in (word[at], word[at].upper())} for at in (0, -1))
 _EXAMPLES = 3
+# Ids of more words than these are sorted as texts, which takes no longer then.
+_SORTED_WORDS = 2
 
 
 def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
@@ -256,15 +261,29 @@ def number_tokens(tokens: "pl.DataFrame") -> tuple["pl.DataFrame", NDArray[np.in
         The distinct tokens in order, and the place of each row of ``tokens`` in them.
     """
     names = tokens.columns
-    ordered = tokens.with_row_index("code").sort(*names)
+    order = _ascending(tokens)
+    ordered = tokens[order]
     fresh = np.zeros(len(ordered), np.bool_)
     fresh[:1] = True
     for name in names:
         column = ordered[name]
         fresh[1:] |= column.ne_missing(column.shift(1)).to_numpy()[1:]
     ranks = np.empty(len(ordered), np.int32)
-    ranks[ordered["code"].to_numpy()] = np.cumsum(fresh, dtype=np.int32) - 1
-    return (ordered if fresh.all() else ordered.filter(fresh)).select(names), ranks
+    ranks[order] = np.cumsum(fresh, dtype=np.int32) - 1
+    return ordered if fresh.all() else ordered.filter(fresh), ranks
+
+
+def _ascending(tokens: "pl.DataFrame") -> NDArray[np.integer]:
+    """Return the rows of tokens in the order of their columns; short ids are sorted as numbers."""
+    import polars as pl
+
+    keys = []
+    for name in tokens.columns:
+        words = TokenBytes(tokens[name]).words(_SORTED_WORDS)
+        if words is None:
+            return tokens.select(pl.arg_sort_by(*tokens.columns)).to_series().to_numpy()
+        keys += words
+    return np.argsort(keys[0]) if len(keys) == 1 else np.lexsort(keys[::-1])
 
 
 def check_domain_characters(domains: "pl.Series") -> None:

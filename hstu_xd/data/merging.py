@@ -111,7 +111,7 @@ class EventMerger:
         lengths[old_users] = np.diff(store.offsets)
         begins = np.concatenate([[0], np.cumsum(lengths)])
         starts, stops = begins[added.user], begins[added.user + 1]
-        place = first_after(store.timestamps, starts, stops, added.time)
+        place = _place(np.asarray(store.timestamps), starts, stops, added.time)
         offsets = begins
         offsets[1:] += np.cumsum(np.bincount(added.user, minlength=num_users))
         # New events of one user and second, beside old ones of that second.
@@ -183,6 +183,20 @@ class EventMerger:
             block[self.moved[begin:end] - first] = self.moved_items[begin:end] + np.int32(1)
             yield block
             first += len(block)
+
+
+def _place(
+    old: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    time: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Return the first place in each [start, stop) whose time lies after a new one, else stop."""
+    place = stops.copy()
+    # Most new events come after all of their users' old ones.
+    between = np.flatnonzero((starts < stops) & (old.take(stops - 1, mode="clip") > time))
+    place[between] = first_after(old, starts[between], stops[between], time[between])
+    return place
 
 
 def _inserted(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Printed ASCII but for the space.
 _FIRST_PRINTED, _LAST_PRINTED = ord("!"), ord("~")
+_WORD, _LONGEST_SKIPPED = 8, 64
 
 
 class TokenBytes:
@@ -63,6 +64,46 @@ class TokenBytes:
         """Whether each id may end with one of some characters: its last byte does; (n,)."""
         lasts = self.data.take(self.offsets[1:] - 1, mode="clip")
         return _table({character.encode()[-1] for character in characters})[lasts]
+
+    def words(self, most: int) -> list[NDArray[np.uint64]] | None:
+        """Return the ids as numbers of eight bytes, in the order of which the ids are in order.
+
+        What all ids begin with is left out.
+
+        Args:
+            most: number of words.
+
+        Returns:
+            Words (n,), the first the most significant; None where an id needs more than ``most``,
+            or holds characters that may be less than what ends an id.
+        """
+        begins = self._begins_that_differ()
+        width = int((self.offsets[1:] - begins).max(initial=0))
+        if width > most * _WORD or not self.is_printed_ascii:
+            return None
+        padded = np.concatenate([self.data[: self.offsets[-1]], np.zeros(_WORD, np.uint8)])
+        at_each = np.ndarray((len(padded) - _WORD + 1,), ">u8", padded.data, strides=(1,))
+        found = []
+        for start in range(0, max(width, 1), _WORD):
+            left = np.clip(self.offsets[1:] - begins - start, 0, _WORD)
+            # Not by take, which would copy all of these overlapping numbers first.
+            word = at_each[np.minimum(begins + start, len(at_each) - 1)].astype(np.uint64)
+            # What follows an id is the next one: all of it is shifted out, in two steps as a shift
+            # by 64 bits is none.
+            shift = (4 * (_WORD - left)).astype(np.uint64)
+            found.append((word >> shift >> shift) << shift << shift)
+        return found
+
+    def _begins_that_differ(self) -> NDArray[np.int64]:
+        """Return where each id begins but for what all of them begin with."""
+        begins, skipped = self.offsets[:-1], 0
+        shortest = int(self.lengths.min(initial=_LONGEST_SKIPPED))
+        while skipped < min(shortest, _LONGEST_SKIPPED):
+            letters = self.data.take(begins + skipped)
+            if (letters != letters[0]).any():
+                break
+            skipped += 1
+        return begins + skipped
 
     @property
     def _used(self) -> NDArray[np.uint8]:
