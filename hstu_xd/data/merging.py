@@ -163,7 +163,7 @@ class EventMerger:
         """Write items and times of the whole; return the hash of each file by its name."""
         files = folder / store_files.ITEM_IDS, folder / store_files.TIMESTAMPS
         with ThreadPoolExecutor(1) as pool:
-            times = _inserted(self.store.timestamps, self.place, self.added.time)
+            times = inserted(self.store.timestamps, self.place, self.added.time)
             hashed = pool.submit(_write_column, files[1], times, "<i8", len(self))
             digests = _write_column(files[0], self._item_ids(), "<i4", len(self)), hashed.result()
         return {file.name: digest for file, digest in zip(files, digests)}
@@ -178,7 +178,7 @@ class EventMerger:
     def _item_ids(self) -> Iterator[NDArray[np.int32]]:
         added = self.added.item + np.int32(1)
         first = 0
-        for block in _inserted(self.store.item_ids, self.place, added, self._old_ids()):
+        for block in inserted(self.store.item_ids, self.place, added, self._old_ids()):
             begin, end = np.searchsorted(self.moved, [first, first + len(block)])
             block[self.moved[begin:end] - first] = self.moved_items[begin:end] + np.int32(1)
             yield block
@@ -199,7 +199,7 @@ def _place(
     return place
 
 
-def _inserted(
+def inserted(
     old: NDArray, place: NDArray[np.int64], new: NDArray, table: NDArray | None = None
 ) -> Iterator[NDArray]:
     """Yield an array with others inserted, in blocks that fit the cache.

@@ -1,6 +1,7 @@
 """Look at the bytes of ids, all at once: most logs hold no id that needs a second look.
 
-A regular expression takes 50 times as long for each id as a comparison of its first byte.
+Whether an id of a million holds a point is seen in less than a thousandth of a second. A regular
+expression for each id takes many times as long.
 """
 
 from collections.abc import Iterable
@@ -97,7 +98,7 @@ class TokenBytes:
     def _begins_that_differ(self) -> NDArray[np.int64]:
         """Return where each id begins but for what all of them begin with."""
         begins, skipped = self.offsets[:-1], 0
-        shortest = int(self.lengths.min(initial=_LONGEST_SKIPPED))
+        shortest = int(self.lengths.min()) if begins.size else 0
         while skipped < min(shortest, _LONGEST_SKIPPED):
             letters = self.data.take(begins + skipped)
             if (letters != letters[0]).any():
