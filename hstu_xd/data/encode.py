@@ -365,15 +365,13 @@ def doubts_of_ids(
         domains = items["domain"].rle_id().to_numpy()
         return np.bincount(domains, weights=count_items()).astype(np.int64)
 
-    found = []
-    for role, tokens, count in (
-        ("user", users, count_users),
-        ("item", items["item"], count_items),
-        ("domain", names, count_domains),
-    ):
-        if missing_as_text(tokens, np.zeros(len(tokens), np.int64), role) is not None:
-            found.append(missing_as_text(tokens, count(), role))
-    odd = odd_ids(users, "user") + odd_ids(items["item"], "item")
+    user, item, domain = map(TokenBytes, (users, items["item"], names))
+    found = (
+        missing_as_text(user, count_users, "user"),
+        missing_as_text(item, count_items, "item"),
+        missing_as_text(domain, count_domains, "domain"),
+    )
+    odd = odd_ids(user, "user") + odd_ids(item, "item")
     return [text for text in found if text is not None] + odd
 
 

@@ -4,6 +4,7 @@ Ids are numbered in order of first sight, a batch at a time, faster than by a ge
 looks odd about ids is said. All of that works on the distinct ids of a log, not on its events.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -300,20 +301,23 @@ def check_domain_characters(domains: "pl.Series") -> None:
         )
 
 
-def missing_as_text(tokens: "pl.Series", events: NDArray[np.int64], role: str) -> str | None:
+def missing_as_text(
+    look: TokenBytes, count_events: Callable[[], NDArray[np.int64]], role: str
+) -> str | None:
     """Describe ids that look like missing values; None where there are none.
 
     Args:
-        tokens: distinct ids.
-        events: number of events of each.
+        look: at distinct ids.
+        count_events: counts the events of each, which is done where one looks so.
         role: ``user``, ``item`` or ``domain``.
     """
-    look = TokenBytes(tokens)
+    tokens = look.tokens
     may_be = (look.lengths <= _LONGEST_MISSING) & look.begin(_BEGINS) & look.end(_ENDS)
     short = np.flatnonzero(may_be)
     rows = short[tokens.gather(short).str.to_lowercase().is_in(_MISSING).to_numpy()]
     if not rows.size:
         return None
+    events = count_events()
     listed = ", ".join(f"{tokens[int(row)]!r} ({int(events[row]):,} events)" for row in rows)
     return (
         f"{role} ids that look like missing values count as {role}s: {listed}; remove their lines "
@@ -321,21 +325,20 @@ def missing_as_text(tokens: "pl.Series", events: NDArray[np.int64], role: str) -
     )
 
 
-def odd_ids(tokens: "pl.Series", role: str) -> list[str]:
+def odd_ids(look: TokenBytes, role: str) -> list[str]:
     """Describe ids that may not be what they were: twins, shortened numbers, quotes.
 
     Args:
-        tokens: distinct ids.
+        look: at distinct ids.
         role: ``user``, ``item`` or ``domain``.
     """
     found = []
-    look = TokenBytes(tokens)
     for pattern, difference in _TWINS.items():
         longer = pattern.fitting(look)
         if longer.is_empty():
             continue
         shorter = longer.str.extract(pattern.text)
-        twins = longer.filter(shorter.is_in(tokens.implode()) & (shorter != longer))
+        twins = longer.filter(shorter.is_in(look.tokens.implode()) & (shorter != longer))
         if len(twins):
             found.append(
                 f"{len(twins):,} {role} ids differ from others by {difference} only "

@@ -299,15 +299,16 @@ def _strangers(log: Log) -> list[str]:
     names, item_domain = domains_of(log.items)
     if len(log.users) < 2:
         return []
-    firsts = item_domain[log.item_ids[log.offsets[:-1]] - 1]
     # In most logs some of the first users are enough to tell.
     for start, stop in ((0, SOME_USERS), (SOME_USERS, len(log.users))):
         offsets = log.offsets[start : stop + 1]
         if len(offsets) < 2:
             break
         domain = item_domain[log.item_ids[offsets[0] : offsets[-1]] - 1]
-        if (domain != np.repeat(firsts[start:stop], np.diff(offsets))).any():
+        firsts = domain[offsets[:-1] - offsets[0]]
+        if (domain != np.repeat(firsts, np.diff(offsets))).any():
             return []
+    firsts = item_domain[log.item_ids[log.offsets[:-1]] - 1]
     examples = {
         names[d]: log.users[int(np.argmax(firsts == d))] for d in np.unique(firsts)[:2].tolist()
     }

@@ -41,7 +41,7 @@ class TokenBytes:
         has_data = data is not None and data.size
         self.data = np.frombuffer(data, np.uint8) if has_data else np.zeros(1, np.uint8)
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Number of bytes of each id: (n,)."""
         return np.diff(self.offsets)

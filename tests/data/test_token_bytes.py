@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hstu_xd.data import ids as ids_module
 from hstu_xd.data.ids import missing_as_text, number_tokens, odd_ids, respellable, tidy
 from hstu_xd.data.token_bytes import TokenBytes
 
@@ -76,13 +77,13 @@ class _EveryLetter(TokenBytes):
 @given(st.lists(ids, min_size=1, max_size=20, unique=True))
 def test_what_is_said_of_ids_is_that_of_looking_at_each(tokens: list[str]) -> None:
     def told() -> list:
-        events = np.arange(len(tokens))
         text, notes = tidy(series(tokens), "user")
         odd = respellable(series(tokens))
-        missing = missing_as_text(series(tokens), events, "user")
-        return [text.to_list(), notes, odd.to_list(), missing, odd_ids(series(tokens), "user")]
+        look = ids_module.TokenBytes(series(tokens))
+        missing = missing_as_text(look, lambda: np.arange(len(tokens)), "user")
+        return [text.to_list(), notes, odd.to_list(), missing, odd_ids(look, "user")]
 
     found = told()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hstu_xd.data.ids.TokenBytes", _EveryLetter)
+        patch.setattr(ids_module, "TokenBytes", _EveryLetter)
         assert told() == found
