@@ -130,10 +130,7 @@ class TokenDictionary:
         self, hashes: NDArray[np.uint64], tokens: "pl.DataFrame", rows: NDArray[np.int64]
     ) -> None:
         """Give codes to the hashes of rows of tokens."""
-        first = np.argsort(hashes, kind="stable")
-        fresh = hashes[first]
-        differs = np.append(True, fresh[1:] != fresh[:-1])
-        fresh, first = fresh[differs], first[differs]
+        fresh, first = np.unique(hashes, return_index=True)
         # As plain Arrow strings: polars' string views would keep the whole batch's text alive.
         self._parts.append(tokens[rows[first]].to_arrow())
         self._size += len(fresh)

@@ -388,7 +388,7 @@ def _check_arrays(
         raise damaged(folder / store_files.OFFSETS, "does not divide the events among the users")
     places = np.linspace(0, max(0, events - CHECKED_BLOCK), CHECKED_BLOCKS, dtype=np.int64)
     starts = np.asarray(offsets)
-    for start in dict.fromkeys(places.tolist()) if events > CHECKED_ALL else [0]:
+    for start in np.unique(places).tolist() if events > CHECKED_ALL else [0]:
         rows = slice(start, start + (CHECKED_BLOCK if events > CHECKED_ALL else events))
         ids, times = item_ids[rows], timestamps[rows]
         if ids.size and not (ids.min() > 0 and ids.max() <= items):
