@@ -7,6 +7,7 @@ events that filters dropped, cannot be made up: such stores are refused.
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,7 @@ def append_logs(
     tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
     merged = _merge(old, events, reader)
     with replaced_folder(out, force=force) as folder:
-        log, hashes = merged.write_events(folder)
-        facts = merged.facts(log)
+        log, facts, hashes = merged.write_events(folder)
         if columns.order is not None:
             facts["ties"]["order"] = old.manifest["ties"]["order"]
         facts |= {name: True for name in (EXACT_IDS, PREFIXED) if name in old.manifest}
@@ -155,17 +155,27 @@ class _Merged:
     tied: int
     repeats: int
 
-    def write_events(self, folder: Path) -> tuple[Log, dict[str, str]]:
-        """Write the arrays of events; return the log, which maps them, and their hashes."""
-        hashes = self.events.write(folder)
-        item_ids, time = (
-            np.asarray(map_array(folder / name, len(self.events), np.dtype(kind)))
-            for name, kind in ((store_files.ITEM_IDS, "<i4"), (store_files.TIMESTAMPS, "<i8"))
-        )
-        return Log(self.users, self.items, self.events.offsets, item_ids, time), hashes
+    def write_events(self, folder: Path) -> tuple[Log, dict[str, Any], dict[str, str]]:
+        """Write the arrays of events.
 
-    def facts(self, log: Log) -> dict[str, Any]:
-        """Return what the manifest says of how the log came about."""
+        Returns:
+            The log, which maps them; what the manifest says of how it came about; their hashes.
+        """
+
+        def mapped(name: str, kind: str) -> NDArray:
+            return np.asarray(map_array(folder / name, len(self.events), np.dtype(kind)))
+
+        with ThreadPoolExecutor(1) as pool:
+            times = pool.submit(self.events.write_times, folder)
+            hashes = {store_files.ITEM_IDS: self.events.write_item_ids(folder)}
+            item_ids = mapped(store_files.ITEM_IDS, "<i4")
+            log = Log(self.users, self.items, self.events.offsets, item_ids, np.empty(0, np.int64))
+            facts = self._facts(log)  # Which asks for no times.
+            hashes[store_files.TIMESTAMPS] = times.result()
+        log.time = mapped(store_files.TIMESTAMPS, "<i8")
+        return log, facts, hashes
+
+    def _facts(self, log: Log) -> dict[str, Any]:
         facts = facts_of(
             log,
             read=len(log.item_ids),

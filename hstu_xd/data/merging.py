@@ -5,7 +5,6 @@ costs is little more than copying the files and taking their hashes.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -159,14 +158,14 @@ class EventMerger:
         tied -= sum(int(count[count > 1].sum()) for count in (runs.num_old, runs.num_new))
         return TieChange(tied, count_repeats(ordered) - alone)
 
-    def write(self, folder: Path) -> dict[str, str]:
-        """Write items and times of the whole; return the hash of each file by its name."""
-        files = folder / store_files.ITEM_IDS, folder / store_files.TIMESTAMPS
-        with ThreadPoolExecutor(1) as pool:
-            times = inserted(self.store.timestamps, self.place, self.added.time)
-            hashed = pool.submit(_write_column, files[1], times, "<i8", len(self))
-            digests = _write_column(files[0], self._item_ids(), "<i4", len(self)), hashed.result()
-        return {file.name: digest for file, digest in zip(files, digests)}
+    def write_item_ids(self, folder: Path) -> str:
+        """Write the items of all events; return the file's hash."""
+        return _write_column(folder / store_files.ITEM_IDS, self._item_ids(), "<i4", len(self))
+
+    def write_times(self, folder: Path) -> str:
+        """Write the times of all events; return the file's hash."""
+        times = inserted(self.store.timestamps, self.place, self.added.time)
+        return _write_column(folder / store_files.TIMESTAMPS, times, "<i8", len(self))
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
