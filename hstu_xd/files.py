@@ -375,6 +375,36 @@ def check_readable(file: Path) -> None:
         pass  # whoever reads it knows what its absence means
 
 
+class HashedFile:
+    """A new file whose SHA-256 is taken while it is written, without reading it again.
+
+    Example:
+        >>> with HashedFile(folder / "offsets.npy") as file:
+        ...     np.save(file, offsets)
+        >>> file.digest
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._stream = file.open("wb")
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write bytes; return their number."""
+        self._hash.update(data)
+        return self._stream.write(data)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what was written so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()

@@ -6,7 +6,8 @@ events that filters dropped, cannot be made up: such stores are refused.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,15 @@ from hstu_xd.data import store_files
 from hstu_xd.data.encode import EventReader, Events, IdOptions, doubts_of_ids, read_log
 from hstu_xd.data.filters import Filters
 from hstu_xd.data.ids import respellable
+from hstu_xd.data.mapped_files import map_array
+from hstu_xd.data.merging import EventMerger
 from hstu_xd.data.order import Histories, in_time_order
 from hstu_xd.data.prepare import EXACT_IDS, PREFIXED, facts_of, tell_of_files, write_prepared
-from hstu_xd.data.repeats import count_repeats, first_after
+from hstu_xd.data.repeats import count_repeats
 from hstu_xd.data.sources import ReadOptions, open_sources
 from hstu_xd.data.sources.columns import ColumnOptions
 from hstu_xd.data.store import InteractionStore, is_store
 from hstu_xd.data.store_files import Log
-from hstu_xd.data.times import date_of
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output, replaced_folder
 
@@ -36,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Below every character that a domain's name may hold: so pairs sort as their texts do.
 _SEPARATOR = "\x00"
-# Rows of a store that are merged at once.
-_BLOCK_ROWS = 1 << 18
 
 
 def append_logs(
@@ -91,12 +91,17 @@ def append_logs(
     sources = open_sources(inputs, file_format=file_format, options=options, tell=tell)
     events, reader = read_log(sources, ids, tell=tell)
     tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
-    log, facts = _appended(old, events, reader)
-    if columns.order is not None:
-        facts["ties"]["order"] = old.manifest["ties"]["order"]
-    facts |= {name: True for name in (EXACT_IDS, PREFIXED) if name in old.manifest}
+    merged = _merge(old, events, reader)
     with replaced_folder(out, force=force) as folder:
-        return write_prepared(folder, log, facts, reader, write_upstream=write_upstream)
+        log, facts, hashes = merged.write_events(folder)
+        if columns.order is not None:
+            facts["ties"]["order"] = old.manifest["ties"]["order"]
+        facts |= {name: True for name in (EXACT_IDS, PREFIXED) if name in old.manifest}
+        manifest = write_prepared(
+            folder, log, facts, reader, write_upstream=write_upstream, hashes=hashes
+        )
+        del log  # Its arrays are the files of a folder that is renamed now.
+    return manifest
 
 
 def _check_appendable(store: InteractionStore, columns: ColumnOptions) -> None:
@@ -132,10 +137,69 @@ def _check_appendable(store: InteractionStore, columns: ColumnOptions) -> None:
             )
 
 
-def _appended(
-    store: InteractionStore, events: Events, reader: EventReader
-) -> tuple[Log, dict[str, Any]]:
-    """Merge a store with events; return the log and what its manifest says of it."""
+@dataclass
+class _Merged:
+    """A store and new events, merged but for the events themselves.
+
+    Attributes:
+        users: ids of all users.
+        items: all items.
+        events: puts the new events between the old ones.
+        tied: events that share user and time with another.
+        repeats: events that equal the one before.
+    """
+
+    users: "pl.Series"
+    items: "pl.DataFrame"
+    events: EventMerger
+    tied: int
+    repeats: int
+
+    def write_events(self, folder: Path) -> tuple[Log, dict[str, Any], dict[str, str]]:
+        """Write the arrays of events.
+
+        Returns:
+            The log, which maps them; what the manifest says of how it came about; their hashes.
+        """
+
+        def mapped(name: str, kind: str) -> NDArray:
+            return np.asarray(map_array(folder / name, len(self.events), np.dtype(kind)))
+
+        with ThreadPoolExecutor(1) as pool:
+            times = pool.submit(self.events.write_times, folder)
+            hashes = {store_files.ITEM_IDS: self.events.write_item_ids(folder)}
+            item_ids = mapped(store_files.ITEM_IDS, "<i4")
+            log = Log(self.users, self.items, self.events.offsets, item_ids, np.empty(0, np.int64))
+            facts = self._facts(log)  # Which asks for no times.
+            hashes[store_files.TIMESTAMPS] = times.result()
+        log.time = mapped(store_files.TIMESTAMPS, "<i8")
+        return log, facts, hashes
+
+    def _facts(self, log: Log) -> dict[str, Any]:
+        facts = facts_of(
+            log,
+            read=len(log.item_ids),
+            tied=self.tied,
+            repeats=self.repeats,
+            found=self.repeats,
+            filters=self.events.store.manifest["filters"],
+        )
+        facts["warnings"] += doubts_of_ids(
+            log.users,
+            log.items,
+            lambda: np.diff(log.offsets),
+            lambda: np.bincount(log.item_ids, minlength=len(log.items) + 1)[1:],
+        )
+        return facts
+
+
+def _merge(store: InteractionStore, events: Events, reader: EventReader) -> _Merged:
+    """Merge the ids of a store and of events, and place the events.
+
+    Raises:
+        InputError: ids that contradict each other or may be written otherwise, or events whose
+            order is unknown.
+    """
     import polars as pl
 
     old_users = pl.read_parquet(store.path / store_files.USERS)["user"]
@@ -166,25 +230,13 @@ def _appended(
     by_hash = store.manifest["ties"]["order"] == "hash" and not events.moments.finer
     added, tied = in_time_order(events)
     added = Histories(users.new[added.user], items.new[added.item], added.time)
-    merged = _Merger(store, users, items).merge(added, by_hash=by_hash)
-    change = merged.reorder(all_users, all_items)
-    log = Log(all_users, all_items, merged.offsets, merged.item, merged.time)
+    merger = EventMerger.of(
+        store, users.old, items.old, added, num_users=len(all_users), by_hash=by_hash
+    )
+    change = merger.order_ties(all_users, all_items)
+    tied += store.manifest["ties"]["events"] + change.tied
     repeats = store.manifest["duplicates"] + count_repeats(added) + change.repeats
-    facts = facts_of(
-        log,
-        read=len(log.item),
-        tied=store.manifest["ties"]["events"] + tied + change.tied,
-        repeats=repeats,
-        found=repeats,
-        filters=store.manifest["filters"],
-    )
-    facts["warnings"] += doubts_of_ids(
-        all_users,
-        all_items,
-        lambda: np.diff(log.offsets),
-        lambda: np.bincount(log.item, minlength=len(all_items)),
-    )
-    return log, facts
+    return _Merged(all_users, all_items, merger, tied, repeats)
 
 
 def _pairs(items: "pl.DataFrame") -> "pl.Series":
@@ -244,152 +296,3 @@ class MergedTokens:
         rows[self.old] = np.arange(len(self.old))
         rows[self.new[self.fresh]] = np.arange(len(self.old), len(rows))
         return pl.concat([old, new.filter(pl.Series(self.fresh))])[rows]
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What numbers of events change where new ones meet old ones in a second.
-
-    Attributes:
-        tied: events that share user and time with another, beyond those of old and new alone.
-        repeats: events equal to the one before, likewise.
-    """
-
-    tied: int
-    repeats: int
-
-
-@dataclass
-class _Merged:
-    """Events of both in the order of user and time, and the runs that hold both of one second.
-
-    Attributes:
-        offsets: (U + 1,) int64.
-        item: (n,) int32.
-        time: (n,) int64.
-        is_new: (n,) bool.
-        starts: where each run begins that holds both.
-        sizes: its number of events.
-        owners: its user.
-    """
-
-    offsets: NDArray[np.int64]
-    item: NDArray[np.int32]
-    time: NDArray[np.int64]
-    is_new: NDArray[np.bool_]
-    starts: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    owners: NDArray[np.int32]
-
-    def reorder(self, users: "pl.Series", items: "pl.DataFrame") -> _Change:
-        """Order each of the runs as reading all would, by the hash of user and item."""
-        if not self.starts.size:
-            return _Change(0, 0)
-        rows = np.repeat(self.starts - np.cumsum(self.sizes) + self.sizes, self.sizes)
-        rows += np.arange(rows.size)
-        run = np.repeat(np.arange(self.starts.size), self.sizes)
-        owner, own_users = _renumbered(np.repeat(self.owners, self.sizes))
-        item, own_items = _renumbered(self.item[rows])
-        is_new = self.is_new[rows]
-        time = self.time[rows]
-        parts = [Histories(owner[part], item[part], time[part]) for part in (is_new, ~is_new)]
-        alone = sum(map(count_repeats, parts))
-        both = Events(users.gather(own_users), items[own_items], owner, item, time.copy())
-        ordered, tied = in_time_order(both)
-        self.item[rows] = own_items[ordered.item]
-        counts = [np.bincount(run[part], minlength=self.starts.size) for part in (is_new, ~is_new)]
-        tied -= sum(int(count[count > 1].sum()) for count in counts)
-        return _Change(tied, count_repeats(ordered) - alone)
-
-
-def _renumbered(codes: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    known, places = np.unique(codes, return_inverse=True)
-    return places.astype(np.int32), known
-
-
-@dataclass(frozen=True)
-class _Merger:
-    """Puts sorted new events between those of a store."""
-
-    store: InteractionStore
-    users: MergedTokens
-    items: MergedTokens
-
-    def merge(self, added: Histories, *, by_hash: bool) -> _Merged:
-        """Merge by user and time; where times are equal, new events come last.
-
-        Args:
-            added: in the numbering of the whole.
-            by_hash: whether new events of one second are ordered by the hash alone.
-
-        Raises:
-            InputError: they or the old ones are not, and a new event shares user and second with an
-                old one.
-        """
-        old_time = np.asarray(self.store.timestamps)
-        num_users = len(self.users.old) + int(self.users.fresh.sum())
-        lengths = np.zeros(num_users, np.int64)
-        lengths[self.users.old] = np.diff(self.store.offsets)
-        begins = np.concatenate([[0], np.cumsum(lengths)])
-        starts, stops = begins[added.user], begins[added.user + 1]
-        place = first_after(old_time, starts, stops, added.time)
-        before = first_after(old_time, starts, stops, added.time - 1)
-        at = place + np.arange(len(place))
-        is_new = np.zeros(len(old_time) + len(place), np.bool_)
-        is_new[at] = True
-        item = np.empty(len(is_new), np.int32)
-        time = np.empty(len(is_new), np.int64)
-        item[at], time[at] = added.item, added.time
-        for rows, old_rows in _blocks(place, len(old_time)):
-            left = ~is_new[rows]
-            item[rows][left] = self._old_items(old_rows)
-            time[rows][left] = old_time[old_rows]
-        offsets = begins.copy()
-        offsets[1:] += np.cumsum(np.bincount(added.user, minlength=num_users))
-        # New events of one user and second, beside old ones of that second.
-        first = np.ones(len(place), np.bool_)
-        first[1:] = (added.user[1:] != added.user[:-1]) | (added.time[1:] != added.time[:-1])
-        counts = np.diff(np.append(np.flatnonzero(first), len(place)))
-        meets = place[first] > before[first]
-        if meets.any() and not (by_hash and self._is_tied_by_hash(old_time)):
-            self._refuse(added, int(np.flatnonzero(first)[meets][0]))
-        heads = np.flatnonzero(first)[meets]
-        sizes = place[heads] - before[heads] + counts[meets]
-        runs = (before[heads] + heads, sizes, added.user[heads])
-        return _Merged(offsets, item, time, is_new, *runs)
-
-    def _old_items(self, rows: slice) -> NDArray[np.int32]:
-        # Ids begin with 1; mode="clip" skips a check of bounds that costs as much as the look-up.
-        return self.items.old.take(self.store.item_ids[rows] - np.int32(1), mode="clip")
-
-    def _is_tied_by_hash(self, old_time: NDArray[np.int64]) -> bool:
-        """Whether all old events of one user and second were of one time for who read them.
-
-        Where they were not, times were finer. An old log with times that fine and nobody who has
-        two events in a second cannot be told from one of whole seconds, and is taken as such.
-        """
-        same = np.zeros(len(old_time) + 1, np.bool_)
-        np.equal(old_time[1:], old_time[:-1], out=same[1:-1])
-        same[self.store.offsets] = False
-        return int((same[1:] | same[:-1]).sum()) == self.store.manifest["ties"]["events"]
-
-    def _refuse(self, added: Histories, event: int) -> None:
-        user = int(np.flatnonzero(self.users.old == added.user[event])[0])
-        raise InputError(
-            f"{self.store.path} cannot be appended to: user {self.store.user_token(user)!r} has "
-            f"old and new events at {date_of(int(added.time[event]))}, which fractions of a second "
-            "or a column put in order, and the store holds neither; prepare all logs together"
-        )
-
-
-def _blocks(place: NDArray[np.int64], num_old: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of old rows that fit the cache, and where they and the new ones among them go.
-
-    Args:
-        place: of each new row among the old ones, ascending.
-        num_old: number of the old ones.
-    """
-    for first in range(0, num_old, _BLOCK_ROWS):
-        last = min(first + _BLOCK_ROWS, num_old)
-        before, until = np.searchsorted(place, [first, last])
-        yield slice(first + before, last + until), slice(first, last)

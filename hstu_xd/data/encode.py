@@ -31,6 +31,7 @@ from hstu_xd.data.reading import FileFacts
 from hstu_xd.data.sources import Source
 from hstu_xd.data.sources.base import FIELD
 from hstu_xd.data.times import Moments, order_events
+from hstu_xd.data.token_bytes import TokenBytes
 from hstu_xd.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 USER_SEED, ITEM_SEED, DOMAIN_SEED = 1, 2, 3
 # What polars makes of a list, an object, a truth value and half of a surrogate pair in JSON.
 _DOUBTFUL = r"^(\[|\{|true$|false$)|\x00"
+_DOUBTFUL_LETTERS = ("[", "{", "true", "false", "\x00")
 
 
 @dataclass
@@ -54,7 +56,6 @@ class Events:
         time: (n,) int64, numbers that order the events of a user; seconds unless ``moments`` says
             otherwise.
         moments: how seconds follow from ``time``.
-        warnings: what a user should know about the ids.
         fields: of the events, in the order of ``user``; None where none were asked for.
     """
 
@@ -64,7 +65,6 @@ class Events:
     item: NDArray[np.int32]
     time: NDArray[np.int64]
     moments: Moments = field(default_factory=Moments)
-    warnings: list[str] = field(default_factory=list)
     fields: EventFields | None = None
 
     def release(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
@@ -266,15 +266,9 @@ class EventReader:
             item = renumber(self.item, item_ranks)
             time, moments = order_events(self.seconds, self.nanoseconds, self.order)
             user = user_codes.result()
-            warnings = doubts_of_ids(
-                users["user"],
-                items,
-                lambda: np.bincount(user, minlength=len(users)),
-                lambda: np.bincount(item, minlength=len(items)),
-            )
         fields = numbered(pl.concat(self.fields)) if self.fields else None
         catalogue = items.select("item", "domain")
-        return Events(users["user"], catalogue, user, item, time, moments, warnings, fields)
+        return Events(users["user"], catalogue, user, item, time, moments, fields)
 
     def _check(self, tokens: "pl.Series") -> None:
         """Refuse ids that are blank, endless or no ids at all.
@@ -282,16 +276,20 @@ class EventReader:
         Raises:
             InputError: names the line.
         """
-        longest = tokens.str.len_bytes().max()
-        too_long = isinstance(longest, int) and longest > LONGEST_ID
+        look = TokenBytes(tokens)
+        too_long = look.lengths.max() > LONGEST_ID
         # In JSON a list or an object may stand where an id is asked for, and in text a return
         # that ends no line; polars takes both.
-        odd, returns = (tokens.str.contains(text).any() for text in (_DOUBTFUL, "\r"))
+        returns = look.have("\r")
+        odd = any(map(look.have, _DOUBTFUL_LETTERS)) and tokens.str.contains(_DOUBTFUL).any()
         if odd or returns:
             doubtful = (s for s in self.sources if returns or s.may_nest)
             for fault in filter(None, map(first_fault, doubtful)):
                 raise fault
-        if too_long or (tokens.str.strip_chars() == "").any():
+        blank = not look.lengths.all()
+        if not look.is_printed_ascii:
+            blank = (tokens.str.strip_chars() == "").any()
+        if too_long or blank:
             faults = (first_fault(source) for source in self.sources)
             state = f"is longer than {LONGEST_ID} bytes" if too_long else "is empty"
             reason = f"a {tokens.name} id {state}; mend it"
@@ -367,15 +365,13 @@ def doubts_of_ids(
         domains = items["domain"].rle_id().to_numpy()
         return np.bincount(domains, weights=count_items()).astype(np.int64)
 
-    found = []
-    for role, tokens, count in (
-        ("user", users, count_users),
-        ("item", items["item"], count_items),
-        ("domain", names, count_domains),
-    ):
-        if missing_as_text(tokens, np.zeros(len(tokens), np.int64), role) is not None:
-            found.append(missing_as_text(tokens, count(), role))
-    odd = odd_ids(users, "user") + odd_ids(items["item"], "item")
+    user, item, domain = map(TokenBytes, (users, items["item"], names))
+    found = (
+        missing_as_text(user, count_users, "user"),
+        missing_as_text(item, count_items, "item"),
+        missing_as_text(domain, count_domains, "domain"),
+    )
+    odd = odd_ids(user, "user") + odd_ids(item, "item")
     return [text for text in found if text is not None] + odd
 
 

@@ -15,7 +15,7 @@ from hstu_xd.data.order import Histories
 from hstu_xd.errors import InputError
 
 # Counts of a block, whose events fit the cache.
-CELLS = 1 << 18
+CELLS = 1 << 15
 
 
 class DomainCounts(NamedTuple):

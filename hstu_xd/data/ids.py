@@ -4,7 +4,8 @@ Ids are numbered in order of first sight, a batch at a time, faster than by a ge
 looks odd about ids is said. All of that works on the distinct ids of a log, not on its events.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
+from hstu_xd.data.token_bytes import TokenBytes
 from hstu_xd.errors import InputError
 
 CHUNK = 1 << 16
@@ -105,7 +107,7 @@ class TokenDictionary:
         codes = self._find(values)
         unseen = np.flatnonzero(codes < 0)
         if unseen.size:
-            self._learn(values[unseen], tokens[unseen])
+            self._learn(values[unseen], tokens, unseen)
             codes[unseen] = self._find(values[unseen])
         return codes
 
@@ -124,10 +126,13 @@ class TokenDictionary:
             codes[rest] = np.where(late < 0, late, late + np.int32(len(self._old.hashes)))
         return codes
 
-    def _learn(self, hashes: NDArray[np.uint64], tokens: "pl.DataFrame") -> None:
+    def _learn(
+        self, hashes: NDArray[np.uint64], tokens: "pl.DataFrame", rows: NDArray[np.int64]
+    ) -> None:
+        """Give codes to the hashes of rows of tokens."""
         fresh, first = np.unique(hashes, return_index=True)
         # As plain Arrow strings: polars' string views would keep the whole batch's text alive.
-        self._parts.append(tokens[first].to_arrow())
+        self._parts.append(tokens[rows[first]].to_arrow())
         self._size += len(fresh)
         # Two indexes: rebuilding one large index for every few new tokens would be quadratic.
         recent = np.concatenate([self._new.hashes, fresh])
@@ -141,20 +146,49 @@ LONGEST_ID = 4096
 _DECIMAL = r"^-?\d+\.\d+$"
 _WHOLE_DECIMAL = r"^(-?\d+)\.0+$"
 _WHOLE = r"^-?\d+$"
+
+
+class _Pattern(NamedTuple):
+    """A regular expression, and what every id that it fits has.
+
+    Attributes:
+        text: the expression.
+        letters: all of them are in the id.
+        begins: the id begins with one of them; empty: with anything.
+    """
+
+    text: str
+    letters: str = ""
+    begins: str = ""
+
+    def fitting(self, look: TokenBytes) -> "pl.Series":
+        """Return the ids that the expression fits."""
+        if not look.have(self.letters):
+            return look.tokens.clear()
+        tokens = look.tokens.filter(look.begin(self.begins)) if self.begins else look.tokens
+        return tokens.filter(tokens.str.contains(self.text))
+
+
 # Spellings that other ids may have too, and how they differ from those.
-_TWINS = {_WHOLE_DECIMAL: "a fraction of zeros", r"^0+(\d+)$": "leading zeros"}
+_TWINS = {
+    _Pattern(_WHOLE_DECIMAL, letters="."): "a fraction of zeros",
+    _Pattern(r"^0+(\d+)$", begins="0"): "leading zeros",
+}
 _SHORTENED = "look like numbers that a spreadsheet has shortened: different ids may have become one"
 _QUOTED = r"""^('.+'|".+"|\x{201c}.+\x{201d})$"""
 _ODD = {
-    r"^-?\d\.\d+[eE]\+\d+$": f"{_SHORTENED}; export them as text",
-    _QUOTED: "hold their quotes; take them away if others have none",
+    _Pattern(r"^-?\d\.\d+[eE]\+\d+$", letters=".+"): f"{_SHORTENED}; export them as text",
+    _Pattern(_QUOTED, begins="'\"\u201c"): "hold their quotes; take them away if others have none",
 }
 # Characters that nobody sees, and that are no white space.
 _UNSEEN = "\u200b\u2060\ufeff"
 _CONTROL = r"[\p{Cc}\p{Zl}\p{Zp}]"
 _MISSING = ("nan", "none", "null", "\\n", "na", "n/a", "<na>", "nil", "nat", "undefined", "#n/a")
 _LONGEST_MISSING = max(map(len, _MISSING))
+_BEGINS, _ENDS = ({t for word in _MISSING for t in (word[at], word[at].upper())} for at in (0, -1))
 _EXAMPLES = 3
+# Ids of more words than these are sorted as texts, which takes no longer then.
+_SORTED_WORDS = 2
 
 
 def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
@@ -168,6 +202,8 @@ def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
     Returns:
         The ids, and what was changed, in words.
     """
+    if _is_plain(tokens):
+        return tokens, []
     notes = []
     stripped = tokens.str.strip_chars()
     spaced = tokens.filter(stripped != tokens)
@@ -200,8 +236,16 @@ def _plain(tokens: "pl.Series") -> "pl.Series":
     return tokens.str.normalize("NFC").str.strip_chars(_UNSEEN).str.strip_chars()
 
 
+def _is_plain(tokens: "pl.Series") -> bool:
+    """Whether there is nothing to make equal: no accents, no ends to take away, no decimals."""
+    look = TokenBytes(tokens)
+    return look.is_printed_ascii and not look.have(".")
+
+
 def respellable(tokens: "pl.Series") -> "pl.Series":
     """Return the ids that :func:`tidy` leaves or changes as the other ids of the log are."""
+    if _is_plain(tokens):
+        return tokens.clear()
     # Printed ASCII holds no accents and no ends to take away; nearly all ids are of it.
     rare = tokens.filter(tokens.str.contains(f"[^!-~]|{_DECIMAL}"))
     stripped = rare.str.strip_chars()
@@ -215,15 +259,29 @@ def number_tokens(tokens: "pl.DataFrame") -> tuple["pl.DataFrame", NDArray[np.in
         The distinct tokens in order, and the place of each row of ``tokens`` in them.
     """
     names = tokens.columns
-    ordered = tokens.with_row_index("code").sort(*names)
+    order = _ascending(tokens)
+    ordered = tokens[order]
     fresh = np.zeros(len(ordered), np.bool_)
     fresh[:1] = True
     for name in names:
         column = ordered[name]
         fresh[1:] |= column.ne_missing(column.shift(1)).to_numpy()[1:]
     ranks = np.empty(len(ordered), np.int32)
-    ranks[ordered["code"].to_numpy()] = np.cumsum(fresh, dtype=np.int32) - 1
-    return (ordered if fresh.all() else ordered.filter(fresh)).select(names), ranks
+    ranks[order] = np.cumsum(fresh, dtype=np.int32) - 1
+    return ordered if fresh.all() else ordered.filter(fresh), ranks
+
+
+def _ascending(tokens: "pl.DataFrame") -> NDArray[np.integer]:
+    """Return the rows of tokens in the order of their columns; short ids are sorted as numbers."""
+    import polars as pl
+
+    keys = []
+    for name in tokens.columns:
+        words = TokenBytes(tokens[name]).words(_SORTED_WORDS)
+        if words is None:
+            return tokens.select(pl.arg_sort_by(*tokens.columns)).to_series().to_numpy()
+        keys += words
+    return np.argsort(keys[0]) if len(keys) == 1 else np.lexsort(keys[::-1])
 
 
 def check_domain_characters(domains: "pl.Series") -> None:
@@ -240,18 +298,23 @@ def check_domain_characters(domains: "pl.Series") -> None:
         )
 
 
-def missing_as_text(tokens: "pl.Series", events: NDArray[np.int64], role: str) -> str | None:
+def missing_as_text(
+    look: TokenBytes, count_events: Callable[[], NDArray[np.int64]], role: str
+) -> str | None:
     """Describe ids that look like missing values; None where there are none.
 
     Args:
-        tokens: distinct ids.
-        events: number of events of each.
+        look: at distinct ids.
+        count_events: counts the events of each, which is done where one looks so.
         role: ``user``, ``item`` or ``domain``.
     """
-    short = np.flatnonzero(tokens.str.len_bytes().to_numpy() <= _LONGEST_MISSING)
+    tokens = look.tokens
+    may_be = (look.lengths <= _LONGEST_MISSING) & look.begin(_BEGINS) & look.end(_ENDS)
+    short = np.flatnonzero(may_be)
     rows = short[tokens.gather(short).str.to_lowercase().is_in(_MISSING).to_numpy()]
     if not rows.size:
         return None
+    events = count_events()
     listed = ", ".join(f"{tokens[int(row)]!r} ({int(events[row]):,} events)" for row in rows)
     return (
         f"{role} ids that look like missing values count as {role}s: {listed}; remove their lines "
@@ -259,27 +322,27 @@ def missing_as_text(tokens: "pl.Series", events: NDArray[np.int64], role: str) -
     )
 
 
-def odd_ids(tokens: "pl.Series", role: str) -> list[str]:
+def odd_ids(look: TokenBytes, role: str) -> list[str]:
     """Describe ids that may not be what they were: twins, shortened numbers, quotes.
 
     Args:
-        tokens: distinct ids.
+        look: at distinct ids.
         role: ``user``, ``item`` or ``domain``.
     """
     found = []
     for pattern, difference in _TWINS.items():
-        longer = tokens.filter(tokens.str.contains(pattern))
+        longer = pattern.fitting(look)
         if longer.is_empty():
             continue
-        shorter = longer.str.extract(pattern)
-        twins = longer.filter(shorter.is_in(tokens.implode()) & (shorter != longer))
+        shorter = longer.str.extract(pattern.text)
+        twins = longer.filter(shorter.is_in(look.tokens.implode()) & (shorter != longer))
         if len(twins):
             found.append(
                 f"{len(twins):,} {role} ids differ from others by {difference} only "
                 f"({_few(twins)}); write them in one way if they are the same"
             )
     for pattern, state in _ODD.items():
-        odd = tokens.filter(tokens.str.contains(pattern))
+        odd = pattern.fitting(look)
         if len(odd):
             found.append(f"{len(odd):,} {role} ids ({_few(odd)}) {state}")
     return found

@@ -169,6 +169,6 @@ class ItemTable:
         both = both.with_row_index("was").sort("domain", "item")
         places = np.empty(len(both), np.int32)
         places[both["was"].to_numpy()] = np.arange(len(both), dtype=np.int32)
-        log.item = places[log.item]
+        log.item_ids = places[log.item_ids - 1] + np.int32(1)
         log.items = both.drop("was")
         return len(fresh)

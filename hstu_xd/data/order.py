@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hstu_xd.data.encode import Events
+from hstu_xd.data.token_bytes import TokenBytes
 
 WORD = 8
 CHUNK = 1 << 20
@@ -45,16 +46,8 @@ def hash_tokens(tokens: "pl.Series") -> NDArray[np.uint64]:
 
 
 def _hash_chunk(tokens: "pl.Series") -> NDArray[np.uint64]:
-    import pyarrow as pa
-
-    array = tokens.rechunk().to_arrow().cast(pa.large_binary())
-    if isinstance(array, pa.ChunkedArray):
-        array = array.combine_chunks()
-    _, offset_buffer, data_buffer = array.buffers()
-    window = slice(array.offset, array.offset + len(array) + 1)
-    offsets = np.frombuffer(offset_buffer, np.int64)[window]
-    data = np.frombuffer(data_buffer, np.uint8) if data_buffer else np.empty(0, np.uint8)
-    lengths = np.diff(offsets)
+    look = TokenBytes(tokens)
+    offsets, data, lengths = look.offsets, look.data, look.lengths
     hashes = lengths.astype(np.uint64)
     within = np.arange(WORD)
     for start in range(0, int(lengths.max(initial=0)), WORD):
@@ -199,8 +192,8 @@ def _break_ties(histories: Histories, events: Events) -> int:
         return 0
     item = histories.item[places]
     run = np.cumsum(~same[places]).astype(np.uint64)
-    user_hash, item_hash = hash_tokens(events.users), hash_tokens(events.items["item"])
-    tie = hash_pairs(user_hash[histories.user[places]], item_hash[item])
+    user = histories.user[places]
+    tie = hash_pairs(_hashes_at(events.users, user), _hashes_at(events.items["item"], item))
     # Sort by the run and as many leading bits of the hash as fit beside it; the few that remain
     # equal are sorted by all of it, and by item should two items ever share a hash.
     run_bits = np.uint64(int(run[-1]).bit_length())
@@ -215,6 +208,15 @@ def _break_ties(histories: Histories, events: Events) -> int:
     item[left] = item[left][np.lexsort((item[left], tie[left], key[left]))]
     histories.item[places] = item
     return int(places.size)
+
+
+def _hashes_at(tokens: "pl.Series", rows: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """Hash of the token of each row; tokens of no row are not hashed."""
+    used = np.zeros(len(tokens), np.bool_)
+    used[rows] = True
+    hashes = np.empty(len(tokens), np.uint64)
+    hashes[used] = hash_tokens(tokens.filter(used))
+    return hashes[rows]
 
 
 def _sort(key: NDArray[np.uint64], value: NDArray) -> tuple[NDArray[np.uint64], NDArray]:

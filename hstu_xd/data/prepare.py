@@ -1,14 +1,14 @@
 """From interaction logs to a prepared store: read, order, filter, write."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hstu_xd.data import store_files
-from hstu_xd.data.encode import EventReader, Events, IdOptions, read_log
+from hstu_xd.data.encode import EventReader, Events, IdOptions, doubts_of_ids, read_log
 from hstu_xd.data.event_fields import FieldRows
 from hstu_xd.data.filters import Filters, apply_filters, offsets_of
 from hstu_xd.data.ids import alike_without_case, strangers
@@ -135,9 +135,24 @@ def tell_of_files(
 
 
 def write_prepared(
-    folder: Path, log: Log, facts: dict[str, Any], reader: EventReader, *, write_upstream: bool
+    folder: Path,
+    log: Log,
+    facts: dict[str, Any],
+    reader: EventReader,
+    *,
+    write_upstream: bool,
+    hashes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the store and what was asked for beside it; return the manifest."""
+    """Write the store and what was asked for beside it; return the manifest.
+
+    Args:
+        folder: where to write.
+        log: the events.
+        facts: further entries of the manifest.
+        reader: which knows what was left out.
+        write_upstream: whether upstream's files are written, too.
+        hashes: of the log's arrays that are in the folder already.
+    """
     if reader.skipped:
         listing = folder / store_files.FAULTY_LINES
         text = "file,line,problem\n" + reader.faulty_lines.getvalue()
@@ -151,7 +166,7 @@ def write_prepared(
                 f"{SEQUENCES} leaves out {written['left_out']} of {len(log.users)} users: "
                 f"upstream cannot train on fewer than {MIN_EVENTS} events"
             )
-    return write_store(folder, log, facts)
+    return write_store(folder, log, facts, hashes=hashes)
 
 
 def build_log(
@@ -172,6 +187,12 @@ def build_log(
     if events.fields is not None:
         second = events.moments.seconds(events.time)
         rows = FieldRows(events.fields, events.user, events.item, second, events.time)
+    doubts = doubts_of_ids(
+        events.users,
+        events.items,
+        lambda: np.bincount(events.user, minlength=len(events.users)),
+        lambda: np.bincount(events.item, minlength=len(events.items)),
+    )
     histories, tied = in_time_order(events)
     repeats = found = count_repeats(histories)
     if window is not None:
@@ -181,9 +202,11 @@ def build_log(
     check_domain_names(names)
     num_users = len(events.users)
     histories, rounds = apply_filters(histories, filters, item_domain, num_users, len(names))
-    log = _compact(events, histories)
+    fields = None
     if rows is not None:
-        log.fields = rows.of(histories.user, histories.item, histories.time)
+        fields = rows.of(histories.user, histories.item, histories.time)
+    log = _compact(events, histories)
+    log.fields = fields
     if len(histories.user) != read:
         repeats = count_repeats(histories)
     facts = facts_of(
@@ -200,11 +223,11 @@ def build_log(
             "dropped": {
                 "users": num_users - len(log.users),
                 "items": len(events.items) - len(log.items),
-                "interactions": kept - len(log.item),
+                "interactions": kept - len(log.item_ids),
             },
         },
     )
-    facts["warnings"] += events.warnings
+    facts["warnings"] += doubts
     return log, facts
 
 
@@ -239,7 +262,7 @@ def facts_of(
         "targets": targets,
         "ties": {"events": tied, "share": round(tied / read, DIGITS), "order": "hash"},
         "filters": filters,
-        "warnings": _warnings(log) + repeat_warnings(repeats, len(log.item), targets),
+        "warnings": _warnings(log) + repeat_warnings(repeats, len(log.item_ids), targets),
     }
 
 
@@ -276,15 +299,16 @@ def _strangers(log: Log) -> list[str]:
     names, item_domain = domains_of(log.items)
     if len(log.users) < 2:
         return []
-    firsts = item_domain[log.item[log.offsets[:-1]]]
     # In most logs some of the first users are enough to tell.
     for start, stop in ((0, SOME_USERS), (SOME_USERS, len(log.users))):
         offsets = log.offsets[start : stop + 1]
         if len(offsets) < 2:
             break
-        domain = item_domain[log.item[offsets[0] : offsets[-1]]]
-        if (domain != np.repeat(firsts[start:stop], np.diff(offsets))).any():
+        domain = item_domain[log.item_ids[offsets[0] : offsets[-1]] - 1]
+        firsts = domain[offsets[:-1] - offsets[0]]
+        if (domain != np.repeat(firsts, np.diff(offsets))).any():
             return []
+    firsts = item_domain[log.item_ids[log.offsets[:-1]] - 1]
     examples = {
         names[d]: log.users[int(np.argmax(firsts == d))] for d in np.unique(firsts)[:2].tolist()
     }
@@ -292,7 +316,7 @@ def _strangers(log: Log) -> list[str]:
 
 
 def _compact(events: Events, histories: Histories) -> Log:
-    """Renumber users and items so that only those with events are left."""
+    """Renumber users and items so that only those with events are left; takes the items' array."""
     num_users, num_items = len(events.users), len(events.items)
     users_left = np.bincount(histories.user, minlength=num_users) > 0
     items_left = np.bincount(histories.item, minlength=num_items) > 0
@@ -305,4 +329,5 @@ def _compact(events: Events, histories: Histories) -> Log:
     if not items_left.all():
         items = items.filter(items_left)
         item = (np.cumsum(items_left, dtype=np.int32) - 1)[item]
-    return Log(users=users, items=items, offsets=offsets, item=item, time=histories.time)
+    item += np.int32(1)
+    return Log(users=users, items=items, offsets=offsets, item_ids=item, time=histories.time)

@@ -1,7 +1,7 @@
 """Write the files of a prepared store: their names, their version and their contents."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from hstu_xd.data.event_fields import EventFields
 from hstu_xd.data.item_features import StoredFeatures
 from hstu_xd.data.statistics import describe
 from hstu_xd.data.taxonomy import Taxonomy
-from hstu_xd.files import sha256_of
+from hstu_xd.files import HashedFile, sha256_of
 from hstu_xd.version import __version__
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ class Log:
         users: (U,) user tokens, sorted.
         items: columns item and domain, sorted by (domain, item); row r is item id r + 1.
         offsets: (U + 1,) int64, start of each user's events.
-        item: (L,) int32, row of ``items`` of each event, in time order within a user.
+        item_ids: (L,) int32, in 1..I, in time order within a user.
         time: (L,) int64, seconds.
-        fields: of the events, in the order of ``item``; None without such.
+        fields: of the events, in the order of ``item_ids``; None without such.
         taxonomy: of ``items``; None without one.
         features: of ``items``; None without such.
     """
@@ -73,7 +73,7 @@ class Log:
     users: "pl.Series"
     items: "pl.DataFrame"
     offsets: NDArray[np.int64]
-    item: NDArray[np.int32]
+    item_ids: NDArray[np.int32]
     time: NDArray[np.int64]
     fields: EventFields | None = None
     taxonomy: Taxonomy | None = None
@@ -87,7 +87,9 @@ def domains_of(items: "pl.DataFrame") -> tuple[list[str], NDArray[np.int32]]:
     return names.to_list(), ids
 
 
-def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]:
+def write_store(
+    folder: Path, log: Log, facts: dict[str, Any], *, hashes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Write all files of a store into an existing, empty folder.
 
     Equal logs and facts give equal bytes: nothing of the machine, the clock or a path is written.
@@ -96,6 +98,7 @@ def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]
         folder: where to write.
         log: the events.
         facts: further entries of the manifest (synthetic, filters, ...).
+        hashes: of the log's arrays that are in the folder already.
 
     Returns:
         The manifest.
@@ -106,16 +109,16 @@ def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]
     users.write_parquet(folder / USERS, row_group_size=ROW_GROUP)
     arrays = {
         OFFSETS: log.offsets.astype("<i8", copy=False),
-        ITEM_IDS: (log.item + np.int32(1)).astype("<i4", copy=False),
+        ITEM_IDS: log.item_ids.astype("<i4", copy=False),
         TIMESTAMPS: log.time.astype("<i8", copy=False),
     }
     side = _write_side(folder, log, arrays)
     files = [folder / name for name in (*DATA_FILES, *(n for n in SIDE_FILES if n in arrays))]
     files += [folder / name for name in _VALUE_FILES if (folder / name).exists()]
     with ThreadPoolExecutor(1) as pool:
-        hashes = pool.submit(_save_and_hash, arrays, files)
-        description = describe(log.offsets, log.item, item_domain, names)
-        digests = hashes.result()
+        saved = pool.submit(_save_and_hash, arrays, files, hashes or {})
+        description = describe(log.offsets, log.item_ids, item_domain, names)
+        digests = saved.result()
     manifest = {
         "format_version": FORMAT_VERSION,
         "version": __version__,
@@ -123,7 +126,7 @@ def write_store(folder: Path, log: Log, facts: dict[str, Any]) -> dict[str, Any]
         **side,
         **facts,
         "sizes": {file.name: file.stat().st_size for file in files},
-        "hashes": {file.name: digest for file, digest in zip(files, digests)},
+        "hashes": {file.name: digests[file.name] for file in files},
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -160,8 +163,16 @@ def _write_values(file: Path, names: Sequence[str], values: Sequence[Sequence[st
     pl.DataFrame(rows, schema=schema, orient="row").write_parquet(file, row_group_size=ROW_GROUP)
 
 
-def _save_and_hash(arrays: dict[str, NDArray], files: Sequence[Path]) -> list[str]:
-    """Write the arrays into the folder of ``files``; return the hash of every file."""
-    for name, array in arrays.items():
-        np.save(files[0].with_name(name), array)
-    return [sha256_of(file) for file in files]
+def _save_and_hash(
+    arrays: Mapping[str, NDArray], files: Sequence[Path], hashes: Mapping[str, str]
+) -> dict[str, str]:
+    """Write the arrays whose hashes are unknown; return the hash of every file by its name."""
+    digests = dict(hashes)
+    for file in files:
+        if file.name in arrays and file.name not in hashes:
+            with HashedFile(file) as hashed:
+                np.save(hashed, arrays[file.name])
+            digests[file.name] = hashed.digest
+        elif file.name not in hashes:
+            digests[file.name] = sha256_of(file)
+    return digests

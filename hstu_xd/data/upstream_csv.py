@@ -84,7 +84,7 @@ def _sequences(log: Log, users: NDArray[np.int64], block_events: int) -> Iterato
         table = pl.DataFrame(
             {
                 "user_id": block,
-                "sequence_item_ids": _joined(log.item[rows] + np.int32(1), starts),
+                "sequence_item_ids": _joined(log.item_ids[rows], starts),
                 "sequence_ratings": [longest[: 2 * size - 1] for size in sizes.tolist()],
                 "sequence_timestamps": _joined(log.time[rows], starts),
             }

@@ -333,6 +333,18 @@ def test_prepare_rows_are_passed_on(
     assert run_bench(capsys, "prepare", rows=500, out=tmp_path) == [row | {"rows": 500}]
 
 
+def test_prepare_and_append_write_the_same_bytes(tmp_path: Path) -> None:
+    prepare = pytest.importorskip("hstu_xd.bench.prepare")
+    rows = prepare.measure_prepare(2000, tmp_path)
+    assert [(row["provider"], row["rows"]) for row in rows] == [
+        ("hstu-xd prepare", 2000),
+        ("hstu-xd prepare --append", 2000),
+        ("hstu-xd prepare", 100),
+        ("csv + dict", 100),
+    ]
+    assert all(row["correct"] and row["cpu_seconds"] > 0 for row in rows)
+
+
 def test_sampler_reads_what_a_loop_over_users_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

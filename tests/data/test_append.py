@@ -2,14 +2,20 @@
 
 import json
 import random
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 
 from hstu_xd.cli.app import run
-from hstu_xd.data import append
+from hstu_xd.data import filters, merging, repeats
+from hstu_xd.data.append import append_logs
+from hstu_xd.data.prepare import prepare_logs
 from hstu_xd.data.store_files import ALL_FILES
+from hstu_xd.files import HashedFile
 
 HEADER = "user,item,domain,timestamp"
 BEGIN = 1_500_000_000
@@ -64,7 +70,7 @@ def test_new_users_items_domains_and_interleaved_times(
 ) -> None:
     """Old rows and new ones share seconds, and new ones come before, between and after."""
     draw = random.Random(seed)
-    monkeypatch.setattr(append, "_BLOCK_ROWS", draw.choice([1, 7, 1000]))
+    monkeypatch.setattr(merging, "_BLOCK_ROWS", draw.choice([1, 7, 1000]))
     span = draw.choice([3, 40, 100_000])
     old = random_rows(draw, draw.randrange(1, 120), 9, 30, "abc", span)
     # The new ones have users and items in between, and of all domains some more.
@@ -225,3 +231,93 @@ def test_stores_that_are_none_or_no_logs_are_refused(
     assert prepare(faulty, "--out", tmp_path / "skipped", "--skip-faulty") == 0
     assert prepare(new, "--append", tmp_path / "skipped", "--out", tmp_path / "out") == 2
     assert "faulty lines were left out of it" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two files of events it is that no longer fits."""
+    old, new = write(tmp_path / "old.csv", OLD), write(tmp_path / "new.csv", NEW)
+    assert prepare(old, "--out", tmp_path / "store") == 0
+    written = (tmp_path / "store" / "manifest.json").read_bytes()
+    make = merging.HashedFile
+    for name in ("item_ids.npy", "timestamps.npy"):
+
+        def full(file: Path, name: str = name) -> HashedFile:
+            if file.name == name:
+                raise OSError(28, "No space left on device")
+            return make(file)
+
+        monkeypatch.setattr(merging, "HashedFile", full)
+        options = ("--append", tmp_path / "store", "--out", tmp_path / "store", "--force")
+        assert prepare(new, *options) == 1
+        assert "No space left" in capsys.readouterr().err
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["new.csv", "old.csv", "store"]
+        assert (tmp_path / "store" / "manifest.json").read_bytes() == written
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_BLOCK_ROWS", 500)
+    monkeypatch.setattr(repeats, "_BLOCK_USERS", 7)
+    monkeypatch.setattr(filters, "CELLS", 64)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_events_of_another_day_come_after_all_old_ones(tmp_path: Path) -> None:
+    """What is appended daily, of users with and without old events, in more than one block."""
+    draw = random.Random(5)
+    old = random_rows(draw, 3000, 90, 200, "abcd", 5000)
+    new = [
+        (user, item, domain, str(int(time) + 9000))
+        for user, item, domain, time in random_rows(draw, 300, 100, 210, "abcd", 5000)
+    ]
+    assert compare(tmp_path, old, new)["interactions"] == 3300
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_log_is_not_held_in_memory(tmp_path: Path) -> None:
+    """Of half a million events no array is held, beside blocks, a number of 4 bytes neither."""
+    events, users = 500_000, 5_000
+    rng = np.random.default_rng(3)
+    item = rng.integers(0, 1000, events)
+    table = pl.DataFrame(
+        {
+            "user": [f"u{user:04}" for user in rng.integers(0, users, events).tolist()],
+            "item": [f"i{each:03}" for each in item.tolist()],
+            "domain": ["ab"[each % 2] for each in item.tolist()],
+            "timestamp": BEGIN + rng.permutation(events),
+        }
+    )
+    table.write_parquet(tmp_path / "old.parquet")
+    table.head(100).write_parquet(tmp_path / "new.parquet")
+    prepare_logs([str(tmp_path / "old.parquet")], tmp_path / "store")
+    tracemalloc.start()
+    try:
+        append_logs([str(tmp_path / "new.parquet")], tmp_path / "store", tmp_path / "both")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * events
+
+
+def test_blocks_are_those_of_inserting_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for size, number in ((1, 1), (10, 3), (64, 200), (129, 0)):
+        monkeypatch.setattr(merging, "_BLOCK_ROWS", int(rng.integers(1, 40)))
+        old = rng.integers(0, 9, size)
+        place = np.sort(rng.integers(0, size + 1, number))
+        new, table = rng.integers(0, 9, number), rng.permutation(9)
+        blocks = np.concatenate(list(merging.inserted(old, place, new)))
+        np.testing.assert_array_equal(blocks, np.insert(old, place, new))
+        blocks = np.concatenate(list(merging.inserted(old, place, new, table)))
+        np.testing.assert_array_equal(blocks, np.insert(table[old], place, new))
+
+
+def test_counts_do_not_depend_on_blocks(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    draw = random.Random(8)
+    log = write(tmp_path / "log.csv", random_rows(draw, 5000, 400, 60, "abcde", 10**6))
+    expected = prepare_logs([str(log)], tmp_path / "once")
+    assert expected["targets"]["test"]["met_before"] > 0
+    request.getfixturevalue("small_blocks")
+    assert prepare_logs([str(log)], tmp_path / "blocks") == expected

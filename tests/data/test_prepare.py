@@ -10,11 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from log_files import HEADER, contents, write_log
 
 from hstu_xd.data import InteractionStore
 from hstu_xd.data.prepare import prepare_logs
+from hstu_xd.data.statistics import describe
 
 REAL = Path(os.environ.get("HSTU_XD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -152,3 +156,13 @@ def test_counts_of_a_real_log(
         user, _, _, first = next(lines).strip().split(",")
     store = InteractionStore.open(tmp_path / "out")
     assert store.history(store.user_index(user))[1][0] == int(first)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_lengths_of_histories(lengths: list[int]) -> None:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids, domain = np.ones(offsets[-1], np.int32), np.zeros(1, np.int32)
+    found = describe(offsets, ids, domain, ["books"])["history_length"]
+    assert found["median"] == np.median(lengths)
+    assert found["max"] == max(lengths)
+    assert found["mean"] == pytest.approx(np.mean(lengths), abs=1e-9)

@@ -44,7 +44,7 @@ class Workshop:
                 }
             ),
             offsets=np.concatenate([[0], lengths.cumsum()]),
-            item=rng.integers(0, size, lengths.sum()).astype(np.int32),
+            item_ids=rng.integers(1, size + 1, lengths.sum()).astype(np.int32),
             time=np.arange(lengths.sum()),
         )
         write_store(folder, log, {"synthetic": synthetic})

@@ -40,7 +40,7 @@ def random_log() -> Log:
             }
         ),
         offsets=offsets,
-        item=item,
+        item_ids=item + np.int32(1),
         time=np.concatenate([np.sort(part) for part in np.split(time, offsets[1:-1])]),
     )
 
