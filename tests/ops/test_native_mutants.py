@@ -141,13 +141,11 @@ state(
     "        visit(x, token, backward);\n        (backward ? answer_backward : answer)(x, token);",
     "        (backward ? answer_backward : answer)(x, token);\n        visit(x, token, backward);",
 )
-state(
-    "newest_replaced", "x->visits[domain]++ % s->states_per_domain", "(x->visits[domain]++ ? 1 : 0)"
-)
+state("newest_replaced", "x->visits[domain]++ % depth", "(x->visits[domain]++ ? 1 : 0)")
 state(
     "initial_state_stays",
-    "const int64_t slot = domain * s->states_per_domain + x->visits",
-    "const int64_t slot = domain * s->states_per_domain + (s->states_per_domain > 1) + x->visits",
+    "        x->slot_of[d * s->states_per_domain] = d;\n",
+    "",
 )
 state(
     "empty_slots_weigh",

@@ -94,7 +94,7 @@ def test_every_edge_of_a_time_bucket_is_found() -> None:
 
 @needs_compiler
 def test_no_user_moves_another_one_by_a_number_that_is_none() -> None:
-    """Slots that are empty for a user held the states of the one before."""
+    """Slots that are not in use for a user held the states of the one before."""
     case = draw_states(StateSpec((9, 5), 5, 2, visited=5))
     leaves = {name: x.detach().clone() for name, x in case.leaves(torch.float32).items()}
     before = state_attention(**leaves, reads=case.reads(), impl="native")

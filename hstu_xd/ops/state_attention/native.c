@@ -1,8 +1,9 @@
 /* DDSR's attention on a CPU: walks over each history once and holds the states that can be seen.
  *
- * A user has M slots a domain. A token's state takes the place of the oldest one of its domain,
- * then the token asks all slots. Going back, the gradients of a state are summed in its slot until
- * it is replaced, so that they are written once.
+ * A state lies in a slot. A user begins with a slot a domain, of its initial state, and gets others
+ * as a domain is visited, up to M of each: what nobody visits costs one slot. A token's state takes
+ * the place of the oldest one of its domain, then the token asks all slots in use. Going back, the
+ * gradients of a state are summed in its slot until it is replaced, so that they are written once.
  */
 
 #include "../vectors.h"
@@ -32,7 +33,7 @@ typedef struct {
 /* What a user's slots hold; a slot's lanes lie beside those of its neighbours. */
 typedef struct {
     const States *s;
-    int64_t slots, wide;
+    int64_t used, wide;     /* slots in use, and at most, rounded up */
     int64_t dqk, dv;        /* widths of a packed row, rounded up */
     float *key_columns;     /* (heads, dqk, wide) */
     float *value_columns;   /* (heads, dv, wide), backward */
@@ -43,8 +44,9 @@ typedef struct {
     float *totals;          /* (heads,) */
     int64_t *written;       /* (wide,) time of a state */
     int32_t *ages;          /* (wide,) */
-    int64_t *state_of;      /* (wide,) row of the state; -1 in an empty slot */
-    int32_t *is_seen;       /* (wide,) all bits set, or none: the slot is empty */
+    int64_t *state_of;      /* (wide,) row of the state; -1 in a slot that is new */
+    int64_t *slot_of;       /* (num_domains, states_per_domain), -1: none yet */
+    int32_t *is_seen;       /* (wide,) all bits set, or none: the slot is not in use */
     int64_t *visits;        /* (num_domains,) */
     float *initial;         /* (num_domains, heads * (dqk + dv)): gradients of initial states */
     double *bias_sums;      /* of the piece */
@@ -94,42 +96,54 @@ static void hand_over(Slots *x, int64_t slot) {
     }
 }
 
-/* Begins a user: the initial state of every domain, and nothing else. */
+/* Begins a user: the initial state of every domain, and nothing else.
+ *
+ * What lies in slots that are not in use is of users before, and is not read.
+ */
 static void begin(Slots *x, int backward) {
     const States *s = x->s;
+    const int64_t places = s->num_domains * s->states_per_domain;
     memset(x->is_seen, 0, x->wide * sizeof(int32_t));
     memset(x->visits, 0, s->num_domains * sizeof(int64_t));
-    /* Empty slots have a weight of zero, which would not make up for another user's infinity. */
-    const int64_t lanes = s->heads * x->wide * sizeof(float);
-    memset(x->key_columns, 0, lanes * s->dqk);
-    memset(x->rows, 0, lanes * (backward ? x->dqk : x->dv));
-    if (backward) memset(x->value_columns, 0, lanes * s->dv);
+    for (int64_t place = 0; place < places; place++) x->slot_of[place] = -1;
     for (int64_t slot = 0; slot < x->wide; slot++) x->state_of[slot] = -1, x->written[slot] = 0;
-    for (int64_t d = 0; d < s->num_domains; d++) put(x, d * s->states_per_domain, s->tokens + d, backward);
+    for (int64_t d = 0; d < s->num_domains; d++) {
+        x->slot_of[d * s->states_per_domain] = d;
+        put(x, d, s->tokens + d, backward);
+    }
+    x->used = s->num_domains;
+}
+
+/* Finds the slot of a domain's next state. */
+static int64_t next_slot(Slots *x, int64_t domain) {
+    const int64_t depth = x->s->states_per_domain;
+    int64_t *slot = x->slot_of + domain * depth + x->visits[domain]++ % depth;
+    if (*slot < 0) *slot = x->used++;
+    return *slot;
 }
 
 /* Writes a token's state and tells how old all states are for it. */
 static void visit(Slots *x, int64_t token, int backward) {
     const States *s = x->s;
-    const int64_t domain = s->domains[token];
-    const int64_t slot = domain * s->states_per_domain + x->visits[domain]++ % s->states_per_domain;
+    const int64_t slot = next_slot(x, s->domains[token]);
     if (backward && x->state_of[slot] >= 0) hand_over(x, slot);
     put(x, slot, token, backward);
     x->written[slot] = s->timestamps[token];
     if (!s->bias) return;
-    for (int64_t j = 0; j < x->wide; j += LANES) {
+    for (int64_t j = 0; j < x->used; j += LANES) {
         longs difference;
         for (int lane = 0; lane < LANES; lane++)
             difference[lane] = s->next_timestamps[token] - x->written[j + lane];
         *(ints *)(x->ages + j) = time_bucket(difference, s->edges, (int32_t)s->never_written);
     }
     for (int64_t d = 0; d < s->num_domains; d++)
-        if (!x->visits[d]) x->ages[d * s->states_per_domain] = (int32_t)s->never_written;
+        if (!x->visits[d]) x->ages[d] = (int32_t)s->never_written;
 }
 
-/* result[j] = <row, columns[.][j]> + what is in result, of all slots. */
-static inline void multiply(const float *row, const float *columns, int64_t width, int64_t wide, float *result) {
-    for (int64_t j = 0; j < wide; j += LANES) {
+/* result[j] += <row, columns[.][j]> of n columns. */
+static inline void multiply(const float *row, const float *columns, int64_t width, int64_t wide, int64_t n,
+                            float *result) {
+    for (int64_t j = 0; j < n; j += LANES) {
         floats total = load(result + j), other = splat(0);
         int64_t c = 0;
         for (; c + 1 < width; c += 2) {
@@ -156,24 +170,24 @@ static inline void add_rows(const float *weights, const float *rows, int64_t pad
     }
 }
 
-/* Makes the weights of all slots for a token's heads: softmax of scores and ages.
+/* Makes the weights of the slots in use for a token's heads: softmax of scores and ages.
  *
  * Each step is taken for all heads before the next one: what they compute can overlap then.
  */
 static void weigh(Slots *x, int64_t token) {
     const States *s = x->s;
-    const int64_t wide = x->wide, heads = s->heads;
+    const int64_t wide = x->wide, used = x->used, heads = s->heads;
     for (int64_t head = 0; head < heads; head++) {
         const float *bias = x->bias + head * (s->never_written + 1);
         float *weights = x->weights + head * wide;
-        for (int64_t j = 0; j < wide; j++) weights[j] = s->bias ? bias[x->ages[j]] : 0;
+        for (int64_t j = 0; j < used; j++) weights[j] = s->bias ? bias[x->ages[j]] : 0;
     }
     for (int64_t head = 0; head < heads; head++)
-        multiply(s->q + token * s->q_stride + head * s->dqk, x->key_columns + head * s->dqk * wide, s->dqk, wide,
+        multiply(s->q + token * s->q_stride + head * s->dqk, x->key_columns + head * s->dqk * wide, s->dqk, wide, used,
                  x->weights + head * wide);
     for (int64_t head = 0; head < heads; head++) {
         floats top = splat(-INFINITY);
-        for (int64_t j = 0; j < wide; j += LANES) {
+        for (int64_t j = 0; j < used; j += LANES) {
             const ints mask = *(const ints *)(x->is_seen + j);
             const floats score = choose(mask, load(x->weights + head * wide + j), splat(-INFINITY));
             top = choose(score > top, score, top);
@@ -183,7 +197,7 @@ static void weigh(Slots *x, int64_t token) {
     for (int64_t head = 0; head < heads; head++) {
         const floats highest = splat(x->totals[head]);
         floats total = splat(0);
-        for (int64_t j = 0; j < wide; j += LANES) {
+        for (int64_t j = 0; j < used; j += LANES) {
             float *at = x->weights + head * wide + j;
             const floats weight = keep(*(const ints *)(x->is_seen + j), exponential(load(at) - highest));
             store(at, weight);
@@ -193,7 +207,7 @@ static void weigh(Slots *x, int64_t token) {
     }
     for (int64_t head = 0; head < heads; head++) {
         const floats scale = splat(1.0f / x->totals[head]);
-        for (int64_t j = 0; j < wide; j += LANES) {
+        for (int64_t j = 0; j < used; j += LANES) {
             float *at = x->weights + head * wide + j;
             store(at, load(at) * scale);
         }
@@ -204,11 +218,11 @@ static void answer(Slots *x, int64_t token) {
     const States *s = x->s;
     weigh(x, token);
     for (int64_t head = 0; head < s->heads; head++)
-        add_rows(x->weights + head * x->wide, x->rows + head * x->wide * x->dv, x->dv, x->slots,
+        add_rows(x->weights + head * x->wide, x->rows + head * x->wide * x->dv, x->dv, x->used,
                  s->out + (token * s->heads + head) * s->dv, s->dv);
 }
 
-/* rows[j] += weights[j] row, of all slots. */
+/* rows[j] += weights[j] row. */
 static inline void add_outer(const float *weights, const float *row, int64_t width, float *rows, int64_t padded,
                              int64_t n) {
     for (int64_t c = 0; c < padded; c += LANES) {
@@ -221,31 +235,32 @@ static inline void add_outer(const float *weights, const float *row, int64_t wid
 
 static void answer_backward(Slots *x, int64_t token) {
     const States *s = x->s;
-    const int64_t wide = x->wide, heads = s->heads;
+    const int64_t wide = x->wide, used = x->used, heads = s->heads;
     const float *queries = s->q + token * s->q_stride, *grads = s->grad_out + token * s->grad_out_stride;
     weigh(x, token);
     clear(x->slopes, heads * wide);
     for (int64_t head = 0; head < heads; head++)
-        multiply(grads + head * s->dv, x->value_columns + head * s->dv * wide, s->dv, wide, x->slopes + head * wide);
+        multiply(grads + head * s->dv, x->value_columns + head * s->dv * wide, s->dv, wide, used,
+                 x->slopes + head * wide);
     for (int64_t head = 0; head < heads; head++) {
         const float *weights = x->weights + head * wide;
         float *slopes = x->slopes + head * wide;
         floats total = splat(0);
-        for (int64_t j = 0; j < wide; j += LANES) total += load(weights + j) * load(slopes + j);
+        for (int64_t j = 0; j < used; j += LANES) total += keep(*(const ints *)(x->is_seen + j), load(weights + j) * load(slopes + j));
         const floats mean = splat(sum(total));
-        for (int64_t j = 0; j < wide; j += LANES)
+        for (int64_t j = 0; j < used; j += LANES)
             store(slopes + j, load(weights + j) * (load(slopes + j) - mean));
     }
     for (int64_t head = 0; head < heads; head++) {
         const float *slopes = x->slopes + head * wide;
-        add_rows(slopes, x->rows + head * wide * x->dqk, x->dqk, x->slots, s->dq + (token * heads + head) * s->dqk,
+        add_rows(slopes, x->rows + head * wide * x->dqk, x->dqk, used, s->dq + (token * heads + head) * s->dqk,
                  s->dqk);
-        add_outer(slopes, queries + head * s->dqk, s->dqk, x->dk + head * wide * x->dqk, x->dqk, x->slots);
+        add_outer(slopes, queries + head * s->dqk, s->dqk, x->dk + head * wide * x->dqk, x->dqk, used);
         add_outer(x->weights + head * wide, grads + head * s->dv, s->dv, x->dv_rows + head * wide * x->dv, x->dv,
-                  x->slots);
+                  used);
         /* States are often of one age: rows of sums keep one from waiting for the other. */
         double *sums = x->bias_sums + SUMS * head * (s->never_written + 1);
-        for (int64_t j = 0; s->bias && j < x->slots; j++) sums[SUMS * x->ages[j] + j % SUMS] += slopes[j];
+        for (int64_t j = 0; s->bias && j < used; j++) sums[SUMS * x->ages[j] + j % SUMS] += slopes[j];
     }
 }
 
@@ -259,14 +274,21 @@ static void *take(void **at, int64_t bytes) {
 static void *make_slots(Slots *x, const States *s, int backward) {
     const int64_t f = sizeof(float);
     x->s = s;
-    x->slots = s->num_domains * s->states_per_domain;
-    const int64_t wide = x->wide = round_up(x->slots), lanes = s->heads * wide;
+    int64_t longest = 0;
+    for (int64_t user = 0; user < s->users; user++) {
+        const int64_t length = s->offsets[user + 1] - s->offsets[user];
+        longest = length > longest ? length : longest;
+    }
+    const int64_t places = s->num_domains * s->states_per_domain;
+    const int64_t most = places < s->num_domains + longest ? places : s->num_domains + longest;
+    const int64_t wide = x->wide = round_up(most), lanes = s->heads * wide;
     x->dqk = round_up(s->dqk);
     x->dv = round_up(s->dv);
     const int64_t keys = lanes * x->dqk * f, values = lanes * x->dv * f;
     const int64_t tables = s->heads * (s->never_written + 1) * f;
-    const int64_t small = 2 * lanes * f + 3 * 8 * wide + s->heads * f + 8 * s->num_domains, parts = 16;
-    const int64_t size = 3 * (keys + values) + tables + small + parts * 64;
+    const int64_t small = 2 * lanes * f + 3 * 8 * wide + s->heads * f + 8 * (places + s->num_domains);
+    /* Each part may be rounded up to a line of the cache. */
+    const int64_t size = 3 * (keys + values) + tables + small + 16 * 64;
     void *block = memset(aligned(size), 0, size), *at = block;
     x->key_columns = take(&at, keys);
     x->value_columns = take(&at, values);
@@ -282,6 +304,7 @@ static void *make_slots(Slots *x, const States *s, int backward) {
     x->ages = take(&at, wide * 4);
     x->is_seen = take(&at, wide * 4);
     x->visits = take(&at, s->num_domains * 8);
+    x->slot_of = take(&at, places * 8);
     for (int64_t head = 0; s->bias && head < s->heads; head++)
         for (int64_t age = 0; age <= s->never_written; age++)
             x->bias[head * (s->never_written + 1) + age] = s->bias[age * s->heads + head];
@@ -296,8 +319,7 @@ static void walk(Slots *x, int64_t user, int backward) {
         visit(x, token, backward);
         (backward ? answer_backward : answer)(x, token);
     }
-    for (int64_t slot = 0; backward && slot < x->slots; slot++)
-        if (x->state_of[slot] >= 0) hand_over(x, slot);
+    for (int64_t slot = 0; backward && slot < x->used; slot++) hand_over(x, slot);
 }
 
 /* Cuts the users into pieces of about as many tokens. */
