@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -30,20 +31,42 @@ _SECONDS = 120
 class NativeLibrary:
     """A C file of an operator, compiled on its first use in a process.
 
+    Its functions take a pointer to a structure of eight bytes a field, pointers first, and return
+    nothing.
+
     Args:
         source: the C file.
+        pointers: names of the structure's pointers, in order.
+        numbers: names of its int64 numbers, in order; of rows of heads there is a ``NAME_stride``.
     """
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
+    def __init__(self, source: Path, pointers: str, numbers: str) -> None:
+        self.source, self.pointers, self.numbers = source, pointers, numbers
+        fields = [(x, ctypes.c_void_p) for x in pointers.split()]
+        fields += [(x, ctypes.c_int64) for x in numbers.split()]
+        self._structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
     def problem(self) -> str | None:
         """Return why the library cannot be used here, in a sentence; None where it can."""
         found = _loaded(self.source)
         return found if isinstance(found, str) else None
 
-    def call(self, name: str, arguments: ctypes.Structure) -> None:
-        """Call a function that takes a pointer to a structure and returns nothing.
+    def call(
+        self,
+        function: str,
+        rows: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+        written: Mapping[str, Tensor],
+        **numbers: int,
+    ) -> None:
+        """Hand tensors over to a function; all stay alive while it runs.
+
+        Args:
+            function: its name.
+            rows: (L, H, d) float32 tensors that are read; their strides go with them.
+            others: tensors that are read otherwise.
+            written: contiguous tensors that it fills.
+            **numbers: sizes.
 
         Raises:
             InputError: the library cannot be used here.
@@ -51,7 +74,15 @@ class NativeLibrary:
         found = _loaded(self.source)
         if isinstance(found, str):
             raise InputError(f"impl 'native' cannot be used here: {found}; use impl='eager'")
-        found[name](ctypes.byref(arguments))
+        rows = {name: _rows_of(x) for name, x in rows.items()}
+        tensors = {**rows, **{name: x.contiguous() for name, x in others.items()}, **written}
+        arguments = self._structure(
+            **{name: x.data_ptr() for name, x in tensors.items()},
+            **{f"{name}_stride": x.stride(0) for name, x in rows.items()},
+            **numbers,
+            threads=torch.get_num_threads(),
+        )
+        found[function](ctypes.byref(arguments))
 
 
 # Types that the C files take; halves are computed in float32, which holds them exactly.
@@ -82,17 +113,17 @@ def check_fits(**tensors: Tensor | None) -> None:
             )
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Return (L, H, d) with each row's heads side by side in memory; rows may lie apart."""
-    heads, width = x.shape[1:]
-    side_by_side = (x.stride(1) == width or heads == 1) and (x.stride(2) == 1 or width == 1)
-    return x if side_by_side and x.stride(0) >= heads * width else x.contiguous()
-
-
 def compiler() -> str | None:
     """Return the path of the C compiler that is used: the one that CC names, or the system's."""
     names = (os.environ["CC"],) if os.environ.get("CC") else _COMPILERS
     return next(filter(None, map(shutil.which, names)), None)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """Return (L, H, d) with each row's heads side by side in memory; rows may lie apart."""
+    heads, width = x.shape[1:]
+    side_by_side = (x.stride(1) == width or heads == 1) and (x.stride(2) == 1 or width == 1)
+    return x if side_by_side and x.stride(0) >= heads * width else x.contiguous()
 
 
 @cache
@@ -162,24 +193,3 @@ def _first_line(text: str) -> str:
 def forget() -> None:
     """Ask for the compiler and the compiled files anew: for tests that take them away."""
     _loaded.cache_clear()
-
-
-def structure(name: str, pointers: str, *, numbers: str) -> type[ctypes.Structure]:
-    """Declare the C structure of an operator's arguments, of eight bytes a field.
-
-    Args:
-        name: of the structure.
-        pointers: names of the fields that are pointers.
-        numbers: names of those that are int64.
-
-    Returns:
-        The structure, its pointers first.
-    """
-    fields = [(x, ctypes.c_void_p) for x in pointers.split()]
-    fields += [(x, ctypes.c_int64) for x in numbers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-def address(x: Tensor | None) -> int | None:
-    """Return where a tensor's memory begins; None for none."""
-    return None if x is None else x.data_ptr()

@@ -7,6 +7,7 @@ import pytest
 
 import hstu_xd
 from hstu_xd.ops.domain_attention.native import LIBRARY
+from hstu_xd.ops.native_library import NativeLibrary
 
 problem = LIBRARY.problem()
 needs_compiler = pytest.mark.skipif(problem is not None, reason=f"no loops in C here: {problem}")
@@ -24,3 +25,9 @@ def mutated(folder: Path, file: str, text: str, instead: str) -> Path:
     assert text in source
     (folder / file).write_text(source.replace(text, instead))
     return folder
+
+
+def copied(library: NativeLibrary, folder: Path) -> NativeLibrary:
+    """The library of the copy in a folder of :func:`mutated`."""
+    source = folder / library.source.parent.name / library.source.name
+    return NativeLibrary(source, library.pointers, library.numbers)

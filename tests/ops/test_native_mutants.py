@@ -7,13 +7,12 @@ import pytest
 import torch
 from attention_cases import Errors, Spec, draw, errors_against_oracle, worst_row
 from kernel_cases import check_bucket_edges, poisoned_memory
-from native_marks import mutated, needs_compiler
+from native_marks import copied, mutated, needs_compiler
 from state_cases import Spec as StateSpec
 from state_cases import draw as draw_states
 
 from hstu_xd.ops import first_use
 from hstu_xd.ops.domain_attention import native as domain_native
-from hstu_xd.ops.native_library import NativeLibrary
 from hstu_xd.ops.state_attention import native as state_native
 
 pytestmark = [needs_compiler, pytest.mark.slow]
@@ -180,8 +179,7 @@ def test_the_checks_reject_the_mutant(
     mutated(tmp_path, file, text, instead)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for module in (domain_native, state_native):
-        source = module.LIBRARY.source
-        library = NativeLibrary(tmp_path / source.parent.name / source.name)
+        library = copied(module.LIBRARY, tmp_path)
         assert library.problem() is None
         monkeypatch.setattr(module, "LIBRARY", library)
     with pytest.raises(AssertionError, match="error"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_cases import Spec, draw, errors_against_oracle
 from kernel_cases import check_bucket_edges
-from native_marks import mutated, needs_compiler
+from native_marks import copied, mutated, needs_compiler
 from state_cases import Spec as StateSpec
 from state_cases import draw as draw_states
 from torch import Tensor
@@ -245,8 +245,8 @@ def test_a_compiler_that_computes_something_else_is_found_out(
 ) -> None:
     operator = {"domain_attention": domain_native, "state_attention": state_native}[file]
     run = {"domain_attention": partial(attend, SPEC), "state_attention": ask}[file]
-    copied = mutated(tmp_path, f"{file}/native.c", text, instead)
-    monkeypatch.setattr(operator, "LIBRARY", library.NativeLibrary(copied / file / "native.c"))
+    folder = mutated(tmp_path, f"{file}/native.c", text, instead)
+    monkeypatch.setattr(operator, "LIBRARY", copied(operator.LIBRARY, folder))
     first_use._tried.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):

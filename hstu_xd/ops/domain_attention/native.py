@@ -14,24 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from hstu_xd.errors import InputError
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.native_library import (
-    NativeLibrary,
-    address,
-    check_fits,
-    fits,
-    rows_of,
-    structure,
-)
+from hstu_xd.ops.native_library import NativeLibrary, check_fits, fits
 from hstu_xd.ops.relative_bias import RelativeBias, bucket_edges
 
-LIBRARY = NativeLibrary(Path(__file__).with_name("native.c"))
-
-_Arguments = structure(
-    "Attention",
+LIBRARY = NativeLibrary(
+    Path(__file__).with_name("native.c"),
     "q k v grad_out query_tokens query_offsets key_tokens key_offsets places position_weights "
     "time_weights positions timestamps next_timestamps edges out dq dk dv_out position_sums "
     "time_sums",
-    numbers="q_stride k_stride v_stride grad_out_stride heads dqk dv groups max_length "
+    "q_stride k_stride v_stride grad_out_stride heads dqk dv groups max_length "
     "last_bucket norm_length threads",
 )
 
@@ -140,11 +131,12 @@ def _call(
     grad_out: Tensor | None = None,
     **written: Tensor,
 ) -> None:
-    """Hand tensors over to a function of the library; all stay alive while it runs."""
-    rows = dict(zip(("q", "k", "v"), inputs)) | {"grad_out": grad_out}
-    rows = {name: rows_of(x) for name, x in rows.items() if x is not None}
+    """Hand tensors and coordinates over to a function of the library."""
+    rows = dict(zip(("q", "k", "v"), inputs))
+    if grad_out is not None:
+        rows["grad_out"] = grad_out
     q, v, keys = rows["q"], rows["v"], grouping.keys
-    coordinates = {
+    others = {
         "query_tokens": grouping.permutation,
         "query_offsets": grouping.offsets,
         "key_tokens": keys.permutation,
@@ -153,7 +145,7 @@ def _call(
     }
     sizes = {"max_length": 1, "last_bucket": 0}
     if bias is not None:
-        coordinates |= {
+        others |= {
             "position_weights": inputs[3],
             "time_weights": inputs[4],
             "positions": bias.positions,
@@ -162,16 +154,15 @@ def _call(
             "edges": bucket_edges(q.device),
         }
         sizes = {"max_length": bias.max_length, "last_bucket": bias.time_weights.numel() - 1}
-    given = rows | {name: x.contiguous() for name, x in coordinates.items()}
-    arguments = _Arguments(
-        **{name: address(x) for name, x in (given | written).items()},
-        **{f"{name}_stride": x.stride(0) for name, x in rows.items()},
+    LIBRARY.call(
+        function,
+        rows,
+        others,
+        written,
         heads=q.shape[1],
         dqk=q.shape[2],
         dv=v.shape[2],
         groups=grouping.offsets.numel() - 1,
         norm_length=norm_length,
-        threads=torch.get_num_threads(),
         **sizes,
     )
-    LIBRARY.call(function, arguments)

@@ -11,24 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu_xd.ops.native_library import (
-    NativeLibrary,
-    address,
-    check_fits,
-    fits,
-    rows_of,
-    structure,
-)
+from hstu_xd.ops.native_library import NativeLibrary, check_fits, fits
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, bucket_edges
 from hstu_xd.ops.state_attention.state_reads import StateReads
 
-LIBRARY = NativeLibrary(Path(__file__).with_name("native.c"))
-
-_Arguments = structure(
-    "States",
+LIBRARY = NativeLibrary(
+    Path(__file__).with_name("native.c"),
     "q k v grad_out offsets domains timestamps next_timestamps bias edges out dq dk dv_out "
     "bias_sums",
-    numbers="q_stride k_stride v_stride grad_out_stride tokens heads dqk dv users num_domains "
+    "q_stride k_stride v_stride grad_out_stride tokens heads dqk dv users num_domains "
     "states_per_domain never_written threads",
 )
 
@@ -82,22 +73,20 @@ class _NativeStates(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        sums = None
+        written = {"dq": dq, "dk": dk, "dv_out": dv}
         if bias is not None:
-            sums = torch.zeros_like(bias.t(), dtype=torch.float64).contiguous()
+            written["bias_sums"] = bias.new_zeros(bias.shape[::-1], dtype=torch.float64)
         _call(
             "hstu_xd_ask_states_backward",
             (q, k, v),
             bias,
             ctx.reads,
             grad_out=grad_outputs[0],
-            dq=dq,
-            dk=dk,
-            dv_out=dv,
-            bias_sums=sums,
+            **written,
         )
         # Laid out as the table is, or DDP would copy it in every step.
-        return dq, dk, dv, None if sums is None else sums.t().float().contiguous(), None
+        of_bias = None if bias is None else written["bias_sums"].t().float().contiguous()
+        return dq, dk, dv, of_bias, None
 
 
 def _call(
@@ -107,13 +96,14 @@ def _call(
     reads: StateReads,
     *,
     grad_out: Tensor | None = None,
-    **written: Tensor | None,
+    **written: Tensor,
 ) -> None:
-    """Hand tensors over to a function of the library; all stay alive while it runs."""
-    rows = dict(zip(("q", "k", "v"), inputs)) | {"grad_out": grad_out}
-    rows = {name: rows_of(x) for name, x in rows.items() if x is not None}
+    """Hand tensors and what they are of over to a function of the library."""
+    rows = dict(zip(("q", "k", "v"), inputs))
+    if grad_out is not None:
+        rows["grad_out"] = grad_out
     q, v, grouping = rows["q"], rows["v"], reads.grouping
-    coordinates = {
+    others = {
         "offsets": grouping.batch_offsets,
         "domains": grouping.domains,
         "timestamps": reads.timestamps,
@@ -121,11 +111,12 @@ def _call(
         "edges": bucket_edges(q.device),
     }
     if bias is not None:
-        coordinates["bias"] = bias
-    given = rows | {name: x.contiguous() for name, x in coordinates.items()}
-    arguments = _Arguments(
-        **{name: address(x) for name, x in (given | written).items()},
-        **{f"{name}_stride": x.stride(0) for name, x in rows.items()},
+        others["bias"] = bias
+    LIBRARY.call(
+        function,
+        rows,
+        others,
+        written,
         tokens=grouping.num_tokens,
         heads=q.shape[1],
         dqk=q.shape[2],
@@ -134,6 +125,4 @@ def _call(
         num_domains=grouping.num_domains,
         states_per_domain=reads.states_per_domain,
         never_written=NUM_TIME_BUCKETS,
-        threads=torch.get_num_threads(),
     )
-    LIBRARY.call(function, arguments)
