@@ -342,7 +342,7 @@ def prepare(
         typer.Option(help="Folder for the log and the stores. [default: a temporary one]"),
     ] = None,
 ) -> None:
-    """Time hstu-xd prepare, --append beside reading all, and a reader in plain Python."""
+    """Time hstu-xd prepare, its --append and a plain reader."""
     from hstu_xd.bench.prepare import measure_prepare
 
     with TemporaryDirectory() as folder:

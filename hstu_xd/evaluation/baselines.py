@@ -156,7 +156,9 @@ class ItemNeighbours(Baseline):
         def score(users: Tensor) -> Tensor:
             asked, of_user = users.squeeze(1).unique(return_inverse=True)
             common = self._common_users(asked, column, items.numel())
-            cosine = common / (popularity[asked].double()[:, None] * of_items).sqrt().clamp(min=1)
+            # Squares of equal cosines are equal numbers divided: they tie to the bit.
+            square = common.square() / (popularity[asked].double()[:, None] * of_items).clamp(min=1)
+            cosine = square.sqrt()
             return torch.where(common > 0, cosine, behind)[of_user]
 
         return score

@@ -47,7 +47,7 @@ def test_row_says_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -
     assert rows["xd_train.learning_rate"] == {
         "name": "xd_train.learning_rate",
         "type": "float",
-        "default": 0.003,
+        "default": 0.002,
         "meaning": "peak rate of AdamW.",
         "block": "xd_train",
         "also": ["lr"],

@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> SequenceData:
 
 def model(**switches: Any) -> CrossDomainHSTU:
     catalog = DomainCatalog(torch.tensor([0, *(i // 20 for i in range(60))]), ["a", "b", "c"])
-    settings = EncoderSettings(num_domains=3, norm_length=WINDOW, **switches)
+    settings = EncoderSettings(num_domains=3, norm_length=WINDOW, dqk=16, dv=16, **switches)
     return CrossDomainHSTU(catalog, settings)
 
 

@@ -37,7 +37,7 @@ NAMES = {
     "soft": "no events + soft",
     "both": "TIN + hard + soft",
     "xd": "TIN + hard + TAPE of candidates + domain states + encoder of 100 + mask + target view"
-    " + TAPE + DDSR + linear_dropout_rate=0.1",
+    " + TAPE + DDSR + dqk=16 + dv=16 + linear_dropout_rate=0.1",
 }
 QUICK = ("xd_rank.num_epochs = 2", "xd_rank.batch_requests = 32", "xd_search.k = 10")
 

@@ -30,7 +30,7 @@ from hstu_xd.ranking.settings import load_ranking_settings
         (["xd_short.events = 5", "xd_encoder.target_view_heads = 9"], "target_view_heads is 9"),
         (
             ["xd_short.events = 5", "xd_encoder.state_from = 'output'", "xd_encoder.ddsr = True"],
-            r"needs num_heads \* dv = embedding_dim, got 4 \* 16 and 32",
+            r"needs num_heads \* dv = embedding_dim, got 4 \* 32 and 32",
         ),
         (["xd_encoder.num_domains = 3"], "num_domains"),
         (
