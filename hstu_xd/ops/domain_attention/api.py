@@ -52,8 +52,13 @@ def available_impls(normalization: str = "silu") -> tuple[str, ...]:
     """
     if normalization not in _IMPLS:
         raise InputError(f"normalization is {normalization!r}; one of {', '.join(_IMPLS)}")
-    here = {"native": native.LIBRARY.problem() is None, "triton": triton_support.installed()}
-    return tuple(x for x in _IMPLS[normalization] if here.get(x, True))
+    return tuple(filter(_is_here, _IMPLS[normalization]))
+
+
+def _is_here(impl: str) -> bool:
+    if impl == "native":
+        return native.LIBRARY.problem() is None
+    return impl != "triton" or triton_support.installed()
 
 
 def check_impl(impl: str, normalization: str) -> None:
@@ -62,7 +67,9 @@ def check_impl(impl: str, normalization: str) -> None:
     Raises:
         InputError: neither "auto" nor one of :func:`available_impls`.
     """
-    if impl == "auto" and normalization in _IMPLS:
+    computing = _IMPLS.get(normalization, {})
+    # Only the one that is named is looked for: a graph that is compiled cannot ask for a compiler.
+    if computing and (impl == "auto" or (impl in computing and _is_here(impl))):
         return
     known = available_impls(normalization)
     if impl not in known:

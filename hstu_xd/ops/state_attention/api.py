@@ -34,8 +34,13 @@ def available_state_impls() -> tuple[str, ...]:
     "native" is among them where a C compiler is; "triton" where triton is installed and there is a
     CUDA device, or where Triton's interpreter stands in for one.
     """
-    here = {"native": native.LIBRARY.problem() is None, "triton": triton_support.installed()}
-    return tuple(x for x in _IMPLS if here.get(x, True))
+    return tuple(filter(_is_here, _IMPLS))
+
+
+def _is_here(impl: str) -> bool:
+    if impl == "native":
+        return native.LIBRARY.problem() is None
+    return impl != "triton" or triton_support.installed()
 
 
 def state_attention(
@@ -91,7 +96,7 @@ def state_attention(
     insists = impl != "auto"
     if impl == "auto":
         impl = _fastest(q, v, reads, bias)
-    elif impl not in available_state_impls():
+    elif impl not in _IMPLS or not _is_here(impl):
         known = ", ".join(available_state_impls())
         raise InputError(
             f"impl {impl!r} is not available here; use auto, {known} for state_attention"
