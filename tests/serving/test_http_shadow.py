@@ -218,3 +218,24 @@ def test_one_of_the_workers_has_a_shadow(tmp_path: Path, runs: Path) -> None:
         while any(Path(f"/proc/{pid}").exists() for pid in shadows):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "open"])
+def test_a_line_that_is_closed_while_it_is_read_ends_in_silence(closed: bool) -> None:
+    """Python's connection has no handle then, and says so by a TypeError."""
+
+    class Line:
+        def send(self, asked: object) -> None:
+            pass
+
+        def recv(self) -> object:
+            raise TypeError("'NoneType' object cannot be interpreted as an integer")
+
+    shadow = Shadow.__new__(Shadow)
+    vars(shadow).update(_line=Line(), _closed=closed)
+    question = Asked.__new__(Asked)
+    if closed:
+        assert shadow._ask(question) is None
+    else:
+        with pytest.raises(TypeError):
+            shadow._ask(question)

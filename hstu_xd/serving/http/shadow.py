@@ -200,6 +200,11 @@ class Shadow:
                 _log.warning("the shadow %s has ended; the service goes on without it", self.name)
             self._closed = True
             return None
+        except TypeError:
+            # A line that is closed while it is read has no handle any more.
+            if not self._closed:
+                raise
+            return None
 
 
 def _begin(line: Connection, start: Start) -> str:
