@@ -21,8 +21,7 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.protocol import RANKING, Protocol
 from hstu_xd.export.encoder import export_encoder
-from hstu_xd.export.finding import how_to_find
-from hstu_xd.export.ranker import export_ranker, inputs_of
+from hstu_xd.export.ranker import export_ranker, how_to_find, inputs_of
 from hstu_xd.files import check_output, check_readable, replaced_folder, sha256_of
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import DotProduct

@@ -1,4 +1,4 @@
-"""A trained ranker as one torch.export program, which is given what a search found.
+"""A trained ranker as one torch.export program, which is given what a search found, and how.
 
 Of towers the program is the user's side alone: the vectors of items are the same for all users.
 """
@@ -16,8 +16,10 @@ from hstu_xd.export.program import check, check_sizes, known_items, without_path
 from hstu_xd.interest.positions import gap_buckets
 from hstu_xd.model.ddsr import attend_states_in_tiles
 from hstu_xd.ranking.batches import Histories, RequestBatch
+from hstu_xd.ranking.histories import Levels
 from hstu_xd.ranking.model import RankingModel
 from hstu_xd.ranking.run import ServedRanker
+from hstu_xd.ranking.settings import RankingSettings
 from hstu_xd.ranking.towers import TowerRanker
 
 # Sizes that a program takes any number of, above 0, and the sizes that it is traced with.
@@ -276,3 +278,58 @@ def _plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def how_to_find(settings: RankingSettings, levels: Levels, levels_file: str) -> dict[str, str]:
+    """Describe how the inputs of a ranker's program are found in a user's history.
+
+    Args:
+        settings: of the run.
+        levels: of its items.
+        levels_file: has the node of every item on each level, a column a level.
+    """
+    told = {
+        "history": "Only the user's events strictly before the time of the request count. Of two "
+        "at the same time the one that stands later in the log is the later one.",
+    }
+    if settings.interest.kind != "none":
+        hard = settings.search.kind == "hard"
+        told["events"] = _hard(settings, levels, levels_file) if hard else _recent(settings)
+    told["gaps"] = "The time of the request less that of the event, in seconds, so at least 1."
+    if settings.interest.counts:
+        told["counts"] = _counts(levels, levels_file)
+    return told
+
+
+def _recent(settings: RankingSettings) -> str:
+    return f"The latest {settings.search.k} events, the latest first."
+
+
+def _hard(settings: RankingSettings, levels: Levels, levels_file: str) -> str:
+    search, names = settings.search, settings.search.levels or levels.names
+    told = [
+        f"For each candidate up to {search.k} events. An event matches at the first of the levels "
+        f"{', '.join(names)} (columns of {levels_file}, see levels) at which it has the node of "
+        "the candidate; -1 is no node and matches nothing. Those of the first level come first, "
+        "then those of the next one, and on each level the latest first."
+    ]
+    if search.skip_recent:
+        told.append(f"The latest {search.skip_recent} events of the user are left out of all that.")
+    if search.scope == "target_domain":
+        last = levels.names[-1]
+        told.append(f"So are events whose node of {last!r} is not the candidate's.")
+    limits = [f"{most} of {name}" for name, most in zip(names, search.quotas) if most]
+    if limits:
+        told.append(f"At most {', '.join(limits)} are taken, the latest; its others are left out.")
+    if search.fill:
+        told.append("Behind them come the latest that match nowhere, until there are as many.")
+    return " ".join(told)
+
+
+def _counts(levels: Levels, levels_file: str) -> str:
+    return (
+        f"{levels.counts_width} numbers for each candidate. First of each level (columns of "
+        f"{levels_file}, see levels) ln(1 + n), where n of the user's events have the candidate's "
+        "node. Then of each level max(0, ln(3650 / days) / ln(3650)), where days = seconds / 86400 "
+        "since the latest of these events; 0 where there is none."
+    )

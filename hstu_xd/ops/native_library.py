@@ -5,6 +5,7 @@ system's compiler, as triton does, and keeps the library in the user's cache. Wh
 compiler or it fails, "auto" goes on with plain PyTorch; who insists on "native" is told why.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -153,6 +154,7 @@ def _compiled(source: Path, path: str) -> Path:
     folder = _cache_folder()
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="hstu-xd-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     elif (folder / name).exists():
         return folder / name
     # Another process may compile the same file: each writes its own, and the last one stays.
@@ -169,11 +171,11 @@ def _compiled(source: Path, path: str) -> Path:
 
 def _cache_folder() -> Path | None:
     """Return the folder of compiled files, made where it is missing; None where none can be."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "hstu-xd"
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "hstu-xd"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter: who runs this has no home
         return None
     # What others can write is not loaded.
     status = folder.stat()
@@ -182,7 +184,8 @@ def _cache_folder() -> Path | None:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+    said = {"text": True, "errors": "replace", "env": {**os.environ, "LC_ALL": "C"}}
+    return subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, **said)
 
 
 def _first_line(text: str) -> str:

@@ -16,8 +16,7 @@ from ranking_runs import KINDS, asked_of, make_runs, rank_run
 from safetensors.torch import load_file
 
 from hstu_xd.export import export_ranker
-from hstu_xd.export.finding import how_to_find
-from hstu_xd.export.ranker import inputs_of
+from hstu_xd.export.ranker import how_to_find, inputs_of
 from hstu_xd.ranking.run import ServedRanker, load_ranker, open_store
 from hstu_xd.serving.ranking_session import RankingSession, RankRequest
 

@@ -10,7 +10,9 @@ from hstu_xd.ops.domain_attention.native import LIBRARY
 from hstu_xd.ops.native_library import NativeLibrary
 
 problem = LIBRARY.problem()
-needs_compiler = pytest.mark.skipif(problem is not None, reason=f"no loops in C here: {problem}")
+needs_compiler = pytest.mark.skipif(
+    problem is not None, reason=f"{problem}: the loops in C are NOT covered"
+)
 
 _OPS = Path(hstu_xd.__file__).parent / "ops"
 

@@ -84,7 +84,8 @@ def test_the_number_of_threads_changes_no_bit(run: Callable[[str], list[Tensor]]
 def test_more_keys_than_a_stretch_and_more_groups_than_pieces(target_view: bool) -> None:
     for lengths, domains in (((400, 3), 1), ((9,) * 90, 4)):
         spec = Spec(lengths, domains, target_view=target_view)
-        errors_against_oracle(partial(domain_attention, impl="native"), draw(spec), torch.float32)
+        run = partial(domain_attention, impl="native")
+        errors_against_oracle(run, draw(spec), torch.float32).check()
 
 
 @needs_compiler
@@ -171,8 +172,23 @@ def test_a_library_is_compiled_once_a_machine(fresh: Path, monkeypatch: pytest.M
     # Others may not put a library there.
     fresh.chmod(0o777)
     library.forget()
+    compiled.unlink()  # what is loaded of it stays whole
     compiled.write_text("not a library")
     attend(SPEC, "native")
+
+
+@needs_compiler
+def test_who_has_no_home_compiles_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    library.forget()
+    try:
+        attend(SPEC, "native")
+    finally:
+        library.forget()
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:

@@ -1,147 +1,23 @@
 """A session over the production path's model: every answer equals that of the whole model."""
 
-import dataclasses
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from dlrm_runs import Run, process_of
-from generative_recommenders.common import HammerKernel
-from generative_recommenders.dlrm_v3.configs import get_hstu_configs
-from torch import Tensor
+from session_cases import VARIANTS, count_rows, logged, session_and_whole
 
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import InputError
-from hstu_xd.plugins.bridge import free_port
 from hstu_xd.plugins.dlrm_v3 import incremental
 from hstu_xd.plugins.dlrm_v3 import session as session_module
-from hstu_xd.plugins.dlrm_v3.domain_states import DomainStateStack, UncachedStack
-from hstu_xd.plugins.dlrm_v3.launch import parsed_gin
-from hstu_xd.plugins.dlrm_v3.model import CrossDomainDlrmHSTU
-from hstu_xd.plugins.dlrm_v3.requests import RequestBatch
-from hstu_xd.plugins.dlrm_v3.session import DlrmSession, new_model
-from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings, cross_domain
-from hstu_xd.plugins.dlrm_v3.store_dataset import configure, request_features, tables
 from hstu_xd.plugins.dlrm_v3.user_memory import num_equal
 
-GIN = Path(__file__).parents[3] / "gin" / "dlrm_stock.gin"
-SIZES = ("xd_dlrm.norm_length = 40", "xd_dlrm.max_history = 12")
-VARIANTS = {
-    "stock": (),
-    "tape": ("xd_encoder.tape = True",),
-    "mask": ("xd_encoder.domain_mask = True", "xd_dlrm.user_token = True"),
-    "mask+tape": (
-        "xd_encoder.domain_mask = True",
-        "xd_encoder.tape = True",
-        "xd_encoder.target_domain_embedding = True",
-    ),
-    "ddsr": ("xd_encoder.ddsr = True", "xd_dlrm.user_token = True"),
-    "all": (
-        "xd_encoder.domain_mask = True",
-        "xd_encoder.tape = True",
-        "xd_encoder.ddsr = True",
-        "xd_encoder.states_per_domain = 2",
-        "xd_dlrm.user_token = True",
-    ),
-    "order": ("xd_dlrm.positions = 'order'", "xd_encoder.domain_mask = True"),
-    "order+all": (
-        "xd_dlrm.positions = 'order'",
-        "xd_encoder.domain_mask = True",
-        "xd_encoder.tape = True",
-        "xd_encoder.ddsr = True",
-        "xd_dlrm.user_token = True",
-    ),
-    "feature": ("xd_dlrm.domain_as_feature = True", "xd_encoder.domain_mask = True"),
-}
 
-
-@contextmanager
-def bound(store: Path, bindings: Sequence[str]) -> Iterator[DlrmSettings]:
-    with parsed_gin(GIN, (f'dataset = "xd:{store}"', *SIZES, *bindings), told=GIN):
-        yield DlrmSettings()
-
-
-def shown(events: Sequence[tuple[int, int]], settings: DlrmSettings) -> list[tuple[int, int]]:
-    """The events of the window, which slides by one or by three."""
-    window: list[tuple[int, int]] = []
-    for event in events:
-        window.append(event)
-        if len(window) > 12:
-            del window[: 1 if settings.positions == "recency" else 3]
-    return window
-
-
-class Whole:
-    """The definition: upstream's layers as they are, over the whole request of one user."""
-
-    def __init__(self, store: InteractionStore, settings: DlrmSettings) -> None:
-        config = configure(get_hstu_configs("debug"), settings)
-        extension = dataclasses.replace(cross_domain(settings, 3, config), in_buckets=False)
-        self.model = CrossDomainDlrmHSTU(
-            config, tables(store, settings, 64), False, bf16_training=False, cross_domain=extension
-        )
-        self.model.get_submodule("_embedding_collection").to_empty(device="cpu")
-        self.model.set_hammer_kernel(HammerKernel.PYTORCH)
-        self.model.eval()
-        self.store, self.settings = store, settings
-
-    @torch.no_grad()
-    def scores(
-        self, number: int, events: Sequence[tuple[int, int]], candidates: list[int], time: int
-    ) -> Tensor:
-        events = shown(events, self.settings)
-        items, times = (
-            torch.tensor([event[column] for event in events], dtype=torch.int64)
-            for column in (0, 1)
-        )
-        domains, asked = self.store.catalog.item_domains, torch.tensor(candidates)
-        batch = RequestBatch(
-            users=torch.tensor([number]),
-            history_lengths=torch.tensor([len(events)]),
-            items=items,
-            times=times,
-            domains=domains[items],
-            candidate_lengths=torch.tensor([len(candidates)]),
-            candidates=asked,
-            candidate_domains=domains[asked],
-            request_times=torch.full_like(asked, time),
-            labels=torch.zeros_like(asked),
-            actions=torch.ones_like(items),
-        )
-        sample = request_features(batch, self.settings)
-        return self.model(sample.uih_features_kjt, sample.candidates_features_kjt)[3][0].double()
-
-
-def randomize(model: Any) -> None:
-    """Make every parameter large, so that no term is negligible."""
-    for name, parameter in model.named_parameters():
-        is_weight = "norm" in name and "weight" in name
-        with torch.no_grad():
-            if parameter.ndim < 2 or "emb" in name or "_xd_" in name:
-                parameter.normal_(std=0.3).add_(1.0 if is_weight else 0.0)
-
-
-@contextmanager
-def session_and_whole(
-    store_path: Path, variant: str, **options: Any
-) -> Iterator[tuple[DlrmSession, Whole, InteractionStore]]:
-    with bound(store_path, VARIANTS[variant]) as settings:
-        store = InteractionStore.open(store_path)
-        torch.manual_seed(5)
-        model, whole = new_model(store, settings), Whole(store, settings)
-        randomize(model)
-        whole.model.load_state_dict(model.state_dict())
-        yield DlrmSession(model, store, settings, **options), whole, store
-
-
-def logged(store: InteractionStore, number: int) -> list[tuple[int, int]]:
-    items, times = store.history(number)
-    return [(int(item), int(time)) for item, time in zip(items, times)]
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows the first layer computes, call by call."""
+    return count_rows(monkeypatch)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -182,23 +58,6 @@ def follow(store_path: Path, variant: str, seed: int) -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             spread.update(found.tolist())
         assert max(spread) - min(spread) > 0.05
-
-
-def counted(extend: Any, rows: list[int]) -> Any:
-    def counting(self: Any, x: Tensor, *others: Any) -> Tensor:
-        rows.append(len(x))
-        return extend(self, x, *others)
-
-    return counting
-
-
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows the first layer computes, call by call."""
-    rows: list[int] = []
-    for stack in (UncachedStack, DomainStateStack):
-        monkeypatch.setattr(stack, "extend", counted(stack.extend, rows))
-    return rows
 
 
 def a_long_user(store: InteractionStore) -> int:
@@ -376,105 +235,3 @@ def test_the_least_recently_asked_are_dropped_and_computed_anew(tiny_store: Path
         torch.testing.assert_close(session.score(users, asked), expected, rtol=0, atol=1e-5)
         session.release(users)
         assert session.num_bytes == len(session) == 0
-
-
-def test_what_is_kept_can_be_saved(tiny_store: Path, tmp_path: Path, computed: list[int]) -> None:
-    file = tmp_path / "states.pt"
-    with session_and_whole(tiny_store, "all") as (session, _, store):
-        user = store.user_token(0)
-        session.append([user], [3], [2_000_000_000])
-        expected = session.score([user], torch.tensor([[1, 2, 60]]))
-        session.save(file)
-    del computed[:]
-    with session_and_whole(tiny_store, "all") as (session, _, _):
-        session.load(file)
-        assert user in session
-        found = session.score([user], torch.tensor([[1, 2, 60]]))
-        assert computed == [3]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        with pytest.raises(InputError, match="an event at 5 after one at 2000000000"):
-            session.append([user], [3], [5])
-        with torch.no_grad():
-            next(iter(session._model.parameters())).add_(1.0)
-        with pytest.raises(InputError, match="states of another model"):
-            session.load(file)
-        for content in (b"", b"nothing"):
-            file.write_bytes(content)
-            with pytest.raises(InputError, match="no states of a session"):
-                session.load(file)
-        with pytest.raises(InputError, match="no states of a session"):
-            session.load(tmp_path / "missing")
-
-
-def test_a_checkpoint_of_the_trainer_is_opened(tiny_store: Path, tmp_path: Path) -> None:
-    bindings = "xd_dlrm.norm_length = 130\n"
-    with process_of(tiny_store, free_port(), bindings):
-        run = Run()
-        run.train(range(3))
-        run.save(tmp_path)
-        requests = run.requests.requests
-        number = requests.num_train
-        sample = run.requests.get_samples([number])
-        run.model.eval()
-        features = sample.uih_features_kjt, sample.candidates_features_kjt
-        with torch.no_grad():
-            expected = run.model(*features)[3][0].double()
-        batch = requests.batch(np.array([number]))
-    everything = [f"xd_encoder.{name} = True" for name in ("domain_mask", "tape", "ddsr")]
-    told = [f'dataset = "xd:{tiny_store}"', bindings.strip(), *everything]
-    session = DlrmSession.open(tmp_path / "3", GIN, bindings=told)
-    store = InteractionStore.open(tiny_store)
-    # A stranger who has had the events that the request shows.
-    session.append(["stranger"] * len(batch.items), batch.items.tolist(), batch.times.tolist())
-    found = session.score(
-        ["stranger"], batch.candidates.unsqueeze(0), batch.request_times[:1].tolist()
-    )
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match=r"it has no .*_xd_target_domain_emb.* and no more"):
-        DlrmSession.open(
-            tmp_path / "3",
-            GIN,
-            bindings=[*told, "xd_encoder.target_domain_embedding = True"],
-        )
-    with pytest.raises(InputError, match="a checkpoint of another model, which differs in"):
-        DlrmSession.open(tmp_path / "3", GIN, bindings=[*told, "xd_dlrm.hstu_attn_num_layers = 3"])
-    with pytest.raises(InputError, match="no checkpoint there"):
-        DlrmSession.open(tmp_path / "4", GIN, bindings=told)
-    with pytest.raises(InputError, match=r"xd_dlrm\.norm_length = 0: a session needs one above"):
-        DlrmSession.open(tmp_path / "3", GIN, bindings=[*told, "xd_dlrm.norm_length = 0"])
-    with pytest.raises(InputError, match=r"make_model\.dataset = 'kuairand-1k'; a session needs"):
-        DlrmSession.open(tmp_path / "3", GIN, bindings=[*told, 'dataset = "kuairand-1k"'])
-    with pytest.raises(InputError, match=r"dlrm_stock\.gin: .*no_such"):
-        DlrmSession.open(tmp_path / "3", GIN, bindings=["xd_dlrm.no_such = 1"])
-    assert store.find_user("stranger") is None
-
-
-def test_bad_input_is_named_and_changes_nothing(tiny_store: Path) -> None:
-    with session_and_whole(tiny_store, "all") as (session, _, store):
-        user, last = store.user_token(0), logged(store, 0)[-1][1]
-        before = session.score([user], torch.tensor([[1]]))
-        for wrong, message in (
-            ((["a"], [1, 2], [3]), "1 users, 2 items and 1 timestamps"),
-            (
-                ([user, user], [1, 91], [last, last]),
-                r"unknown item 91; the catalogue has items 1\.\.90",
-            ),
-            (([user], [0], [last]), "unknown item 0"),
-            (
-                ([user, user], [1, 2], [last, last - 1]),
-                f"an event at {last - 1} after one at {last}",
-            ),
-            (([user, "ann"], [1, 2], [last, last]), "unknown user 'ann'.*user_token = False"),
-        ):
-            with pytest.raises(InputError, match=message):
-                session.append(*wrong)
-        for arguments, message in (
-            (([user], torch.tensor([1, 2])), r"candidates has shape \(2,\); \(1, C\) is needed"),
-            (([user, user], torch.tensor([[1, 2]])), r"shape \(1, 2\); \(2, C\)"),
-            (([user], torch.tensor([[91]])), "unknown item 91"),
-            (([user], torch.tensor([[1]]), [1, 2]), "2 request_timestamps for 1 users"),
-            ((["ann"], torch.tensor([[1]])), "unknown user 'ann'"),
-        ):
-            with pytest.raises(InputError, match=message):
-                session.score(*arguments)
-        torch.testing.assert_close(session.score([user], torch.tensor([[1]])), before)
