@@ -144,7 +144,7 @@ class CrossDomainHSTU(nn.Module):
         self.catalog = catalog
         self.settings = settings
         self.window = settings.norm_length if window is None else window
-        self._embedding_module = (
+        self._embedding_module: ItemEmbedding = (
             ItemEmbedding(catalog.num_items, width)
             if features is None
             else FeaturedItemEmbedding(catalog.num_items, width, features, row_dropout)
@@ -190,7 +190,7 @@ class CrossDomainHSTU(nn.Module):
         return self.unit_vectors(self._hstu(x, rows.events, questions=questions, caches=caches))
 
     @property
-    def item_table(self) -> nn.Module:
+    def item_table(self) -> ItemEmbedding:
         """Return the table of items, which ranks as well as it feeds the input."""
         return self._embedding_module
 

@@ -5,9 +5,12 @@ target domain. Parameters of HSTU have upstream's names, so that its checkpoints
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from hstu_xd.model.settings import EncoderSettings
@@ -77,7 +80,9 @@ def dropout(x: Tensor, *, rate: float, training: bool) -> Tensor:
     return x * kept.to(x.dtype).div_(1 - rate)
 
 
-def look_up(table: Tensor, ids: Tensor, *, padding: int | None = None) -> Tensor:
+def look_up(
+    table: Tensor, ids: Tensor, *, padding: int | None = None, sparse: bool = False
+) -> Tensor:
     """Look up rows: (I, K), (...) int64 -> (..., K), as ``torch.nn.functional.embedding`` does.
 
     On a CPU the gradient of a plain selection of rows is summed in the same order and in half the
@@ -87,10 +92,36 @@ def look_up(table: Tensor, ids: Tensor, *, padding: int | None = None) -> Tensor
         table: rows.
         ids: numbers of rows; on a CPU nothing that is learnt from may be at the padding.
         padding: a row that gets no gradient.
+        sparse: on a CPU, give the table a sparse gradient of the same sums.
     """
     if ids.device.type != "cpu":
         return functional.embedding(ids, table, padding)
-    return table.index_select(0, ids.flatten()).view(*ids.shape, table.shape[1])
+    rows = ids.flatten()
+    found = _SparseRows.apply(table, rows) if sparse else table.index_select(0, rows)
+    return found.view(*ids.shape, table.shape[1])
+
+
+class _SparseRows(Function):
+    """Rows of a table, whose gradient is that of the rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        """Select (n,) rows of a (I, K) table: (n, K)."""
+        ctx.save_for_backward(ids)
+        ctx.size = table.shape
+        return table.index_select(0, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Sum (n, K) by row, in their order: sparse (I, K), coalesced."""
+        (ids,) = ctx.saved_tensors
+        rows, places = ids.unique(return_inverse=True)
+        sums = grad.new_zeros(len(rows), ctx.size[1]).index_add_(0, places, grad)
+        gradient = torch.sparse_coo_tensor(
+            rows.unsqueeze(0), sums, ctx.size, is_coalesced=True, check_invariants=False
+        )
+        return gradient, None
 
 
 class ItemEmbedding(nn.Module):
@@ -108,7 +139,13 @@ class ItemEmbedding(nn.Module):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Look items up: (...) int64 -> (..., K) float."""
-        return look_up(self._item_emb.weight, item_ids, padding=0)
+        table = self._item_emb
+        return look_up(table.weight, item_ids, padding=0, sparse=table.sparse)
+
+    def give_sparse_gradients(self) -> Tensor:
+        """Let look-ups on a CPU give the table sparse gradients from now on; return the table."""
+        self._item_emb.sparse = True
+        return self._item_emb.weight
 
 
 class PositionalInput(nn.Module):

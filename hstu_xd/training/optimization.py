@@ -15,18 +15,21 @@ _AVERAGED = "averaged."
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def optimizer_of(model: CrossDomainHSTU, train: Any) -> torch.optim.AdamW:
+def optimizer_of(
+    model: CrossDomainHSTU, train: Any, *, sparse_table: bool = False
+) -> torch.optim.AdamW:
     """Make the optimiser of a training.
 
     Args:
         model: on its device.
         train: :class:`hstu_xd.training.settings.TrainSettings`.
+        sparse_table: have the item table give sparse gradients, see :class:`RowGradients`.
     """
     table = list(model.item_table.parameters())
     in_table = set(map(id, table))
     rest = [x for x in model.parameters() if id(x) not in in_table]
     decay = train.weight_decay
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": table, "weight_decay": decay * train.embedding_decay_share},
             {"params": rest, "weight_decay": decay},
@@ -35,6 +38,38 @@ def optimizer_of(model: CrossDomainHSTU, train: Any) -> torch.optim.AdamW:
         betas=_BETAS,
         fused=True,
     )
+    if sparse_table:
+        rows = RowGradients(model.item_table.give_sparse_gradients())
+        optimizer.register_step_pre_hook(lambda *_: rows.spread())
+    return optimizer
+
+
+class RowGradients:
+    """The dense gradient of a table that gives sparse ones, in memory that is kept.
+
+    A step reads few rows of a large table. Autograd's dense gradients would be zeros of the whole
+    table, twice a step, in memory that the system has to find each time.
+
+    Args:
+        table: (I, K), a leaf.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+        self._dense: Tensor | None = None
+        self._rows = torch.empty(0, dtype=torch.int64)
+
+    def spread(self) -> None:
+        """Put the dense gradient in the place of the sparse one; a dense one stays."""
+        gradient = self._table.grad
+        if gradient is None or not gradient.is_sparse:
+            return
+        if self._dense is None:
+            self._dense = torch.zeros_like(self._table)
+        gradient = gradient.coalesce()
+        self._dense.index_fill_(0, self._rows, 0)
+        self._rows = gradient.indices()[0]
+        self._table.grad = self._dense.index_copy_(0, self._rows, gradient.values())
 
 
 def rate_at(train: Any, step: int, done: float) -> float:

@@ -123,7 +123,9 @@ class Trainer(EpochTraining[Progress]):
         news = data.users if until is None else data.begin_at_news(until, settings.news_context)
         self._news, self._others = news, np.setdiff1d(data.users, news)
         self._replayed = round(settings.replay_share * self._others.size)
-        self._optimizer = optimizer_of(model, settings)
+        # DDP would want to know of sparse gradients, and GPUs have memory at hand.
+        is_sparse = world.size == 1 and world.device.type == "cpu"
+        self._optimizer = optimizer_of(model, settings, sparse_table=is_sparse)
         decay = settings.average_decay
         self._average = WeightAverage(model, decay) if decay else None
         self._judged = self._average.model if self._average else model
