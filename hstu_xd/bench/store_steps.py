@@ -137,19 +137,22 @@ def measure(variants: Mapping[str, StoreSteps], *, repeats: int) -> list[Row]:
     """
     failed: dict[str, str] = {}
     errors: dict[str, float] = {}
-    runs = {}
+    runs, users = {}, {}
     first = next(iter(variants.values()))
     store = InteractionStore.open(Path(first.data))
     with torch_threads(first.threads):
         for name, steps in variants.items():
             with noting_failure(name, failed):
+                trainer = steps.trainer(store)
+                users[name] = trainer.users_per_step
                 errors[name] = _error(steps, store)
                 if errors[name] <= 1:
-                    runs[name] = _Steps(steps.trainer(store)).run
+                    runs[name] = _Steps(trainer).run
         times = take_turns(runs, failed, device=first.device, repeats=repeats)
     rows = []
     for name, steps in variants.items():
-        row = empty_row(name, _case(steps, store), threads=steps.threads, repeats=repeats)
+        case = _case(steps, store, users.get(name, 1))
+        row = empty_row(name, case, threads=steps.threads, repeats=repeats)
         row |= {"variant": name, "data": steps.data, "skew": None, "interleaving": None}
         row |= {"delta": store.manifest["delta"], "failed": failed.get(name), "times_hstu": None}
         if name in errors:
@@ -161,15 +164,15 @@ def measure(variants: Mapping[str, StoreSteps], *, repeats: int) -> list[Row]:
     return rows
 
 
-def _case(steps: StoreSteps, store: InteractionStore) -> Case:
-    """Return the sizes of a training; a user has at most ``seq_len`` events."""
+def _case(steps: StoreSteps, store: InteractionStore, users: int) -> Case:
+    """Return the sizes of a training; a step's users have at most ``seq_len`` events each."""
     settings = steps.settings
     encoder, train = settings.encoder_settings(store.num_domains), settings.train
     return Case(
         "train-step",
         train.max_sequence_length,
         store.num_domains,
-        batch_size=train.local_batch_size,
+        batch_size=users,
         heads=encoder.num_heads,
         dqk=encoder.dqk,
         dv=encoder.dv,

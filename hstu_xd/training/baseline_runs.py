@@ -50,6 +50,11 @@ class BaselineTrainer:
         """Whether nothing is left to do, as far as a resumed run has to note it: never."""
         return False
 
+    @property
+    def users_per_step(self) -> int:
+        """How many users are ranked at once."""
+        return self.settings.eval_batch_size * self.world.size
+
     def resume(self, processes: int) -> None:
         """Begin again; what an interrupted run wrote is overwritten."""
         self._log.rewind(0, 0)

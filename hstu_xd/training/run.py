@@ -346,8 +346,8 @@ def variant_name(settings: RunSettings) -> str:
 
 def _note_resumption(out: Path, trainer: Trainer | BaselineTrainer) -> None:
     if not trainer.is_trained:
-        step, batch_size = trainer.progress.step, trainer.settings.local_batch_size
-        note_resumption(out, trainer.world, step=step, batch_size=batch_size)
+        users = trainer.users_per_step // trainer.world.size
+        note_resumption(out, trainer.world, step=trainer.progress.step, batch_size=users)
 
 
 def _settings_to_resume(

@@ -48,7 +48,9 @@ class TrainSettings:
         domain: name of the only domain that is read, trained on and ranked, as if the log had no
             other; "": all. Such a run is a control, beside one of each other domain: what training
             them together gives or takes.
-        local_batch_size: users per step and process.
+        local_batch_size: users per step and process; 0: as many as ``events_per_step`` says.
+        events_per_step: training events that the users of a process's step have on average; at
+            least 32 users, and at most a 32nd of all, so that an epoch of a small log has steps.
         eval_batch_size: users encoded at once in evaluation.
         dropout_rate: dropout on the input features.
         objective: what is minimised and what ranks: "retrieval" (sampled softmax, dot products), or
@@ -99,7 +101,8 @@ class TrainSettings:
     gr_output_length: int = setting(10, at_least=0)
     item_embedding_dim: int = setting(128, at_least=1, also=("width", "hidden_size", "d_model"))
     domain: str = setting("", also=("single_domain", "per_domain"))
-    local_batch_size: int = setting(64, at_least=1)
+    local_batch_size: int = setting(0, at_least=0)
+    events_per_step: int = setting(1500, at_least=1, needs={"local_batch_size": 0})
     eval_batch_size: int = setting(256, at_least=1)
     dropout_rate: float = setting(0.5, at_least=0, below=1, also=("dropout",))
     objective: str = setting(RETRIEVAL, part=True, also=("loss",))

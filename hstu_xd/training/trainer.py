@@ -51,6 +51,26 @@ from hstu_xd.training.settings import TrainSettings
 _CHECK_EVERY = 50
 
 
+# Where the users of a step follow from its events: the fewest of them, and the steps of an epoch.
+_FEWEST_USERS, _STEPS_OF_EPOCH = 32, 32
+
+
+def users_per_step(settings: TrainSettings, events: np.ndarray) -> int:
+    """Return how many users a process takes in a step.
+
+    Users of some logs have a handful of events and those of others hundreds: a recipe that is right
+    for one of them is right for steps of as many events, not of as many users.
+
+    Args:
+        settings: of the training.
+        events: (users,) int, training events of each user.
+    """
+    if settings.local_batch_size:
+        return settings.local_batch_size
+    enough = round(settings.events_per_step * events.size / max(1, int(events.sum())))
+    return max(1, min(max(_FEWEST_USERS, enough), events.size // _STEPS_OF_EPOCH))
+
+
 @dataclass
 class Progress(EpochProgress):
     """Where a training stands, by users and events.
@@ -121,6 +141,7 @@ class Trainer(EpochTraining[Progress]):
         }
         data = self._data[Split.TRAIN]
         news = data.users if until is None else data.begin_at_news(until, settings.news_context)
+        self.users_per_step = users_per_step(settings, data.lengths(data.users)) * world.size
         self._news, self._others = news, np.setdiff1d(data.users, news)
         self._replayed = round(settings.replay_share * self._others.size)
         # DDP would want to know of sparse gradients, and GPUs have memory at hand.
@@ -164,7 +185,7 @@ class Trainer(EpochTraining[Progress]):
             progress, tensors = stored
             if self._average:
                 self._average.restore(tensors)
-            users_per_step = self.settings.local_batch_size * processes
+            users_per_step = self.users_per_step // self.world.size * processes
             self.progress = Progress.from_stored(progress, users_per_step)
             if not self.world.is_main:
                 self.progress.loss_sum = 0.0  # the first process has taken over all of it
@@ -243,7 +264,7 @@ class Trainer(EpochTraining[Progress]):
             done: users at the beginning of that order, who are left out.
         """
         users = self._users_of(epoch)[done:]
-        size = self.settings.local_batch_size * self.world.size
+        size = self.users_per_step
         return [users[i : i + size] for i in range(0, users.size, size)]
 
     def _users_of(self, epoch: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from quick_runs import QUICK
@@ -13,7 +14,7 @@ from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.training.checkpoint import load_checkpoint
 from hstu_xd.training.optimization import WeightAverage, optimizer_of, rate_at
 from hstu_xd.training.settings import TrainSettings, load_settings
-from hstu_xd.training.trainer import Trainer
+from hstu_xd.training.trainer import Trainer, users_per_step
 
 
 @pytest.mark.parametrize(
@@ -123,3 +124,27 @@ def test_values_out_of_range(binding: str, message: str) -> None:
 def test_a_share_without_a_schedule_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
     load_settings([], ["xd_train.final_rate_share = 0.1"])
     assert "final_rate_share = 0.1 does nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bindings", "users", "expected"),
+    [
+        # A user has ten events in the mean.
+        ({"events_per_step": 1}, 2000, 32),
+        ({"events_per_step": 1}, 320, 10),
+        ({"events_per_step": 1}, 31, 1),
+        ({"events_per_step": 1000}, 100_000, 100),
+        ({"events_per_step": 1004}, 100_000, 100),
+        ({"events_per_step": 1000}, 640, 20),
+        ({"events_per_step": 1000, "local_batch_size": 7}, 640, 7),
+    ],
+)
+def test_a_step_takes_the_users_who_have_its_events(
+    bindings: dict[str, int], users: int, expected: int
+) -> None:
+    events = np.tile([5, 15], (users + 1) // 2)[:users]
+    assert users_per_step(TrainSettings(**bindings), events) == expected
+
+
+def test_a_log_without_training_events_has_steps_all_the_same() -> None:
+    assert users_per_step(TrainSettings(), np.empty(0, np.int64)) == 1
