@@ -45,10 +45,11 @@ def report(
         bool,
         typer.Option(
             "--skip-lists",
-            help="Ask no model for its test users' lists, which takes as long as measuring the "
-            "test twice; the page then says nothing of popularity and sharpness.",
+            help="Ask no model for its test users' lists, which takes about as long as measuring "
+            "their test again; the page then says nothing of popularity and sharpness.",
         ),
     ] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Write a page of figures and tables about runs.
 
@@ -64,6 +65,7 @@ def report(
         allow_mixed_data=allow_mixed_data,
         data=data,
         lists=not skip_lists,
+        allow_imports=allow_imports,
         announce=lambda line: typer.echo(line, err=True),
     )
     typer.echo(f"wrote {page} and {len(list(out.glob('*.png')))} figures beside it")

@@ -81,6 +81,8 @@ def list_models(
     runs: Sequence[Run],
     store: InteractionStore,
     announce: Callable[[str], object] = lambda line: None,
+    *,
+    allow_imports: bool = False,
 ) -> tuple[ModelLists | None, list[str]]:
     """Ask the best model of every retrieval run for its test users' lists.
 
@@ -92,6 +94,7 @@ def list_models(
         runs: on the store.
         store: the data that they were trained on.
         announce: called with a line before every run.
+        allow_imports: import the modules that runs name beside this package.
 
     Returns:
         What was found, None where no run could be asked; and the notes.
@@ -107,7 +110,7 @@ def list_models(
         if not reason:
             announce(f"lists of {run.path.name} ({run.variant})")
             try:
-                found, tally = _ask(run, store, protocol)
+                found, tally = _ask(run, store, protocol, allow_imports=allow_imports)
             except InputError as error:
                 reason = f"cannot be asked: {error}"
             else:
@@ -128,9 +131,11 @@ def list_models(
     return ModelLists(ranked, figures, tenths_of_targets(counts[targets]), protocol), notes
 
 
-def _ask(run: Run, store: InteractionStore, protocol: Protocol) -> tuple[RankedTargets, ListTally]:
+def _ask(
+    run: Run, store: InteractionStore, protocol: Protocol, *, allow_imports: bool
+) -> tuple[RankedTargets, ListTally]:
     """Rank the test targets of a run's model and count its lists, a batch at a time."""
-    trained = load_trained(run.path)
+    trained = load_trained(run.path, allow_imports=allow_imports)
     held_out = protocol.sequences(store, Split.TEST, run.info["max_sequence_length"])
     tally = ListTally(store.catalog, protocol.ks)
     found = rank_targets(

@@ -388,6 +388,7 @@ def write_report(
     allow_mixed_data: bool = False,
     data: Path | None = None,
     lists: bool = True,
+    allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Compare runs in one self-contained HTML page, with every figure beside it as a PNG.
@@ -400,7 +401,8 @@ def write_report(
         allow_mixed_data: give runs on different data a section each instead of refusing.
         data: the prepared store, if it is no longer where the runs were trained from.
         lists: ask every model for its test users' lists, which the open questions are answered by;
-            it costs as much as measuring the test twice.
+            it costs about as much as measuring their test again.
+        allow_imports: to ask models, import the modules that runs name beside this package.
         announce: called with a line before every model that is asked.
 
     Returns:
@@ -412,7 +414,10 @@ def write_report(
     """
     check_output(out, force=force, ours=is_report, kind="report", parts=(PAGE, QUESTIONS, "*.png"))
     groups = group_by_data(read_runs(paths), allow_mixed_data)
-    comparisons = [compare_runs(group, data, lists=lists, announce=announce) for group in groups]
+    comparisons = [
+        compare_runs(group, data, lists=lists, allow_imports=allow_imports, announce=announce)
+        for group in groups
+    ]
     sections = _draw(comparisons)
     with replaced_folder(out, force=force) as folder:
         for section in sections:

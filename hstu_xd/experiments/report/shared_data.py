@@ -90,6 +90,7 @@ def compare_runs(
     data: Path | None,
     *,
     lists: bool = False,
+    allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
     """Aggregate runs on the same data and read their store where it can be found.
@@ -98,6 +99,7 @@ def compare_runs(
         runs: at least one.
         data: a prepared store to look at before the one that run.json names.
         lists: ask the models of retrieval runs for their test users' lists.
+        allow_imports: for that, import the modules that runs name beside this package.
         announce: called with a line before every model that is asked.
     """
     notes = [f"Run {run.path.name} ({run.variant}) {note}." for run in runs for note in run.notes]
@@ -108,7 +110,7 @@ def compare_runs(
         stats = measure(store)
         synthetic = synthetic or bool(store.manifest.get("synthetic"))
         if lists and runs[0].kind == RETRIEVAL:
-            found, left_out = list_models(runs, store, announce)
+            found, left_out = list_models(runs, store, announce, allow_imports=allow_imports)
             notes += left_out
     except InputError as error:
         notes.append(
