@@ -41,14 +41,33 @@ def report(
     data: Annotated[
         Path | None, typer.Option(help="The prepared folder, if it has moved since training.")
     ] = None,
+    skip_lists: Annotated[
+        bool,
+        typer.Option(
+            "--skip-lists",
+            help="Ask no model for its test users' lists, which takes about as long as measuring "
+            "their test again; the page then says nothing of popularity and sharpness.",
+        ),
+    ] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Write a page of figures and tables about runs.
 
-    It shows training curves, test metrics, domains, targets that switch the domain, and the data.
+    It shows training curves, test metrics, domains, targets that switch the domain, popularity
+    bias, and the data; of runs on several logs, the logs side by side.
     """
     from hstu_xd.experiments.report.page import write_report
 
-    page = write_report(runs, out, force=force, allow_mixed_data=allow_mixed_data, data=data)
+    page = write_report(
+        runs,
+        out,
+        force=force,
+        allow_mixed_data=allow_mixed_data,
+        data=data,
+        lists=not skip_lists,
+        allow_imports=allow_imports,
+        announce=lambda line: typer.echo(line, err=True),
+    )
     typer.echo(f"wrote {page} and {len(list(out.glob('*.png')))} figures beside it")
 
 

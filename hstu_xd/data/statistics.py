@@ -6,7 +6,7 @@ They stand in a store's manifest, and ``prepare`` and ``synth`` print them at th
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,48 @@ def _spread(lengths: NDArray[np.int64]) -> dict[str, float]:
         "median": float(np.median(lengths)),
         "max": int(lengths.max()),
     }
+
+
+class TransitionEntropy(NamedTuple):
+    """How hard the domain of the next event is to tell, in bits.
+
+    Attributes:
+        conditional: ``H(next | present)``, where the domain of the present event is known.
+        marginal: ``H(next)``, where nothing is known; the difference is what the present domain
+            tells about the next one.
+    """
+
+    conditional: float
+    marginal: float
+
+
+def transition_entropy(transitions: NDArray[np.int64]) -> TransitionEntropy:
+    """Measure how random the domains of neighbouring events of a user are.
+
+    With ``p(a, b)`` the share of the neighbouring pairs whose first event is of the domain ``a``
+    and whose second is of ``b``: ``H(next | present) = -sum_ab p(a, b) log2 p(b | a)`` and
+    ``H(next) = -sum_b p(b) log2 p(b)`` over the second events of the same pairs, so that it is
+    never the smaller one. A cycle through the domains has 0 bits given the present one and
+    ``log2 D`` without; domains that are drawn by lot have the same of both.
+
+    Args:
+        transitions: (D, D) how often an event of the row's domain is followed by one of the
+            column's.
+
+    Returns:
+        Both entropies; 0 of a log without neighbours.
+    """
+    pairs = _bits(transitions.ravel())
+    presents, nexts = _bits(transitions.sum(1)), _bits(transitions.sum(0))
+    # H(present, next) - H(present); rounding must not make it negative.
+    return TransitionEntropy(max(pairs - presents, 0.0), nexts)
+
+
+def _bits(counts: NDArray[np.int64]) -> float:
+    """Return the entropy of counts in bits."""
+    counts = counts[counts > 0]
+    shares = counts / max(int(counts.sum()), 1)
+    return float(-(shares * np.log2(shares)).sum()) + 0.0
 
 
 def print_summary(

@@ -5,7 +5,7 @@ its error is below that of two metrics taken apart.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,21 +65,45 @@ def paired_differences(
     Returns:
         Names as :func:`hstu_xd.evaluation.metrics.grouped_metrics` has them.
     """
-    found, of_base = (_over_seeds(each, protocol, more) for each in (other, base))
-    differences = {name: found[name] - of_base[name] for name in found}
     domains, switched = base[0].domains, base[0].switched
     # Only models whose items have features tell cold targets apart, and one is enough.
     cold = next((one.cold for one in (*base, *other) if one.cold is not None), None)
+    groups = target_groups(domains, switched, domain_names, cold)
+    return differences_by_group(base, other, groups, protocol, more)
+
+
+def differences_by_group(
+    base: Sequence[RankedTargets],
+    other: Sequence[RankedTargets],
+    groups: Mapping[str, Tensor],
+    protocol: Protocol = DEFAULTS,
+    more: Metrics | None = None,
+) -> dict[str, Difference]:
+    """Take paired differences over groups of targets, see :func:`paired_differences`.
+
+    Args:
+        base: the users' targets as each seed of one model ranks them.
+        other: the same of the other model.
+        groups: (Q,) bool of each suffix, who is in the group; at least one target each.
+        protocol: which metrics.
+        more: further metrics that both models are measured by.
+
+    Returns:
+        Names of metrics with the suffix of a group.
+    """
+    found, of_base = (mean_over_seeds(each, protocol, more) for each in (other, base))
+    differences = {name: found[name] - of_base[name] for name in found}
     return {
         f"{name}{suffix}": _difference(values[members])
-        for suffix, members in target_groups(domains, switched, domain_names, cold).items()
+        for suffix, members in groups.items()
         for name, values in differences.items()
     }
 
 
-def _over_seeds(
-    ranked: Sequence[RankedTargets], protocol: Protocol, more: Metrics | None
+def mean_over_seeds(
+    ranked: Sequence[RankedTargets], protocol: Protocol = DEFAULTS, more: Metrics | None = None
 ) -> dict[str, Tensor]:
+    """Take each target's metrics and their mean over the seeds of a model: (Q,) float64 each."""
     each = [user_metrics(one, protocol, more) for one in ranked]
     return {name: torch.stack([values[name] for values in each]).mean(0) for name in each[0]}
 

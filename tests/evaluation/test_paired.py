@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from hstu_xd.evaluation.metrics import RankedTargets, grouped_metrics
-from hstu_xd.evaluation.paired import Difference, paired_differences
+from hstu_xd.evaluation.paired import (
+    Difference,
+    differences_by_group,
+    mean_over_seeds,
+    paired_differences,
+)
 from hstu_xd.evaluation.protocol import METRICS, Protocol
 
 NAMES = ("books", "films", "games")  # nobody's target is a game
@@ -84,3 +89,14 @@ def test_targets_that_one_model_knows_as_cold_are_told_apart_for_both() -> None:
     ):
         assert found.count == 2
         assert abs(found.mean) == pytest.approx((1 / 10 - 1 / 12 + 1 / 99 - 1 / 150) / 2)
+
+
+def test_groups_of_ones_own_are_compared_as_well() -> None:
+    rare = torch.tensor([True, True, False, False, True, False])
+    found = differences_by_group(BASE, OTHER, {"[rare]": rare})
+    each = paired_differences(BASE, OTHER, NAMES)
+    assert found.keys() == {f"{name}[rare]" for name in METRICS}
+    assert found["mrr[rare]"].count == 3
+    of_rare = mean_over_seeds(OTHER)["mrr"] - mean_over_seeds(BASE)["mrr"]
+    assert found["mrr[rare]"].mean == pytest.approx(float(of_rare[rare].mean()), abs=1e-12)
+    assert each["mrr"].mean == pytest.approx(float(of_rare.mean()), abs=1e-12)

@@ -84,6 +84,7 @@ def test_figures_lie_beside_the_page(built):
     assert sorted(path.name for path in built.iterdir()) == sorted(
         [
             "index.html",
+            "open_questions.md",
             *(f"curve_{m}.png" for m in ("loss", "hr_at_10", "hr_at_100", "ndcg_at_100", "mrr")),
             *(f"{g}_{m}_at_100.png" for g in ("domains", "switch") for m in ("hr", "ndcg")),
             *(f"{n}.png" for n in ("domain_sizes", "transitions", "history_lengths", "cost_ratio")),

@@ -12,6 +12,7 @@ WITH_EXAMPLES = [
     "ops.state_attention.api",
     "ops.state_attention.state_reads",
     "model.hstu",
+    "evaluation.popularity",
     "evaluation.ranking",
     "interest.positions",
     "serving.session",

@@ -145,6 +145,12 @@ def test_ablate_takes_its_file_for_a_variant_and_compare_and_report_name_it(
     command("report", "runs", "--out", "report", here=desk)
     page = (desk / "report" / "index.html").read_text()
     assert f"mine has parts from outside hstu-xd: layer {LAYER}, objective {OBJECTIVE}" in page
+    refused = "(mine) is left out of the open questions: it cannot be asked: "
+    assert refused in page
+    command("report", "runs", "--out", "allowed", "--allow-imports", here=desk)
+    page = (desk / "allowed" / "index.html").read_text()
+    assert refused not in page
+    assert "MRR mine minus hstu" in page
 
 
 def test_an_ablation_goes_on_where_it_was_stopped(

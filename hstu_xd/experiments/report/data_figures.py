@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from hstu_xd.data.filters import domain_counts
+from hstu_xd.data.statistics import TransitionEntropy, transition_entropy
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.experiments.report.style import ACCENT, FAINT, INK, ON_ACCENT, Canvas, Image, short
 from hstu_xd.experiments.report.tables import percent
@@ -46,6 +47,16 @@ class DataStats:
         """Share of neighbouring events that lie in different domains; 0 without neighbours."""
         total = int(self.transitions.sum())
         return 1 - int(self.transitions.trace()) / total if total else 0.0
+
+    @property
+    def entropy(self) -> TransitionEntropy:
+        """Bits that the domain of the next event is uncertain by."""
+        return transition_entropy(self.transitions)
+
+    @property
+    def largest_share(self) -> float:
+        """Share of the events that lie in the largest domain; 0 without events."""
+        return int(self.events.max()) / max(int(self.events.sum()), 1)
 
 
 def measure(store: InteractionStore) -> DataStats:

@@ -4,7 +4,7 @@ The page is one HTML file: head, style sheet and banner, the protocol in words, 
 figures, tables and words for every comparison.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -21,6 +21,11 @@ from hstu_xd.experiments.report.html_tables import (
     swatch,
     table,
     variants_table,
+)
+from hstu_xd.experiments.report.open_questions import (
+    logs_table,
+    question_tables,
+    questions_file,
 )
 from hstu_xd.experiments.report.run_figures import Group, grouped_dots, learning_curves
 from hstu_xd.experiments.report.shared_data import (
@@ -101,10 +106,15 @@ class Section:
                 self.curves,
             ),
             *(self._by_group(part, images) for part, images in self.groups),
+            self._open_questions(),
             _figures("The data", "", self.data),
             self._runs(),
         ]
         return "\n".join(part for part in parts if part)
+
+    def _open_questions(self) -> str:
+        tables = [one.html() for one in question_tables(self.comparison)]
+        return "\n".join(["<h2>Open questions</h2>", *tables]) if tables else ""
 
     def _notes(self) -> str:
         if not self.comparison.notes:
@@ -310,6 +320,7 @@ def page(sections: Sequence[Section]) -> str:
     key = "".join(f"<li>{swatch(place)}{escape(v)}</li>" for v, place in places.items())
     synthetic = [section.comparison for section in sections if section.comparison.synthetic]
     kinds = dict.fromkeys(run.kind for run in runs)
+    overview = logs_table([section.comparison for section in sections])
     protocol = [*(line for kind in kinds for line in PROTOCOLS[kind]), SEEDS_PROTOCOL]
     return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
         generator=GENERATOR,
@@ -319,7 +330,12 @@ def page(sections: Sequence[Section]) -> str:
         subtitle=f"{_count(len(runs), 'run')}, {_count(len(places), 'variant')}, seeds "
         + escape(", ".join(dict.fromkeys(str(run.seed) for run in runs))),
         key=key,
-        sections="\n".join(_section(section, len(sections) > 1) for section in sections),
+        sections="\n".join(
+            [
+                *([f"<section>{overview.html()}</section>"] if overview else []),
+                *(_section(section, len(sections) > 1) for section in sections),
+            ]
+        ),
         protocol="\n".join(f"<li>{escape(line)}</li>" for line in protocol),
         version=escape(__version__),
     )
@@ -361,6 +377,7 @@ def _series(palette: Sequence[str]) -> str:
 
 
 PAGE = "index.html"
+QUESTIONS = "open_questions.md"
 
 
 def write_report(
@@ -370,6 +387,9 @@ def write_report(
     force: bool = False,
     allow_mixed_data: bool = False,
     data: Path | None = None,
+    lists: bool = True,
+    allow_imports: bool = False,
+    announce: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Compare runs in one self-contained HTML page, with every figure beside it as a PNG.
 
@@ -380,6 +400,10 @@ def write_report(
         force: replace an existing report.
         allow_mixed_data: give runs on different data a section each instead of refusing.
         data: the prepared store, if it is no longer where the runs were trained from.
+        lists: ask every model for its test users' lists, which the open questions are answered by;
+            it costs about as much as measuring their test again.
+        allow_imports: to ask models, import the modules that runs name beside this package.
+        announce: called with a line before every model that is asked.
 
     Returns:
         Path of the page.
@@ -388,15 +412,20 @@ def write_report(
         InputError: no run at a path, unreadable files, runs on different data, or an existing
             output folder.
     """
-    check_output(out, force=force, ours=is_report, kind="report", parts=(PAGE, "*.png"))
+    check_output(out, force=force, ours=is_report, kind="report", parts=(PAGE, QUESTIONS, "*.png"))
     groups = group_by_data(read_runs(paths), allow_mixed_data)
-    comparisons = [compare_runs(group, data) for group in groups]
+    comparisons = [
+        compare_runs(group, data, lists=lists, allow_imports=allow_imports, announce=announce)
+        for group in groups
+    ]
     sections = _draw(comparisons)
     with replaced_folder(out, force=force) as folder:
         for section in sections:
             for image in section.images:
                 (folder / f"{image.name}.png").write_bytes(image.png)
         (folder / PAGE).write_text(page(sections), encoding="utf-8")
+        if questions := questions_file(comparisons):
+            (folder / QUESTIONS).write_text(questions, encoding="utf-8")
     return out / PAGE
 
 

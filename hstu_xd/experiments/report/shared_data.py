@@ -1,14 +1,16 @@
 """Runs on the same data brought together: what one part of the report is about."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.protocol import Protocol, protocol_notes
+from hstu_xd.evaluation.protocol import RETRIEVAL, Protocol, protocol_notes
 from hstu_xd.evaluation.ranking import RankingProtocol, undefined_notes
 from hstu_xd.experiments.report.data_figures import DataStats, measure
+from hstu_xd.experiments.report.model_lists import ModelLists, list_models
 from hstu_xd.experiments.run_folders import (
     Row,
     Run,
@@ -32,6 +34,7 @@ class Comparison:
         stats: distributions read from the store, None where it is not at hand.
         synthetic: run.json or the manifest says synthetic.
         notes: what a reader should know before trusting the numbers.
+        lists: what the models recommend, None where they were not asked.
     """
 
     runs: list[Run]
@@ -40,6 +43,7 @@ class Comparison:
     stats: DataStats | None
     synthetic: bool
     notes: list[str]
+    lists: ModelLists | None = None
 
     @property
     def data_name(self) -> str:
@@ -81,19 +85,33 @@ def group_by_data(runs: Sequence[Run], allow_mixed_data: bool) -> list[list[Run]
     return groups
 
 
-def compare_runs(runs: list[Run], data: Path | None) -> Comparison:
+def compare_runs(
+    runs: list[Run],
+    data: Path | None,
+    *,
+    lists: bool = False,
+    allow_imports: bool = False,
+    announce: Callable[[str], object] = lambda line: None,
+) -> Comparison:
     """Aggregate runs on the same data and read their store where it can be found.
 
     Args:
         runs: at least one.
         data: a prepared store to look at before the one that run.json names.
+        lists: ask the models of retrieval runs for their test users' lists.
+        allow_imports: for that, import the modules that runs name beside this package.
+        announce: called with a line before every model that is asked.
     """
     notes = [f"Run {run.path.name} ({run.variant}) {note}." for run in runs for note in run.notes]
     notes += variant_notes(runs)
-    stats, synthetic = None, any(run.synthetic for run in runs)
+    stats, found, synthetic = None, None, any(run.synthetic for run in runs)
     try:
-        stats, store_synthetic = _read_store(runs, data)
-        synthetic = synthetic or store_synthetic
+        store = _find_store(runs, data)
+        stats = measure(store)
+        synthetic = synthetic or bool(store.manifest.get("synthetic"))
+        if lists and runs[0].kind == RETRIEVAL:
+            found, left_out = list_models(runs, store, announce, allow_imports=allow_imports)
+            notes += left_out
     except InputError as error:
         notes.append(
             f"No figures of the data: {error}. Give the prepared folder by --data if it has moved."
@@ -109,17 +127,16 @@ def compare_runs(runs: list[Run], data: Path | None) -> Comparison:
         stats=stats,
         synthetic=synthetic,
         notes=notes,
+        lists=found,
     )
 
 
-def _read_store(runs: list[Run], data: Path | None) -> tuple[DataStats, bool]:
-    """Measure the first place that holds the runs' data.
+def _find_store(runs: list[Run], data: Path | None) -> InteractionStore:
+    """Open the first place that holds the runs' data.
 
     Raises:
         InputError: nowhere; the message is about the first place.
     """
-    from hstu_xd.data.store import InteractionStore
-
     places = dict.fromkeys(Path(str(run.info["data"])) for run in runs if run.info.get("data"))
     failure: InputError | None = None
     for place in [*([data] if data is not None else []), *places]:
@@ -127,7 +144,7 @@ def _read_store(runs: list[Run], data: Path | None) -> tuple[DataStats, bool]:
             store = InteractionStore.open(place)
             if store.manifest.get("hashes") != runs[0].info["data_hashes"]:
                 raise InputError(f"{place}: now holds other data than the runs were trained on")
-            return measure(store), bool(store.manifest.get("synthetic"))
+            return store
         except InputError as error:
             failure = failure or error
     raise failure or InputError("run.json does not say where the data lies")
