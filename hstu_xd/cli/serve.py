@@ -159,7 +159,8 @@ def serve(
     ranks given candidates instead (POST /v1/rank), and one of towers does both.
 
     POST /v1/models lets another run of the same folder answer, SIGHUP what RUN holds or links to
-    now; requests go on meanwhile.
+    now; requests go on meanwhile. With "mode": "shadow" it answers unseen, until DELETE
+    /v1/models/shadow.
     """
     check_packages()
     from hstu_xd.serving.http import access_log
@@ -240,7 +241,8 @@ def _listen(work: "Work", workers: int, host: str, port: int) -> None:
                 except HstuXdError:
                     service.stop()
                     raise
-            swaps = LocalSwaps(service, work.run, allow_imports=work.allow_imports)
+            options = {"allow_imports": work.allow_imports, "log": work.log}
+            swaps = LocalSwaps(service, work.run, **options)
             server.serve(service, sock, swaps, announce(service.model.name))
 
 
