@@ -236,7 +236,8 @@ class Service:
     def _open(self, engine: Engine) -> BatchHandler:
         states = self.settings.states
         torch.set_num_threads(states.threads or default_threads())
-        self._log = log = open_log(self.settings.events)
+        # What waits behind a write waits as long as it does.
+        self._log = log = open_log(self.settings.events, recovery=self.settings.queue.max_delay)
         try:
             self.model = LiveModel(engine, log, self.settings)
             self._sessions = FailoverSession(self.model.session, states)
