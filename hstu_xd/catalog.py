@@ -202,7 +202,10 @@ class DomainCatalog(nn.Module):
         if not file.is_file():
             raise InputError(f"{file}: no catalogue here; write one with hstu-xd prepare")
         try:
-            table = pq.read_table(file.absolute())  # a relative path could be taken for a URI
+            # Unlike read_table it takes neither a relative path for a URI nor the names of folders
+            # for columns, and does without the half of pyarrow that reads whole folders.
+            with pq.ParquetFile(file) as opened:
+                table = opened.read()
         except pa.ArrowInvalid as error:
             raise InputError(
                 f"{file}: not a Parquet file; write it with hstu-xd prepare"

@@ -1,7 +1,10 @@
 """``hstu-xd serve``: a trained run over HTTP, from states that are one event old."""
 
+import gc
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -120,6 +123,22 @@ Threads = Annotated[
 ]
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Collect no garbage: of what is loaded hardly anything is, and to look takes a sixth of it.
+
+    The server looks through all of it once, when everything is there, and collects from then on.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_without_collector()
 def serve(
     run: Run,
     host: Host = "127.0.0.1",
@@ -159,7 +178,8 @@ def serve(
     ranks given candidates instead (POST /v1/rank), and one of towers does both.
 
     POST /v1/models lets another run of the same folder answer, SIGHUP what RUN holds or links to
-    now; requests go on meanwhile.
+    now; requests go on meanwhile. With "mode": "shadow" it answers unseen, until DELETE
+    /v1/models/shadow.
     """
     check_packages()
     from hstu_xd.serving.http import access_log
@@ -240,7 +260,8 @@ def _listen(work: "Work", workers: int, host: str, port: int) -> None:
                 except HstuXdError:
                     service.stop()
                     raise
-            swaps = LocalSwaps(service, work.run, allow_imports=work.allow_imports)
+            options = {"allow_imports": work.allow_imports, "log": work.log}
+            swaps = LocalSwaps(service, work.run, **options)
             server.serve(service, sock, swaps, announce(service.model.name))
 
 

@@ -17,6 +17,9 @@ class Items:
         self._ids = {catalog.token(item_id): item_id for item_id in used}
         self._domains: list[int] = catalog.item_domains.tolist()
 
+    def __len__(self) -> int:
+        return len(self._ids)
+
     def find(self, token: str) -> int | None:
         """Return the item's id; None where the catalogue has no such item."""
         return self._ids.get(token)

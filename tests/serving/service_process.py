@@ -29,10 +29,10 @@ class ServiceProcess:
         self._command = [sys.executable, "-m", "hstu_xd", "serve", str(run)]
         self._command += [*_PATIENT, *options]
         self._environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self._headers = {}
+        self.headers = {}
         if token is not None:
             self._environment["HSTU_XD_TOKEN"] = token
-            self._headers["authorization"] = f"Bearer {token}"
+            self.headers["authorization"] = f"Bearer {token}"
         self.port = 0
         self.start()
 
@@ -114,7 +114,7 @@ class ServiceProcess:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         try:
             text = None if body is None else json.dumps(body)
-            sent = self._headers if headers is None else headers
+            sent = self.headers if headers is None else headers
             connection.request(method, path, text, {"content-type": "application/json"} | sent)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())

@@ -244,6 +244,31 @@ def test_what_is_under_way_counts_by_its_cost(monkeypatch: pytest.MonkeyPatch) -
     assert held.batches == [[1000]]
 
 
+def test_who_waits_too_long_is_told_while_the_thread_is_busy() -> None:
+    """As where a database that is started again holds up a write: the others are told in time."""
+    held = Held()
+
+    async def run() -> None:
+        batcher = Batcher(lambda: held, QueueSettings(max_delay=0.05))
+        first = batcher.submit(1)
+        await asyncio.to_thread(held.reached.wait, 60)
+        second = batcher.submit(2)
+        with pytest.raises(Busy, match="repeat the request later"):
+            await asyncio.wait_for(second.done, 60)
+        assert [step.name for step in second.steps] == ["queue"]
+        assert (len(batcher), first.done.done()) == (0, False)
+        held.go.set()
+        assert await first.done == 1
+        # Who was answered is not refused afterwards, and nothing is left of the count of costs.
+        assert await batcher.submit(3).done == 3
+        await asyncio.sleep(0.1)
+        assert batcher._waiting_cost == 0
+        batcher.stop()
+
+    asyncio.run(run())
+    assert held.batches == [[1], [3]]
+
+
 def test_the_small_ones_do_not_wait_for_a_large_one_that_came_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,6 +21,8 @@ OPERATIONS = (
     "POST /v1/events",
     "POST /v1/events/remove",
     "POST /v1/models",
+    "GET /v1/models",
+    "DELETE /v1/models/shadow",
     "GET /v1/domains",
     "GET /v1/users",
     "GET /v1/users/{user}/history",
@@ -68,7 +70,12 @@ def test_every_operation_is_asked(clients: dict[str, Client], kind: str) -> None
     assert found == {*OPERATIONS, *QUESTIONS[kind]}
 
 
-WITHOUT_INPUT = ("GET /v1/domains", *(f"GET {path}" for path in PROBES))
+WITHOUT_INPUT = (
+    "GET /v1/domains",
+    "GET /v1/models",
+    "DELETE /v1/models/shadow",
+    *(f"GET {path}" for path in PROBES),
+)
 # What both answer is asked of one.
 CASES = [
     (kind, name, mode)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -137,9 +138,13 @@ def test_what_has_changed_since_is_not_compared(tmp_path: Path, runs: Path) -> N
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("toys", "the shadow toys has no domain 'games', which is served; give a run of the same"),
+        ("toys", "the shadow toys .* has no domain 'games', which old .* serves; train with all"),
+        (
+            "strange",
+            "the shadow strange .* has none of the items that old .* has in domain 'books'",
+        ),
         ("nothing", "nothing: not a run folder"),
-        ("broken", "broken"),
+        ("broken", "broken.*: not a readable checkpoint"),
     ],
 )
 def test_a_shadow_that_does_not_fit_is_refused(
@@ -154,15 +159,21 @@ def test_the_command_refuses_a_shadow_that_does_not_fit(
 ) -> None:
     options = ["--port", "0", "--events", str(tmp_path / "e"), "--shadow", str(runs / "toys")]
     assert app.run(["serve", str(runs / "old"), *options]) == 2
-    assert "the shadow toys has no domain 'games'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the shadow toys " in said
+    assert "has no domain 'games'" in said
 
 
 def test_a_shadow_keeps_nothing_of_users(runs: Path, tmp_path: Path) -> None:
     settings = ServiceSettings(tmp_path / "log")
     start = Start(
-        runs / "new", settings, False, LogSettings(), RETRIEVAL, DOMAINS, needs_data=False
+        *(runs / "new", settings, False, LogSettings(), RETRIEVAL, "old", DOMAINS),
+        items={str(item): DOMAINS[0] for item in (1, 5, 999)},
+        needs_data=False,
     )
     answerer = shadow_process.Answerer(start)
+    assert answerer.changes.previous == "old"
+    assert answerer.changes.items_left >= 1
     known = [Event(*row.values()) for row in events(6)]
     logged = Logged(b"one", False, frozenset(), known)
     found = answerer.compare(Asked(Recommend("ann", DOMAINS, None, K, None), [[]] * 3, logged))
@@ -173,6 +184,31 @@ def test_a_shadow_keeps_nothing_of_users(runs: Path, tmp_path: Path) -> None:
     needs = replace(start, needs_data=True)
     with pytest.raises(InputError, match="has no earlier histories, and the service has some"):
         shadow_process.Answerer(needs)
+
+
+def test_whatever_is_wrong_with_a_shadow_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a swap: a client reads no stderr."""
+
+    def fail(start: Start) -> None:
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(shadow_process, "Answerer", fail)
+    monkeypatch.setattr(shadow_process.os, "nice", lambda level: 0)
+    monkeypatch.setattr(shadow_process.signal, "signal", lambda which, handler: None)
+    monkeypatch.setattr(shadow_process.access_log, "set_up", lambda log: None)
+    settings = ServiceSettings(tmp_path / "log")
+    start = Start(
+        *(tmp_path / "bad", settings, False, LogSettings(), RETRIEVAL, "old", DOMAINS, {}, False)
+    )
+    line, other = Pipe()
+    line.send(start)
+    shadow_process.run(os.dup(other.fileno()))
+    with pytest.raises(
+        InputError, match=r"bad cannot be loaded \(RuntimeError: no such layer\); res"
+    ):
+        raise line.recv()
 
 
 def test_a_rank_counts_from_one() -> None:
@@ -193,7 +229,7 @@ def children(pid: int) -> set[int]:
 
 
 @pytest.mark.slow
-def test_one_of_the_workers_has_a_shadow(tmp_path: Path, runs: Path) -> None:
+def test_every_worker_has_a_shadow(tmp_path: Path, runs: Path) -> None:
     with postgres_server() as server:
         options = ["--events", server.database(), "--workers", "2", "--shadow", str(runs / "new")]
         with ServiceProcess(runs / "old", *options) as process:
@@ -210,7 +246,7 @@ def test_one_of_the_workers_has_a_shadow(tmp_path: Path, runs: Path) -> None:
                 assert time.monotonic() < deadline
             every = children(process._process.pid)
             shadows = [pid for pid in every if os.getpriority(os.PRIO_PROCESS, pid) == 19]
-            assert len(shadows) == 1
+            assert len(shadows) == 2
             code, said = process.end()
         assert code == 0, said
         assert "Traceback" not in said
@@ -220,22 +256,18 @@ def test_one_of_the_workers_has_a_shadow(tmp_path: Path, runs: Path) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("closed", [True, False], ids=["closed", "open"])
-def test_a_line_that_is_closed_while_it_is_read_ends_in_silence(closed: bool) -> None:
-    """Python's connection has no handle then, and says so by a TypeError."""
-
-    class Line:
-        def send(self, asked: object) -> None:
-            pass
-
-        def recv(self) -> object:
-            raise TypeError("'NoneType' object cannot be interpreted as an integer")
-
-    shadow = Shadow.__new__(Shadow)
-    vars(shadow).update(_line=Line(), _closed=closed)
-    question = Asked.__new__(Asked)
-    if closed:
-        assert shadow._ask(question) is None
-    else:
-        with pytest.raises(TypeError):
-            shadow._ask(question)
+def test_a_shadow_that_is_closed_while_it_is_asked_ends_in_silence(
+    tmp_path: Path, runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with shadowed(tmp_path, runs, "new") as (client, shadow):
+        shadow._process.send_signal(signal.SIGSTOP)
+        for _ in range(3):
+            assert client.ask("POST", "/v1/recommend", recommend("ann", k=K)).status_code == 200
+        while shadow._waiting.qsize() > 2:
+            time.sleep(0.01)
+        client.service.follow(None)
+        # Its thread has let go of the line, which nobody else has closed under it.
+        assert (shadow._thread.is_alive(), shadow._line.closed) == (False, True)
+        asyncio.run(shadow.offer(Recommend("ann", DOMAINS, None, K, None), Found([], b"")))
+        assert sum(outcomes(client).values()) == 0
+    assert "shadow" not in caplog.text

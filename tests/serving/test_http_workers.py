@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from log_cases import PostgresServer, postgres_server
@@ -64,7 +64,7 @@ class Writer(threading.Thread):
 
 def counts(process: ServiceProcess) -> dict[str, float]:
     """What /metrics says, by name and labels."""
-    with urlopen(f"{process.url}metrics") as answer:
+    with urlopen(Request(f"{process.url}metrics", headers=process.headers)) as answer:
         lines = answer.read().decode().splitlines()
     rows = [line.rpartition(" ") for line in lines if not line.startswith("#")]
     return {name: float(value) for name, _, value in rows}

@@ -67,6 +67,42 @@ def test_a_leader_has_all_workers_take_a_model_or_none(tmp_path: Path) -> None:
     assert leader.run == tmp_path / "b"
 
 
+def test_a_leader_has_all_workers_take_a_shadow_or_none(tmp_path: Path) -> None:
+    from hstu_xd.serving.http.worker_swaps import _Ask, _Done, _Load, _Take
+
+    changes = Changes("b 1", "a 1", 0, 0)
+    leader, heard = led(tmp_path)
+    leader.hear(0, _Ask(tmp_path / "b", "shadow"))
+    assert heard[0] == heard[1] == [_Load(1, tmp_path / "b", "shadow")]
+    leader.hear(1, _Done(1, error=InputError("no")))
+    assert heard[0][-1].error.args == ("no",)
+    assert heard[1][-1] == _Take(1, forget=True)
+    assert leader.shadow is None
+
+    def follow(swap: int, message: _Ask, found: Changes | None) -> None:
+        leader.hear(0, message)
+        for _ in range(2):  # It is loaded, then taken.
+            for worker in range(2):
+                leader.hear(worker, _Done(swap, found))
+        assert heard[0][-1] == _Done(swap, found)
+
+    follow(2, _Ask(tmp_path / "b", "shadow"), changes)
+    assert (leader.run, leader.shadow) == (tmp_path, tmp_path / "b")
+    leader.hear(1, _Ask(tmp_path / "c", "shadow"))
+    text = "b is in the shadow; end it first with DELETE /v1/models/shadow"
+    assert heard[1][-1].error.args == (text,)
+    follow(3, _Ask(tmp_path / "c"), changes)
+    assert (leader.run, leader.shadow) == (tmp_path / "c", tmp_path / "b")
+    # Who is to answer is in the shadow no more.
+    follow(4, _Ask(tmp_path / "b"), changes)
+    assert (leader.run, leader.shadow) == (tmp_path / "b", None)
+    follow(5, _Ask(tmp_path / "c", "shadow"), changes)
+    follow(6, _Ask(None, "shadow"), None)
+    assert (leader.run, leader.shadow) == (tmp_path / "b", None)
+    leader = SwapLeader(tmp_path, 2, lambda *_: None, tmp_path / "b")
+    assert leader.shadow == tmp_path / "b"
+
+
 def test_a_leader_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hstu_xd.serving.http import worker_swaps
 

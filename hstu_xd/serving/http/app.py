@@ -40,7 +40,7 @@ from hstu_xd.version import __version__
 _ERRORS: dict[int, dict[str, Any]] = {
     400: {"description": "A value is wrong; nothing has changed."},
     403: {"description": "The service has no token, without which its model stays."},
-    409: {"description": "Another swap is under way; the model stays."},
+    409: {"description": "Another swap is under way, or a shadow is there; the model stays."},
     413: {"description": "The body is too large."},
     503: {
         "description": "Busy, stopping, or event log or state store fail. Nothing was taken.",
@@ -186,7 +186,8 @@ async def _recommended(service: Service, job: Recommend) -> Response:
 
 def _shadowed(service: Service, job: Question, found: Found) -> BackgroundTask | None:
     """Return what is done with an answer once it is sent."""
-    return None if service.shadow is None else BackgroundTask(service.shadow.offer, job, found)
+    shadow = service.shadow  # It may end at any moment.
+    return None if shadow is None else BackgroundTask(shadow.offer, job, found)
 
 
 def _add_ranking(app: FastAPI, service: Service, bodies: schemas.RequestBodies) -> None:
@@ -296,20 +297,45 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
 
 def _add_swaps(app: FastAPI, service: Service, swaps: Swaps) -> None:
-    @app.post(
-        "/v1/models",
-        response_model=schemas.Swapped,
-        responses=_errors(400, 403, 409, 413, 503),
-    )
-    async def models(body: schemas.SwapBody) -> Response:
-        """Let another run answer, which is loaded and checked first; requests go on meanwhile."""
+    errors = _errors(400, 403, 409, 413, 503)
+
+    def check_token() -> None:
         if service.settings.token is None:
             raise HTTPException(
                 403, "models are changed with a token only; start serve with --token-file"
             )
+
+    def present() -> Response:
+        model, shadow = service.present().name, service.shadow
+        seen = None if shadow is None else {"model": shadow.name, "state": shadow.state}
+        return JSONResponse({"model": model, "shadow": seen})
+
+    @app.post("/v1/models", response_model=schemas.Swapped | schemas.Shadowed, responses=errors)
+    async def models(body: schemas.SwapBody) -> Response:
+        """Let another run answer, or answer in the shadow of the one that does.
+
+        It is loaded and checked first, and requests go on meanwhile.
+        """
+        check_token()
+        if body.mode == "shadow":
+            found = asdict(await swaps.shadow(body.run))
+            names = {"shadow": found.pop("model"), "model": found.pop("previous")}
+            return JSONResponse(names | found)
         changes = await swaps.to(body.run)
         service.present()
         return JSONResponse(asdict(changes))
+
+    @app.get("/v1/models", response_model=schemas.Models, responses=_errors(400, 413, 503))
+    async def present_models() -> Response:
+        """Return the model that answers, and the one in its shadow."""
+        return present()
+
+    @app.delete("/v1/models/shadow", response_model=schemas.Models, responses=errors)
+    async def end_shadow() -> Response:
+        """End the shadow, whether or not there is one; requests go on meanwhile."""
+        check_token()
+        await swaps.end_shadow()
+        return present()
 
 
 def _add_page(app: FastAPI) -> None:

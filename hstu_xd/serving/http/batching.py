@@ -98,7 +98,8 @@ class Batcher(Generic[J]):
 
     A job waits at most about ``settings.max_delay`` seconds: it is refused at once where, at the
     pace of late, what is under way and those before it take longer. So under any load the accepted
-    ones wait alike. Where those before it take longer than was to be expected, it is refused late.
+    ones wait alike. Where those before it take longer than was to be expected, it is refused once
+    it has waited half as long again, whatever the thread is busy with.
 
     Args:
         make: makes the handler, in the thread.
@@ -179,7 +180,28 @@ class Batcher(Generic[J]):
             self._waiting.append(ticket)
             self._waiting_cost += ticket.cost
             self._changed.notify()
+        due = loop.call_later(self._longest, self._expire, ticket)
+        ticket.done.add_done_callback(lambda done: due.cancel())
         return ticket
+
+    @property
+    def _longest(self) -> float:
+        """Return the seconds after which a job that still waits is refused."""
+        return _OVERDUE * self._settings.max_delay + self._settings.max_wait
+
+    def _expire(self, ticket: Ticket[J]) -> None:
+        """Refuse a job that has waited too long, unless it is handled by now."""
+        with self._changed:
+            if ticket not in self._waiting:
+                return
+            self._waiting.remove(ticket)
+            self._waiting_cost -= ticket.cost
+        self._refuse(ticket)
+        ticket.reply()
+
+    def _refuse(self, ticket: Ticket[J]) -> None:
+        ticket.steps.append(Step("queue", ticket.since, time.perf_counter()))
+        ticket.error = Busy(_BUSY)
 
     def stop(self, within: float | None = None) -> bool:
         """Finish what waits, then end the thread.
@@ -225,7 +247,7 @@ class Batcher(Generic[J]):
         try:
             while batch := self._next():
                 start = self._started
-                late = start - _OVERDUE * self._settings.max_delay - self._settings.max_wait
+                late = start - self._longest
                 due = [ticket for ticket in batch if ticket.since >= late]
                 for ticket in batch:
                     ticket.steps.append(Step("queue", ticket.since, start))

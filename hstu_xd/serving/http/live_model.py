@@ -1,6 +1,7 @@
 """The model that answers, with all that depends on it: one thing, which is replaced as a whole."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,28 +129,41 @@ class LiveModel:
                 refuses.
         """
         self.engine.check_replaces(old.engine)
-        before, after = old.items.domains_by_token(), self.items.domains_by_token()
-        kept = {token for token, domain in before.items() if after.get(token) == domain}
-        left = {before[token] for token in kept}
-        inhabited = set(before.values())
-        for name in old.catalog.domain_names:
-            if name not in self.catalog.domain_names:
-                raise InputError(
-                    f"{self.name} has no domain {name!r}, which {old.name} serves; train with all "
-                    "of its domains, or start the service anew"
-                )
-            if name in inhabited and name not in left:
-                raise InputError(
-                    f"{self.name} has none of the items that {old.name} has in domain {name!r}; "
-                    "serve a run of the same catalogue, or start the service anew"
-                )
-        changes = Changes(self.name, old.name, len(before) - len(kept), len(after) - len(kept))
+        changes = self.changes_to(old.name, old.catalog.domain_names, old.items.domains_by_token())
         if changes.items_left:
             _log.warning(
                 "%d of %d items have left with %s; their events are skipped",
-                *(changes.items_left, len(before), self.name),
+                *(changes.items_left, len(old.items), self.name),
             )
         return changes
+
+    def changes_to(self, name: str, domains: Sequence[str], before: Mapping[str, str]) -> Changes:
+        """Compare the catalogue with what another model's has.
+
+        Args:
+            name: of the other model.
+            domains: that it has.
+            before: its items, and the domain of each.
+
+        Raises:
+            InputError: a domain is not here, or none of a domain's items is.
+        """
+        after = self.items.domains_by_token()
+        kept = {token for token, domain in before.items() if after.get(token) == domain}
+        left = {before[token] for token in kept}
+        inhabited = set(before.values())
+        for domain in domains:
+            if domain not in self.catalog.domain_names:
+                raise InputError(
+                    f"{self.name} has no domain {domain!r}, which {name} serves; train with all "
+                    "of its domains, or start the service anew"
+                )
+            if domain in inhabited and domain not in left:
+                raise InputError(
+                    f"{self.name} has none of the items that {name} has in domain {domain!r}; "
+                    "serve a run of the same catalogue, or start the service anew"
+                )
+        return Changes(self.name, name, len(before) - len(kept), len(after) - len(kept))
 
 
 def _check_data_options(settings: ServiceSettings) -> None:

@@ -58,11 +58,17 @@ class Metrics:
     Args:
         numbers: present values.
         model: returns the name of the model that answers.
+        shadow: returns the name of the one that answers in its shadow; None: there is none.
     """
 
-    def __init__(self, numbers: Numbers, model: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        numbers: Numbers,
+        model: Callable[[], str],
+        shadow: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Model(model))
+        self._registry.register(_Model(model, shadow))
         self._shared = None
         if _FOLDER in os.environ:
             self._shared = _SharedNumbers(numbers)
@@ -86,10 +92,18 @@ class Metrics:
             buckets=_SIZES,
             registry=registry,
         )
+        self._shadows: _ShadowMetrics | None = None
+        self._one = threading.Lock()
 
     def shadow(self, name: str) -> "ShadowCounts":
-        """Make the counts of a run that answers in the shadow of this service's."""
-        return ShadowCounts(name, None if self._shared else self._registry)
+        """Return the counts of a run that answers in the shadow of this service's.
+
+        They go on where it was in the shadow before: Prometheus takes no counter that falls.
+        """
+        with self._one:
+            if self._shadows is None:
+                self._shadows = _ShadowMetrics(None if self._shared else self._registry)
+        return ShadowCounts(name, self._shadows)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
@@ -110,40 +124,51 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class ShadowCounts:
-    """How the answers of another run differ from those that were given.
+class _ShadowMetrics:
+    """What is counted of all runs that answer in the shadow, each by its name.
 
     Args:
-        name: of the other model.
         registry: None: other processes read them.
     """
 
-    def __init__(self, name: str, registry: CollectorRegistry | None) -> None:
+    def __init__(self, registry: CollectorRegistry | None) -> None:
         def histogram(metric: str, about: str, buckets: Sequence[float]) -> Histogram:
-            found = Histogram(metric, about, ["name"], buckets=buckets, registry=registry)
-            return found.labels(name)
+            return Histogram(metric, about, ["name"], buckets=buckets, registry=registry)
 
-        requests = Counter(
+        self.requests = Counter(
             "hstu_xd_shadow_requests",
             "Answers that were compared, dropped as the service was busy, overtaken by an event of "
             "the user, or failed in the shadow.",
             ["name", "outcome"],
             registry=registry,
         )
-        self._requests = {each: requests.labels(name, each) for each in OUTCOMES}
-        self._overlap = histogram(
+        self.overlap = histogram(
             "hstu_xd_shadow_overlap",
             "Share of the items recommended of a domain that both models recommend.",
             [number / 10 for number in range(11)],
         )
-        self._rank = histogram(
+        self.rank = histogram(
             "hstu_xd_shadow_first_rank",
             "Rank that the shadow gives the first item; one more than all where it has it not.",
             _RANKS,
         )
-        self._seconds = histogram(
+        self.seconds = histogram(
             "hstu_xd_shadow_seconds", "Time that the shadow took for an answer.", _LATENCIES
         )
+
+
+class ShadowCounts:
+    """How the answers of another run differ from those that were given.
+
+    Args:
+        name: of the other model.
+        metrics: of all that were in the shadow.
+    """
+
+    def __init__(self, name: str, metrics: _ShadowMetrics) -> None:
+        self._requests = {each: metrics.requests.labels(name, each) for each in OUTCOMES}
+        self._overlap, self._rank = metrics.overlap.labels(name), metrics.rank.labels(name)
+        self._seconds = metrics.seconds.labels(name)
 
     def ended(self, outcome: str) -> None:
         """Count an answer by what became of it, one of :data:`OUTCOMES`."""
@@ -160,14 +185,17 @@ class ShadowCounts:
 
 
 class _Model:
-    """The name of the model, read when somebody asks."""
+    """The names of the model and of its shadow, read when somebody asks."""
 
-    def __init__(self, name: Callable[[], str]) -> None:
-        self._name = name
+    def __init__(self, name: Callable[[], str], shadow: Callable[[], str | None]) -> None:
+        self._name, self._shadow = name, shadow
 
     def collect(self) -> Iterator[Any]:
         about = "The model that answers."
         yield InfoMetricFamily("hstu_xd_model", about, value={"name": self._name()})
+        if (shadow := self._shadow()) is not None:
+            about = "The model that answers in the shadow of the other one."
+            yield InfoMetricFamily("hstu_xd_shadow", about, value={"name": shadow})
 
 
 class _Numbers:

@@ -48,6 +48,7 @@ _ROUTES = (
     "/v1/events",
     "/v1/events/remove",
     "/v1/models",
+    "/v1/models/shadow",
     "/v1/rank",
     "/v1/recommend",
     "/v1/score",
@@ -62,7 +63,7 @@ _WITH_BODY = (
     "/v1/score",
 )
 # These ask nothing of the thread that answers, however much waits for it.
-_UNQUEUED = ("/v1/domains", "/v1/models")
+_UNQUEUED = ("/v1/domains", "/v1/models", "/v1/models/shadow")
 # How much of a body that is too large is read and thrown away, in bodies of the largest size that
 # is taken, and for how long: a client that is still writing could not read the answer otherwise.
 _LINGER, _LINGER_SECONDS = 16, 5.0

@@ -1,6 +1,6 @@
 """Bodies of requests and responses, as the OpenAPI description shows them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -192,7 +192,7 @@ class Ready(BaseModel):
 
 
 class SwapBody(Body):
-    """Which run is to answer from now on."""
+    """Which run is to answer from now on, or to be compared with the one that does."""
 
     run: Annotated[
         str,
@@ -203,6 +203,13 @@ class SwapBody(Body):
             examples=["2026-11-26"],
         ),
     ]
+    mode: Annotated[
+        Literal["answer", "shadow"],
+        Field(
+            description="In the shadow it answers the same requests unseen, and /metrics has how "
+            "its answers differ, until DELETE /v1/models/shadow, or it is named again to answer."
+        ),
+    ] = "answer"
 
 
 class Swapped(BaseModel):
@@ -214,6 +221,35 @@ class Swapped(BaseModel):
         int, Field(description="Items that it does not have: their events are skipped.")
     ]
     items_new: int
+
+
+class Shadowed(BaseModel):
+    """The model in the shadow, and what it would bring with it if it answered."""
+
+    shadow: str
+    model: Annotated[str, Field(description="That answers.")]
+    items_left: int
+    items_new: int
+
+
+class ShadowModel(BaseModel):
+    """The model in the shadow."""
+
+    model: str
+    state: Annotated[
+        Literal["answering", "ended"],
+        Field(
+            description="Ended where its process has, beside the worker that answers this: its "
+            "answers are counted as failed."
+        ),
+    ]
+
+
+class Models(BaseModel):
+    """The model that answers, and the one that is compared with it."""
+
+    model: str
+    shadow: ShadowModel | None
 
 
 class RequestBodies:

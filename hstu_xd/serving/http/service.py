@@ -60,11 +60,13 @@ class Loaded:
 
     Attributes:
         model: the new one.
+        run: its folder, links resolved.
         session: of it, over the service's store of states.
         changes: what it brings with it.
     """
 
     model: LiveModel
+    run: Path
     session: Session
     changes: Changes
 
@@ -93,7 +95,7 @@ class Service:
         self.active, self.draining = 0, False
         self.shadow: Shadow | None = None
         self.tracing = _tracing(settings.traces)
-        self.metrics = Metrics(self._numbers, lambda: self.model.name)
+        self.metrics = Metrics(self._numbers, lambda: self.model.name, self._shadow_name)
         self._batcher: Batcher[Job] = Batcher(
             lambda: self._open(engine), settings.queue, self.metrics.batch, cost_of
         )
@@ -181,7 +183,7 @@ class Service:
             model = LiveModel(engine, self._log, self.settings, old.histories.rebuilds)
             changes = model.changes_from(old)
             engine.warm_up()
-            return Loaded(model, model.session(self._sessions.store), changes)
+            return Loaded(model, run.resolve(), model.session(self._sessions.store), changes)
         except InputError:
             raise
         except Exception as error:
@@ -193,10 +195,21 @@ class Service:
             ) from error
 
     def take(self, loaded: Loaded) -> None:
-        """Let a loaded model answer everything that comes from now on; any thread may call it."""
+        """Let a loaded model answer everything that comes from now on; any thread may call it.
+
+        Where it was in the shadow until now, nothing is left to compare, and the shadow ends.
+        """
         self._handler.replace(loaded.model, loaded.session)
         self.model = loaded.model
         _log.info("%s answers in place of %s", loaded.changes.model, loaded.changes.previous)
+        if self.shadow is not None and self.shadow.run == loaded.run:
+            self.follow(None)
+
+    def follow(self, shadow: Shadow | None) -> None:
+        """Let a shadow answer what comes from now on, or none; the one before ends."""
+        before, self.shadow = self.shadow, shadow
+        if before is not None:
+            before.close()
 
     def stop(self, within: float | None = None) -> bool:
         """Finish what waits; close store and log.
@@ -223,7 +236,8 @@ class Service:
     def _open(self, engine: Engine) -> BatchHandler:
         states = self.settings.states
         torch.set_num_threads(states.threads or default_threads())
-        self._log = log = open_log(self.settings.events)
+        # What waits behind a write waits as long as it does.
+        self._log = log = open_log(self.settings.events, recovery=self.settings.queue.max_delay)
         try:
             self.model = LiveModel(engine, log, self.settings)
             self._sessions = FailoverSession(self.model.session, states)
@@ -233,6 +247,10 @@ class Service:
             raise
         self._handler = BatchHandler(self._sessions, log, self.model)
         return self._handler
+
+    def _shadow_name(self) -> str | None:
+        shadow = self.shadow
+        return None if shadow is None else shadow.name
 
     def _numbers(self) -> dict[str, tuple[str, float]]:
         session = self._sessions.session

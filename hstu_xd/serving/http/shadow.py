@@ -11,7 +11,8 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.event_log import Logged
 from hstu_xd.serving.http.jobs import Found, Job, Question, ReadLogged
-from hstu_xd.serving.http.live_model import LiveModel
+from hstu_xd.serving.http.live_model import Changes, LiveModel
 from hstu_xd.serving.http.metrics import Metrics
 from hstu_xd.serving.http.settings import LogSettings, ServiceSettings, StateSettings
 
@@ -43,7 +44,9 @@ class Start:
         allow_imports: whether the run may import modules of its own.
         log: what is written to stderr.
         kind: of run that it must be, RETRIEVAL or RANKING.
+        model: name of the model that answers.
         domains: that it must have.
+        items: of the model that answers, and the domain of each.
         needs_data: whether the service knows earlier histories.
     """
 
@@ -52,7 +55,9 @@ class Start:
     allow_imports: bool
     log: LogSettings
     kind: str
+    model: str
     domains: Sequence[str]
+    items: Mapping[str, str]
     needs_data: bool
 
 
@@ -113,7 +118,9 @@ class Shadow:
         log: what its process writes to stderr.
 
     Attributes:
+        run: folder of the other run, links resolved.
         name: of the other model.
+        changes: what it would bring with it in the place of the one that answers.
 
     Raises:
         InputError: it cannot be loaded, or does not fit.
@@ -123,7 +130,8 @@ class Shadow:
         self, service: Answering, run: Path, *, allow_imports: bool, log: LogSettings
     ) -> None:
         self._service = service
-        self._closed = False
+        self.run = run.resolve()
+        self._closed = self._has_ended = False
         self._line, other = Pipe()
         # A worker may have no children of multiprocessing's own kind.
         program = f"from hstu_xd.serving.http.shadow_process import run; run({other.fileno()})"
@@ -138,21 +146,31 @@ class Shadow:
         settings = replace(settings, data=None, token=None, states=states)
         model = service.model
         start = Start(
-            *(run, settings, allow_imports, log, model.engine.kind, model.catalog.domain_names),
+            *(run, settings, allow_imports, log, model.engine.kind),
+            *(model.name, model.catalog.domain_names, model.items.domains_by_token()),
             needs_data=model.engine.prepared is not None,
         )
         try:
-            self.name = _begin(self._line, start)
-        except HstuXdError:
-            self.close()
+            self.changes = _begin(self._line, start)
+        except BaseException:
+            self._end_process()
+            self._line.close()
             raise
+        self.name = self.changes.model
         self._counts = service.metrics.shadow(self.name)
-        self._waiting: queue.Queue[tuple[Question, Found]] = queue.Queue(_WAITING)
+        self._waiting: queue.Queue[tuple[Question, Found] | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name="hstu-xd shadow", daemon=True)
         self._thread.start()
 
+    @property
+    def state(self) -> str:
+        """Return "answering", or "ended" where its process has; its answers count as failed."""
+        return "ended" if self._has_ended else "answering"
+
     async def offer(self, job: Question, found: Found) -> None:
-        """Take an answer to compare, unless too many wait."""
+        """Take an answer to compare, unless too many wait or it is closed."""
+        if self._closed:
+            return
         try:
             self._waiting.put_nowait((job, found))
         except queue.Full:
@@ -161,18 +179,32 @@ class Shadow:
     def close(self) -> None:
         """End the process; what waits is dropped."""
         self._closed = True
-        self._line.close()
-        try:
-            self._process.wait(_ENDING)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._end_process()
+        with suppress(queue.Full):
+            self._waiting.put_nowait(None)
+        self._thread.join(_ENDING)
+
+    def _end_process(self) -> None:
+        """Kill it: it has nothing to lose, and who reads its line is told by its end."""
+        self._process.kill()
+        self._process.wait()
 
     def _run(self) -> None:
-        """Compare answers, one at a time."""
+        """Compare answers, one at a time.
+
+        The line is closed here, where it is read: the number of one that is closed meanwhile may
+        be that of a client's connection by then.
+        """
         loop = asyncio.new_event_loop()
-        while True:
-            job, found = self._waiting.get()
+        try:
+            self._compare_all(loop)
+        finally:
+            loop.close()
+            self._line.close()
+
+    def _compare_all(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (waiting := self._waiting.get()) is not None and not self._closed:
+            job, found = waiting
             if not self._service.idle:
                 self._counts.ended("dropped")
                 continue
@@ -185,6 +217,8 @@ class Shadow:
                 self._counts.ended("overtaken")
                 continue
             said = self._ask(Asked(job, found.rows, logged))
+            if self._closed:
+                return
             if said is None:
                 self._counts.ended("failed")
             else:
@@ -196,19 +230,14 @@ class Shadow:
             self._line.send(asked)
             return self._line.recv()
         except (EOFError, OSError):
-            if not self._closed:
+            if not self._closed and not self._has_ended:
                 _log.warning("the shadow %s has ended; the service goes on without it", self.name)
-            self._closed = True
-            return None
-        except TypeError:
-            # A line that is closed while it is read has no handle any more.
-            if not self._closed:
-                raise
+            self._has_ended = True
             return None
 
 
-def _begin(line: Connection, start: Start) -> str:
-    """Return the name of the shadow's model once it is loaded.
+def _begin(line: Connection, start: Start) -> Changes:
+    """Return what the shadow's model would bring with it, once it is loaded.
 
     Raises:
         InputError: it is not.

@@ -47,7 +47,14 @@ def run(descriptor: int) -> None:
         except HstuXdError as error:
             line.send(error)
             return
-        line.send(answerer.name)
+        except Exception as error:
+            _log.warning("%s cannot be loaded", start.run, exc_info=True)
+            why = f"cannot be loaded ({type(error).__name__}: {error})"
+            line.send(
+                InputError(f"the shadow {start.run.name} {why}; restore it, or name another run")
+            )
+            return
+        line.send(answerer.changes)
         while True:
             line.send(answerer.compare(line.recv()))
 
@@ -59,7 +66,7 @@ class Answerer:
         start: what it serves.
 
     Attributes:
-        name: of the model.
+        changes: what it would bring with it in the place of the model that answers.
 
     Raises:
         InputError: the run cannot be loaded, or does not fit.
@@ -77,17 +84,14 @@ class Answerer:
                 f"the shadow {engine.name} has no earlier histories, and the service has some; "
                 "restore the run's store, or serve with --no-data"
             )
-        missing = [name for name in start.domains if name not in engine.catalog.domain_names]
-        if missing:
-            raise InputError(
-                f"the shadow {engine.name} has no domain {missing[0]!r}, which is served; give a "
-                "run of the same domains"
-            )
         self._log = _SentLog()
         log: Any = self._log
         model = LiveModel(engine, log, start.settings)
+        try:
+            self.changes = model.changes_to(start.model, start.domains, start.items)
+        except InputError as error:
+            raise InputError(f"the shadow {error}") from None
         engine.warm_up()
-        self.name = model.name
         self._sessions = FailoverSession(model.session, start.settings.states)
         self._handler = BatchHandler(self._sessions, log, model)
         self._failed = False

@@ -1,9 +1,9 @@
-"""A new model for all workers of a service or for none: one process leads, the workers follow.
+"""A new model or shadow for all workers of a service or for none: one process leads them.
 
 The leader has each worker load the run, and once all have, lets each take it. Between the first
 and the last that does, which is a moment, old and new model answer side by side, every answer by
 one of them alone: a state in a shared store that the other model made is not read. A worker that is
-started meanwhile starts with the run that the leader names.
+started meanwhile starts with the run that the leader names, and with its shadow.
 """
 
 import asyncio
@@ -20,7 +20,9 @@ from pathlib import Path
 from hstu_xd.errors import HstuXdError
 from hstu_xd.serving.http.live_model import Changes
 from hstu_xd.serving.http.service import Loaded, Service
-from hstu_xd.serving.http.swaps import SwapRefused, sibling
+from hstu_xd.serving.http.settings import LogSettings
+from hstu_xd.serving.http.shadow import Shadow
+from hstu_xd.serving.http.swaps import Role, SwapRefused, sibling
 
 _log = logging.getLogger(__name__)
 
@@ -30,17 +32,24 @@ _LOADING = 600.0
 
 @dataclass(frozen=True)
 class _Ask:
-    """From a worker: a client wants another model; None: the folder of the command anew."""
+    """From a worker: a client wants another model or shadow.
+
+    Attributes:
+        run: folder; None: that of the command anew, or no shadow.
+        role: of the run.
+    """
 
     run: Path | None
+    role: Role = "answer"
 
 
 @dataclass(frozen=True)
 class _Load:
-    """To a worker: load a run, and say how it went."""
+    """To a worker: load a run, and say how it went; None: there is to be no shadow."""
 
     swap: int
-    run: Path
+    run: Path | None
+    role: Role = "answer"
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,8 @@ class _Swap:
 
     Attributes:
         number: of the swap.
-        run: that is to be served.
+        run: that is to be served; None: there is to be no shadow.
+        role: of the run.
         asking: number of the worker that is to be told; None: nobody asked.
         until: when loading has taken too long.
         awaited: workers that have not said yet that they are done.
@@ -75,7 +85,8 @@ class _Swap:
     """
 
     number: int
-    run: Path
+    run: Path | None
+    role: Role
     asking: int | None
     until: float
     awaited: set[int]
@@ -90,21 +101,31 @@ class SwapLeader:
         run: folder that the command names.
         count: of workers, which are known by their numbers.
         tell: sends a message to a worker; nothing happens where it is dead.
+        shadow: folder of the run that answers in the shadow; None: there is none.
 
     Attributes:
         run: that is served, links resolved.
+        shadow: that is compared with it, links resolved.
     """
 
-    def __init__(self, run: Path, count: int, tell: Callable[[int, object], None]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        count: int,
+        tell: Callable[[int, object], None],
+        shadow: Path | None = None,
+    ) -> None:
         self._named, self._workers, self._tell = run, range(count), tell
         self.run = run.resolve()
+        self.shadow = None if shadow is None else shadow.resolve()
         self._swap: _Swap | None = None
         self._swaps = 0
 
     def hear(self, number: int, message: object) -> None:
         """Go on with what a worker says."""
         if isinstance(message, _Ask):
-            self.begin(message.run, None if message.run is None else number)
+            is_reload = message.role == "answer" and message.run is None
+            self.begin(message.run, None if is_reload else number, message.role)
             return
         swap = self._swap
         if not isinstance(message, _Done) or swap is None or message.swap != swap.number:
@@ -120,23 +141,30 @@ class SwapLeader:
         swap.awaited.discard(number)
         self._advance()
 
-    def begin(self, run: Path | None = None, asking: int | None = None) -> None:
+    def begin(
+        self, run: Path | None = None, asking: int | None = None, role: Role = "answer"
+    ) -> None:
         """Have all workers load a run.
 
         Args:
-            run: folder; None: what the command names, as it is now.
+            run: folder; None: what the command names, as it is now, or no shadow.
             asking: number of the worker that is to be told how it ends; None: the log says it.
+            role: of the run.
         """
         if self._swap is not None:
-            error = SwapRefused("another swap is under way; repeat it when that one is done")
-            self._report(asking, _Done(0, error=error))
+            self._report(asking, _Done(0, error=SwapRefused.under_way()))
+            return
+        if role == "shadow" and run is not None and self.shadow is not None:
+            self._report(asking, _Done(0, error=SwapRefused.has_shadow(self.shadow.name)))
             return
         self._swaps += 1
         until = time.monotonic() + _LOADING
+        if role == "answer":
+            run = run or self._named
         # A link that is turned over meanwhile is one run for all.
-        run = (run or self._named).resolve()
-        self._swap = _Swap(self._swaps, run, asking, until, {*self._workers})
-        self._tell_all(_Load(self._swaps, run))
+        run = None if run is None else run.resolve()
+        self._swap = _Swap(self._swaps, run, role, asking, until, {*self._workers})
+        self._tell_all(_Load(self._swaps, run, role))
 
     def _advance(self) -> None:
         """Have the model taken once all have loaded it, and report once all have taken it."""
@@ -146,7 +174,13 @@ class SwapLeader:
         if not swap.taking:
             swap.taking, swap.awaited = True, {*self._workers}
             # Who is started from now on starts with it.
-            self.run = swap.run
+            if swap.role == "shadow":
+                self.shadow = swap.run
+            else:
+                assert swap.run is not None
+                self.run = swap.run
+                # As in each worker, see Service.take.
+                self.shadow = None if self.shadow == swap.run else self.shadow
             self._tell_all(_Take(swap.number))
             return
         self._swap = None
@@ -197,26 +231,47 @@ class WorkerSwaps:
         run: folder that the command names; others are looked for beside it.
         line: to the watching process.
         allow_imports: whether runs may import modules of their own.
+        log: what a shadow writes to stderr.
     """
 
     def __init__(
-        self, service: Service, run: Path, line: Connection, *, allow_imports: bool = False
+        self,
+        service: Service,
+        run: Path,
+        line: Connection,
+        *,
+        allow_imports: bool = False,
+        log: LogSettings,
     ) -> None:
         self._service, self._run, self._line = service, run, line
-        self._allow_imports = allow_imports
-        self._asked: Future[Changes] | None = None
-        self._loaded: tuple[int, Loaded] | None = None
+        self._allow_imports, self._log = allow_imports, log
+        self._asked: Future[Changes | None] | None = None
+        self._loaded: tuple[int, Loaded | Shadow | None] | None = None
         self._sending = threading.Lock()
         threading.Thread(target=self._follow, name="hstu-xd swaps", daemon=True).start()
 
     async def to(self, name: str) -> Changes:
         """Have all workers load the run of a name, and let it answer from then on."""
-        run = sibling(self._run, name)
+        changes = await self._ask(_Ask(sibling(self._run, name)))
+        assert changes is not None
+        return changes
+
+    async def shadow(self, name: str) -> Changes:
+        """Have the run of a name answer in the shadow of every worker."""
+        changes = await self._ask(_Ask(sibling(self._run, name), "shadow"))
+        assert changes is not None
+        return changes
+
+    async def end_shadow(self) -> None:
+        """Have all workers go on without a shadow."""
+        await self._ask(_Ask(None, "shadow"))
+
+    async def _ask(self, message: _Ask) -> Changes | None:
         if self._asked is not None:
-            raise SwapRefused("another swap is under way; repeat it when that one is done")
+            raise SwapRefused.under_way()
         self._asked = asked = Future()
         asked.set_running_or_notify_cancel()  # It ends as it ends, whoever waits for it.
-        self._send(_Ask(run))
+        self._send(message)
         return await asyncio.wrap_future(asked)
 
     def reload(self) -> None:
@@ -238,21 +293,33 @@ class WorkerSwaps:
                     self._take(message)
                 elif isinstance(message, _Done) and self._asked is not None:
                     asked, self._asked = self._asked, None
-                    if message.changes is not None:
+                    if message.error is None:
                         asked.set_result(message.changes)
                     else:
                         asked.set_exception(message.error)
 
     def _load(self, message: _Load) -> _Done:
+        run, imports = message.run, self._allow_imports
         try:
-            loaded = self._service.load(message.run, allow_imports=self._allow_imports)
+            if run is None:
+                loaded = None
+            elif message.role == "shadow":
+                loaded = Shadow(self._service, run, allow_imports=imports, log=self._log)
+            else:
+                loaded = self._service.load(run, allow_imports=imports)
         except HstuXdError as error:
             return _Done(message.swap, error=error)
         self._loaded = message.swap, loaded
-        return _Done(message.swap, loaded.changes)
+        return _Done(message.swap, None if loaded is None else loaded.changes)
 
     def _take(self, message: _Take) -> None:
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None and loaded[0] == message.swap and not message.forget:
-            self._service.take(loaded[1])
+        swap, loaded = self._loaded or (0, None)
+        self._loaded = None
+        if swap == message.swap and not message.forget:
+            if isinstance(loaded, Loaded):
+                self._service.take(loaded)
+            else:
+                self._service.follow(loaded)
+        elif isinstance(loaded, Shadow):
+            loaded.close()
         self._send(_Done(message.swap))

@@ -5,6 +5,7 @@ and any of them takes any user. One that dies is started again; the others go on
 A new model comes to all of them or to none, see :mod:`hstu_xd.serving.http.worker_swaps`.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -50,7 +51,7 @@ class Work:
         settings: of the service.
         allow_imports: whether the run may import modules of its own.
         log: what is written to stderr.
-        shadow: run whose answers are compared with those of one of the workers; None: no run's.
+        shadow: run whose answers are compared with those of the workers; None: no run's.
         serves: the run that all workers serve at the moment; None: the one of the command.
     """
 
@@ -112,7 +113,10 @@ class Workers:
         self._workers = [_Worker() for _ in range(count)]
         self._first = work.run.resolve()
         self._leader = SwapLeader(
-            work.run, count, lambda number, message: self._workers[number].tell(message)
+            work.run,
+            count,
+            lambda number, message: self._workers[number].tell(message),
+            work.shadow,
         )
 
     def run(self, announce: Callable[[], None]) -> None:
@@ -127,6 +131,7 @@ class Workers:
         for which in (signal.SIGTERM, signal.SIGINT):
             signal.signal(which, self._stop)
         signal.signal(signal.SIGHUP, self._ask_reload)
+        gc.enable()
         with shared_counts():
             self._run(announce)
 
@@ -180,7 +185,7 @@ class Workers:
         if worker.line is not None:
             worker.line.close()
         worker.line, other = _SPAWN.Pipe()
-        work = replace(self._work, serves=self._leader.run)
+        work = replace(self._work, serves=self._leader.run, shadow=self._leader.shadow)
         if work.serves != self._first:
             # The store that the command names is that of the run that it names.
             work = replace(work, settings=replace(work.settings, data=None))
@@ -222,6 +227,7 @@ class Workers:
 
 def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready: Event) -> None:
     """Be one of the workers."""
+    gc.disable()  # See hstu_xd.cli.serve.
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.live_model import load_engine
     from hstu_xd.serving.http.service import Service
@@ -237,16 +243,17 @@ def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready
     except HstuXdError as error:
         _log.error("%s", error)
         raise SystemExit(error.exit_code) from None
-    if work.shadow is not None and number == 0:
+    if work.shadow is not None:
         _follow(service, work, work.shadow, ready)
-    swaps = WorkerSwaps(service, work.run, line, allow_imports=imports)
+    swaps = WorkerSwaps(service, work.run, line, allow_imports=imports, log=work.log)
     server.serve(service, sock, swaps, ready.set)
 
 
 def _follow(service: "Service", work: Work, run: Path, ready: Event) -> None:
-    """Have a run answer in the shadow of this worker, whose share of the requests is enough.
+    """Have a run answer in the shadow of this worker.
 
-    Without it the service does not start; a worker that is started again goes without.
+    Without it the service does not start; a worker that is started again goes without where it
+    cannot be had any more.
     """
     from hstu_xd.serving.http.shadow import Shadow
 
