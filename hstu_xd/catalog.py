@@ -202,9 +202,9 @@ class DomainCatalog(nn.Module):
         if not file.is_file():
             raise InputError(f"{file}: no catalogue here; write one with hstu-xd prepare")
         try:
-            # Unlike read_table it takes neither a relative path for a URI nor the names of folders
-            # for columns, and does without the half of pyarrow that reads whole folders.
-            with pq.ParquetFile(file) as opened:
+            # Unlike read_table it takes no names of folders for columns, and does without the half
+            # of pyarrow that reads whole folders. A relative path could be taken for a URI.
+            with pq.ParquetFile(file.absolute()) as opened:
                 table = opened.read()
         except pa.ArrowInvalid as error:
             raise InputError(

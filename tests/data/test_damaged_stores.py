@@ -223,15 +223,17 @@ def test_unreadable_is_not_absent(sound: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["offsets.npy", "users.parquet", "catalog.parquet"])
 def test_unreadable_is_not_damaged(name: str, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(file: Path, *_: object, **__: object) -> object:
-        if file.name == name:
-            # As pyarrow words it; numpy's is the system's.
-            raise PermissionError(13, f"Failed to open local file {str(file)!r}.")
-        return read[file.suffix](file, *_, **__)
+    def refusing(read: Callable[..., object]) -> Callable[..., object]:
+        def refused(file: Path, *_: object, **__: object) -> object:
+            if file.name == name:
+                # As pyarrow words it; numpy's is the system's.
+                raise PermissionError(13, f"Failed to open local file {str(file)!r}.")
+            return read(file, *_, **__)
 
-    read = {".npy": np.load, ".parquet": parquet.read_table}
-    monkeypatch.setattr(np, "load", refused)
-    monkeypatch.setattr(parquet, "read_table", refused)
+        return refused
+
+    for library, reader in ((np, "load"), (parquet, "read_table"), (parquet, "ParquetFile")):
+        monkeypatch.setattr(library, reader, refusing(getattr(library, reader)))
     message = rf"{name}: cannot be read \(Permission denied\); check the store"
     with pytest.raises(InputError, match=message):
         use(sound)
