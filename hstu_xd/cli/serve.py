@@ -1,10 +1,7 @@
 """``hstu-xd serve``: a trained run over HTTP, from states that are one event old."""
 
-import gc
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -123,22 +120,6 @@ Threads = Annotated[
 ]
 
 
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Collect no garbage: of what is loaded hardly anything is, and to look takes a sixth of it.
-
-    The server looks through all of it once, when everything is there, and collects from then on.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@_without_collector()
 def serve(
     run: Run,
     host: Host = "127.0.0.1",

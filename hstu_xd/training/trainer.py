@@ -63,7 +63,7 @@ def users_per_step(settings: TrainSettings, events: np.ndarray) -> int:
 
     Args:
         settings: of the training.
-        events: (users,) int, training events of each user.
+        events: (users,) int, training events of each user of an epoch.
     """
     if settings.local_batch_size:
         return settings.local_batch_size
@@ -141,9 +141,10 @@ class Trainer(EpochTraining[Progress]):
         }
         data = self._data[Split.TRAIN]
         news = data.users if until is None else data.begin_at_news(until, settings.news_context)
-        self.users_per_step = users_per_step(settings, data.lengths(data.users)) * world.size
         self._news, self._others = news, np.setdiff1d(data.users, news)
         self._replayed = round(settings.replay_share * self._others.size)
+        events = data.lengths(self._users_of(0))
+        self.users_per_step = users_per_step(settings, events) * world.size
         # DDP would want to know of sparse gradients, and GPUs have memory at hand.
         is_sparse = world.size == 1 and world.device.type == "cpu"
         self._optimizer = optimizer_of(model, settings, sparse_table=is_sparse)

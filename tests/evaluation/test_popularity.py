@@ -100,3 +100,9 @@ def test_no_lists_have_no_figures_but_coverage() -> None:
     assert found["coverage@5"] == 0
     assert math.isnan(found["gini@5"])
     assert math.isnan(found["popularity@5"])
+
+
+def test_equal_targets_are_in_the_tenth_of_their_middle() -> None:
+    """Of twenty targets the four of one event are places 1 to 4, whose middle is in the second."""
+    counts = torch.tensor([0, 1, 1, 1, 1, *range(2, 17)])
+    assert tenths_of_targets(counts).bounds[:4] == [(0, 0), (1, 1), (2, 2), (3, 4)]

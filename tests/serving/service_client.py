@@ -34,6 +34,9 @@ from hstu_xd.serving.http.swaps import LocalSwaps
 MODEL = tiny_model(**EVERYTHING).float().eval()
 DOMAINS = MODEL.catalog.domain_names
 ITEMS = NUM_DOMAINS * ITEMS_PER_DOMAIN
+# What changes of the model ask for.
+TOKEN = "sesame"
+HEADERS = {"authorization": f"Bearer {TOKEN}"}
 # Short, so that windows slide.
 WINDOW = 8
 # However slow the machine is, nobody has waited too long.
@@ -141,6 +144,11 @@ class Client:
             options["content"] = body if isinstance(body, bytes) else json.dumps(body)
             options["headers"] = {"content-type": "application/json"} | options.get("headers", {})
         return await self._client.request(method, path, **options)
+
+
+def ask(client: "Client", method: str, path: str, body: Any = None) -> Any:
+    """Ask with the token."""
+    return client.ask(method, path, body, headers=HEADERS)
 
 
 def right(client: Client, count: int, user: str = "ann") -> bool:

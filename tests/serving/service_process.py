@@ -7,9 +7,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 _PATIENCE = 120.0
 # However slow the machine is, nobody has waited too long; options given later win.
@@ -120,3 +125,30 @@ class ServiceProcess:
             return answer.status, json.loads(answer.read())
         finally:
             connection.close()
+
+
+@contextmanager
+def asked_all_the_while(
+    process: ServiceProcess, body: dict[str, Any], wanted: Sequence[Sequence[float]]
+) -> Iterator[None]:
+    """Ask for scores by several threads; every answer is one of those that are wanted."""
+    stop, statuses, wrong = threading.Event(), set(), []
+
+    def load() -> None:
+        while not stop.is_set():
+            status, answer = process.ask("POST", "/v1/score", body)
+            statuses.add(status)
+            found = answer.get("scores", [])
+            if not any(found == pytest.approx(row, abs=1e-5) for row in wanted):
+                wrong.append(answer)
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert (statuses, wrong) == ({200}, [])

@@ -238,6 +238,40 @@ def _wait_for(log: EventLog) -> None:
     raise AssertionError("the log did not come back")
 
 
+@pytest.mark.parametrize(("happens", "counts"), [("committed", True), ("rolled back", False)])
+def test_a_connection_that_breaks_while_it_commits(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch, happens: str, counts: bool
+) -> None:
+    """The server says afterwards what became of the transaction: it counts once, or is refused."""
+    import psycopg
+
+    log = open_log.open_log(server.database())
+    execute = psycopg.Connection.execute
+
+    def breaking(connection: psycopg.Connection, query: str, *values: object) -> object:
+        if query != "COMMIT":
+            return execute(connection, query, *values)
+        if counts:
+            execute(connection, query)
+        connection.close()
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(psycopg.Connection, "execute", breaking)
+        if counts:
+            log.add(numbered(2))
+        else:
+            with pytest.raises(LogError, match="closed the connection"):
+                log.add(numbered(2))
+    assert len(known(log).events) == (2 if counts else 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(psycopg.Connection, "execute", breaking)
+        broken.setattr(type(log._connection), "_state_of", lambda *_: None)
+        with pytest.raises(LogError, match="same id or Idempotency-Key"):
+            log.add(numbered(2, "bob"))
+    log.close()
+
+
 def test_a_database_that_cannot_be_written_to(server: PostgresServer) -> None:
     url = server.database()
     name = url.partition("?")[0].rpartition("/")[2]

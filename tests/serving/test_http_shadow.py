@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from log_cases import postgres_server
-from other_models import OTHER, expected, write_runs
+from other_models import OTHER, expected
 from service_client import DOMAINS, Client, events, recommend, score, scores, serving
 from service_process import ServiceProcess
 from test_http_workers import counts
@@ -29,11 +29,6 @@ from hstu_xd.serving.http.shadow import Asked, Shadow, Start
 
 USERS = ["ann", "bob", "eve"]
 K = 3
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_runs(tmp_path_factory.mktemp("runs"))
 
 
 @contextmanager

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from other_models import OTHER, expected, other_model, shuffled_catalog, write_runs
+from other_models import OTHER, expected, other_model, shuffled_catalog
 from service_client import (
     DOMAINS,
+    HEADERS,
     MODEL,
+    TOKEN,
     Client,
+    ask,
     event,
     events,
     recommend,
@@ -26,23 +29,11 @@ from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving.http.service import Service
 
-TOKEN = "sesame"
-HEADERS = {"authorization": f"Bearer {TOKEN}"}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_runs(tmp_path_factory.mktemp("runs"))
-
 
 @pytest.fixture
 def client(tmp_path: Path, runs: Path) -> Iterator[Client]:
     with serving(tmp_path / "log", run=runs / "old", token=TOKEN) as client:
         yield client
-
-
-def ask(client: Client, method: str, path: str, body: Any = None) -> Any:
-    return client.ask(method, path, body, headers=HEADERS)
 
 
 def swap(client: Client, name: str) -> Any:

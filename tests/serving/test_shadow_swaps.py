@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 from log_cases import postgres_server
-from other_models import OTHER, expected, write_runs
+from other_models import OTHER, expected
 from service_client import (
     DOMAINS,
+    HEADERS,
     MODEL,
+    TOKEN,
     Client,
+    ask,
     event,
     events,
     recommend,
@@ -23,21 +26,14 @@ from service_client import (
     scores,
     serving,
 )
-from service_process import ServiceProcess
+from service_process import ServiceProcess, asked_all_the_while
 from test_http_shadow import children
 from test_http_workers import counts
 
 from hstu_xd.serving.http import swaps as swaps_module
 
-TOKEN = "sesame"
-HEADERS = {"authorization": f"Bearer {TOKEN}"}
 FAILED = 'outcome="failed"'
 COMPARED = 'outcome="compared"'
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -45,10 +41,6 @@ def client(tmp_path: Path, runs: Path) -> Iterator[Client]:
     with serving(tmp_path / "log", run=runs / "old", token=TOKEN) as client:
         ask(client, "POST", "/v1/events", {"events": events(6)})
         yield client
-
-
-def ask(client: Client, method: str, path: str, body: Any = None) -> Any:
-    return client.ask(method, path, body, headers=HEADERS)
 
 
 def begin(client: Client, name: str) -> Any:
@@ -132,6 +124,21 @@ def test_a_shadow_that_does_not_fit_is_refused_and_leaves_nothing(
     answer = begin(client, name)
     assert answer.status_code == 400
     assert re.search(reason, answer.json()["error"]), answer.json()
+    assert present(client) == ("old", None)
+    assert begin(client, "new").status_code == 200
+
+
+def test_a_shadow_whose_process_does_not_start_is_refused(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as short:
+        short.setattr("hstu_xd.serving.http.shadow.subprocess.Popen", full)
+        answer = begin(client, "new")
+    assert answer.status_code == 400
+    assert "no process can be started for the shadow new (Cannot allocate memory)" in answer.text
     assert present(client) == ("old", None)
     assert begin(client, "new").status_code == 200
 
@@ -271,25 +278,13 @@ def test_all_workers_take_a_shadow_and_let_it_go_under_load(tmp_path: Path, runs
         options = ["--events", server.database(), "--workers", "2"]
         with ServiceProcess(runs / "old", *options, token=TOKEN) as process:
             assert process.ask("POST", "/v1/events", {"events": events(5)})[0] == 200
-            stop, statuses, wrong = threading.Event(), set(), []
-
-            def load() -> None:
-                while not stop.is_set():
-                    status, answer = process.ask("POST", "/v1/score", body)
-                    statuses.add(status)
-                    found = answer.get("scores", [])
-                    if found != pytest.approx(list(wanted.values()), abs=1e-5):
-                        wrong.append(answer)
 
             def shadows() -> set[str | None]:
                 """What any worker says of its shadow."""
                 found = [process.ask("GET", "/v1/models")[1]["shadow"] for _ in range(12)]
                 return {None if each is None else each["model"].split()[0] for each in found}
 
-            threads = [threading.Thread(target=load) for _ in range(2)]
-            for thread in threads:
-                thread.start()
-            try:
+            with asked_all_the_while(process, body, [list(wanted.values())]):
                 begin = {"run": "new", "mode": "shadow"}
                 for _ in range(3):
                     assert shadows() == {None}
@@ -302,11 +297,6 @@ def test_all_workers_take_a_shadow_and_let_it_go_under_load(tmp_path: Path, runs
                 assert process.ask("POST", "/v1/models", toys)[0] == 400
                 assert shadows() == {None}
                 assert process.ask("POST", "/v1/models", begin)[0] == 200
-            finally:
-                stop.set()
-                for thread in threads:
-                    thread.join()
-            assert (statuses, wrong) == ({200}, [])
             # What is started again has the shadow, too.
             process.kill_worker(process.workers()[0])
             deadline = time.monotonic() + 60

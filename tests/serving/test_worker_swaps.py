@@ -1,28 +1,25 @@
 """Another model for a service of several processes: all take it or none, and from a signal, too."""
 
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from log_cases import postgres_server
-from other_models import OTHER, expected, write_runs
-from service_client import MODEL, events, scores
-from service_process import ServiceProcess
+from other_models import OTHER, expected
+from service_client import (
+    MODEL,
+    TOKEN,
+    events,
+    scores,
+)
+from service_process import ServiceProcess, asked_all_the_while
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.http.live_model import Changes
 from hstu_xd.serving.http.swaps import SwapRefused
 from hstu_xd.serving.http.worker_swaps import SwapLeader
-
-TOKEN = "sesame"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_runs(tmp_path_factory.mktemp("runs"))
 
 
 def led(tmp_path: Path) -> tuple[SwapLeader, list[list[Any]]]:
@@ -164,20 +161,7 @@ def test_workers_swap_together_under_load(tmp_path: Path, runs: Path) -> None:
             }
             items = [str(item) for item in MODEL.catalog.items_of(0).tolist()]
             body = {"user": "ann", "domain": "books", "items": items}
-            stop, statuses, wrong = threading.Event(), set(), []
-
-            def load() -> None:
-                while not stop.is_set():
-                    status, answer = process.ask("POST", "/v1/score", body)
-                    statuses.add(status)
-                    found = answer.get("scores", [])
-                    if not any(found == pytest.approx(row, abs=1e-5) for row in wanted.values()):
-                        wrong.append(answer)
-
-            threads = [threading.Thread(target=load) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            try:
+            with asked_all_the_while(process, body, [*wanted.values()]):
                 for number in range(10):
                     name = ("new", "old")[number % 2]
                     status, answer = process.ask("POST", "/v1/models", {"run": name})
@@ -186,11 +170,6 @@ def test_workers_swap_together_under_load(tmp_path: Path, runs: Path) -> None:
                         status, answer = process.ask("POST", "/v1/score", body)
                         assert answer["scores"] == pytest.approx(wanted[name], abs=1e-5)
                 assert process.ask("POST", "/v1/models", {"run": "toys"})[0] == 400
-            finally:
-                stop.set()
-                for thread in threads:
-                    thread.join()
-            assert (statuses, wrong) == ({200}, [])
             assert process.ask("POST", "/v1/models", {"run": "new"})[0] == 200
             # What is started again serves the new model: none of those that swapped is left.
             for worker in process.workers():

@@ -184,6 +184,32 @@ def test_new_items_begin_as_the_setting_says(
         assert (one - old[ITEMS][last].mean(0)).abs().max() < noise
 
 
+def test_a_step_counts_the_events_that_an_epoch_trains_on(
+    store: InteractionStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who have nothing new are left out of the mean, and new events have shorter windows."""
+    from hstu_xd.training import trainer
+    from hstu_xd.training.distributed import World
+    from hstu_xd.training.run import new_model
+    from hstu_xd.training.settings import load_settings
+
+    asked = []
+    monkeypatch.setattr(trainer, "users_per_step", lambda _, events: asked.append(events) or 5)
+    until = int(np.quantile(np.asarray(store.timestamps), 0.9))
+    settings = load_settings(
+        [], (*QUICK, "xd_train.news_context = 1", "xd_train.replay_share = 0.0")
+    )
+    model, here = new_model(store.catalog, settings), World(0, 1, torch.device("cpu"))
+    made = trainer.Trainer(model, store, settings.train, tmp_path, here, until=until)
+    assert made.users_per_step == 5
+    data = SequenceData(store, Split.TRAIN, settings.train.max_sequence_length)
+    whole = data.lengths(data.users)
+    news = data.begin_at_news(until, 1)
+    assert 0 < news.size < whole.size
+    assert sorted(asked[0]) == sorted(data.lengths(news))
+    assert sorted(asked[0]) != sorted(whole)
+
+
 def test_an_epoch_trains_on_those_with_news_and_a_share_of_the_others(
     first: Path, tmp_path: Path, beginnings: list
 ) -> None:

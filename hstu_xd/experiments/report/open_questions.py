@@ -127,9 +127,10 @@ def lists_table(lists: ModelLists) -> TextTable:
         "share of the catalogue's items, or of a domain's, that is in a list at all; gini@k how "
         "unevenly the places of lists are spread over all items (0: all alike, towards 1: one item "
         "has all); popularity@k the mean percentile of a place, the share of the items of its "
-        "domain that have fewer events that train (50: drawn by lot). Coverage and popularity are "
-        "percentages; \u00b1 is the standard deviation over seeds. As many lists of a variant are "
-        "counted as there are test users, for each seed alone.",
+        "domain that have fewer events that train, and half of those that have as many (50: drawn "
+        "by lot). Coverage and popularity are percentages; \u00b1 is the standard deviation over "
+        "seeds. As many lists of a variant are counted as there are test users, for each seed "
+        "alone.",
         ["variant", *names],
         rows,
     )

@@ -17,13 +17,11 @@ def shown_log(name: str | Path) -> str:
     return "PostgreSQL" if is_postgres(name) else str(name)
 
 
-def open_log(name: str | Path, *, recovery: float | None = None) -> EventLog:
+def open_log(name: str | Path) -> EventLog:
     """Open the log of a name; it is made where it is not there.
 
     Args:
         name: a file, or ``postgresql://[USER[:PASSWORD]@]HOST[:PORT]/DATABASE``.
-        recovery: seconds that a write waits to hear from a server that was gone in the middle of it
-            whether it was written; None: as long as :class:`PostgresLog` lets it.
 
     Raises:
         InputError: another kind of URL, or not a log of this hstu-xd.
@@ -37,7 +35,7 @@ def open_log(name: str | Path, *, recovery: float | None = None) -> EventLog:
             raise HstuXdError(
                 'psycopg is not installed; pip install "hstu-xd[postgres]", or give --events a file'
             ) from error
-        return PostgresLog(str(name)) if recovery is None else PostgresLog(str(name), recovery)
+        return PostgresLog(str(name))
     if isinstance(name, str) and "://" in name:
         raise InputError(
             "--events has another kind of URL; a file or postgresql://HOST:PORT/DATABASE is needed"

@@ -22,9 +22,8 @@ _log = logging.getLogger(__name__)
 
 # Seconds that a statement may take, and that a connection may take to open: requests wait for it.
 _PATIENCE = 2.0
-# Seconds that a server gone in the middle of a commit gets to say what became of it, unless whoever
-# opens the log says so, and seconds between two questions.
-RECOVERY, _ASK_AGAIN = 5.0, 0.1
+# Seconds that a server gone in the middle of a commit gets to say what became of it.
+_RECOVERY = 5.0
 # Seconds after a failure until a connection is tried again; meanwhile everything is refused.
 _RESPITE = 0.5
 # Seconds that the clocks of server and machine may differ before it is said.
@@ -45,8 +44,6 @@ class PostgresConnection:
 
     Args:
         url: ``postgresql://[USER[:PASSWORD]@]HOST[:PORT]/DATABASE``, with the options of libpq.
-        recovery: seconds that a server gone in the middle of a commit gets to say what became of
-            it; whoever wrote is then told that it is not known.
 
     Attributes:
         fails: whether the last write failed, or anything since.
@@ -57,8 +54,8 @@ class PostgresConnection:
         LogError: the database cannot be reached.
     """
 
-    def __init__(self, url: str, recovery: float = RECOVERY) -> None:
-        self._options, self._recovery = _options(url), recovery
+    def __init__(self, url: str) -> None:
+        self._options = _options(url)
         self._connection: psycopg.Connection | None = None
         self._refused_until, self._reason = 0.0, ""
         self.fails = False
@@ -218,17 +215,15 @@ class PostgresConnection:
 
     def _state_of(self, transaction: str) -> str | None:
         """Return "committed" or "aborted"; None where the server does not say in time."""
-        patient_until = time.monotonic() + self._recovery
-        while True:
+        patient_until = time.monotonic() + _RECOVERY
+        while time.monotonic() < patient_until:
             with suppress(psycopg.Error), self._open() as connection:
                 query = "SELECT pg_xact_status(%s::text::xid8)"
                 ((state,),) = connection.execute(query, (transaction,)).fetchall()
                 if state != "in progress":
                     return state
-            left = patient_until - time.monotonic()
-            if left <= 0:
-                return None
-            time.sleep(min(_ASK_AGAIN, left))
+            time.sleep(0.1)
+        return None
 
 
 class _Impatient(psycopg.Connection):

@@ -13,7 +13,7 @@ import psycopg
 
 from hstu_xd.errors import InputError
 from hstu_xd.serving.events.event_log import Conflict, Event, Keyed, LogError, Logged, new_version
-from hstu_xd.serving.events.postgres_connection import RECOVERY, PostgresConnection
+from hstu_xd.serving.events.postgres_connection import PostgresConnection
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +120,6 @@ class PostgresLog:
 
     Args:
         url: ``postgresql://[USER[:PASSWORD]@]HOST[:PORT]/DATABASE``, with the options of libpq.
-        recovery: see :class:`PostgresConnection`.
 
     Raises:
         InputError: the URL cannot be read, or a later version of hstu-xd made the log.
@@ -129,8 +128,8 @@ class PostgresLog:
 
     is_shared = True
 
-    def __init__(self, url: str, recovery: float = RECOVERY) -> None:
-        self._connection = PostgresConnection(url, recovery)
+    def __init__(self, url: str) -> None:
+        self._connection = PostgresConnection(url)
         self.upcoming = new_version()
         self._bytes = 0
         self._migrate()

@@ -303,8 +303,7 @@ def serve(
 ) -> None:
     """Serve until a signal comes, then finish what was taken and close the log.
 
-    SIGHUP reloads the run. Whoever has disabled the collector of garbage while it was loaded finds
-    it enabled again.
+    SIGHUP reloads the run.
     """
     server = Server(service, swaps, announce)
     signal.signal(signal.SIGHUP, lambda which, frame: swaps.reload())
@@ -312,7 +311,6 @@ def serve(
     # every request meanwhile.
     gc.collect()
     gc.freeze()
-    gc.enable()
     try:
         server.run(sockets=[sock])
     finally:

@@ -236,8 +236,7 @@ class Service:
     def _open(self, engine: Engine) -> BatchHandler:
         states = self.settings.states
         torch.set_num_threads(states.threads or default_threads())
-        # What waits behind a write waits as long as it does.
-        self._log = log = open_log(self.settings.events, recovery=self.settings.queue.max_delay)
+        self._log = log = open_log(self.settings.events)
         try:
             self.model = LiveModel(engine, log, self.settings)
             self._sessions = FailoverSession(self.model.session, states)

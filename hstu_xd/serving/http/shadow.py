@@ -123,7 +123,7 @@ class Shadow:
         changes: what it would bring with it in the place of the one that answers.
 
     Raises:
-        InputError: it cannot be loaded, or does not fit.
+        InputError: it cannot be loaded or does not fit, or the system starts no process for it.
     """
 
     def __init__(
@@ -135,10 +135,18 @@ class Shadow:
         self._line, other = Pipe()
         # A worker may have no children of multiprocessing's own kind.
         program = f"from hstu_xd.serving.http.shadow_process import run; run({other.fileno()})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", program], pass_fds=[other.fileno()], start_new_session=True
-        )
-        other.close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program], pass_fds=[other.fileno()], start_new_session=True
+            )
+        except OSError as error:
+            self._line.close()
+            raise InputError(
+                f"no process can be started for the shadow {run.name} ({error.strerror}); free "
+                "memory or processes on this machine, and name it again"
+            ) from error
+        finally:
+            other.close()
         settings = service.settings
         states = StateSettings(
             max_bytes=settings.states.max_bytes, retrieval=settings.states.retrieval

@@ -5,7 +5,6 @@ and any of them takes any user. One that dies is started again; the others go on
 A new model comes to all of them or to none, see :mod:`hstu_xd.serving.http.worker_swaps`.
 """
 
-import gc
 import logging
 import multiprocessing
 import os
@@ -131,7 +130,6 @@ class Workers:
         for which in (signal.SIGTERM, signal.SIGINT):
             signal.signal(which, self._stop)
         signal.signal(signal.SIGHUP, self._ask_reload)
-        gc.enable()
         with shared_counts():
             self._run(announce)
 
@@ -227,7 +225,6 @@ class Workers:
 
 def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready: Event) -> None:
     """Be one of the workers."""
-    gc.disable()  # See hstu_xd.cli.serve.
     from hstu_xd.serving.http import server
     from hstu_xd.serving.http.live_model import load_engine
     from hstu_xd.serving.http.service import Service
