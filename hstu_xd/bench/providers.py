@@ -36,6 +36,8 @@ class Provider:
         needs: "nothing", "kernels" (Triton, and a GPU or its interpreter), "cuda" (a GPU) or
             "loops" (a CPU and a C compiler).
         powers_of_two: whether head widths must be powers of two from 16 on.
+        foreign: whether it is another's code, which may round to half precision where this
+            package's does not.
     """
 
     build: Builder
@@ -45,6 +47,7 @@ class Provider:
     modules: tuple[str | tuple[str, ...], ...] = ()
     needs: str = "nothing"
     powers_of_two: bool = False
+    foreign: bool = False
 
     def computation(self, case: Case) -> Computation:
         """Return what it computes in a case."""
@@ -84,6 +87,7 @@ def _another(kernel: Callable[[Draw], Varlen], *modules: str | tuple[str, ...]) 
         modules=modules,
         needs="cuda",
         powers_of_two=True,
+        foreign=True,
     )
 
 
@@ -100,7 +104,9 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "native": Provider(encoder_passes.own("native"), needs="loops"),
         "eager": Provider(encoder_passes.own("eager")),
         "reference": Provider(encoder_passes.own("reference")),
-        "upstream": Provider(encoder_passes.upstream, masked=False, bias="always", modules=(_GR,)),
+        "upstream": Provider(
+            encoder_passes.upstream, masked=False, bias="always", modules=(_GR,), foreign=True
+        ),
         "eager-softmax": Provider(encoder_passes.own("eager"), normalization="softmax"),
         "flex": Provider(
             encoder_passes.own("flex"), normalization="softmax", bias="never", needs="cuda"

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from hstu_xd.errors import HstuXdError
 from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.triton_support import rounds_to_tf32
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ VERIFIED: frozenset[tuple[str, str, str]] = frozenset()
 
 # Largest error of a row over its length or that of an average row.
 _BUDGETS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_TF32_BUDGET = 2e-2
 # More than a tile, no event at all, a single one, and a short history.
 _LENGTHS = (150, 0, 1, 40)
 _DOMAINS = 2
@@ -51,6 +53,7 @@ class KernelUse(NamedTuple):
         dv: width of values in a head.
         biased: whether there is a bias.
         impl: "triton" or "native".
+        tf32: whether factors of products are rounded to TF32.
     """
 
     operator: str
@@ -61,16 +64,18 @@ class KernelUse(NamedTuple):
     dv: int
     biased: bool
     impl: str = "triton"
+    tf32: bool = False
 
     @classmethod
     def build(cls, operator: str, q: Tensor, v: Tensor, *, biased: bool, impl: str) -> "KernelUse":
         """Return the use of tensors (L, H, dqk) and (..., H, dv)."""
         # A graph that is being compiled has names for sizes; of these it needs the numbers.
         heads, dqk, dv = (index(size) for size in (*q.shape[1:], v.shape[2]))
-        return cls(operator, q.device, q.dtype, heads, dqk, dv, biased, impl)
+        tf32 = impl == "triton" and rounds_to_tf32(q.dtype)
+        return cls(operator, q.device, q.dtype, heads, dqk, dv, biased, impl, tf32)
 
     def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
+        name = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         widths = f"{self.dqk}" if self.dqk == self.dv else f"{self.dqk} and {self.dv}"
         what = f"{self.operator} in {name} with {self.heads} heads of {widths}"
         return f"{_NAMES[self.impl]} of {what}"
@@ -185,7 +190,7 @@ def _try(use: KernelUse, trial: Trial) -> str | None:
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
         return f"{type(error).__name__}: {first}".rstrip(": ")
-    budget = _BUDGETS[use.dtype]
+    budget = _TF32_BUDGET if use.tf32 else _BUDGETS[use.dtype]
     wrong = [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= budget]
     if wrong:
         return f"it differs from plain PyTorch in {', '.join(wrong)} (at most {budget:.0e})"

@@ -11,9 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hstu_xd.ops import triton_support
+
 # Bits of the float32 number 1, and buckets of ln(2) / 0.301 per octave in steps of 1 / 1024.
 _BITS_OF_ONE = tl.constexpr(0x3F800000)
 _BUCKETS_PER_OCTAVE = tl.constexpr(2358)
+
+
+# Triton's interpreter runs kernels on the CPU; they are no compiled functions then.
+INTERPRETED = triton.knobs.runtime.interpret
+_COMPILED = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -34,17 +41,55 @@ def store_rows(base, tokens, stride, valid, rows, WIDTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def bucket_of(difference, edges, last_bucket):
+def look_up(table, index):
+    """Look up 4-byte numbers of a small table, a number to each pair.
+
+    Compiled, by an instruction of its own: ``tl.load`` would choose a layout by what lies side by
+    side in memory, and bring every number from there into that of the scores through shared memory.
+    """
+    if _COMPILED:
+        found = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [table + index.to(tl.uint32)], tl.int32, is_pure=True, pack=1
+        ).to(table.dtype.element_ty, bitcast=True)
+    else:
+        found = tl.load(table + index)
+    return found
+
+
+@triton.jit
+def bucket_of(difference, edges):
     """Bucket time differences (int64), bit for bit as ``relative_bias.time_bucket`` does.
 
     The bits of a float rise almost like its logarithm: scaled, they fall short of the bucket by
     less than one, so a comparison with one edge settles it.
     """
-    magnitude = tl.maximum(tl.where(difference < 0, -difference, difference), 1)
-    bits = magnitude.to(tl.float32).to(tl.int32, bitcast=True)
+    magnitude = tl.maximum(tl.abs(difference.to(tl.float32)), 1.0)
+    bits = magnitude.to(tl.int32, bitcast=True)
     at_least = (((bits - _BITS_OF_ONE) >> 10) * _BUCKETS_PER_OCTAVE) >> 23
-    bucket = at_least + (bits >= tl.load(edges + at_least + 1)).to(tl.int32)
-    return tl.minimum(bucket, last_bucket)
+    return at_least + (bits >= look_up(edges, at_least + 1)).to(tl.int32)
+
+
+@triton.jit
+def gate(scores, FAST: tl.constexpr):
+    """Return the sigmoid: SiLU is ``scores * gate``.
+
+    FAST: by the hyperbolic tangent that a GPU has an instruction for, right to 2^-11: as much as
+    half precisions hold.
+    """
+    if FAST:
+        half = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * scores], tl.float32, is_pure=True, pack=1
+        )
+        opened = 0.5 * half + 0.5
+    else:
+        opened = 1.0 / (1.0 + tl.exp(-scores))
+    return opened
+
+
+@triton.jit
+def slope(scores, opened):
+    """Return the derivative of SiLU, whose gate at the scores is ``opened``."""
+    return opened * (1.0 + scores * (1.0 - opened))
 
 
 @triton.jit
@@ -62,9 +107,6 @@ def add_by_bucket(sums, values, bucket, counted, last_bucket, BLOCK: tl.constexp
     return sums
 
 
-# Triton's interpreter runs kernels on the CPU; they are no compiled functions then.
-INTERPRETED = not isinstance(load_rows, triton.runtime.JITFunction)
-
 
 def computable(x: Tensor) -> Tensor:
     """Return (L, H, d) with numbers of a row side by side, in a type that computes here.
@@ -74,6 +116,11 @@ def computable(x: Tensor) -> Tensor:
     if INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()
     return x if x.stride(2) == 1 else x.contiguous()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how products of matrices are computed: as those of PyTorch, by its own switch."""
+    return "tf32" if triton_support.rounds_to_tf32(dtype) else "ieee"
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:

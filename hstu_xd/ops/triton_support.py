@@ -28,6 +28,15 @@ def installed() -> bool:
     return _FOUND and (torch.cuda.is_available() or interpreting())
 
 
+def rounds_to_tf32(dtype: torch.dtype) -> bool:
+    """Return whether factors of products are rounded to TF32: float32 where PyTorch's switch says.
+
+    It is ``torch.backends.cuda.matmul.allow_tf32``, off unless somebody turns it on, as
+    generative-recommenders does by ``train_fn.enable_tf32``.
+    """
+    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
 def suits(q: Tensor, v: Tensor) -> bool:
     """Return whether "auto" takes the kernels for these tensors of a CUDA device."""
     width = max(q.shape[2], v.shape[2])

@@ -17,7 +17,7 @@ from hstu_xd.errors import InputError
 from hstu_xd.ops.domain_attention.tile_table import KernelInputs, PairPlan, key_tiles, query_tiles
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.triton_support import check_kernels_take
+from hstu_xd.ops.triton_support import check_kernels_take, rounds_to_tf32
 
 
 @torch.library.custom_op("hstu_xd::domain_attention", mutates_args=())
@@ -105,8 +105,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 domain_attention.register_autograd(_backward, setup_context=_remember)
 
 
-# Of every grouping in use, its tile tables by tile height: all layers of a model share them.
-_tile_tables = WeakIdKeyDictionary()
+# Of every grouping in use, its plans by tile height, with and without bias.
+_plans = WeakIdKeyDictionary()
 
 
 def fused_domain_attention(
@@ -136,21 +136,11 @@ def fused_domain_attention(
     if not grouping.num_tokens:
         # No tokens: nothing to launch, but still part of the graph.
         return v.clone()
-    keys = grouping.keys
     tile = _tile_height(q, v, grouping)
-    plan = PairPlan(
-        *_tables(grouping, tile),
-        query_tokens=grouping.permutation,
-        key_tokens=keys.permutation,
-        query_order=grouping.positions,
-        key_order=keys.positions,
-    )
+    plan = _plan(grouping, bias, tile)
     position_weights = time_weights = None
     if bias is not None:
         position_weights, time_weights = bias.position_weights, bias.time_weights
-        plan = plan._replace(
-            positions=bias.positions, next_times=bias.next_timestamps, times=bias.timestamps
-        )
     return domain_attention(
         q, k, v, position_weights, time_weights, plan.tensors(), norm_length, tile
     )
@@ -173,7 +163,7 @@ def _tile_height(q: Tensor, v: Tensor, grouping: DomainGrouping) -> int:
     if q.device.type == "cpu":
         return 32
     wide = max(q.shape[2], v.shape[2]) > 128
-    if wide or q.dtype == torch.float32:
+    if wide or (q.dtype == torch.float32 and not rounds_to_tf32(q.dtype)):
         return 32
     if torch.compiler.is_compiling():
         # The mean length differs from batch to batch: it must not lead to another compilation.
@@ -182,10 +172,34 @@ def _tile_height(q: Tensor, v: Tensor, grouping: DomainGrouping) -> int:
     return 32 if mean_length < 40 else 64
 
 
-def _tables(grouping: DomainGrouping, tile: int) -> tuple[Tensor, Tensor]:
+def _plan(grouping: DomainGrouping, bias: RelativeBias | None, tile: int) -> PairPlan:
+    """Return the plan, made once for all layers of a model: they see the same pairs."""
+    seen_by = None if bias is None else (bias.positions, bias.timestamps, bias.next_timestamps)
     if torch.compiler.is_compiling():
-        return query_tiles(grouping, tile), key_tiles(grouping, tile)
-    known = _tile_tables.setdefault(grouping, {})
-    if tile not in known:
-        known[tile] = query_tiles(grouping, tile), key_tiles(grouping, tile)
-    return known[tile]
+        return _new_plan(grouping, bias, tile)
+    known = _plans.setdefault(grouping, {})
+    coordinates, plan = known.get((tile, bias is None), (None, None))
+    if plan is None or any(a is not b for a, b in zip(coordinates or (), seen_by or ())):
+        plan = _new_plan(grouping, bias, tile)
+        known[tile, bias is None] = seen_by, plan
+    return plan
+
+
+def _new_plan(grouping: DomainGrouping, bias: RelativeBias | None, tile: int) -> PairPlan:
+    keys = grouping.keys
+    queries_first = grouping.permutation, keys.permutation
+    plan = PairPlan(
+        query_tiles(grouping, tile),
+        key_tiles(grouping, tile),
+        *queries_first,
+        *(x.positions[at].int() for x, at in zip((grouping, keys), queries_first)),
+    )
+    if bias is None:
+        return plan
+    query_positions, key_positions = (bias.positions[at].int() for at in queries_first)
+    return plan._replace(
+        query_positions=query_positions,
+        key_positions=key_positions,
+        next_times=bias.next_timestamps[grouping.permutation],
+        times=bias.timestamps[keys.permutation],
+    )

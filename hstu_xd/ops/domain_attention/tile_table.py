@@ -21,25 +21,27 @@ class PairPlan(NamedTuple):
         key_tiles: (T, 4) int32, see :func:`key_tiles`.
         query_tokens: (L,) int64, grouped order of the queries -> token of the batch.
         key_tokens: (L,) int64, grouped order of the keys -> token.
-        query_order: (L,) int64, position of each token as a query, which decides causality.
-        key_order: (L,) int64, position of each token as a key.
-        positions: (L,) int64, position of each token for the bias; None without bias.
-        next_times: (L,) int64, time of the event after each token; None without bias.
-        times: (L,) int64, time of each token; None without bias.
+        query_places: (L,) int32, position of each query, in grouped order: it decides causality.
+        key_places: (L,) int32, position of each key, in grouped order.
+        query_positions: (L,) int32, likewise, position for the bias; None without bias.
+        key_positions: (L,) int32, likewise; None without bias.
+        next_times: (L,) int64, time of the event after each query; None without bias.
+        times: (L,) int64, time of each key; None without bias.
     """
 
     query_tiles: Tensor
     key_tiles: Tensor
     query_tokens: Tensor
     key_tokens: Tensor
-    query_order: Tensor
-    key_order: Tensor
-    positions: Tensor | None = None
+    query_places: Tensor
+    key_places: Tensor
+    query_positions: Tensor | None = None
+    key_positions: Tensor | None = None
     next_times: Tensor | None = None
     times: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors as an operator takes them: six, or nine with a bias."""
+        """Return the tensors as an operator takes them: six, or ten with a bias."""
         return [x for x in self if x is not None]
 
 

@@ -1,5 +1,6 @@
 """Launches of the fused kernels: block sizes, output buffers, and what is left to reduce."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import pad
 from hstu_xd.ops.domain_attention import triton_kernels as kernels
 from hstu_xd.ops.domain_attention.tile_table import KernelInputs
 from hstu_xd.ops.relative_bias import LAST_BUCKET, bucket_edges
-from hstu_xd.ops.triton_blocks import INTERPRETED, computable, strides, widths
+from hstu_xd.ops.triton_blocks import INTERPRETED, computable, precision, strides, widths
 
 # Programs that share out the tiles of the bias gradient: a few for each processor of a large GPU.
 _BIAS_PROGRAMS = 3 if INTERPRETED else 512
@@ -21,27 +22,47 @@ _STEEPEST = 1.1
 
 
 class Shape(NamedTuple):
-    """How a kernel is cut: rows of the other side in a step, warps, stages of the pipeline."""
+    """How a kernel is cut.
+
+    Attributes:
+        step: rows of the other side in a step.
+        warps: warps of a program.
+        stages: stages of its pipeline.
+        heads: heads of a program at most; what is looked up for a pair serves all of them.
+    """
 
     step: int
     warps: int
     stages: int
+    heads: int = 1
 
 
-def shape_of(tile: int, width: int, dtype: torch.dtype, *, holds_pairs: bool) -> Shape:
+# Half precisions and heads at most 64 wide, with a bias and without: measured on an H200. A bias
+# costs as much as several heads, whose sums have to fit the registers.
+_SHAPES = {
+    "forward": (Shape(32, 4, 3, 4), Shape(64, 4, 3)),
+    "query_gradient": (Shape(64, 4, 2, 2), Shape(64, 4, 3)),
+    "key_value_gradient": (Shape(32, 4, 3, 2), Shape(32, 4, 3)),
+    "bias_gradient": (Shape(32, 4, 3), Shape(32, 4, 3)),
+}
+
+
+def shape_of(kernel: str, tile: int, width: int, dtype: torch.dtype, *, biased: bool) -> Shape:
     """Choose how to cut a kernel for tiles of ``tile`` rows and heads at most ``width`` wide.
 
     What is chosen compiles for compute capability 9.0 with hardly a register spilt.
-    ``holds_pairs``: the kernel keeps numbers of all its pairs over the heads.
+    ``kernel``: its name without ``_kernel``.
     """
     if INTERPRETED:
-        return Shape(16, 1, 1)
+        return Shape(16, 1, 1, 2)
     if dtype == torch.float32:
         return Shape(32 if width <= 128 else 16, 8, 2)
     if width > 128:
         return Shape(32, 8, 2)
-    many_warps = tile > 32 and (width > 64 or holds_pairs)
-    return Shape(min(tile, 64), 8 if many_warps else 4, 3 if width <= 64 else 2)
+    shape = _SHAPES[kernel][0 if biased else 1]
+    if width > 64:
+        return Shape(min(tile, 64), 8, 2, max(1, shape.heads // 2))
+    return shape
 
 
 def forward(inputs: KernelInputs) -> Tensor:
@@ -70,7 +91,7 @@ def gradients(
         grad.to(x.dtype) for grad, x in zip(grads, (inputs.q, inputs.k, inputs.v))
     )
     none = grad_q.new_empty(0), grad_q.new_empty(0)
-    tables = _table_gradients(grad_out, given) if of_tables else none
+    tables = _table_gradients(grad_out, given, inputs) if of_tables else none
     return grad_q, grad_k, grad_v, *tables
 
 
@@ -103,11 +124,13 @@ def _key_value_gradients(grad_out: Tensor, given: KernelInputs) -> tuple[Tensor,
     return grad_k, grad_v
 
 
-def _table_gradients(grad_out: Tensor, given: KernelInputs) -> tuple[Tensor, Tensor]:
-    position_weights, time_weights = given.position_weights, given.time_weights
+def _table_gradients(
+    grad_out: Tensor, given: KernelInputs, inputs: KernelInputs
+) -> tuple[Tensor, Tensor]:
+    position_weights, time_weights = inputs.position_weights, inputs.time_weights
     assert position_weights is not None
     assert time_weights is not None
-    positions = position_weights.numel()
+    positions = position_weights.numel() + 2
     times = min(time_weights.numel(), LAST_BUCKET + 1)
     tiles = len(given.plan.query_tiles)
     programs = min(tiles, _BIAS_PROGRAMS)
@@ -127,10 +150,11 @@ def _table_gradients(grad_out: Tensor, given: KernelInputs) -> tuple[Tensor, Ten
         time_sums=time_sums,
         scale=scale,
         copies=copies,
+        last_bucket=times - 1,
         BLOCK_TIME=triton.next_power_of_2(times),
         **strides(out=grad_out),
     )
-    by_position = position_sums.sum(0).double() / (scale.double() * given.norm_length)
+    by_position = position_sums[:, 1:-1].sum(0).double() / (scale.double() * given.norm_length)
     by_time = time_sums.sum(0, dtype=torch.float64) / given.norm_length
     by_time = pad(by_time, (0, time_weights.numel() - times))
     return by_position.to(position_weights.dtype), by_time.to(time_weights.dtype)
@@ -143,17 +167,29 @@ def _integer_scale(grad_out: Tensor, v: Tensor) -> Tensor:
     most once a query: L such terms fit 63 bits. What is cut off is 2^-(62 - log2 L) of the bound.
     Infinities and NaN end in a scale of 0 or NaN, and gradients that are not finite.
     """
-    longest = (
-        torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).amax(0) for x in (grad_out, v)
-    )
-    bound = _STEEPEST * torch.stack(tuple(longest)).prod(0).sum()
+    largest = []
+    for x in (grad_out, v):
+        low, high = x.flatten(1).aminmax(dim=0)
+        largest.append(torch.maximum(-low, high).float())
+    bound = _STEEPEST * (largest[0] * largest[1]).sum()
     room = 61 - len(v).bit_length()
     return torch.exp2((room - bound.log2().floor()).clamp(max=126))
 
 
 def _computable(inputs: KernelInputs) -> KernelInputs:
+    """Return the inputs as kernels read them.
+
+    Tables of the bias are float32 without holes: a position too far to either side finds NaN (a
+    kernel can raise nothing, and a wrong number must not pass for a right one), and the last time
+    bucket is repeated for all that an int64 can reach.
+    """
     q, k, v = (computable(x) for x in inputs[:3])
-    return inputs._replace(q=q, k=k, v=v)
+    position_weights, time_weights = inputs.position_weights, inputs.time_weights
+    if position_weights is not None and time_weights is not None:
+        position_weights = pad(position_weights.float(), (1, 1), value=float("nan"))
+        bucket = torch.arange(LAST_BUCKET + 1, device=q.device).clamp(max=time_weights.numel() - 1)
+        time_weights = time_weights.float()[bucket]
+    return inputs._replace(q=q, k=k, v=v, position_weights=position_weights, time_weights=time_weights)
 
 
 def _launch(
@@ -165,12 +201,14 @@ def _launch(
     """
     q, k, v, position_weights, time_weights, plan, _, tile = given
     heads, blocks = q.shape[1], widths(q, v)
-    widest = max(blocks["BLOCK_QK"], blocks["BLOCK_V"])
-    shape = shape_of(tile, widest, q.dtype, holds_pairs=programs is not None)
+    name = kernel.fn.__name__.removesuffix("_kernel")
     biased = position_weights is not None and time_weights is not None
+    widest = max(blocks["BLOCK_QK"], blocks["BLOCK_V"])
+    shape = shape_of(name, tile, widest, q.dtype, biased=biased)
     if programs is None:
-        programs = len(tiles) * heads
-        own["BIASED"] = biased
+        together = math.gcd(heads, shape.heads)
+        programs = len(tiles) * (heads // together)
+        own |= {"BIASED": biased, "HEADS": together}
     if programs == 0:
         return
     with torch.cuda.device_of(q):
@@ -179,11 +217,12 @@ def _launch(
             position_weights=position_weights, time_weights=time_weights,
             edges=bucket_edges(q.device) if biased else None,
             tiles=tiles, query_tokens=plan.query_tokens, key_tokens=plan.key_tokens,
-            query_order=plan.query_order, key_order=plan.key_order,
-            positions=plan.positions, next_times=plan.next_times, times=plan.times,
-            heads=heads,
-            num_positions=position_weights.numel() if biased else 0,
-            last_bucket=min(time_weights.numel() - 1, LAST_BUCKET) if biased else 0,
-            TILE=tile, STEP=shape.step, num_warps=shape.warps, num_stages=shape.stages,
-            enable_fp_fusion=True, **blocks, **strides(q=q, k=k, v=v), **own,
+            query_places=plan.query_places, key_places=plan.key_places,
+            query_positions=plan.query_positions, key_positions=plan.key_positions,
+            next_times=plan.next_times, times=plan.times,
+            heads=heads, middle=position_weights.numel() // 2 if biased else 0,
+            TILE=tile, STEP=shape.step,
+            FAST=not INTERPRETED and q.dtype.itemsize == 2, PRECISION=precision(q.dtype),
+            num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True,
+            **blocks, **strides(q=q, k=k, v=v), **own,
         )  # fmt: skip

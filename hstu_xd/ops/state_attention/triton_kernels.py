@@ -64,13 +64,13 @@ def _states(
 @triton.jit
 def _scores(
     query, key, next_time, time, initial, seen,
-    bias, edges, head, heads, last_bucket, BIASED: tl.constexpr,
+    bias, edges, head, heads, last_bucket, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute scores of pairs and their rows of ``bias``, the last one for initial states."""
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     bucket = tl.zeros(scores.shape, tl.int32)
     if BIASED:
-        bucket = bucket_of(next_time - time, edges, last_bucket)
+        bucket = tl.minimum(bucket_of(next_time - time, edges), last_bucket)
         bucket = tl.where(initial, last_bucket, bucket)
         scores += tl.load(bias + bucket * heads + head, mask=seen, other=0.0).to(tl.float32)
     return scores, bucket
@@ -84,7 +84,7 @@ def forward_kernel(
     num_tokens, num_domains, depth, heads, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk a tile over its keys: ``out = softmax_s(<q, k_s> + bias_s) v_s``, one pass.
 
@@ -113,7 +113,7 @@ def forward_kernel(
         key = load_rows(k + head * k_head, row, k_token, there, WIDTH_QK, BLOCK_QK)
         scores, _ = _scores(
             query, key, next_time[:, None], time[None, :], initial[None, :], seen,
-            bias, edges, head, heads, last_bucket, BIASED,
+            bias, edges, head, heads, last_bucket, BIASED, PRECISION,
         )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -124,7 +124,7 @@ def forward_kernel(
         mass = mass * kept + tl.sum(weights, 1)
         value = load_rows(v + head * v_head, row, v_token, there, WIDTH_V, BLOCK_V)
         total = tl.dot(
-            weights.to(value.dtype), value, total * kept[:, None], input_precision="ieee"
+            weights.to(value.dtype), value, total * kept[:, None], input_precision=PRECISION
         )
         top = new_top
     mass = tl.where(here, mass, 1.0)
@@ -142,7 +142,7 @@ def query_gradient_kernel(
     num_tokens, num_domains, depth, heads, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_AGE: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk a tile over its keys: ``dq = sum_s ds_s k_s``, weights computed again.
 
@@ -178,13 +178,13 @@ def query_gradient_kernel(
         key = load_rows(k + head * k_head, row, k_token, there, WIDTH_QK, BLOCK_QK)
         scores, bucket = _scores(
             query, key, next_time[:, None], time[None, :], initial[None, :], seen,
-            bias, edges, head, heads, last_bucket, BIASED,
+            bias, edges, head, heads, last_bucket, BIASED, PRECISION,
         )  # fmt: skip
         weights = tl.where(seen, tl.exp(scores - log_total[:, None]), 0.0)
         value = load_rows(v + head * v_head, row, v_token, there, WIDTH_V, BLOCK_V)
-        grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
+        grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - product[:, None])
-        total = tl.dot(grad_scores.to(key.dtype), key, total, input_precision="ieee")
+        total = tl.dot(grad_scores.to(key.dtype), key, total, input_precision=PRECISION)
         if BIASED:
             # Initial states all have the last row: counting them apart keeps the others close.
             never = tl.sum(tl.where(initial[None, :], grad_scores, 0.0))
@@ -204,7 +204,7 @@ def _add_key_gradients(
     q, bias, log_mass, grad_out, inner, edges, next_times,
     q_token, q_head, grad_out_token, grad_out_head, head, heads, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what some tokens before ``stop`` give ``dk = sum_i ds_i q_i``, ``dv = sum_i w_i do_i``.
 
@@ -217,17 +217,17 @@ def _add_key_gradients(
     next_time = tl.load(next_times + token, mask=there, other=0)
     scores, _ = _scores(
         key, query, next_time[None, :], time[:, None], initial[:, None], seen,
-        bias, edges, head, heads, last_bucket, BIASED,
+        bias, edges, head, heads, last_bucket, BIASED, PRECISION,
     )  # fmt: skip
     log_total = tl.load(log_mass + at * heads + head, mask=there, other=0.0)
     weights = tl.where(seen, tl.exp(scores - log_total[None, :]), 0.0)
     base = grad_out + head * grad_out_head
     grad = load_rows(base, at, grad_out_token, there, WIDTH_V, BLOCK_V)
-    total_v = tl.dot(weights.to(grad.dtype), grad, total_v, input_precision="ieee")
-    grad_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
+    total_v = tl.dot(weights.to(grad.dtype), grad, total_v, input_precision=PRECISION)
+    grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
     product = tl.load(inner + at * heads + head, mask=there, other=0.0)
     grad_scores = weights * (grad_weights - product[None, :])
-    total_k = tl.dot(grad_scores.to(query.dtype), query, total_k, input_precision="ieee")
+    total_k = tl.dot(grad_scores.to(query.dtype), query, total_k, input_precision=PRECISION)
     return total_k, total_v
 
 
@@ -240,7 +240,7 @@ def token_gradient_kernel(
     heads, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum gradients of states that tokens wrote over all tokens that see any state of the tile."""
     program = tl.program_id(0)
@@ -263,7 +263,7 @@ def token_gradient_kernel(
             start + tl.arange(0, STEP), stop,
             q, bias, log_mass, grad_out, inner, edges, next_times,
             q_token, q_head, grad_out_token, grad_out_head, head, heads, last_bucket,
-            WIDTH_QK, WIDTH_V, BLOCK_QK, BLOCK_V, BIASED,
+            WIDTH_QK, WIDTH_V, BLOCK_QK, BLOCK_V, BIASED, PRECISION,
         )  # fmt: skip
     store_rows(grad_k + head * grad_k_head, at, grad_k_token, here, total_k, WIDTH_QK, BLOCK_QK)
     store_rows(grad_v + head * grad_v_head, at, grad_v_token, here, total_v, WIDTH_V, BLOCK_V)
@@ -278,7 +278,7 @@ def initial_gradient_kernel(
     num_tiles, shares, num_tokens, num_domains, heads, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum gradients of initial states of some domains over every so many-th tile of tokens.
 
@@ -305,7 +305,7 @@ def initial_gradient_kernel(
                 start + tl.arange(0, STEP), stop,
                 q, bias, log_mass, grad_out, inner, edges, next_times,
                 q_token, q_head, grad_out_token, grad_out_head, head, heads, last_bucket,
-                WIDTH_QK, WIDTH_V, BLOCK_QK, BLOCK_V, BIASED,
+                WIDTH_QK, WIDTH_V, BLOCK_QK, BLOCK_V, BIASED, PRECISION,
             )  # fmt: skip
     at = (share * num_domains + domain).to(tl.int64)
     store_rows(grad_k + head * grad_k_head, at, grad_k_token, here, total_k, WIDTH_QK, BLOCK_QK)

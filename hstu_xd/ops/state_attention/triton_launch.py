@@ -9,7 +9,7 @@ from torch import Tensor
 from hstu_xd.ops.relative_bias import bucket_edges
 from hstu_xd.ops.state_attention import triton_kernels as kernels
 from hstu_xd.ops.state_attention.state_table import StateKernelInputs, StateTable, key_height
-from hstu_xd.ops.triton_blocks import INTERPRETED, computable, strides, widths
+from hstu_xd.ops.triton_blocks import INTERPRETED, computable, precision, strides, widths
 
 # Shares of the tiles in which gradients of initial states are summed, and numbers in all of them.
 _MOST_SHARES, _MOST_NUMBERS = (2 if INTERPRETED else 64), 2**24
@@ -164,6 +164,6 @@ def _launch(kernel: Any, given: StateKernelInputs, per_head: int, **own: Any) ->
             heads=q.shape[1], last_bucket=0 if bias is None else len(bias) - 1,
             BIASED=bias is not None, STEP=32 if narrow and not INTERPRETED else 16,
             num_warps=4 if narrow else 8, num_stages=2,
-            enable_fp_fusion=True,
+            PRECISION=precision(q.dtype), enable_fp_fusion=True,
             **blocks, **strides(q=q, k=k, v=v), **own,
         )  # fmt: skip
