@@ -70,7 +70,7 @@ def largest_error(provider: str, case: Case) -> float:
     )
 
 
-def judge(provider: str, case: Case) -> dict[str, object]:
+def judge(provider: str, case: Case) -> Row:
     """Return the columns of the gate: whether a provider is right, its error, and judged in what.
 
     Another's code may round to half precision between its operators, where the definition does not.
@@ -82,7 +82,7 @@ def judge(provider: str, case: Case) -> dict[str, object]:
     if not right and PROVIDERS[case.what][provider].foreign and dtype != "float32":
         dtype = "float32"
         right = largest_error(provider, replace(case, dtype=dtype)) <= 1
-    verdict = {"correct": right, "error_of_budget": error}
+    verdict: Row = {"correct": right, "error_of_budget": error}
     return verdict if dtype == case.dtype else verdict | {"judged_in": dtype}
 
 
@@ -139,7 +139,7 @@ def _rows(
     known = {name: PROVIDERS[case.what][name] for name in names}
     absent = {name: why for name, one in known.items() if (why := one.missing(case))}
     failed: dict[str, str] = {}
-    verdicts: dict[str, dict[str, object]] = {}
+    verdicts: dict[str, Row] = {}
     for name in (name for name in known if name not in absent):
         with noting_failure(name, failed):
             verdicts[name] = judge(name, case)

@@ -49,7 +49,12 @@ def look_up(table, index):
     """
     if _COMPILED:
         found = tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [table + index.to(tl.uint32)], tl.int32, is_pure=True, pack=1
+            "ld.global.nc.b32 $0, [$1];",
+            "=r,l",
+            [table + index.to(tl.uint32)],
+            tl.int32,
+            is_pure=True,
+            pack=1,
         ).to(table.dtype.element_ty, bitcast=True)
     else:
         found = tl.load(table + index)
@@ -105,7 +110,6 @@ def add_by_bucket(sums, values, bucket, counted, last_bucket, BLOCK: tl.constexp
         part = tl.sum(tl.where(bucket == one, values, 0.0))
         sums += tl.where(buckets == one, part, 0.0)
     return sums
-
 
 
 def computable(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from hstu_xd.errors import InputError
 
@@ -34,13 +35,21 @@ def rounds_to_tf32(dtype: torch.dtype) -> bool:
     It is ``torch.backends.cuda.matmul.allow_tf32``, off unless somebody turns it on, as
     generative-recommenders does by ``train_fn.enable_tf32``.
     """
-    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def suits(q: Tensor, v: Tensor) -> bool:
     """Return whether "auto" takes the kernels for these tensors of a CUDA device."""
     width = max(q.shape[2], v.shape[2])
     return q.dtype in DTYPES and width <= WIDEST_HEAD and installed()
+
+
+def traced(q: Tensor) -> bool:
+    """Return whether PyTorch wants an operator that it knows: code that it compiles or exports.
+
+    So it is for tensors without contents. Where it just runs, a plain function is quicker to call.
+    """
+    return torch.compiler.is_compiling() or q.is_meta or type(q) not in (Tensor, Parameter)
 
 
 def check_kernels_take(q: Tensor, v: Tensor) -> None:

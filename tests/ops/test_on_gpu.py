@@ -65,6 +65,7 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         fused_attention, "domain_attention", lambda *a: (given.append(a), real(*a))[1]
     )
+    monkeypatch.setattr(fused_attention, "traced", lambda q: True)
     api._trial(use("domain_attention", torch.float32, WIDTHS[0], biased=True), False)
     torch.library.opcheck(real, given[0])
 

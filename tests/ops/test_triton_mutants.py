@@ -19,12 +19,21 @@ def own_view() -> None:
     check_against_oracle(replace(OWN, biased=False))
 
 
+def four_heads() -> None:
+    """More than a program takes."""
+    check_against_oracle(replace(OWN, biased=False, heads=4))
+
+
 def target_view() -> None:
     check_against_oracle(replace(TARGET, biased=False))
 
 
 def with_bias() -> None:
     check_against_oracle(OWN)
+
+
+def with_target() -> None:
+    check_against_oracle(TARGET)
 
 
 # Name: file, text, what stands there instead, the check that is to see it.
@@ -55,13 +64,15 @@ def ends(name: str, text: str, instead: str, check: Check = own_view) -> None:
 # Which pairs are seen.
 kernel("mask_dropped", "sees(place[:, None], key_place[None, :])", "there[None, :] & here[:, None]")
 kernel(
-    "mask_of_key_gradients_dropped", "sees(query_place[None, :], place[:, None])", "there[None, :]"
+    "mask_of_key_gradients_dropped",
+    "sees(query_place[None, :], place[:, None])",
+    "there[None, :] & here[:, None]",
 )
 kernel("strictly_causal", "key_place <= query_place", "key_place < query_place")
 kernel("one_later_key", "key_place <= query_place", "key_place <= query_place + 1", target_view)
 kernel(
     "causal_by_rank_in_group",
-    "place = tl.load(order + token, mask=here, other=ABSENT)",
+    "place = tl.load(places + row, mask=here, other=ABSENT)",
     "place = tl.where(here, row, ABSENT)",
     target_view,
 )
@@ -73,20 +84,32 @@ kernel(
 )
 kernel(
     "queries_without_keys_skipped",
-    "key_first, key_stop = _tile(tiles, program // heads)\n    if first >= stop:",
-    "key_first, key_stop = _tile(tiles, program // heads)\n    if key_first >= key_stop:",
+    "key_first, key_stop = _share(tiles, heads, HEADS)\n    if first >= stop:",
+    "key_first, key_stop = _share(tiles, heads, HEADS)\n    if key_first >= key_stop:",
     target_view,
 )
 kernel("last_row_lost", "here = row < stop", "here = row < stop - 1")
-kernel("heads_mixed", "k + head * k_head", "k")
+kernel("heads_mixed", "k + (head + one) * k_head", "k + head * k_head")
+kernel("programs_share_heads", "% shares) * HEADS)", "% shares))", four_heads)
+kernel("unseen_pairs_weigh", "tl.where(seen, begun, _UNSEEN)", "begun")
 MUTANTS["group_offset_off_by_one"] = (
     "ops.triton_support",
     "first = offsets[group] +",
     "first = 1 + offsets[group] +",
     own_view,
 )
-ends("last_key_not_met", "first_row(group, query_position + 1)", "first_row(group, query_position)")
-ends("first_query_not_met", "first_row(group, key_position)", "first_row(group, key_position + 1)")
+ends(
+    "last_key_not_met",
+    "first_row(group, query_position + 1)",
+    "first_row(group, query_position)",
+    target_view,
+)
+ends(
+    "first_query_not_met",
+    "first_row(group, key_position)",
+    "first_row(group, key_position + 1)",
+    target_view,
+)
 tiles(
     "groups_exchanged",
     "key_first = grouping.keys.offsets[group]",
@@ -95,39 +118,42 @@ tiles(
 )
 
 # Arithmetic.
-kernel("divided_by_one_more", "total / norm, WIDTH_V", "total / (norm + 1), WIDTH_V")
+kernel("divided_by_one_more", "total[one] / norm, WIDTH_V", "total[one] / (norm + 1), WIDTH_V")
 kernel(
     "last_row_zero",
-    "here, total / norm, WIDTH_V",
-    "here, tl.where((row < stop - 1)[:, None], total, 0.0) / norm, WIDTH_V",
+    "here, total[one] / norm, WIDTH_V",
+    "here, tl.where((row < stop - 1)[:, None], total[one], 0.0) / norm, WIDTH_V",
 )
 kernel(
     "left_in_grouped_order",
-    "out + head * out_head, token, out_token, here, total",
-    "out + head * out_head, row, out_token, here, total",
+    "base, token, out_token, here, total",
+    "base, row, out_token, here, total",
 )
 kernel(
     "dk_and_dv_exchanged",
-    "total_v = tl.dot(weights.to(grad.dtype), grad, total_v,",
-    "total_v = tl.dot(weights.to(grad.dtype), query, total_v,",
+    "tl.dot(weights.to(grad.dtype), grad, total_v[one],",
+    "tl.dot(weights.to(grad.dtype), query, total_v[one],",
 )
-kernel("slope_forgotten", "return gate * (1.0 + scores * (1.0 - gate))", "return gate")
+block(
+    "slope_forgotten", "return opened * (1.0 + scores * (1.0 - opened))", "return opened", own_view
+)
 
 # Bias.
-bias("position_row_off_by_one", "(num_positions - 1) // 2", "(num_positions + 1) // 2")
+bias("position_row_off_by_one", "num_positions // 2 - query", "num_positions // 2 + 1 - query")
 bias(
     "position_in_the_group",
-    "position = tl.load(positions + token, mask=here, other=0).to(tl.int32)",
-    "position = row.to(tl.int32)",
+    "position = tl.load(positions + row, mask=here, other=0)",
+    "position = row",
 )
 bias(
     "stale_time_of_the_query",
-    "row, stop, query_tokens, query_order, positions, next_times,",
-    "row, stop, query_tokens, query_order, positions, times,",
+    "row, stop, query_tokens, query_places, query_positions, next_times,",
+    "row, stop, query_tokens, query_places, query_positions, times,",
 )
-bias("times_in_grouped_order", "tl.load(times + token", "tl.load(times + row")
-block("bucket_one_too_low", "tl.load(edges + at_least + 1)", "tl.load(edges + at_least + 2)")
-block("bucket_edge_excluded", "(bits >= tl.load", "(bits > tl.load", check_bucket_edges)
+tiles("times_in_order_of_the_batch", "bias.timestamps[keys]", "bias.timestamps", with_bias)
+tiles("positions_of_the_queries", "bias.positions[keys]", "bias.positions[queries]", with_target)
+block("bucket_one_too_low", "look_up(edges, at_least + 1)", "look_up(edges, at_least + 2)")
+block("bucket_edge_excluded", "(bits >= look_up", "(bits > look_up", check_bucket_edges)
 bias(
     "gradient_of_the_last_head_lost",
     "for index in range(heads):",
@@ -163,11 +189,10 @@ def test_the_checks_reject_the_mutant(
     if file == "ops.domain_attention.triton_kernels":
         monkeypatch.setattr(triton_launch, "kernels", mutant)
     elif file == "ops.triton_blocks":
-        for part in ("load_rows", "store_rows", "bucket_of", "add_by_bucket"):
+        for part in ("load_rows", "store_rows", "bucket_of", "slope", "add_by_bucket"):
             monkeypatch.setattr(triton_launch.kernels, part, getattr(mutant, part))
     elif file == "ops.domain_attention.tile_table":
-        monkeypatch.setattr(fused, "query_tiles", mutant.query_tiles)
-        monkeypatch.setattr(fused, "key_tiles", mutant.key_tiles)
+        monkeypatch.setattr(fused, "PairPlan", mutant.PairPlan)
     elif file == "ops.triton_support":
         monkeypatch.setattr(tile_table, "split", mutant.split)
     elif file == "ops.grouping":

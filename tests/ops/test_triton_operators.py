@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from triton_marks import needs_triton, on_a_cpu, on_a_gpu
 from hstu_xd.errors import InputError
 from hstu_xd.ops import RelativeBias, available_impls, domain_attention
 from hstu_xd.ops.domain_attention import fused
+from hstu_xd.ops.first_use import KernelUse
 from hstu_xd.ops.grouping import DomainGrouping
 
 pytestmark = needs_triton
@@ -25,14 +27,15 @@ def arguments(case: Case) -> tuple[Any, ...]:
     """Of the operators, on the CPU."""
     seen: list[Any] = []
     leaves = case.tensors(torch.float32)
-    real, fused.domain_attention = fused.domain_attention, lambda *a: seen.extend(a)
+    real = fused.domain_attention, fused.traced
+    fused.domain_attention, fused.traced = lambda *a: seen.extend(a), lambda q: True
     try:
         q, k, v = (leaves[x] for x in "qkv")
         fused.fused_domain_attention(
             q, k, v, case.grouping(), norm_length=9, bias=case.relative_bias(leaves)
         )
     finally:
-        fused.domain_attention = real
+        fused.domain_attention, fused.traced = real
     return tuple(seen)
 
 
@@ -65,6 +68,57 @@ def test_tables_that_need_no_gradient_are_left_out(monkeypatch: pytest.MonkeyPat
     expected = gradient(*tables)
     monkeypatch.setattr(triton_launch, "_table_gradients", None)
     assert torch.equal(gradient(*fixed), expected)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v, *tables, plan, norm_length, tile = arguments(draw(SPEC))
+    out = fused._Attention.apply(q, k, v, *tables, plan, norm_length, tile)
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.sum().backward()
+
+
+def test_operators_and_plain_functions_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: what is compiled computes what is not."""
+    case = draw(SPEC)
+
+    def found() -> list[Tensor]:
+        leaves = case.tensors(torch.float32)
+        q, k, v = (leaves[x] for x in "qkv")
+        bias = case.relative_bias(leaves)
+        out = domain_attention(q, k, v, case.grouping(), norm_length=9, bias=bias, impl="triton")
+        return [out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))]
+
+    plain = found()
+    monkeypatch.setattr(fused, "traced", lambda q: True)
+    assert all(map(torch.equal, plain, found()))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_products_are_whole_unless_pytorch_says_otherwise() -> None:
+    from hstu_xd.ops.triton_blocks import precision
+
+    q = torch.zeros(1, 2, 16)
+    assert precision(torch.float32) == "ieee"
+    assert not KernelUse.build("domain_attention", q, q, biased=True, impl="triton").tf32
+
+
+@pytest.mark.usefixtures("tf32")
+def test_products_round_to_tf32_where_pytorch_says_so() -> None:
+    from hstu_xd.ops.triton_blocks import precision
+
+    q = torch.zeros(1, 2, 16)
+    assert precision(torch.float32) == "tf32"
+    assert precision(torch.bfloat16) == "ieee"
+    use = KernelUse.build("domain_attention", q, q, biased=True, impl="triton")
+    assert str(use) == "the fused kernel of domain_attention in tf32 with 2 heads of 16"
+    assert not KernelUse.build("domain_attention", q, q, biased=True, impl="native").tf32
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, g: DomainGrouping, bias: RelativeBias) -> Tensor:

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hstu_xd.errors import InputError
-from hstu_xd.ops.domain_attention.tile_table import KernelInputs, PairPlan, key_tiles, query_tiles
+from hstu_xd.ops.domain_attention.tile_table import KernelInputs, PairPlan
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.triton_support import check_kernels_take, rounds_to_tf32
+from hstu_xd.ops.triton_support import check_kernels_take, rounds_to_tf32, traced
 
 
-@torch.library.custom_op("hstu_xd::domain_attention", mutates_args=())
-def domain_attention(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -38,13 +37,15 @@ def domain_attention(
     return triton_launch.forward(KernelInputs(q, k, v, *tables, PairPlan(*plan), norm_length, tile))
 
 
+domain_attention = torch.library.custom_op("hstu_xd::domain_attention", mutates_args=())(_attention)
+
+
 @domain_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
     return v.new_empty(v.shape)
 
 
-@torch.library.custom_op("hstu_xd::domain_attention_gradients", mutates_args=())
-def domain_attention_gradients(
+def _gradients(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -62,6 +63,11 @@ def domain_attention_gradients(
     tables = position_weights, time_weights
     inputs = KernelInputs(q, k, v, *tables, PairPlan(*plan), norm_length, tile)
     return triton_launch.gradients(grad_out, inputs, of_tables=of_tables)
+
+
+domain_attention_gradients = torch.library.custom_op(
+    "hstu_xd::domain_attention_gradients", mutates_args=()
+)(_gradients)
 
 
 @domain_attention_gradients.register_fake
@@ -89,13 +95,13 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors, *plan)
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor, *, by: Any = domain_attention_gradients) -> tuple:
     # Nothing of the walk over pairs was kept: the gradients compute the scores again.
     # Activation checkpointing allows one look at the saved tensors.
     q, k, v, position_weights, time_weights, *plan = ctx.saved_tensors
     tables = position_weights, time_weights
     of_tables = any(ctx.needs_input_grad[3:5])
-    *grads, by_position, by_time = domain_attention_gradients(
+    *grads, by_position, by_time = by(
         grad_out, q, k, v, *tables, plan, ctx.norm_length, ctx.tile, of_tables
     )
     table_grads = (by_position, by_time) if of_tables else (None, None)
@@ -103,6 +109,31 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 
 domain_attention.register_autograd(_backward, setup_context=_remember)
+
+
+def _gradients_of() -> Any:
+    """Return the plain function, but where a derivative of the gradients may be asked for.
+
+    The operator refuses that; who records the function would go without it and not know.
+    """
+    return domain_attention_gradients if torch.is_grad_enabled() else _gradients
+
+
+class _Attention(torch.autograd.Function):
+    """The same without the operators, whose wrappers cost more than a launch."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _attention(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        *grads, _plan, norm_length, tile = _backward(ctx, *grad_outputs, by=_gradients_of())
+        return *grads, None, norm_length, tile
 
 
 # Of every grouping in use, its plans by tile height, with and without bias.
@@ -141,9 +172,8 @@ def fused_domain_attention(
     position_weights = time_weights = None
     if bias is not None:
         position_weights, time_weights = bias.position_weights, bias.time_weights
-    return domain_attention(
-        q, k, v, position_weights, time_weights, plan.tensors(), norm_length, tile
-    )
+    attend = domain_attention if traced(q) else _Attention.apply
+    return attend(q, k, v, position_weights, time_weights, plan.tensors(), norm_length, tile)
 
 
 def _check_positions(bias: RelativeBias | None) -> None:
@@ -173,33 +203,13 @@ def _tile_height(q: Tensor, v: Tensor, grouping: DomainGrouping) -> int:
 
 
 def _plan(grouping: DomainGrouping, bias: RelativeBias | None, tile: int) -> PairPlan:
-    """Return the plan, made once for all layers of a model: they see the same pairs."""
-    seen_by = None if bias is None else (bias.positions, bias.timestamps, bias.next_timestamps)
+    """Return the plan of a batch, made once for all layers of a model: they see the same pairs."""
     if torch.compiler.is_compiling():
-        return _new_plan(grouping, bias, tile)
+        return PairPlan.build(grouping, bias, tile)
     known = _plans.setdefault(grouping, {})
-    coordinates, plan = known.get((tile, bias is None), (None, None))
-    if plan is None or any(a is not b for a, b in zip(coordinates or (), seen_by or ())):
-        plan = _new_plan(grouping, bias, tile)
-        known[tile, bias is None] = seen_by, plan
+    source = () if bias is None else (bias.positions, bias.timestamps, bias.next_timestamps)
+    made_of, plan = known.get((tile, bias is None), (None, None))
+    if plan is None or any(a is not b for a, b in zip(made_of, source)):
+        plan = PairPlan.build(grouping, bias, tile)
+        known[tile, bias is None] = source, plan
     return plan
-
-
-def _new_plan(grouping: DomainGrouping, bias: RelativeBias | None, tile: int) -> PairPlan:
-    keys = grouping.keys
-    queries_first = grouping.permutation, keys.permutation
-    plan = PairPlan(
-        query_tiles(grouping, tile),
-        key_tiles(grouping, tile),
-        *queries_first,
-        *(x.positions[at].int() for x, at in zip((grouping, keys), queries_first)),
-    )
-    if bias is None:
-        return plan
-    query_positions, key_positions = (bias.positions[at].int() for at in queries_first)
-    return plan._replace(
-        query_positions=query_positions,
-        key_positions=key_positions,
-        next_times=bias.next_timestamps[grouping.permutation],
-        times=bias.timestamps[keys.permutation],
-    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hstu_xd.ops.grouping import DomainGrouping, seeing_start, seen_end
+from hstu_xd.ops.relative_bias import RelativeBias
 from hstu_xd.ops.triton_support import split
 
 
@@ -39,6 +40,28 @@ class PairPlan(NamedTuple):
     key_positions: Tensor | None = None
     next_times: Tensor | None = None
     times: Tensor | None = None
+
+    @classmethod
+    def build(cls, grouping: DomainGrouping, bias: RelativeBias | None, tile: int) -> "PairPlan":
+        """Lay out a batch, with the coordinates that a bias depends on if there is one.
+
+        Args:
+            grouping: who sees whom.
+            bias: the bias of its pairs, or None.
+            tile: rows of a tile at most.
+        """
+        queries, keys = grouping.permutation, grouping.keys.permutation
+        places = grouping.positions[queries].int(), grouping.keys.positions[keys].int()
+        tables = query_tiles(grouping, tile), key_tiles(grouping, tile)
+        plan = cls(*tables, queries, keys, *places)
+        if bias is None:
+            return plan
+        return plan._replace(
+            query_positions=bias.positions[queries].int(),
+            key_positions=bias.positions[keys].int(),
+            next_times=bias.next_timestamps[queries],
+            times=bias.timestamps[keys],
+        )
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors as an operator takes them: six, or ten with a bias."""
@@ -81,8 +104,10 @@ def query_tiles(grouping: DomainGrouping, tile: int) -> Tensor:
         first, and ``T = L // tile + min(L, groups)``; zeros where there are fewer tiles.
     """
     group, first, stop = split(grouping.offsets, grouping.num_tokens, tile)
-    last_position = grouping.positions[grouping.permutation[stop - 1]]
     key_first = grouping.keys.offsets[group]
+    if grouping.keys is grouping:
+        return _longest_first(first, stop, key_first, stop)
+    last_position = grouping.positions[grouping.permutation[stop - 1]]
     return _longest_first(first, stop, key_first, seen_end(grouping, group, last_position))
 
 
@@ -98,10 +123,12 @@ def key_tiles(grouping: DomainGrouping, tile: int) -> Tensor:
     """
     keys = grouping.keys
     group, first, stop = split(keys.offsets, keys.num_tokens, tile)
+    query_stop = grouping.offsets[group + 1]
+    if keys is grouping:
+        return _longest_first(first, stop, first, query_stop)
     first_row = first.clamp(max=keys.num_tokens - 1)
     first_position = keys.positions[keys.permutation[first_row]]
-    query_first = seeing_start(grouping, group, first_position)
-    return _longest_first(first, stop, query_first, grouping.offsets[group + 1])
+    return _longest_first(first, stop, seeing_start(grouping, group, first_position), query_stop)
 
 
 def _longest_first(first: Tensor, stop: Tensor, other_first: Tensor, other_stop: Tensor) -> Tensor:

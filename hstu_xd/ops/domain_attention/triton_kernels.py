@@ -19,7 +19,15 @@ Programs of one kernel never write to the same place, except for integer sums in
 import triton
 import triton.language as tl
 
-from hstu_xd.ops.triton_blocks import add_by_bucket, bucket_of, gate, load_rows, look_up, slope, store_rows
+from hstu_xd.ops.triton_blocks import (
+    add_by_bucket,
+    bucket_of,
+    gate,
+    load_rows,
+    look_up,
+    slope,
+    store_rows,
+)
 
 # Positions of rows that are not there: a query before all keys, a key after all queries.
 _NO_QUERY = tl.constexpr(-(2**31))
@@ -65,27 +73,42 @@ def sees(query_place, key_place):
 
 
 @triton.jit
-def _places(
-    query_position, next_time, key_position, key_time, edges, middle,
-):  # fmt: skip
-    """Find rows of pairs in the tables of :class:`KernelTables`, of position and of time."""
-    row = (key_position + (middle - query_position)).to(tl.uint32, bitcast=True)
-    row = tl.minimum(row, (2 * middle).to(tl.uint32))
-    return row, bucket_of(next_time - key_time, edges)
+def _places(query_position, next_time, key_position, key_time, edges, num_positions, last_bucket):
+    """Find rows of pairs in the tables of position (``2 N - 1`` long) and of time.
+
+    Returns whether the position table holds a row for a pair, the row, else its last one, and the
+    bucket of the time difference.
+    """
+    row = (key_position + (num_positions // 2 - query_position)).to(tl.uint32, bitcast=True)
+    last = (num_positions - 1).to(tl.uint32)
+    bucket = tl.minimum(bucket_of(next_time - key_time, edges), last_bucket)
+    return row <= last, tl.minimum(row, last), bucket
 
 
 @triton.jit
-def _biases(
+def _bias(known, row, bucket, position_weights, time_weights):
+    """Look up the bias of pairs, the same in all heads.
+
+    It is NaN where the position table ends too early: nothing can be raised here, and a wrong
+    number must not pass for a right one.
+    """
+    position = tl.where(known, look_up(position_weights, row), float("nan"))
+    return position + look_up(time_weights, bucket)
+
+
+@triton.jit
+def _begin(
     query_position, next_time, key_position, key_time, seen,
-    position_weights, time_weights, edges, middle, BIASED: tl.constexpr,
+    position_weights, time_weights, edges, num_positions, last_bucket, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Look up the biases of pairs, the same in all heads; such that unseen pairs weigh nothing."""
+    """Return what the scores of pairs begin with in all heads; unseen pairs then weigh nothing."""
+    begun = tl.zeros(seen.shape, tl.float32)
     if BIASED:
-        row, bucket = _places(query_position, next_time, key_position, key_time, edges, middle)
-        biases = look_up(position_weights, row) + look_up(time_weights, bucket)
-    else:
-        biases = tl.zeros(seen.shape, tl.float32)
-    return tl.where(seen, biases, _UNSEEN)
+        known, row, bucket = _places(
+            query_position, next_time, key_position, key_time, edges, num_positions, last_bucket
+        )
+        begun = _bias(known, row, bucket, position_weights, time_weights)
+    return tl.where(seen, begun, _UNSEEN)
 
 
 @triton.jit
@@ -95,7 +118,7 @@ def forward_kernel(
     tiles, query_tokens, key_tokens, query_places, key_places,
     query_positions, key_positions, next_times, times,
     q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
-    heads, norm, middle,
+    heads, norm, num_positions, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr,
@@ -121,15 +144,15 @@ def forward_kernel(
             key_row, key_stop, key_tokens, key_places, key_positions, times, _NO_KEY, BIASED
         )
         seen = sees(place[:, None], key_place[None, :])
-        biases = _biases(
+        begun = _begin(
             position[:, None], next_time[:, None], key_position[None, :], key_time[None, :], seen,
-            position_weights, time_weights, edges, middle, BIASED,
+            position_weights, time_weights, edges, num_positions, last_bucket, BIASED,
         )  # fmt: skip
         sums = ()
         for one in tl.static_range(HEADS):
             base = k + (head + one) * k_head
             key = load_rows(base, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
-            scores = tl.dot(query[one], tl.trans(key), biases, input_precision=PRECISION)
+            scores = tl.dot(query[one], tl.trans(key), begun, input_precision=PRECISION)
             weights = scores * gate(scores, FAST)
             base = v + (head + one) * v_head
             value = load_rows(base, key_token, v_token, there, WIDTH_V, BLOCK_V)
@@ -148,7 +171,7 @@ def query_gradient_kernel(
     query_positions, key_positions, next_times, times,
     q_token, q_head, k_token, k_head, v_token, v_head,
     out_token, out_head, grad_token, grad_head,
-    heads, norm, middle,
+    heads, norm, num_positions, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr,
@@ -177,15 +200,15 @@ def query_gradient_kernel(
             key_row, key_stop, key_tokens, key_places, key_positions, times, _NO_KEY, BIASED
         )
         seen = sees(place[:, None], key_place[None, :])
-        biases = _biases(
+        begun = _begin(
             position[:, None], next_time[:, None], key_position[None, :], key_time[None, :], seen,
-            position_weights, time_weights, edges, middle, BIASED,
+            position_weights, time_weights, edges, num_positions, last_bucket, BIASED,
         )  # fmt: skip
         sums = ()
         for one in tl.static_range(HEADS):
             base = k + (head + one) * k_head
             key = load_rows(base, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
-            scores = tl.dot(query[one], tl.trans(key), biases, input_precision=PRECISION)
+            scores = tl.dot(query[one], tl.trans(key), begun, input_precision=PRECISION)
             base = v + (head + one) * v_head
             value = load_rows(base, key_token, v_token, there, WIDTH_V, BLOCK_V)
             grad_weights = tl.dot(grad[one], tl.trans(value), input_precision=PRECISION)
@@ -205,7 +228,7 @@ def key_value_gradient_kernel(
     query_positions, key_positions, next_times, times,
     q_token, q_head, k_token, k_head, v_token, v_head,
     out_token, out_head, grad_k_token, grad_k_head, grad_v_token, grad_v_head,
-    heads, norm, middle,
+    heads, norm, num_positions, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr,
@@ -240,21 +263,23 @@ def key_value_gradient_kernel(
             _NO_QUERY, BIASED,
         )  # fmt: skip
         seen = sees(query_place[None, :], place[:, None])
-        biases = _biases(
+        begun = _begin(
             query_position[None, :], next_time[None, :], position[:, None], time[:, None], seen,
-            position_weights, time_weights, edges, middle, BIASED,
+            position_weights, time_weights, edges, num_positions, last_bucket, BIASED,
         )  # fmt: skip
         sums_k = ()
         sums_v = ()
         for one in tl.static_range(HEADS):
             base = q + (head + one) * q_head
             query = load_rows(base, query_token, q_token, there, WIDTH_QK, BLOCK_QK)
-            scores = tl.dot(key[one], tl.trans(query), biases, input_precision=PRECISION)
+            scores = tl.dot(key[one], tl.trans(query), begun, input_precision=PRECISION)
             open = gate(scores, FAST)
             weights = scores * open
             base = grad_out + (head + one) * out_head
             grad = load_rows(base, query_token, out_token, there, WIDTH_V, BLOCK_V)
-            sums_v += (tl.dot(weights.to(grad.dtype), grad, total_v[one], input_precision=PRECISION),)
+            sums_v += (
+                tl.dot(weights.to(grad.dtype), grad, total_v[one], input_precision=PRECISION),
+            )
             grad_weights = tl.dot(value[one], tl.trans(grad), input_precision=PRECISION)
             grad_scores = (grad_weights * slope(scores, open)).to(query.dtype)
             sums_k += (tl.dot(grad_scores, query, total_k[one], input_precision=PRECISION),)
@@ -275,7 +300,7 @@ def bias_gradient_kernel(
     tiles, query_tokens, key_tokens, query_places, key_places,
     query_positions, key_positions, next_times, times,
     q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
-    num_tiles, heads, copies, middle, last_bucket,
+    num_tiles, heads, copies, num_positions, last_bucket,
     WIDTH_QK: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_TIME: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -287,12 +312,12 @@ def bias_gradient_kernel(
     integers, ``ds`` times ``scale``, which atomics add in any order to the same bits, spread over
     ``copies`` of the table. A program keeps sums by time bucket to itself, in registers.
 
-    position_sums: (copies, 2 N + 1) int64 zeros, by row of the table that is read; time_sums: (programs, last_bucket + 1)
+    position_sums: (copies, num_positions) int64 zeros; time_sums: (programs, last_bucket + 1)
     float32; scale: one float32 in memory of the device.
     """
     program = tl.program_id(0)
     factor = tl.load(scale)
-    own_sums = position_sums + (program % copies).to(tl.int64) * (2 * middle + 1)
+    own_sums = position_sums + (program % copies).to(tl.int64) * num_positions
     buckets = tl.arange(0, BLOCK_TIME)
     by_time = tl.zeros([BLOCK_TIME], tl.float32)
     for tile in range(program, num_tiles, tl.num_programs(0)):
@@ -307,18 +332,17 @@ def bias_gradient_kernel(
                 key_row, key_stop, key_tokens, key_places, key_positions, times, _NO_KEY, True
             )
             seen = sees(place[:, None], key_place[None, :])
-            entry, bucket = _places(
+            known, entry, bucket = _places(
                 position[:, None], next_time[:, None], key_position[None, :], key_time[None, :],
-                edges, middle,
+                edges, num_positions, last_bucket,
             )  # fmt: skip
-            biases = look_up(position_weights, entry) + look_up(time_weights, bucket)
-            bucket = tl.minimum(bucket, last_bucket)
+            begun = _bias(known, entry, bucket, position_weights, time_weights)
             total = tl.zeros([TILE, STEP], tl.float32)
             for index in range(heads):
                 head = tl.cast(index, tl.int64)
                 query = load_rows(q + head * q_head, token, q_token, here, WIDTH_QK, BLOCK_QK)
                 key = load_rows(k + head * k_head, key_token, k_token, there, WIDTH_QK, BLOCK_QK)
-                scores = tl.dot(query, tl.trans(key), biases, input_precision=PRECISION)
+                scores = tl.dot(query, tl.trans(key), begun, input_precision=PRECISION)
                 grad = load_rows(
                     grad_out + head * out_head, token, out_token, here, WIDTH_V, BLOCK_V
                 )
@@ -327,7 +351,7 @@ def bias_gradient_kernel(
                 total += grad_weights * slope(scores, gate(scores, FAST))
             total = tl.where(seen, total, 0.0)
             steps = (total * factor).to(tl.int64)
-            tl.atomic_add(own_sums + entry, steps, mask=seen, sem="relaxed")
+            tl.atomic_add(own_sums + entry, steps, mask=seen & known, sem="relaxed")
             by_time = add_by_bucket(by_time, total, bucket, seen, last_bucket, BLOCK_TIME)
     partial = time_sums + program.to(tl.int64) * (last_bucket + 1)
     tl.store(partial + buckets, by_time, mask=buckets <= last_bucket)

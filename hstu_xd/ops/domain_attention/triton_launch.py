@@ -12,6 +12,7 @@ from hstu_xd.ops.domain_attention import triton_kernels as kernels
 from hstu_xd.ops.domain_attention.tile_table import KernelInputs
 from hstu_xd.ops.relative_bias import LAST_BUCKET, bucket_edges
 from hstu_xd.ops.triton_blocks import INTERPRETED, computable, precision, strides, widths
+from hstu_xd.ops.triton_support import rounds_to_tf32
 
 # Programs that share out the tiles of the bias gradient: a few for each processor of a large GPU.
 _BIAS_PROGRAMS = 3 if INTERPRETED else 512
@@ -37,9 +38,9 @@ class Shape(NamedTuple):
     heads: int = 1
 
 
-# Half precisions and heads at most 64 wide, with a bias and without: measured on an H200. A bias
-# costs as much as several heads, whose sums have to fit the registers.
-_SHAPES = {
+# Half precisions and heads at most 64 wide, with a bias and without, as measured on an H200: what
+# is looked up for a pair takes as long as several heads, and their sums have to fit the registers.
+_HALF = {
     "forward": (Shape(32, 4, 3, 4), Shape(64, 4, 3)),
     "query_gradient": (Shape(64, 4, 2, 2), Shape(64, 4, 3)),
     "key_value_gradient": (Shape(32, 4, 3, 2), Shape(32, 4, 3)),
@@ -55,14 +56,13 @@ def shape_of(kernel: str, tile: int, width: int, dtype: torch.dtype, *, biased: 
     """
     if INTERPRETED:
         return Shape(16, 1, 1, 2)
-    if dtype == torch.float32:
-        return Shape(32 if width <= 128 else 16, 8, 2)
     if width > 128:
-        return Shape(32, 8, 2)
-    shape = _SHAPES[kernel][0 if biased else 1]
-    if width > 64:
-        return Shape(min(tile, 64), 8, 2, max(1, shape.heads // 2))
-    return shape
+        return Shape(16 if dtype == torch.float32 else 32, 8, 2)
+    if dtype == torch.float32:
+        few = width <= 32 or (rounds_to_tf32(dtype) and width <= 64)
+        return Shape(32, 4, 2, 2) if few else Shape(32, 8, 2)
+    shape = _HALF[kernel][0 if biased else 1]
+    return Shape(min(tile, 64), 8, 2, max(1, shape.heads // 2)) if width > 64 else shape
 
 
 def forward(inputs: KernelInputs) -> Tensor:
@@ -130,7 +130,7 @@ def _table_gradients(
     position_weights, time_weights = inputs.position_weights, inputs.time_weights
     assert position_weights is not None
     assert time_weights is not None
-    positions = position_weights.numel() + 2
+    positions = position_weights.numel()
     times = min(time_weights.numel(), LAST_BUCKET + 1)
     tiles = len(given.plan.query_tiles)
     programs = min(tiles, _BIAS_PROGRAMS)
@@ -150,12 +150,11 @@ def _table_gradients(
         time_sums=time_sums,
         scale=scale,
         copies=copies,
-        last_bucket=times - 1,
         BLOCK_TIME=triton.next_power_of_2(times),
         **strides(out=grad_out),
     )
-    by_position = position_sums[:, 1:-1].sum(0).double() / (scale.double() * given.norm_length)
-    by_time = time_sums.sum(0, dtype=torch.float64) / given.norm_length
+    by_position = position_sums.sum(0).double() / (scale.double() * given.norm_length)
+    by_time = time_sums.sum(0) / given.norm_length
     by_time = pad(by_time, (0, time_weights.numel() - times))
     return by_position.to(position_weights.dtype), by_time.to(time_weights.dtype)
 
@@ -167,29 +166,19 @@ def _integer_scale(grad_out: Tensor, v: Tensor) -> Tensor:
     most once a query: L such terms fit 63 bits. What is cut off is 2^-(62 - log2 L) of the bound.
     Infinities and NaN end in a scale of 0 or NaN, and gradients that are not finite.
     """
-    largest = []
-    for x in (grad_out, v):
-        low, high = x.flatten(1).aminmax(dim=0)
-        largest.append(torch.maximum(-low, high).float())
-    bound = _STEEPEST * (largest[0] * largest[1]).sum()
+    largest = (torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in (grad_out, v))
+    bound = _STEEPEST * v[0].numel() * next(largest) * next(largest)
     room = 61 - len(v).bit_length()
     return torch.exp2((room - bound.log2().floor()).clamp(max=126))
 
 
 def _computable(inputs: KernelInputs) -> KernelInputs:
-    """Return the inputs as kernels read them.
-
-    Tables of the bias are float32 without holes: a position too far to either side finds NaN (a
-    kernel can raise nothing, and a wrong number must not pass for a right one), and the last time
-    bucket is repeated for all that an int64 can reach.
-    """
     q, k, v = (computable(x) for x in inputs[:3])
-    position_weights, time_weights = inputs.position_weights, inputs.time_weights
-    if position_weights is not None and time_weights is not None:
-        position_weights = pad(position_weights.float(), (1, 1), value=float("nan"))
-        bucket = torch.arange(LAST_BUCKET + 1, device=q.device).clamp(max=time_weights.numel() - 1)
-        time_weights = time_weights.float()[bucket]
-    return inputs._replace(q=q, k=k, v=v, position_weights=position_weights, time_weights=time_weights)
+    tables = inputs.position_weights, inputs.time_weights
+    position_weights, time_weights = (None if x is None else x.float() for x in tables)
+    return inputs._replace(
+        q=q, k=k, v=v, position_weights=position_weights, time_weights=time_weights
+    )
 
 
 def _launch(
@@ -220,7 +209,8 @@ def _launch(
             query_places=plan.query_places, key_places=plan.key_places,
             query_positions=plan.query_positions, key_positions=plan.key_positions,
             next_times=plan.next_times, times=plan.times,
-            heads=heads, middle=position_weights.numel() // 2 if biased else 0,
+            heads=heads, num_positions=position_weights.numel() if biased else 0,
+            last_bucket=min(time_weights.numel() - 1, LAST_BUCKET) if biased else 0,
             TILE=tile, STEP=shape.step,
             FAST=not INTERPRETED and q.dtype.itemsize == 2, PRECISION=precision(q.dtype),
             num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True,

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_table import StateKernelInputs, StateTable
-from hstu_xd.ops.triton_support import check_kernels_take
+from hstu_xd.ops.triton_support import check_kernels_take, traced
 
 
-@torch.library.custom_op("hstu_xd::state_attention", mutates_args=())
-def state_attention(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,14 +36,16 @@ def state_attention(
     return triton_launch.forward(StateKernelInputs(q, k, v, bias, layout))
 
 
+state_attention = torch.library.custom_op("hstu_xd::state_attention", mutates_args=())(_attention)
+
+
 @state_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     length, heads, _ = q.shape
     return v.new_empty(length, heads, v.shape[2]), q.new_empty(length, heads, dtype=torch.float32)
 
 
-@torch.library.custom_op("hstu_xd::state_attention_gradients", mutates_args=())
-def state_attention_gradients(
+def _gradients(
     grad_out: Tensor,
     out: Tensor,
     log_mass: Tensor,
@@ -62,6 +63,11 @@ def state_attention_gradients(
     layout = StateTable(*table, tile=tile, states_per_domain=states_per_domain)
     inputs = StateKernelInputs(q, k, v, bias, layout)
     return triton_launch.gradients(grad_out, out, log_mass, inputs)
+
+
+state_attention_gradients = torch.library.custom_op(
+    "hstu_xd::state_attention_gradients", mutates_args=()
+)(_gradients)
 
 
 @state_attention_gradients.register_fake
@@ -85,19 +91,50 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, _grad_log_mass: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any,
+    grad_out: Tensor | None,
+    _grad_log_mass: Tensor | None,
+    *,
+    by: Any = state_attention_gradients,
+) -> tuple:
     # Activation checkpointing allows one look at them.
     out, log_mass, q, k, v, bias, *table = ctx.saved_tensors
     no_table = [None] * len(table)
     if grad_out is None:
         return None, None, None, None, no_table, None, None
-    *grads, grad_bias = state_attention_gradients(
+    *grads, grad_bias = by(
         grad_out, out, log_mass, q, k, v, bias, table, ctx.tile, ctx.states_per_domain
     )
     return *grads, None if bias is None else grad_bias, no_table, None, None
 
 
 state_attention.register_autograd(_backward, setup_context=_remember)
+
+
+def _gradients_of() -> Any:
+    """Return the plain function, but where a derivative of the gradients may be asked for.
+
+    The operator refuses that; who records the function would go without it and not know.
+    """
+    return state_attention_gradients if torch.is_grad_enabled() else _gradients
+
+
+class _Attention(torch.autograd.Function):
+    """The same without the operators, whose wrappers cost more than a launch."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _attention(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        *grads, _table, tile, depth = _backward(ctx, *grad_outputs, by=_gradients_of())
+        return *grads, None, tile, depth
 
 
 def fused_state_attention(
@@ -111,5 +148,6 @@ def fused_state_attention(
     """
     check_kernels_take(q, v)
     table = reads.table
-    out, _ = state_attention(q, k, v, bias, table.tensors(), table.tile, table.states_per_domain)
+    attend = state_attention if traced(q) else _Attention.apply
+    out, _ = attend(q, k, v, bias, table.tensors(), table.tile, table.states_per_domain)
     return out
