@@ -144,14 +144,18 @@ def holds(use: KernelUse, trial: Trial, *, insists: bool) -> bool:
 
 def in_doubt(device: torch.device) -> bool:
     """Return whether kernels have to prove themselves on a device, and can: not in a capture."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda" or not _unverified(device):
         return False
-    return not _verified(device) and not torch.cuda.is_current_stream_capturing()
+    return not torch.cuda.is_current_stream_capturing()
 
 
 @cache
-def _verified(device: torch.device) -> bool:
-    return (torch.cuda.get_device_name(device), version("torch"), version("triton")) in VERIFIED
+def _unverified(device: torch.device) -> bool:
+    """Return whether there is a GPU of which no rows are stored; asked once, as it takes long."""
+    if not torch.cuda.is_available():
+        return False
+    name = torch.cuda.get_device_name(device)
+    return (name, version("torch").partition("+")[0], version("triton")) not in VERIFIED
 
 
 def _problem(trial: Trial, *use: Any) -> str | None:

@@ -41,7 +41,7 @@ def rounds_to_tf32(dtype: torch.dtype) -> bool:
 def suits(q: Tensor, v: Tensor) -> bool:
     """Return whether "auto" takes the kernels for these tensors of a CUDA device."""
     width = max(q.shape[2], v.shape[2])
-    return q.dtype in DTYPES and width <= WIDEST_HEAD and installed()
+    return q.dtype in DTYPES and width <= WIDEST_HEAD and _FOUND
 
 
 def traced(q: Tensor) -> bool:

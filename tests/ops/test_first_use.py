@@ -167,15 +167,16 @@ def test_a_verified_gpu_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "X1")
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(first_use, "version", {"torch": "2.13.0", "triton": "3.9.0"}.get)
+    monkeypatch.setattr(first_use, "version", {"torch": "2.13.0+cu130", "triton": "3.9.0"}.get)
+    first_use._unverified.cache_clear()
     assert first_use.in_doubt(gpu)
     capturing[0] = True
     assert not first_use.in_doubt(gpu)
     capturing[0] = False
-    first_use._verified.cache_clear()
+    first_use._unverified.cache_clear()
     monkeypatch.setattr(first_use, "VERIFIED", {("X1", "2.13.0", "3.9.0")})
     assert not first_use.in_doubt(gpu)
-    first_use._verified.cache_clear()
+    first_use._unverified.cache_clear()
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["sound", "broken"])

@@ -18,7 +18,7 @@ Numbers that differ from batch to batch are not specialised: a kernel compiled o
 import triton
 import triton.language as tl
 
-from hstu_xd.ops.triton_blocks import add_by_bucket, bucket_of, load_rows, store_rows
+from hstu_xd.ops.triton_blocks import add_by_bucket, bucket_of, load_rows, look_up, store_rows
 
 # A place after all tokens: rows that are not there see, and are seen by, nothing.
 _NOWHERE = tl.constexpr(2**31 - 1)
@@ -63,7 +63,7 @@ def _states(
 
 @triton.jit
 def _scores(
-    query, key, next_time, time, initial, seen,
+    query, key, next_time, time, initial,
     bias, edges, head, heads, last_bucket, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute scores of pairs and their rows of ``bias``, the last one for initial states."""
@@ -72,7 +72,7 @@ def _scores(
     if BIASED:
         bucket = tl.minimum(bucket_of(next_time - time, edges), last_bucket)
         bucket = tl.where(initial, last_bucket, bucket)
-        scores += tl.load(bias + bucket * heads + head, mask=seen, other=0.0).to(tl.float32)
+        scores += look_up(bias + head, bucket * heads)
     return scores, bucket
 
 
@@ -112,7 +112,7 @@ def forward_kernel(
         seen = (since[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
         key = load_rows(k + head * k_head, row, k_token, there, WIDTH_QK, BLOCK_QK)
         scores, _ = _scores(
-            query, key, next_time[:, None], time[None, :], initial[None, :], seen,
+            query, key, next_time[:, None], time[None, :], initial[None, :],
             bias, edges, head, heads, last_bucket, BIASED, PRECISION,
         )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
@@ -177,7 +177,7 @@ def query_gradient_kernel(
         seen = (since[None, :] <= place[:, None]) & (place[:, None] < until[None, :])
         key = load_rows(k + head * k_head, row, k_token, there, WIDTH_QK, BLOCK_QK)
         scores, bucket = _scores(
-            query, key, next_time[:, None], time[None, :], initial[None, :], seen,
+            query, key, next_time[:, None], time[None, :], initial[None, :],
             bias, edges, head, heads, last_bucket, BIASED, PRECISION,
         )  # fmt: skip
         weights = tl.where(seen, tl.exp(scores - log_total[:, None]), 0.0)
@@ -216,7 +216,7 @@ def _add_key_gradients(
     query = load_rows(q + head * q_head, at, q_token, there, WIDTH_QK, BLOCK_QK)
     next_time = tl.load(next_times + token, mask=there, other=0)
     scores, _ = _scores(
-        key, query, next_time[None, :], time[:, None], initial[:, None], seen,
+        key, query, next_time[None, :], time[:, None], initial[:, None],
         bias, edges, head, heads, last_bucket, BIASED, PRECISION,
     )  # fmt: skip
     log_total = tl.load(log_mass + at * heads + head, mask=there, other=0.0)

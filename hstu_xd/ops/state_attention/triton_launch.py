@@ -45,7 +45,7 @@ def gradients(
     grad_q, by_age = _query_gradient(grad_out, out, log_mass, inner, given)
     shared = {"log_mass": log_mass, "grad_out": grad_out, "inner": inner}
     grad_k, grad_v = _key_gradients(given, shared)
-    bias = given.bias
+    bias = inputs.bias
     grad_bias = grad_q.new_empty(0) if bias is None else by_age.sum(0).t().to(bias.dtype)
     grads = zip((grad_q, grad_k, grad_v), (inputs.q, inputs.k, inputs.v))
     grad_q, grad_k, grad_v = (grad.to(x.dtype) for grad, x in grads)
@@ -127,7 +127,7 @@ def _key_gradients(given: StateKernelInputs, shared: dict[str, Tensor]) -> tuple
 
 def _computable(inputs: StateKernelInputs) -> StateKernelInputs:
     q, k, v = (computable(x) for x in (inputs.q, inputs.k, inputs.v))
-    bias = None if inputs.bias is None else inputs.bias.contiguous()
+    bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     return inputs._replace(q=q, k=k, v=v, bias=bias)
 
 
