@@ -32,6 +32,7 @@ class Compiled:
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
+        self.fn = kernel.fn
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self._compile

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,27 @@ def test_operators_and_plain_functions_are_one(monkeypatch: pytest.MonkeyPatch) 
     plain = found()
     monkeypatch.setattr(fused, "traced", lambda q: True)
     assert all(map(torch.equal, plain, found()))
+
+
+def test_a_plan_is_made_once_for_the_same_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of a model share one; other times of the same grouping get their own."""
+    made: list[Any] = []
+    build = fused.PairPlan.build
+    monkeypatch.setattr(
+        fused.PairPlan, "build", staticmethod(lambda *a: made.append(a) or build(*a))
+    )
+    case = draw(SPEC)
+    leaves, grouping = case.tensors(torch.float32), case.grouping()
+    q, k, v = (leaves[x] for x in "qkv")
+    bias = case.relative_bias(leaves)
+    first, again = (attend(q, k, v, grouping, bias) for _ in range(2))
+    assert torch.equal(first, again)
+    assert len(made) == 1
+    later = replace(bias, next_timestamps=bias.next_timestamps + 10**6)
+    assert not torch.equal(attend(q, k, v, grouping, later), first)
+    assert len(made) == 2
+    fused.fused_domain_attention(q, k, v, grouping, norm_length=9)
+    assert len(made) == 3
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """Triton kernels of domain attention, forward and backward.
 
-A program owns one tile: up to ``TILE`` consecutive rows of one group, in grouped order, for one
-head. It walks over the rows of the other side of its group, ``STEP`` at a time, and only over those
-that any row of the tile can meet (see tile_table.py). Rows are fetched from where they lie in the
-batch, by token, so that nothing is copied into grouped order before.
+A program owns one tile: up to ``TILE`` consecutive rows of one group, in grouped order, for
+``HEADS`` heads, which share what is looked up for a pair. It walks over the rows of the other side
+of its group, ``STEP`` at a time, and only over those that any row of the tile can meet (see
+tile_table.py). Rows are fetched from where they lie in the batch, by token, so that nothing is
+copied into grouped order before.
 
 Which pairs are seen is a matter of original positions, see ``sees``. Rows past the end of a tile
 get positions that make them see, and be seen by, nothing. Scores, sums and biases are
