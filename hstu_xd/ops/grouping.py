@@ -14,11 +14,14 @@ A grouping may hold a narrower rule, ``grouping.rule``, by which a query sees fe
 window, a sink, what a search has found. It is a function of pairs of tokens, written where the
 grouping is built; no operator changes. Prefixes are bounds then, "auto" computes it, and
 implementations that cannot follow it refuse it.
+
+A grouping may ask for some rows alone, ``grouping.asking(...)``: its queries are then those rows,
+numbered from 0, and its keys are all tokens as before.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,12 +69,14 @@ class DomainGrouping:
         positions: (L,) int64, each batch token's position in its user's history, from 0.
         batch_offsets: (B + 1,) int64, the batch's own offsets.
         num_domains: number of domains ``D``.
-        key_grouping: for a target view, the grouping of the keys that these queries read; None
-            when queries and keys are grouped alike.
+        key_grouping: for a target view, and where some tokens alone are queries, the grouping of
+            the keys that these queries read; None when queries and keys are grouped alike.
         padded_length: tokens of every user where all have as many, so that sizes follow from shapes
             alone; else None.
         rule: narrows what a query sees of its group, see :mod:`hstu_xd.ops.grouping`; None where
             it sees all keys that are not later.
+        asked: where some tokens alone are queries, which; else None. ``L`` above is then their
+            number, and a "token" of the queries is a place among them, see :meth:`asking`.
     """
 
     permutation: Tensor
@@ -82,6 +87,7 @@ class DomainGrouping:
     key_grouping: "DomainGrouping | None" = None
     padded_length: int | None = None
     rule: PairRule | None = None
+    asked: "AskedTokens | None" = None
 
     @classmethod
     def from_jagged(
@@ -156,14 +162,51 @@ class DomainGrouping:
             rule=self.rule,
         )
 
+    def asking(self, tokens: Tensor) -> "DomainGrouping":
+        """Build the grouping in which some tokens alone are queries, of the same keys.
+
+        Args:
+            tokens: (Q,) int64, in any order, each once: query ``i`` of operators is token
+                ``tokens[i]``, and row ``i`` of what they return is its.
+
+        Raises:
+            InputError: a token twice (checked on CPU only, where it costs no wait).
+
+        Example:
+            >>> domains, offsets = torch.tensor([1, 0, 1]), torch.tensor([0, 3])
+            >>> asked = DomainGrouping.from_jagged(domains, offsets, 2).asking(torch.tensor([2]))
+            >>> asked.offsets.tolist(), asked.positions.tolist(), asked.keys.offsets.tolist()
+            ([0, 0, 1], [2], [0, 1, 3])
+        """
+        if tokens.device.type == "cpu" and tokens.unique().numel() != tokens.numel():
+            raise InputError(
+                f"{tokens.numel()} tokens are asked for, {tokens.unique().numel()} different ones; "
+                "name each once, and index what comes back"
+            )
+        group, positions = self.group_of[tokens], self.positions[tokens]
+        counts = torch.zeros_like(self.lengths).scatter_add_(0, group, torch.ones_like(group))
+        return replace(
+            self,
+            permutation=torch.argsort(self._rank(group, positions), stable=True),
+            offsets=pad(counts.cumsum(0), (1, 0)),
+            positions=positions,
+            key_grouping=self.keys,
+            rule=self.rule and _rule_of(self.rule, tokens),
+            asked=AskedTokens(tokens, self),
+        )
+
     @property
     def keys(self) -> "DomainGrouping":
-        """The grouping of the keys: this one, or ``key_grouping`` in a target view."""
+        """The grouping of the keys: this one, or ``key_grouping`` where it is another one."""
         return self if self.key_grouping is None else self.key_grouping
+
+    def of_queries(self, values: Tensor) -> Tensor:
+        """Take what queries have of what all tokens of the batch have: (L, ...) -> (Q, ...)."""
+        return values if self.asked is None else values[self.asked.tokens]
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens ``L`` in the batch."""
+        """Number of tokens ``L`` in the batch, or of those that are queries."""
         return self.permutation.numel()
 
     @lazy_property
@@ -219,6 +262,18 @@ class DomainGrouping:
 
     def _rank(self, group: Tensor, position: Tensor) -> Tensor:
         return group * (self.num_tokens + 1) + position.clamp(0, self.num_tokens)
+
+
+class AskedTokens(NamedTuple):
+    """Which tokens are queries: (Q,) int64 ``tokens``, and the grouping ``whole`` of all."""
+
+    tokens: Tensor
+    whole: DomainGrouping
+
+
+def _rule_of(rule: PairRule, tokens: Tensor) -> PairRule:
+    """Let a rule know queries by their places among (Q,) tokens."""
+    return lambda query, key: rule(tokens[query], key)
 
 
 def _check(domains: Tensor, offsets: Tensor, num_domains: int) -> None:

@@ -90,13 +90,13 @@ domain(
 )
 domain(
     "positions_shifted",
-    "a->max_length - 1 - a->positions[token]",
-    "a->max_length - 2 - a->positions[token]",
+    "a->max_length - 1 - a->query_positions[token]",
+    "a->max_length - 2 - a->query_positions[token]",
 )
 domain(
     "table_gradients_shifted",
-    "a->max_length - 1 - a->positions[group->queries[first + r]]",
-    "a->max_length - a->positions[group->queries[first + r]]",
+    "a->max_length - 1 - a->query_positions[group->queries[first + r]]",
+    "a->max_length - a->query_positions[group->queries[first + r]]",
 )
 domain(
     "time_of_the_query_itself",
@@ -137,8 +137,9 @@ both("exponential_off", "splat(1.6666665459e-1f)", "splat(1.66e-1f)")
 
 state(
     "own_state_unseen",
-    "        visit(x, token, backward);\n        (backward ? answer_backward : answer)(x, token);",
-    "        (backward ? answer_backward : answer)(x, token);\n        visit(x, token, backward);",
+    "        visit(x, token, backward);\n        if (query < 0) continue;\n        look_at_ages(x, token);\n",
+    "        if (query >= 0) look_at_ages(x, token), (backward ? answer_backward : answer)(x, query);\n"
+    "        visit(x, token, backward);\n        if (1) continue;\n",
 )
 state("newest_replaced", "x->visits[domain]++ % depth", "(x->visits[domain]++ ? 1 : 0)")
 state(

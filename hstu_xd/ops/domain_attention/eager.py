@@ -140,7 +140,7 @@ class _GroupedAttention(torch.autograd.Function):
         if plan is None:
             ctx.plan = None
             ctx.save_for_backward(q, k, v, position_weights, time_weights)
-            return torch.zeros_like(v)
+            return v.new_zeros(*q.shape[:2], v.shape[2])
         pairs = PairBias.build(grouping, plan, bias)
         flat_q, flat_k, flat_v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
         table = pairs.table(q)
@@ -359,8 +359,8 @@ def _coordinates(
     tokens: tuple[Tensor, ...] = ()
     if grouping.rule is not None:
         # A rule knows no padding; hidden it is anyway.
-        last_token = grouping.num_tokens - 1
-        tokens = tuple(x.tokens.clamp(max=last_token) for x in (plan.queries, plan.keys))
+        both = (plan.queries, grouping), (plan.keys, grouping.keys)
+        tokens = tuple(x.tokens.clamp(max=of.num_tokens - 1) for x, of in both)
     order = of_walk(grouping.positions.int(), grouping.keys.positions.int(), padding)
     if bias is None:
         return _Coordinates(
@@ -374,12 +374,14 @@ def _coordinates(
             named_by_id=named,
         )
     positions = bias.positions
+    asking, asked_times = (grouping.of_queries(x) for x in (positions, bias.next_timestamps))
     span = bias.check_span()
     # Where the bias has the positions that decide causality, its own index shows a later key.
-    alike = all(torch.equal(positions, x.positions) for x in (grouping, grouping.keys))
+    alike = torch.equal(asking, grouping.positions)
+    alike = alike and torch.equal(positions, grouping.keys.positions)
     return _Coordinates(
-        order if alike else of_walk(positions.int(), positions.int(), padding),
-        of_walk(bias.next_timestamps, bias.timestamps, (0, 0)),
+        order if alike else of_walk(asking.int(), positions.int(), padding),
+        of_walk(asked_times, bias.timestamps, (0, 0)),
         () if alike else order,
         first=bias.max_length - 1 - span,
         columns=1 + span + (0 if alike else span) + 1,

@@ -7,7 +7,7 @@ matter of when they are overwritten: a state is replaced by the ``M``-th visit a
 are rows that read states as an event would and leave none; they have tiles of their own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -128,6 +128,8 @@ class StateReads:
         timestamps: (L,) int64, when each token happened, in the log's own unit.
         next_timestamps: (L,) int64, time of the event after each token.
         states_per_domain: latest states ``M`` of each domain that a token reads.
+        asked: (Q,) int64, tokens that ask, in any order, each once: queries and answers are theirs,
+            in this order; None where all do.
 
     Raises:
         InputError: a target view for ``grouping``, times that are not int64 or not one a token, or
@@ -145,6 +147,7 @@ class StateReads:
     timestamps: Tensor
     next_timestamps: Tensor
     states_per_domain: int
+    asked: Tensor | None = None
 
     def __post_init__(self) -> None:
         length = self.grouping.num_tokens
@@ -164,6 +167,24 @@ class StateReads:
             raise InputError(
                 f"reads.states_per_domain is {self.states_per_domain}; at least 1 is needed"
             )
+
+    @lazy_property
+    def whole(self) -> "StateReads":
+        """Return the reads of all tokens."""
+        return self if self.asked is None else replace(self, asked=None)
+
+    @property
+    def num_queries(self) -> int:
+        """Number of tokens that ask."""
+        return self.grouping.num_tokens if self.asked is None else self.asked.numel()
+
+    @lazy_property
+    def query_of(self) -> Tensor:
+        """Return the query of each token, -1 where it asks nothing: (L,) int64."""
+        tokens = torch.arange(self.grouping.num_tokens, device=self.timestamps.device)
+        if self.asked is None:
+            return tokens
+        return torch.full_like(tokens, -1).index_copy(0, self.asked, tokens[: self.num_queries])
 
     @property
     def num_rows(self) -> int:
