@@ -10,6 +10,7 @@ from torch.nn.functional import layer_norm, silu
 
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
+from hstu_xd.model.asked_rows import AskedRows
 from hstu_xd.model.ddsr import (
     DynamicDomainState,
     FusedStates,
@@ -94,6 +95,8 @@ class HSTULayer(nn.Module):
         rows: EncoderRows,
         views: Sequence[View],
         caches: list[LayerCache] | None = None,
+        *,
+        asked: AskedRows | None = None,
     ) -> Tensor:
         """Run the layer over the rows of a jagged batch.
 
@@ -102,35 +105,53 @@ class HSTULayer(nn.Module):
             rows: their coordinates, and which domain states they read.
             views: what the heads read.
             caches: takes what the rows leave behind for later ones, if given.
+            asked: the rows whose output is wanted; None: all.
 
         Returns:
-            (L', K) float.
+            (L', K) float, or (Q, K) of the rows that are asked for.
         """
-        s = self._settings
-        normed, u, v, q, k = self.project(x)
-        attended = self.normalise(
-            self._attend(
-                q.view(-1, s.num_heads, s.dqk),
-                k.view(-1, s.num_heads, s.dqk),
-                v.view(-1, s.num_heads, s.dv),
-                rows,
-                views,
-            )
-        )
-        states = self.state(normed, attended)
-        answer: Tensor | None = None
-        if self._ddsr is not None:
-            read = self._ddsr(
-                rows.take_entries(normed),
-                rows.take_entries(states),
-                rows.state_reads,
-                rows.entry_targets,
-                questions=rows.question_reads,
-            )
-            answer = rows.spread_entries(read)
+        if asked is None or self._writes_attention:
+            normed, u, v, q, k = self.project(x)
+            attended = self.normalise(self._attend(q, k, v, rows, views))
+            states = self.state(normed, attended)
+            if asked is not None:
+                u, attended = asked.take(u), asked.take(attended)
+        else:
+            normed, u, v, q, k = self._project_asked(x, asked)
+            attended = self.normalise(self._attend(q, k, v, rows, asked.narrowed(views)))
+            states = normed
         if caches is not None:
             caches.append(LayerCache(k, v, states))
-        return self.combine(x, u, attended, answer)
+        answer = self._answer(normed, states, rows, asked)
+        return self.combine(x if asked is None else asked.take(x), u, attended, answer)
+
+    @property
+    def _writes_attention(self) -> bool:
+        """Whether all rows have to attend, as what they read is their domain's state."""
+        return self._ddsr is not None and self._settings.state_from == "output"
+
+    def _answer(
+        self, normed: Tensor, states: Tensor, rows: EncoderRows, asked: AskedRows | None
+    ) -> Tensor | None:
+        """Let rows ask the domain states, those asked for or all; None where nobody asks."""
+        if self._ddsr is None or (asked is not None and not asked.entries.numel()):
+            return None
+        if asked is not None:
+            return self._ddsr(
+                asked.take(normed),
+                asked.take_states(states),
+                asked.state_reads,
+                asked.targets,
+                questions=asked.question_reads,
+            )
+        read = self._ddsr(
+            rows.take_entries(normed),
+            rows.take_entries(states),
+            rows.state_reads,
+            rows.entry_targets,
+            questions=rows.question_reads,
+        )
+        return rows.spread_entries(read)
 
     def fused(self) -> "FusedLayer":
         """Lay the weights out for rows that arrive one at a time; later changes are not seen."""
@@ -155,10 +176,21 @@ class HSTULayer(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return normed (..., K) and gates u, values v, queries q, keys k (..., H d)."""
         normed = layer_norm(x, x.shape[-1:], eps=_EPS)
-        projected = normed @ self._uvqk
-        if self._settings.linear_activation == "silu":
-            projected = silu(projected)
-        return normed, *projected.split(self._widths, dim=-1)
+        return normed, *self._products(normed, self._uvqk).split(self._widths, dim=-1)
+
+    def _project_asked(self, x: Tensor, asked: AskedRows) -> tuple[Tensor, ...]:
+        """Return what :meth:`project` does, with gates and queries of the rows asked for alone."""
+        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
+        u, v, q, k = self._uvqk.split(self._widths, dim=1)
+        wanted = asked.take(normed)
+        return normed, *(
+            self._products(of, weights)
+            for of, weights in ((wanted, u), (normed, v), (wanted, q), (normed, k))
+        )
+
+    def _products(self, normed: Tensor, weights: Tensor) -> Tensor:
+        projected = normed @ weights
+        return silu(projected) if self._settings.linear_activation == "silu" else projected
 
     def normalise(self, attended: Tensor) -> Tensor:
         """Normalise what all heads read: (..., H dv) -> (..., H dv)."""
@@ -195,7 +227,9 @@ class HSTULayer(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, rows: EncoderRows, views: Sequence[View]
     ) -> Tensor:
+        """Let (Q, H dqk) queries attend to (L', H dqk) keys and (L', H dv) values: (Q, H dv)."""
         s = self._settings
+        q, k, v = (x.unflatten(1, (s.num_heads, -1)) for x in (q, k, v))
         bias = None
         if self._rel_attn_bias is not None:
             bias = self._rel_attn_bias(rows.positions, rows.timestamps, rows.next_timestamps)
@@ -373,6 +407,7 @@ class CrossDomainEncoder(nn.Module):
         *,
         questions: Questions | None = None,
         caches: list[LayerCache] | None = None,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """Encode the events of a batch, and questions that are put to some of them.
 
@@ -381,18 +416,29 @@ class CrossDomainEncoder(nn.Module):
             events: of the batch.
             questions: events to be encoded once more, for another domain or time.
             caches: takes what each layer's rows leave behind for later ones, if given.
+            asked: (Q,) int64, which of the L + R outputs are wanted, in any order; the last layer
+                computes no others, unless it is a class of the user's. None: all.
 
         Returns:
-            (L + R, K) float.
+            (L + R, K) float, or (Q, K) of what is asked for.
 
         Raises:
-            InputError: questions that do not fit the batch, or the settings.
+            InputError: questions or rows that do not fit the batch, or the settings.
         """
         rows = EncoderRows(self._settings, events, questions)
-        x = rows.lay_out(x, self._history_tokens)
-        for number, layer in enumerate(self._attention_layers):
-            x = layer(x, rows, rows.views(number), caches=caches)
-        return self._last_norm(rows.take_entries(x))
+        x, views = rows.lay_out(x, self._history_tokens), rows.views
+        *earlier, last = self._attention_layers
+        for number, layer in enumerate(earlier):
+            x = layer(x, rows, views(number), caches=caches)
+        if asked is None:
+            x = last(x, rows, views(len(earlier)), caches=caches)
+            return self._last_norm(rows.take_entries(x))
+        wanted, places = AskedRows.of(rows, asked)
+        if isinstance(self._settings.layer, Part):
+            x = wanted.take(last(x, rows, views(len(earlier)), caches=caches))
+        else:
+            x = last(x, rows, views(len(earlier)), caches=caches, asked=wanted)
+        return self._last_norm(x)[places]
 
 
 def _build_layer(settings: EncoderSettings) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from hstu_xd.model.asked_rows import AskedRows
 from hstu_xd.model.inputs import dropout
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.model.views import EncoderRows, View
@@ -54,6 +55,8 @@ class SASRecLayer(nn.Module):
         rows: EncoderRows,
         views: Sequence[View],
         caches: list[Any] | None = None,
+        *,
+        asked: AskedRows | None = None,
     ) -> Tensor:
         """Run the layer over the rows of a jagged batch.
 
@@ -62,12 +65,15 @@ class SASRecLayer(nn.Module):
             rows: their coordinates, which this layer does not read.
             views: what the heads read.
             caches: has to be None: a serving session refuses softmax.
+            asked: the rows whose output is wanted; None: all.
 
         Returns:
-            (L, K) float.
+            (L, K) float, or (Q, K) of the rows that are asked for.
         """
         assert caches is None
-        normed = self._attention_norm(x)
+        normed = self._attention_norm(x if asked is None else asked.take(x))
+        if asked is not None:
+            views = asked.narrowed(views)
         hidden = normed + self._drop(self._o(self._attend(normed, x, views)))
         normed = self._ffn_norm(hidden)
         inner = self._drop(relu(self._ffn_in(normed)))

@@ -388,7 +388,7 @@ class EncoderSession:
             target_domains=torch.cat([domains[1:], domains[-1:]]),
             offsets=torch.tensor([0, len(items)]),
         )
-        self.model(batch, caches=caches)
+        self.model(batch, caches=caches, asked=times.new_empty(0))
         events = readable = torch.arange(len(items) - 1)
         rows = state.rows[:, :0]
         if self.model.settings.has_segments:

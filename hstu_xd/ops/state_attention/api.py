@@ -109,8 +109,9 @@ def state_attention(
         impl = impl if holds(use, _trial, insists=insists) else "eager"
     if reads.asked is None or impl == "native":
         return _IMPLS[impl](q, k, v, reads, bias=bias)
-    every = q.new_zeros(reads.grouping.num_tokens, *q.shape[1:]).index_copy(0, reads.asked, q)
-    return _IMPLS[impl](every, k, v, reads.whole, bias=bias)[reads.asked]
+    tokens, whole = reads.asked
+    every = q.new_zeros(reads.grouping.num_tokens, *q.shape[1:]).index_copy(0, tokens, q)
+    return _IMPLS[impl](every, k, v, whole, bias=bias)[tokens]
 
 
 def _fastest(q: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> str:

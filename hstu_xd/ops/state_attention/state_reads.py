@@ -8,6 +8,7 @@ are rows that read states as an event would and leave none; they have tiles of t
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -128,8 +129,7 @@ class StateReads:
         timestamps: (L,) int64, when each token happened, in the log's own unit.
         next_timestamps: (L,) int64, time of the event after each token.
         states_per_domain: latest states ``M`` of each domain that a token reads.
-        asked: (Q,) int64, tokens that ask, in any order, each once: queries and answers are theirs,
-            in this order; None where all do.
+        asked: where some tokens alone ask, which, see :meth:`asking`; else None.
 
     Raises:
         InputError: a target view for ``grouping``, times that are not int64 or not one a token, or
@@ -147,7 +147,7 @@ class StateReads:
     timestamps: Tensor
     next_timestamps: Tensor
     states_per_domain: int
-    asked: Tensor | None = None
+    asked: "AskedStates | None" = None
 
     def __post_init__(self) -> None:
         length = self.grouping.num_tokens
@@ -168,15 +168,17 @@ class StateReads:
                 f"reads.states_per_domain is {self.states_per_domain}; at least 1 is needed"
             )
 
-    @lazy_property
-    def whole(self) -> "StateReads":
-        """Return the reads of all tokens."""
-        return self if self.asked is None else replace(self, asked=None)
+    def asking(self, tokens: Tensor) -> "StateReads":
+        """Let some tokens alone ask: (Q,) int64, in any order, each once.
+
+        Queries and answers of operators are those of these tokens, in their order.
+        """
+        return replace(self, asked=AskedStates(tokens, self))
 
     @property
     def num_queries(self) -> int:
         """Number of tokens that ask."""
-        return self.grouping.num_tokens if self.asked is None else self.asked.numel()
+        return self.grouping.num_tokens if self.asked is None else self.asked.tokens.numel()
 
     @lazy_property
     def query_of(self) -> Tensor:
@@ -184,7 +186,7 @@ class StateReads:
         tokens = torch.arange(self.grouping.num_tokens, device=self.timestamps.device)
         if self.asked is None:
             return tokens
-        return torch.full_like(tokens, -1).index_copy(0, self.asked, tokens[: self.num_queries])
+        return torch.full_like(tokens, -1).index_copy(0, self.asked.tokens, tokens[: self.num_queries])
 
     @property
     def num_rows(self) -> int:
@@ -221,6 +223,13 @@ class StateReads:
             return 64
         users = max(1, self.grouping.batch_offsets.numel() - 1)
         return 32 if self.grouping.num_tokens / users < 40 else 64
+
+
+class AskedStates(NamedTuple):
+    """Which tokens ask: (Q,) int64 ``tokens``, and what all of them read."""
+
+    tokens: Tensor
+    whole: StateReads
 
 
 @dataclass(frozen=True, eq=False)
