@@ -98,7 +98,7 @@ class AskedRows:
         )
 
     def take_states(self, states: Tensor) -> Tensor:
-        """Take the states of all events, then of the questions among the rows: (L', W) -> (n, W)."""
+        """Take the states of all events, then of questions that ask: (L', W) -> (n, W)."""
         entries = self.rows.take_entries(states)
         if self.rows.questions is None:
             return entries
@@ -111,7 +111,10 @@ class AskedRows:
 
     @lazy_property
     def _num_events(self) -> int:
-        return int((self.entries < self._length).sum()) if self.rows.questions else len(self.entries)
+        """Count the events among the rows, which come first."""
+        if self.rows.questions is None:
+            return self.entries.numel()
+        return int((self.entries < self._length).sum())
 
     @property
     def _questions(self) -> Tensor:

@@ -1,8 +1,7 @@
 """The encoder: a stack of HSTU layers, input embeddings in, one hidden state a row out."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +10,8 @@ from torch.nn.functional import layer_norm, silu
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
 from hstu_xd.model.asked_rows import AskedRows
-from hstu_xd.model.ddsr import (
-    DynamicDomainState,
-    FusedStates,
-    by_head,
-    columns_by_head,
-    side_by_side,
-)
+from hstu_xd.model.ddsr import DynamicDomainState, side_by_side
+from hstu_xd.model.fused_layer import EPS, FusedLayer, LayerCache
 from hstu_xd.model.inputs import dropout
 from hstu_xd.model.sasrec import SASRecLayer
 from hstu_xd.model.settings import SASREC, EncoderSettings
@@ -25,8 +19,6 @@ from hstu_xd.model.views import EncoderRows, Events, View
 from hstu_xd.ops import domain_attention
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu_xd.parts import Part
-
-_EPS = 1e-6
 
 
 class RelativeBucketedTimeAndPositionBias(nn.Module):
@@ -53,14 +45,6 @@ class RelativeBucketedTimeAndPositionBias(nn.Module):
     ) -> RelativeBias:
         """Tie the tables to a batch's tokens: three (L,) int64 tensors."""
         return RelativeBias(self._pos_w, self._ts_w, positions, timestamps, next_timestamps)
-
-
-class LayerCache(NamedTuple):
-    """What L' rows leave for later ones: (L', H dqk) keys, (L', H dv) values, (L', K) states."""
-
-    keys: Tensor
-    values: Tensor
-    states: Tensor
 
 
 class HSTULayer(nn.Module):
@@ -153,7 +137,7 @@ class HSTULayer(nn.Module):
         )
         return rows.spread_entries(read)
 
-    def fused(self) -> "FusedLayer":
+    def fused(self) -> FusedLayer:
         """Lay the weights out for rows that arrive one at a time; later changes are not seen."""
         heads = self._settings.num_heads
         states = None if self._ddsr is None else self._ddsr.fused()
@@ -175,12 +159,12 @@ class HSTULayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return normed (..., K) and gates u, values v, queries q, keys k (..., H d)."""
-        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
+        normed = layer_norm(x, x.shape[-1:], eps=EPS)
         return normed, *self._products(normed, self._uvqk).split(self._widths, dim=-1)
 
     def _project_asked(self, x: Tensor, asked: AskedRows) -> tuple[Tensor, ...]:
         """Return what :meth:`project` does, with gates and queries of the rows asked for alone."""
-        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
+        normed = layer_norm(x, x.shape[-1:], eps=EPS)
         u, v, q, k = self._uvqk.split(self._widths, dim=1)
         wanted = asked.take(normed)
         return normed, *(
@@ -194,7 +178,7 @@ class HSTULayer(nn.Module):
 
     def normalise(self, attended: Tensor) -> Tensor:
         """Normalise what all heads read: (..., H dv) -> (..., H dv)."""
-        return layer_norm(attended, attended.shape[-1:], eps=_EPS)
+        return layer_norm(attended, attended.shape[-1:], eps=EPS)
 
     def state(self, normed: Tensor, attended: Tensor) -> Tensor:
         """Return what a token writes as its domain's state: (..., K)."""
@@ -253,109 +237,6 @@ class HSTULayer(nn.Module):
             ]
             outputs.append(sum(read[1:], start=read[0]))
         return torch.cat(outputs, dim=1).flatten(1)
-
-
-class Attend(Protocol):
-    """How rows attend to what is in memory, head by head: queries, keys, values, biases."""
-
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Read (H, r, dv) by (H, r, dqk), (H, dqk, n), (H, n, dv) and (H, r, n).
-
-        The biases may be overwritten.
-        """
-        ...
-
-
-class StepMemory(Protocol):
-    """What the new rows of a layer read: their users' memories, and one another."""
-
-    def read_rows(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
-        """Let R rows attend to earlier rows and to one another.
-
-        Args:
-            queries: (H, R, dqk) float.
-            own: (H, dqk + dv, R) float, keys and values of the rows.
-            attend: how.
-
-        Returns:
-            (R, H * dv) float.
-        """
-        ...
-
-    def read_states(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
-        """Let R rows ask the domain states; the arguments are those of :meth:`read_rows`."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class FusedLayer:
-    """A layer for a few new rows: all that they are multiplied with is merged into one matrix.
-
-    Attributes:
-        settings: of the encoder.
-        projection: (K, W), columns of gates, of queries, and of each head's key and value side by
-            side; with DDSR further those of its scaled queries and, where a state is the layer's
-            input, of its keys and values side by side.
-        widths: how many columns each of the five has.
-        states: DDSR's weights; None without it.
-        bias_tables: of positions, (2 N - 1,), and of times, (buckets + 1,); None without bias.
-        combine: see :meth:`HSTULayer.combine`.
-    """
-
-    settings: EncoderSettings
-    projection: Tensor
-    widths: list[int]
-    states: FusedStates | None
-    bias_tables: tuple[Tensor, Tensor] | None
-    combine: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-    def added_by_target(self) -> Tensor:
-        """Return what a target domain adds to the products: (D, W), to DDSR's queries."""
-        added = torch.zeros(self.settings.num_domains, sum(self.widths))
-        if self.states is not None and self.states.targets is not None:
-            added.split(self.widths, dim=1)[3].copy_(self.states.targets)
-        return added
-
-    def row_memory(self, cache: LayerCache, rows: Tensor) -> Tensor:
-        """Return keys and values of some of the full layer's rows: (H, dqk + dv, n)."""
-        heads = self.settings.num_heads
-        return columns_by_head(side_by_side(cache.keys[rows], cache.values[rows], heads), heads)
-
-    def step(self, x: Tensor, added: Tensor, memory: StepMemory) -> Tensor:
-        """Run the layer over a few new rows, as :meth:`HSTULayer.forward` over all.
-
-        Args:
-            x: (R, K) float.
-            added: (R, W) float, of :meth:`added_by_target`.
-            memory: what the rows read.
-
-        Returns:
-            (R, K) float.
-        """
-        s = self.settings
-        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
-        projected = torch.addmm(added, normed, self.projection)
-        if s.linear_activation == "silu":
-            silu(projected[:, : sum(self.widths[:3])], inplace=True)
-        u, q, kv, query, of_input = projected.split_with_sizes(self.widths, 1)
-        queries, own = by_head(q, s.num_heads), columns_by_head(kv, s.num_heads)
-        # The norm undoes a division by N, but for its eps: so the eps is multiplied instead.
-        read = memory.read_rows(queries, own, self.attend)
-        attended = layer_norm(read, read.shape[1:], eps=_EPS * s.norm_length**2)
-        answer = None
-        if self.states is not None:
-            written = of_input if s.state_from == "input" else attended @ self.states.memory
-            answer = memory.read_states(
-                by_head(query, s.num_heads),
-                columns_by_head(written, s.num_heads),
-                self.states.attend,
-            )
-        return self.combine(x, u, attended, answer)
-
-    @staticmethod
-    def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Attend to rows, ``N`` times over: see :class:`Attend`; overwrites ``bias``."""
-        return torch.bmm(silu(bias.baddbmm_(query, keys), inplace=True), values)
 
 
 class CrossDomainEncoder(nn.Module):

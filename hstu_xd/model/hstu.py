@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 from hstu_xd.batch import JaggedBatch, Questions
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model.encoder import CrossDomainEncoder, LayerCache
+from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.model.featured_items import FeaturedItemEmbedding, FeatureTable
+from hstu_xd.model.fused_layer import LayerCache
 from hstu_xd.model.inputs import (
     ItemEmbedding,
     PositionalInput,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
-from hstu_xd.model.encoder import LayerCache
+from hstu_xd.model.fused_layer import LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.incremental import IncrementalModel
 from hstu_xd.model.rows import EVENT

@@ -137,8 +137,9 @@ both("exponential_off", "splat(1.6666665459e-1f)", "splat(1.66e-1f)")
 
 state(
     "own_state_unseen",
-    "        visit(x, token, backward);\n        if (query < 0) continue;\n        look_at_ages(x, token);\n",
-    "        if (query >= 0) look_at_ages(x, token), (backward ? answer_backward : answer)(x, query);\n"
+    "        visit(x, token, backward);\n        if (query < 0) continue;\n",
+    "        if (query >= 0) look_at_ages(x, token), "
+    "(backward ? answer_backward : answer)(x, query);\n"
     "        visit(x, token, backward);\n        if (1) continue;\n",
 )
 state("newest_replaced", "x->visits[domain]++ % depth", "(x->visits[domain]++ ? 1 : 0)")

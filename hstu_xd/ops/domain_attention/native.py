@@ -19,9 +19,9 @@ from hstu_xd.ops.relative_bias import RelativeBias, bucket_edges
 
 LIBRARY = NativeLibrary(
     Path(__file__).with_name("native.c"),
-    "q k v grad_out query_tokens query_offsets key_tokens key_offsets query_places "
-    "places position_weights time_weights query_positions positions timestamps next_timestamps edges out dq dk dv_out position_sums "
-    "time_sums",
+    "q k v grad_out query_tokens query_offsets key_tokens key_offsets query_places places "
+    "position_weights time_weights query_positions positions timestamps next_timestamps edges out "
+    "dq dk dv_out position_sums time_sums",
     "q_stride k_stride v_stride grad_out_stride heads dqk dv groups max_length "
     "last_bucket norm_length threads",
 )

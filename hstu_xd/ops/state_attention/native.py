@@ -17,8 +17,8 @@ from hstu_xd.ops.state_attention.state_reads import StateReads
 
 LIBRARY = NativeLibrary(
     Path(__file__).with_name("native.c"),
-    "q k v grad_out offsets query_of domains timestamps next_timestamps bias edges out dq dk dv_out "
-    "bias_sums",
+    "q k v grad_out offsets query_of domains timestamps next_timestamps bias edges out dq dk "
+    "dv_out bias_sums",
     "q_stride k_stride v_stride grad_out_stride tokens heads dqk dv users num_domains "
     "states_per_domain never_written threads",
 )

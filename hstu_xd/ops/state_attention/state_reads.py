@@ -186,7 +186,8 @@ class StateReads:
         tokens = torch.arange(self.grouping.num_tokens, device=self.timestamps.device)
         if self.asked is None:
             return tokens
-        return torch.full_like(tokens, -1).index_copy(0, self.asked.tokens, tokens[: self.num_queries])
+        nothing = torch.full_like(tokens, -1)
+        return nothing.index_copy(0, self.asked.tokens, tokens[: self.num_queries])
 
     @property
     def num_rows(self) -> int:
