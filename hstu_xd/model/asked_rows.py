@@ -1,12 +1,12 @@
-"""The rows whose output is asked of the last layer: it computes the queries of no others.
+"""The rows that are asked of a layer, and what they read: no layer computes more than that.
 
-A layer costs what its rows ask and what they can be asked. The second, keys, values and domain
-states, is needed of all rows; queries, gates, what they attend to, what they ask of the states and
-the output projection are needed of the rows alone that somebody reads. Of a history that is encoded
-for what comes next, that is its last one.
+Of a history that is encoded for what comes next, one row of the last layer is wanted. Queries,
+gates, what they attend to, what they ask of the states and the output projection are computed for
+it alone; keys, values and domain states of the rows that it reads; and the layer before computes
+the rows that are read here. Where everything is read, earlier layers compute all rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,53 +14,29 @@ from torch import Tensor
 
 from hstu_xd.errors import InputError
 from hstu_xd.model.views import EncoderRows, View
-from hstu_xd.ops.grouping import lazy_property
+from hstu_xd.ops.grouping import DomainGrouping, lazy_property
 from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads
+
+# Of rows, the share that is worth computing alone; to leave a few out costs more than they do.
+_MOST = 0.9
 
 
 @dataclass(frozen=True, eq=False)
 class AskedRows:
-    """Some of a batch's rows, and what each of them reads.
+    """The rows whose output is asked of a layer, and what each of them reads.
 
     Attributes:
         rows: all rows of the batch.
+        layer: its number, from 0.
         entries: (Q,) int64, ascending, each once: which of the L events and R questions are asked
             for; question ``r`` is ``L + r``.
+        all_below: the layers before compute all rows all the same.
     """
 
     rows: EncoderRows
+    layer: int
     entries: Tensor
-
-    @classmethod
-    def of(cls, rows: EncoderRows, asked: Tensor) -> tuple["AskedRows", Tensor]:
-        """Bring what is asked for into order.
-
-        Args:
-            rows: of the batch.
-            asked: (n,) int64, in any order, entries perhaps several times.
-
-        Returns:
-            The Q rows, and the place among them of each one that is asked for, (n,) int64.
-
-        Raises:
-            InputError: not a vector of int64, or entries that there are not (the last is checked
-                on CPU only, where it costs no wait).
-        """
-        number = rows.entry_targets.numel()
-        if asked.ndim != 1 or asked.dtype != torch.int64:
-            raise InputError(
-                f"rows is {asked.dtype} of shape {tuple(asked.shape)}; a vector of torch.int64 is "
-                "needed: call rows.long() or flatten it"
-            )
-        entries, places = asked.unique(return_inverse=True)
-        if entries.device.type == "cpu" and entries.numel():
-            first, last = entries[[0, -1]].tolist()
-            if first < 0 or last >= number:
-                raise InputError(
-                    f"rows holds {first}..{last}; the batch has rows 0..{number - 1}: its events, "
-                    "then its questions"
-                )
-        return cls(rows, entries), places
+    all_below: bool = False
 
     @lazy_property
     def places(self) -> Tensor:
@@ -68,13 +44,58 @@ class AskedRows:
         order = self.rows.order
         return self.entries if order is None else order.entries[self.entries]
 
-    def take(self, x: Tensor) -> Tensor:
-        """Take the rows out of all: (L', W) -> (Q, W)."""
-        return x.index_select(0, self.places)
-
-    def narrowed(self, views: Sequence[View]) -> list[View]:
-        """Return what the heads of these rows read, given what those of all rows read."""
+    @lazy_property
+    def views(self) -> list[View]:
+        """Return what the heads of the rows read."""
+        views = self.rows.views(self.layer)
         return [View(v.heads, [g.asking(self.places) for g in v.groupings]) for v in views]
+
+    @lazy_property
+    def given(self) -> Tensor | None:
+        """Return the rows that the layer is given, ascending: those asked for and what they read.
+
+        None: all are.
+        """
+        settings, rows = self.rows.settings, self.rows
+        if not self.layer or self.all_below or rows.order is not None or self.attends_everywhere:
+            return None
+        read = [grouping.keys.asked for view in self.views for grouping in view.groupings]
+        tokens = [self.entries, *(each.tokens for each in read if each is not None)]
+        if len(tokens) <= len(read):
+            return None  # one reads nearly all
+        if settings.ddsr:
+            tokens.append(states_of(self.state_reads))
+        is_read = torch.zeros(self._length, dtype=torch.bool, device=self.entries.device)
+        is_read[torch.cat(tokens)] = True
+        (found,) = torch.nonzero(is_read, as_tuple=True)
+        return found if found.numel() <= _MOST * self._length else None
+
+    @property
+    def attends_everywhere(self) -> bool:
+        """Whether all rows have to attend, as what they read is their domain's state."""
+        settings = self.rows.settings
+        return settings.ddsr and settings.state_from == "output"
+
+    def take(self, x: Tensor) -> Tensor:
+        """Take the rows that are asked for out of those that are given: (n, W) -> (Q, W)."""
+        return self.at(self.places, x)
+
+    def at(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Take rows of the batch out of those that are given: (m,) int64, (n, W) -> (m, W)."""
+        if self.given is None:
+            return x.index_select(0, rows)
+        return x.index_select(0, self._places_given[rows])
+
+    def memory(self, grouping: DomainGrouping, x: Tensor) -> Tensor:
+        """Take the rows that are keys of one of the views' groupings: (n, W) -> (m, W)."""
+        read = grouping.keys.asked
+        return x if read is None else self.at(read.tokens, x)
+
+    @lazy_property
+    def _places_given(self) -> Tensor:
+        assert self.given is not None
+        numbers = torch.arange(self._length, device=self.given.device)
+        return numbers.index_copy(0, self.given, numbers[: self.given.numel()])
 
     @lazy_property
     def targets(self) -> Tensor:
@@ -84,7 +105,9 @@ class AskedRows:
     @lazy_property
     def state_reads(self) -> StateReads:
         """Return which domain states the events among the rows read."""
-        return self.rows.state_reads.asking(self.entries[: self._num_events])
+        # The states that questions read are those of any event.
+        narrowed = self.rows.order is None
+        return self.rows.state_reads.asking(self.entries[: self._num_events], narrowed=narrowed)
 
     @lazy_property
     def question_reads(self) -> QuestionReads | None:
@@ -98,12 +121,13 @@ class AskedRows:
         )
 
     def take_states(self, states: Tensor) -> Tensor:
-        """Take the states of all events, then of questions that ask: (L', W) -> (n, W)."""
+        """Take the states that events read, then those of questions that ask: (n, W) -> (m, W)."""
+        if self.rows.order is None:
+            return self.at(states_of(self.state_reads), states)
         entries = self.rows.take_entries(states)
         if self.rows.questions is None:
             return entries
-        length = self._length
-        return torch.cat([entries[:length], entries[length:][self._questions]])
+        return torch.cat([entries[: self._length], entries[self._length :][self._questions]])
 
     @property
     def _length(self) -> int:
@@ -120,3 +144,61 @@ class AskedRows:
     def _questions(self) -> Tensor:
         """Return which questions are among the rows: (n,) int64."""
         return self.entries[self._num_events :] - self._length
+
+
+def states_of(reads: StateReads) -> Tensor:
+    """Return the tokens whose states are read by some that ask: (n,) int64."""
+    assert reads.asked is not None
+    return reads.asked.states
+
+
+def asked_of_layers(
+    rows: EncoderRows, asked: Tensor, num_layers: int, *, all_below: bool
+) -> tuple[Sequence[AskedRows | None], Tensor]:
+    """Find the rows that are asked of each layer, given those that are asked of the last one.
+
+    Args:
+        rows: of the batch.
+        asked: (n,) int64, entries in any order, perhaps several times.
+        num_layers: how many there are.
+        all_below: the layers before the last one compute all rows all the same.
+
+    Returns:
+        For each layer what is asked, None where it is all; and where in the last one's answer each
+        of the ``n`` is, (n,) int64.
+
+    Raises:
+        InputError: not a vector of int64, or entries that there are not (the last is checked on CPU
+            only, where it costs no wait).
+    """
+    number = rows.entry_targets.numel()
+    if asked.ndim != 1 or asked.dtype != torch.int64:
+        raise InputError(
+            f"rows is {asked.dtype} of shape {tuple(asked.shape)}; a vector of torch.int64 is "
+            "needed: call rows.long() or flatten it"
+        )
+    entries, places = asked.unique(return_inverse=True)
+    if entries.device.type == "cpu" and entries.numel():
+        first, last = entries[[0, -1]].tolist()
+        if first < 0 or last >= number:
+            raise InputError(
+                f"rows holds {first}..{last}; the batch has rows 0..{number - 1}: its events, "
+                "then its questions"
+            )
+    found: list[AskedRows | None] = [None] * num_layers
+    for layer, each in _backwards(rows, entries, num_layers - 1, all_below=all_below):
+        found[layer] = each
+    return found, places
+
+
+def _backwards(
+    rows: EncoderRows, entries: Tensor, last: int, *, all_below: bool
+) -> Iterator[tuple[int, AskedRows]]:
+    """Yield what is asked of layers, the last one first, as long as it is not everything."""
+    wanted: Tensor | None = entries
+    for layer in range(last, -1, -1):
+        if wanted is None:
+            return
+        asked = AskedRows(rows, layer, wanted, all_below)
+        yield layer, asked
+        wanted = asked.given

@@ -1,6 +1,6 @@
 """The encoder: a stack of HSTU layers, input embeddings in, one hidden state a row out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, silu
 
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
-from hstu_xd.model.asked_rows import AskedRows
+from hstu_xd.model.asked_rows import AskedRows, asked_of_layers
 from hstu_xd.model.ddsr import DynamicDomainState, side_by_side
 from hstu_xd.model.fused_layer import EPS, FusedLayer, LayerCache
 from hstu_xd.model.inputs import dropout
@@ -17,8 +17,12 @@ from hstu_xd.model.sasrec import SASRecLayer
 from hstu_xd.model.settings import SASREC, EncoderSettings
 from hstu_xd.model.views import EncoderRows, Events, View
 from hstu_xd.ops import domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu_xd.parts import Part
+
+# Of the number of a view and one of its groupings, (n, h, dqk) keys and (n, h, dv) values.
+Memory = Callable[[int, DomainGrouping], tuple[Tensor, Tensor]]
 
 
 class RelativeBucketedTimeAndPositionBias(nn.Module):
@@ -85,7 +89,7 @@ class HSTULayer(nn.Module):
         """Run the layer over the rows of a jagged batch.
 
         Args:
-            x: (L', K) float.
+            x: (L', K) float, or (n, K) of the rows that are given, see :class:`AskedRows`.
             rows: their coordinates, and which domain states they read.
             views: what the heads read.
             caches: takes what the rows leave behind for later ones, if given.
@@ -94,25 +98,40 @@ class HSTULayer(nn.Module):
         Returns:
             (L', K) float, or (Q, K) of the rows that are asked for.
         """
-        if asked is None or self._writes_attention:
-            normed, u, v, q, k = self.project(x)
-            attended = self.normalise(self._attend(q, k, v, rows, views))
-            states = self.state(normed, attended)
-            if asked is not None:
-                u, attended = asked.take(u), asked.take(attended)
-        else:
-            normed, u, v, q, k = self._project_asked(x, asked)
-            attended = self.normalise(self._attend(q, k, v, rows, asked.narrowed(views)))
-            states = normed
+        if asked is not None and not asked.attends_everywhere:
+            return self._forward_asked(x, rows, caches, asked)
+        normed, u, v, q, k = self.project(x)
+        # The gradient of a slice would be zeros for all other heads; that of a split is whole.
+        keys, values = (self._by_view(part, views) for part in (k, v))
+        attended = self._attend(q, lambda number, _: (keys[number], values[number]), rows, views)
+        states = self.state(normed, attended)
         if caches is not None:
             caches.append(LayerCache(k, v, states))
         answer = self._answer(normed, states, rows, asked)
-        return self.combine(x if asked is None else asked.take(x), u, attended, answer)
+        if asked is not None:
+            x, u, attended = (asked.take(part) for part in (x, u, attended))
+        return self.combine(x, u, attended, answer)
 
-    @property
-    def _writes_attention(self) -> bool:
-        """Whether all rows have to attend, as what they read is their domain's state."""
-        return self._ddsr is not None and self._settings.state_from == "output"
+    def _forward_asked(
+        self, x: Tensor, rows: EncoderRows, caches: list[LayerCache] | None, asked: AskedRows
+    ) -> Tensor:
+        """Run the layer for the rows that are asked for: (n, K) of those given -> (Q, K)."""
+        s = self._settings
+        normed = layer_norm(x, x.shape[-1:], eps=EPS)
+        u, v, q, k = self._uvqk.split(self._widths, dim=1)
+        if caches is not None:
+            caches.append(LayerCache(*self._products(normed, k, v), normed))
+        of_views = [self._by_view(weights, asked.views) for weights in (k, v)]
+
+        def memory(number: int, grouping: DomainGrouping) -> tuple[Tensor, Tensor]:
+            weights = (of_view[number].flatten(1) for of_view in of_views)
+            keys, values = self._products(asked.memory(grouping, normed), *weights)
+            return keys.unflatten(1, (-1, s.dqk)), values.unflatten(1, (-1, s.dv))
+
+        gates, queries = self._products(asked.take(normed), u, q)
+        attended = self._attend(queries, memory, rows, asked.views)
+        answer = self._answer(normed, normed, rows, asked)
+        return self.combine(asked.take(x), gates, attended, answer)
 
     def _answer(
         self, normed: Tensor, states: Tensor, rows: EncoderRows, asked: AskedRows | None
@@ -160,20 +179,14 @@ class HSTULayer(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return normed (..., K) and gates u, values v, queries q, keys k (..., H d)."""
         normed = layer_norm(x, x.shape[-1:], eps=EPS)
-        return normed, *self._products(normed, self._uvqk).split(self._widths, dim=-1)
+        return normed, *self._activated(normed @ self._uvqk).split(self._widths, dim=-1)
 
-    def _project_asked(self, x: Tensor, asked: AskedRows) -> tuple[Tensor, ...]:
-        """Return what :meth:`project` does, with gates and queries of the rows asked for alone."""
-        normed = layer_norm(x, x.shape[-1:], eps=EPS)
-        u, v, q, k = self._uvqk.split(self._widths, dim=1)
-        wanted = asked.take(normed)
-        return normed, *(
-            self._products(of, weights)
-            for of, weights in ((wanted, u), (normed, v), (wanted, q), (normed, k))
-        )
+    def _products(self, normed: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+        """Project rows by some columns of the weights, in one product: (n, K) -> (n, W) each."""
+        projected = self._activated(normed @ torch.cat(weights, dim=1))
+        return projected.split([part.shape[1] for part in weights], dim=1)
 
-    def _products(self, normed: Tensor, weights: Tensor) -> Tensor:
-        projected = normed @ weights
+    def _activated(self, projected: Tensor) -> Tensor:
         return silu(projected) if self._settings.linear_activation == "silu" else projected
 
     def normalise(self, attended: Tensor) -> Tensor:
@@ -208,25 +221,25 @@ class HSTULayer(nn.Module):
             gated = gated + after_gate
         return self._o(dropout(gated, rate=s.linear_dropout_rate, training=self.training)) + x
 
+    def _by_view(self, x: Tensor, views: Sequence[View]) -> Sequence[Tensor]:
+        """Split what heads have among the views: (n, H d) -> (n, h, d) of the h heads of each."""
+        sizes = [view.heads.stop - view.heads.start for view in views]
+        return x.unflatten(1, (self._settings.num_heads, -1)).split(sizes, dim=1)
+
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: EncoderRows, views: Sequence[View]
+        self, q: Tensor, memory: Memory, rows: EncoderRows, views: Sequence[View]
     ) -> Tensor:
-        """Let (Q, H dqk) queries attend to (L', H dqk) keys and (L', H dv) values: (Q, H dv)."""
+        """Let (Q, H dqk) queries attend to the memories of their views: (Q, H dv), normalised."""
         s = self._settings
-        q, k, v = (x.unflatten(1, (s.num_heads, -1)) for x in (q, k, v))
         bias = None
         if self._rel_attn_bias is not None:
             bias = self._rel_attn_bias(rows.positions, rows.timestamps, rows.next_timestamps)
-        # The gradient of a slice would be zeros for all other heads; that of a split is whole.
-        heads = [view.heads.stop - view.heads.start for view in views]
         outputs = []
-        parts = (x.split(heads, dim=1) for x in (q, k, v))
-        for view, queries, keys, values in zip(views, *parts):
+        for number, (view, queries) in enumerate(zip(views, self._by_view(q, views))):
             read = [
                 domain_attention(
                     queries,
-                    keys,
-                    values,
+                    *memory(number, grouping),
                     grouping,
                     norm_length=s.norm_length,
                     bias=bias,
@@ -236,7 +249,7 @@ class HSTULayer(nn.Module):
                 for grouping in view.groupings
             ]
             outputs.append(sum(read[1:], start=read[0]))
-        return torch.cat(outputs, dim=1).flatten(1)
+        return self.normalise(torch.cat(outputs, dim=1).flatten(1))
 
 
 class CrossDomainEncoder(nn.Module):
@@ -307,19 +320,33 @@ class CrossDomainEncoder(nn.Module):
             InputError: questions or rows that do not fit the batch, or the settings.
         """
         rows = EncoderRows(self._settings, events, questions)
-        x, views = rows.lay_out(x, self._history_tokens), rows.views
-        *earlier, last = self._attention_layers
-        for number, layer in enumerate(earlier):
-            x = layer(x, rows, views(number), caches=caches)
+        x = rows.lay_out(x, self._history_tokens)
+        layers: list[nn.Module] = list(self._attention_layers)
         if asked is None:
-            x = last(x, rows, views(len(earlier)), caches=caches)
-            return self._last_norm(rows.take_entries(x))
-        wanted, places = AskedRows.of(rows, asked)
-        if isinstance(self._settings.layer, Part):
-            x = wanted.take(last(x, rows, views(len(earlier)), caches=caches))
-        else:
-            x = last(x, rows, views(len(earlier)), caches=caches, asked=wanted)
+            x = rows.take_entries(self._through(layers, x, rows, caches))
+            return self._last_norm(x)
+        # Whether a class of the user's can compute some rows alone is not known.
+        is_own = not isinstance(self._settings.layer, Part)
+        all_below = caches is not None or not is_own
+        plan, places = asked_of_layers(rows, asked, len(layers), all_below=all_below)
+        x = self._through(layers, x, rows, caches, plan if is_own else ())
+        if not is_own:
+            x = plan[-1].take(x)
         return self._last_norm(x)[places]
+
+    def _through(
+        self,
+        layers: Sequence[nn.Module],
+        x: Tensor,
+        rows: EncoderRows,
+        caches: list[LayerCache] | None,
+        plan: Sequence[AskedRows | None] = (),
+    ) -> Tensor:
+        """Take rows through the layers; of each those alone that a plan, if given, asks for."""
+        for number, layer in enumerate(layers):
+            some = {"asked": plan[number]} if plan else {}
+            x = layer(x, rows, rows.views(number), caches=caches, **some)
+        return x
 
 
 def _build_layer(settings: EncoderSettings) -> nn.Module:

@@ -43,13 +43,13 @@ def attended(
 ) -> dict[str, Tensor]:
     """Outputs at tokens, and gradients of the leaves; ``alone``: no other token is a query."""
     leaves = case.tensors(dtype)
-    grouping, q = case.grouping(), leaves["q"]
+    grouping, numbers = case.grouping(), [leaves[name] for name in "qkv"]
     if alone:
-        grouping, q = grouping.asking(tokens), q[tokens]
+        grouping = grouping.asking(tokens)
+        sides = grouping, grouping.keys, grouping.keys
+        numbers = [side.of_tokens(x) for side, x in zip(sides, numbers)]
     out = domain_attention(
-        q,
-        leaves["k"],
-        leaves["v"],
+        *numbers,
         grouping,
         norm_length=case.norm_length,
         bias=case.relative_bias(leaves),
@@ -101,15 +101,23 @@ STATES = [
 
 
 def answered(
-    spec: StateSpec, impl: str, tokens: Tensor, dtype: torch.dtype, *, alone: bool
+    spec: StateSpec,
+    impl: str,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    *,
+    alone: bool,
+    narrowed: bool = True,
 ) -> dict[str, Tensor]:
     """What :func:`attended` returns, of the domain states."""
     case = draw_states(spec)
     leaves, reads = case.leaves(dtype), case.reads()
-    q = leaves["q"]
+    q, *memory = (leaves[name] for name in "qkv")
     if alone:
-        reads, q = reads.asking(tokens), q[tokens]
-    out = state_attention(q, leaves["k"], leaves["v"], reads, bias=leaves.get("bias"), impl=impl)
+        reads = reads.asking(tokens, narrowed=narrowed)
+        rows = torch.cat([reads.asked.states, torch.arange(NUMBER, NUMBER + spec.num_domains)])
+        q, memory = q[tokens], [x[rows] for x in memory]
+    out = state_attention(q, *memory, reads, bias=leaves.get("bias"), impl=impl)
     out = out if alone else out[tokens]
     grad_out = case.grad_out.to(dtype)[tokens]
     found = torch.autograd.grad(out, list(leaves.values()), grad_out, materialize_grads=True)
@@ -118,12 +126,13 @@ def answered(
 
 @pytest.mark.parametrize("spec", STATES, ids=str)
 @pytest.mark.parametrize("impl", [x for x in available_state_impls() if x != "triton"])
+@pytest.mark.parametrize("narrowed", [True, False])
 @every_choice
 def test_states_answer_as_they_answer_all_tokens(
-    spec: StateSpec, impl: str, tokens: Tensor
+    spec: StateSpec, impl: str, narrowed: bool, tokens: Tensor
 ) -> None:
     with poisoned_memory():
-        found = answered(spec, impl, tokens, torch.float32, alone=True)
+        found = answered(spec, impl, tokens, torch.float32, alone=True, narrowed=narrowed)
     compare(found, answered(spec, "reference", tokens, torch.float64, alone=False))
 
 
@@ -143,7 +152,9 @@ def test_a_rule_knows_the_tokens() -> None:
     x = torch.randn(5, 1, 4, generator=torch.Generator().manual_seed(0))
     for impl in ("reference", "eager"):
         needed = domain_attention(x, x, x, ruled, norm_length=3, impl=impl)[tokens]
-        found = domain_attention(x[tokens], x, x, ruled.asking(tokens), norm_length=3, impl=impl)
+        asked = ruled.asking(tokens)
+        read = asked.keys.of_tokens(x)
+        found = domain_attention(x[tokens], read, read, asked, norm_length=3, impl=impl)
         torch.testing.assert_close(found, needed)
     assert num_pairs(ruled.asking(tokens)) == 4
 
@@ -157,8 +168,8 @@ def test_queries_of_another_number() -> None:
     asked, x = grouped().asking(torch.tensor([1])), torch.ones(5, 1, 4)
     with pytest.raises(InputError, match=r"q has shape \(5, 1, 4\);.* with L=1 tokens"):
         domain_attention(x, x, x, asked, norm_length=3)
-    with pytest.raises(InputError, match=r"k has shape \(1, 1, 4\);.* with L=5 tokens"):
-        domain_attention(x[:1], x[:1], x, asked, norm_length=3)
+    with pytest.raises(InputError, match=r"k has shape \(5, 1, 4\);.* with L=1 tokens"):
+        domain_attention(x[:1], x, x, asked, norm_length=3)
     times = torch.arange(5)
     reads = StateReads(grouped(), times, times, 1).asking(torch.tensor([1]))
     with pytest.raises(InputError, match=r"q has shape \(5, 1, 4\); \(1, heads, width\)"):

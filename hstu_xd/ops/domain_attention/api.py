@@ -99,14 +99,15 @@ def domain_attention(
     ``i``'s group with ``p_j <= p_i``, or
     ``out_i = sum_j softmax_j(<q_i, k_j> / sqrt(dqk) + bias_ij) v_j`` over the same keys. With
     ``grouping.target_view(...)`` queries are grouped by their target domain and keys by their own;
-    with ``grouping.asking(tokens)`` some tokens alone are queries. Where an implementation cannot
-    leave the others out ("reference", "flex", "triton"), it computes them, and they are dropped.
+    with ``grouping.asking(tokens)`` some tokens alone are queries, and what they read is keys.
+    Where an implementation cannot leave the others out ("reference", "flex", "triton"), it computes
+    them, and they are dropped.
 
     Args:
         q: (L, H, dqk) float, queries of the batch's tokens in batch order, or (Q, H, dqk) of the Q
             tokens that the grouping asks for, in their order.
-        k: (L, H, dqk) float, keys.
-        v: (L, H, dv) float, values.
+        k: (L, H, dqk) float, keys, or those of the tokens of ``grouping.keys`` in their order.
+        v: (L, H, dv) float, values likewise.
         grouping: the plan of the batch, built once and shared by all layers.
         norm_length: the constant ``N`` that upstream divides by: the padded length, never a
             group's own. Softmax does not read it.
@@ -152,8 +153,15 @@ def domain_attention(
     if grouping.asked is None or impl in _TAKES_ASKED:
         return compute(q, k, v, grouping)
     tokens, whole = grouping.asked
-    every = q.new_zeros(k.shape).index_copy(0, tokens, q)
-    return compute(every, k, v, whole)[tokens]
+    given = zip((grouping, grouping.keys, grouping.keys), (q, k, v))
+    return compute(*(_spread(*each, whole.num_tokens) for each in given), whole)[tokens]
+
+
+def _spread(grouping: DomainGrouping, x: Tensor, number: int) -> Tensor:
+    """Put rows of some tokens into those of all, zeros elsewhere: (n, H, d) -> (L, H, d)."""
+    if grouping.asked is None:
+        return x
+    return x.new_zeros(number, *x.shape[1:]).index_copy(0, grouping.asked.tokens, x)
 
 
 def _fastest(q: Tensor, v: Tensor, grouping: DomainGrouping, bias: RelativeBias | None) -> str:
@@ -201,6 +209,7 @@ def _check(
     bias: RelativeBias | None,
 ) -> None:
     length = grouping.keys.num_tokens
+    tokens = length if grouping.asked is None else grouping.asked.whole.num_tokens
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         size = grouping.num_tokens if name == "q" else length
         if tensor.ndim != 3 or tensor.shape[0] != size:
@@ -219,5 +228,5 @@ def _check(
         raise InputError(f"v has {v.shape[1]} heads; the {q.shape[1]} of q and k are needed")
     if norm_length < 1:
         raise InputError(f"norm_length is {norm_length}; the padded length N >= 1 is needed")
-    if bias is not None and bias.positions.numel() != length:
-        raise InputError(f"bias covers {bias.positions.numel()} tokens; the batch has {length}")
+    if bias is not None and bias.positions.numel() != tokens:
+        raise InputError(f"bias covers {bias.positions.numel()} tokens; the batch has {tokens}")

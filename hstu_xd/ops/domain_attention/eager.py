@@ -373,15 +373,15 @@ def _coordinates(
             rule=grouping.rule,
             named_by_id=named,
         )
-    positions = bias.positions
-    asking, asked_times = (grouping.of_queries(x) for x in (positions, bias.next_timestamps))
+    both = grouping, grouping.keys
+    positions = [x.of_tokens(bias.positions) for x in both]
+    times = (x.of_tokens(t) for x, t in zip(both, (bias.next_timestamps, bias.timestamps)))
     span = bias.check_span()
     # Where the bias has the positions that decide causality, its own index shows a later key.
-    alike = torch.equal(asking, grouping.positions)
-    alike = alike and torch.equal(positions, grouping.keys.positions)
+    alike = all(torch.equal(own, x.positions) for own, x in zip(positions, both))
     return _Coordinates(
-        order if alike else of_walk(asking.int(), positions.int(), padding),
-        of_walk(asked_times, bias.timestamps, (0, 0)),
+        order if alike else of_walk(*(x.int() for x in positions), padding),
+        of_walk(*times, (0, 0)),
         () if alike else order,
         first=bias.max_length - 1 - span,
         columns=1 + span + (0 if alike else span) + 1,

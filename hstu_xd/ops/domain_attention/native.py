@@ -149,10 +149,10 @@ def _call(
         others |= {
             "position_weights": inputs[3],
             "time_weights": inputs[4],
-            "query_positions": grouping.of_queries(bias.positions),
-            "positions": bias.positions,
-            "timestamps": bias.timestamps,
-            "next_timestamps": grouping.of_queries(bias.next_timestamps),
+            "query_positions": grouping.of_tokens(bias.positions),
+            "positions": keys.of_tokens(bias.positions),
+            "timestamps": keys.of_tokens(bias.timestamps),
+            "next_timestamps": grouping.of_tokens(bias.next_timestamps),
             "edges": bucket_edges(q.device),
         }
         sizes = {"max_length": bias.max_length, "last_bucket": bias.time_weights.numel() - 1}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
@@ -62,8 +63,8 @@ def state_attention(
     Args:
         q: (L, H, dqk) float, queries of the tokens in batch order, or (Q, H, dqk) of those that ask
             (``reads.asked``); the caller has scaled them, usually by ``dqk ** -0.5``.
-        k: (L + D, H, dqk) float, keys: of the state that each token writes, then of the initial
-            state of each domain.
+        k: (L + D, H, dqk) float, keys: of the state that each token writes, or those of
+            ``reads.asked.states``, then of the initial state of each domain.
         v: (L + D, H, dv) float, values likewise.
         reads: the plan of the batch, built once and shared by all layers.
         bias: (129, H) float by ``age``, its last row for initial states; None for no bias.
@@ -109,9 +110,12 @@ def state_attention(
         impl = impl if holds(use, _trial, insists=insists) else "eager"
     if reads.asked is None or impl == "native":
         return _IMPLS[impl](q, k, v, reads, bias=bias)
-    tokens, whole = reads.asked
-    every = q.new_zeros(reads.grouping.num_tokens, *q.shape[1:]).index_copy(0, tokens, q)
-    return _IMPLS[impl](every, k, v, whole, bias=bias)[tokens]
+    tokens, states, whole = reads.asked
+    length, initial = whole.grouping.num_tokens, whole.num_rows - whole.num_states
+    q = q.new_zeros(length, *q.shape[1:]).index_copy(0, tokens, q)
+    rows = torch.cat([states, length + torch.arange(initial, device=states.device)])
+    k, v = (x.new_zeros(length + initial, *x.shape[1:]).index_copy(0, rows, x) for x in (k, v))
+    return _IMPLS[impl](q, k, v, whole, bias=bias)[tokens]
 
 
 def _fastest(q: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> str:

@@ -17,11 +17,12 @@ enum { SUMS = 4 };
 
 /* Fields of eight bytes each, pointers first; native.py has the same list. */
 typedef struct {
-    /* (tokens, heads * width) floats of queries, a stride apart; of keys and values, which have a
-     * row more for the initial state of each domain. */
+    /* (rows, heads * width) floats, a stride apart: of queries; of keys and values of states, which
+     * have a row more for the initial state of each domain. */
     const float *q, *k, *v, *grad_out;
     const int64_t *offsets;
     const int64_t *query_of; /* row of each token in q, out and dq; -1: it asks nothing */
+    const int64_t *state_of; /* row of each token's state in k, v, dk and dv; -1: nobody reads it */
     const int64_t *domains, *timestamps, *next_timestamps;
     const float *bias; /* (never_written + 1, heads), or NULL */
     const int32_t *edges;
@@ -29,7 +30,7 @@ typedef struct {
     float *out, *dq, *dk, *dv_out;
     double *bias_sums;
     int64_t q_stride, k_stride, v_stride, grad_out_stride;
-    int64_t tokens, heads, dqk, dv, users, num_domains, states_per_domain, never_written, threads;
+    int64_t tokens, states, heads, dqk, dv, users, num_domains, states_per_domain, never_written, threads;
 } States;
 
 /* What a user's slots hold; a slot's lanes lie beside those of its neighbours. */
@@ -85,11 +86,11 @@ static void hand_over(Slots *x, int64_t slot) {
     const int64_t row = x->state_of[slot], of_keys = s->heads * s->dqk, of_values = s->heads * s->dv;
     for (int64_t head = 0; head < s->heads; head++) {
         float *dk = of_head(x->dk, x, head, slot, x->dqk), *dv = of_head(x->dv_rows, x, head, slot, x->dv);
-        if (row < s->tokens) {
+        if (row < s->states) {
             copy(s->dk + row * of_keys + head * s->dqk, dk, s->dqk);
             copy(s->dv_out + row * of_values + head * s->dv, dv, s->dv);
         } else {
-            float *initial = x->initial + (row - s->tokens) * (of_keys + of_values);
+            float *initial = x->initial + (row - s->states) * (of_keys + of_values);
             for (int64_t c = 0; c < s->dqk; c++) initial[head * s->dqk + c] += dk[c];
             for (int64_t c = 0; c < s->dv; c++) initial[of_keys + head * s->dv + c] += dv[c];
         }
@@ -111,7 +112,7 @@ static void begin(Slots *x, int backward) {
     for (int64_t slot = 0; slot < x->wide; slot++) x->state_of[slot] = -1, x->written[slot] = 0;
     for (int64_t d = 0; d < s->num_domains; d++) {
         x->slot_of[d * s->states_per_domain] = d;
-        put(x, d, s->tokens + d, backward);
+        put(x, d, s->states + d, backward);
     }
     x->used = s->num_domains;
 }
@@ -124,12 +125,16 @@ static int64_t next_slot(Slots *x, int64_t domain) {
     return *slot;
 }
 
-/* Writes a token's state. */
+/* Writes a token's state; one that nobody reads is replaced before the next query. */
 static void visit(Slots *x, int64_t token, int backward) {
     const States *s = x->s;
-    const int64_t slot = next_slot(x, s->domains[token]);
+    const int64_t slot = next_slot(x, s->domains[token]), row = s->state_of[token];
     if (backward && x->state_of[slot] >= 0) hand_over(x, slot);
-    put(x, slot, token, backward);
+    if (row < 0) {
+        x->state_of[slot] = -1;
+        return;
+    }
+    put(x, slot, row, backward);
     x->written[slot] = s->timestamps[token];
 }
 
@@ -333,7 +338,8 @@ static void walk(Slots *x, int64_t user, int backward) {
         look_at_ages(x, token);
         (backward ? answer_backward : answer)(x, query);
     }
-    for (int64_t slot = 0; backward && slot < x->used; slot++) hand_over(x, slot);
+    for (int64_t slot = 0; backward && slot < x->used; slot++)
+        if (x->state_of[slot] >= 0) hand_over(x, slot);
 }
 
 /* Cuts the users into pieces of about as many tokens. */
@@ -369,7 +375,7 @@ static void compute(const States *s, int backward) {
     const int64_t of_keys = s->heads * s->dqk;
     for (int piece = 0; backward && piece < PIECES; piece++) {
         for (int64_t i = 0; i < of_initial; i++) {
-            const int64_t row = s->tokens + i / of_state, c = i % of_state;
+            const int64_t row = s->states + i / of_state, c = i % of_state;
             float *to = c < of_keys ? s->dk + row * of_keys + c : s->dv_out + row * s->heads * s->dv + c - of_keys;
             *to = (piece ? *to : 0) + initial[piece * of_initial + i];
         }

@@ -168,31 +168,65 @@ class StateReads:
                 f"reads.states_per_domain is {self.states_per_domain}; at least 1 is needed"
             )
 
-    def asking(self, tokens: Tensor) -> "StateReads":
-        """Let some tokens alone ask: (Q,) int64, in any order, each once.
+    def asking(self, tokens: Tensor, *, narrowed: bool = True) -> "StateReads":
+        """Let some tokens alone ask.
 
-        Queries and answers of operators are those of these tokens, in their order.
+        Args:
+            tokens: (Q,) int64, in any order, each once: queries and answers of operators are those
+                of these tokens, in their order.
+            narrowed: take keys and values of those states alone that they read, in the order of
+                ``asked.states``, then the initial ones; else of all.
         """
-        return replace(self, asked=AskedStates(tokens, self))
+        return replace(self, asked=AskedStates(tokens, self._read_by(tokens, narrowed), self))
+
+    def _read_by(self, tokens: Tensor, narrowed: bool) -> Tensor:
+        """Find the tokens whose states some tokens read, ascending; all, where it is not worth it.
+
+        Of as many look-ups as there are tokens, all states are likely to be found.
+        """
+        grouping, kept = self.grouping, self.states_per_domain
+        length, num_domains = grouping.num_tokens, grouping.num_domains
+        domain, back = (torch.arange(n, device=tokens.device) for n in (num_domains, kept))
+        if not narrowed or tokens.numel() * num_domains * kept > 2 * length:
+            return torch.arange(length, device=tokens.device)
+        first = grouping.group_of[tokens] // num_domains * num_domains
+        groups = (first.unsqueeze(1) + domain).flatten()
+        places = (grouping.positions[tokens] + 1).repeat_interleave(num_domains)
+        visits = grouping.first_row(groups, places).unsqueeze(1) - 1 - back
+        return grouping.permutation[
+            visits[visits >= grouping.offsets[groups].unsqueeze(1)]
+        ].unique()
 
     @property
     def num_queries(self) -> int:
         """Number of tokens that ask."""
         return self.grouping.num_tokens if self.asked is None else self.asked.tokens.numel()
 
+    @property
+    def num_states(self) -> int:
+        """Number of tokens whose states have keys and values."""
+        return self.grouping.num_tokens if self.asked is None else self.asked.states.numel()
+
     @lazy_property
     def query_of(self) -> Tensor:
         """Return the query of each token, -1 where it asks nothing: (L,) int64."""
-        tokens = torch.arange(self.grouping.num_tokens, device=self.timestamps.device)
-        if self.asked is None:
-            return tokens
-        nothing = torch.full_like(tokens, -1)
-        return nothing.index_copy(0, self.asked.tokens, tokens[: self.num_queries])
+        return self._numbered(None if self.asked is None else self.asked.tokens)
+
+    @lazy_property
+    def state_of(self) -> Tensor:
+        """Return the row of keys and values of each token's state, -1 without: (L,) int64."""
+        return self._numbered(None if self.asked is None else self.asked.states)
+
+    def _numbered(self, chosen: Tensor | None) -> Tensor:
+        numbers = torch.arange(self.grouping.num_tokens, device=self.timestamps.device)
+        if chosen is None:
+            return numbers
+        return torch.full_like(numbers, -1).index_copy(0, chosen, numbers[: chosen.numel()])
 
     @property
     def num_rows(self) -> int:
-        """Rows ``L + D`` of keys and values: a state of each token, an initial one a domain."""
-        return self.grouping.num_tokens + self.grouping.num_domains
+        """Rows of keys and values: a state of each token that has one, an initial one a domain."""
+        return self.num_states + self.grouping.num_domains
 
     @lazy_property
     def tiles(self) -> StateTiles:
@@ -227,9 +261,10 @@ class StateReads:
 
 
 class AskedStates(NamedTuple):
-    """Which tokens ask: (Q,) int64 ``tokens``, and what all of them read."""
+    """Which tokens ask, (Q,) int64, and whose states have rows, (n,) int64; and the whole batch."""
 
     tokens: Tensor
+    states: Tensor
     whole: StateReads
 
 
