@@ -6,8 +6,8 @@ it alone; keys, values and domain states of the rows that it reads; and the laye
 the rows that are read here. Where everything is read, earlier layers compute all rows.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,50 @@ class AskedRows:
     layer: int
     entries: Tensor
     all_below: bool = False
+
+    @classmethod
+    def of(
+        cls, rows: EncoderRows, asked: Tensor, layer: int, *, all_below: bool
+    ) -> tuple["AskedRows", Tensor]:
+        """Bring what is asked of the last layer into order.
+
+        Args:
+            rows: of the batch.
+            asked: (n,) int64, entries in any order, perhaps several times.
+            layer: number of the layer.
+            all_below: the layers before compute all rows all the same.
+
+        Returns:
+            The Q rows, and where among them each of the ``n`` is, (n,) int64.
+
+        Raises:
+            InputError: not a vector of int64, or entries that there are not (the last is checked
+                on CPU only, where it costs no wait).
+        """
+        number = rows.entry_targets.numel()
+        if asked.ndim != 1 or asked.dtype != torch.int64:
+            raise InputError(
+                f"asked is {asked.dtype} of shape {tuple(asked.shape)}; a vector of torch.int64 is "
+                "needed: call asked.long() or flatten it"
+            )
+        entries, places = asked.unique(return_inverse=True)
+        if entries.device.type == "cpu" and entries.numel():
+            first, last = entries[[0, -1]].tolist()
+            if first < 0 or last >= number:
+                raise InputError(
+                    f"asked holds {first}..{last}; the batch has rows 0..{number - 1}: its events, "
+                    "then its questions"
+                )
+        return cls(rows, layer, entries, all_below), places
+
+    def of_layers(self) -> Sequence["AskedRows | None"]:
+        """Return what is asked of each layer up to this one; None where it is all rows."""
+        found: list[AskedRows | None] = [*[None] * self.layer, self]
+        asked, given = self, self.given
+        while given is not None:
+            asked = replace(asked, layer=asked.layer - 1, entries=given)
+            found[asked.layer], given = asked, asked.given
+        return found
 
     @lazy_property
     def places(self) -> Tensor:
@@ -150,55 +194,3 @@ def states_of(reads: StateReads) -> Tensor:
     """Return the tokens whose states are read by some that ask: (n,) int64."""
     assert reads.asked is not None
     return reads.asked.states
-
-
-def asked_of_layers(
-    rows: EncoderRows, asked: Tensor, num_layers: int, *, all_below: bool
-) -> tuple[Sequence[AskedRows | None], Tensor]:
-    """Find the rows that are asked of each layer, given those that are asked of the last one.
-
-    Args:
-        rows: of the batch.
-        asked: (n,) int64, entries in any order, perhaps several times.
-        num_layers: how many there are.
-        all_below: the layers before the last one compute all rows all the same.
-
-    Returns:
-        For each layer what is asked, None where it is all; and where in the last one's answer each
-        of the ``n`` is, (n,) int64.
-
-    Raises:
-        InputError: not a vector of int64, or entries that there are not (the last is checked on CPU
-            only, where it costs no wait).
-    """
-    number = rows.entry_targets.numel()
-    if asked.ndim != 1 or asked.dtype != torch.int64:
-        raise InputError(
-            f"rows is {asked.dtype} of shape {tuple(asked.shape)}; a vector of torch.int64 is "
-            "needed: call rows.long() or flatten it"
-        )
-    entries, places = asked.unique(return_inverse=True)
-    if entries.device.type == "cpu" and entries.numel():
-        first, last = entries[[0, -1]].tolist()
-        if first < 0 or last >= number:
-            raise InputError(
-                f"rows holds {first}..{last}; the batch has rows 0..{number - 1}: its events, "
-                "then its questions"
-            )
-    found: list[AskedRows | None] = [None] * num_layers
-    for layer, each in _backwards(rows, entries, num_layers - 1, all_below=all_below):
-        found[layer] = each
-    return found, places
-
-
-def _backwards(
-    rows: EncoderRows, entries: Tensor, last: int, *, all_below: bool
-) -> Iterator[tuple[int, AskedRows]]:
-    """Yield what is asked of layers, the last one first, as long as it is not everything."""
-    wanted: Tensor | None = entries
-    for layer in range(last, -1, -1):
-        if wanted is None:
-            return
-        asked = AskedRows(rows, layer, wanted, all_below)
-        yield layer, asked
-        wanted = asked.given

@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, silu
 
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
-from hstu_xd.model.asked_rows import AskedRows, asked_of_layers
+from hstu_xd.model.asked_rows import AskedRows
 from hstu_xd.model.ddsr import DynamicDomainState, side_by_side
 from hstu_xd.model.fused_layer import EPS, FusedLayer, LayerCache
 from hstu_xd.model.inputs import dropout
@@ -120,7 +120,8 @@ class HSTULayer(nn.Module):
         normed = layer_norm(x, x.shape[-1:], eps=EPS)
         u, v, q, k = self._uvqk.split(self._widths, dim=1)
         if caches is not None:
-            caches.append(LayerCache(*self._products(normed, k, v), normed))
+            keys, values = self._products(normed, k, v)
+            caches.append(LayerCache(keys, values, normed))
         of_views = [self._by_view(weights, asked.views) for weights in (k, v)]
 
         def memory(number: int, grouping: DomainGrouping) -> tuple[Tensor, Tensor]:
@@ -328,10 +329,11 @@ class CrossDomainEncoder(nn.Module):
         # Whether a class of the user's can compute some rows alone is not known.
         is_own = not isinstance(self._settings.layer, Part)
         all_below = caches is not None or not is_own
-        plan, places = asked_of_layers(rows, asked, len(layers), all_below=all_below)
-        x = self._through(layers, x, rows, caches, plan if is_own else ())
-        if not is_own:
-            x = plan[-1].take(x)
+        wanted, places = AskedRows.of(rows, asked, len(layers) - 1, all_below=all_below)
+        if is_own:
+            x = self._through(layers, x, rows, caches, wanted.of_layers())
+        else:
+            x = wanted.take(self._through(layers, x, rows, caches))
         return self._last_norm(x)[places]
 
     def _through(

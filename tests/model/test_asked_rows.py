@@ -212,8 +212,8 @@ def test_layers_of_a_user_compute_all_rows(layer: type[nn.Module]) -> None:
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ([0, NUM_EVENTS], f"rows holds 0..{NUM_EVENTS}; the batch has rows 0..{NUM_EVENTS - 1}"),
-        ([-1], "rows holds -1..-1; the batch has rows"),
+        ([0, NUM_EVENTS], f"asked holds 0..{NUM_EVENTS}; the batch has rows 0..{NUM_EVENTS - 1}"),
+        ([-1], "asked holds -1..-1; the batch has rows"),
     ],
 )
 def test_rows_that_there_are_not(rows: list[int], told: str) -> None:
@@ -223,7 +223,7 @@ def test_rows_that_there_are_not(rows: list[int], told: str) -> None:
 
 @pytest.mark.parametrize("rows", [torch.tensor([1.0]), torch.tensor([[1]])])
 def test_rows_of_another_kind(rows: Tensor) -> None:
-    with pytest.raises(InputError, match=r"rows is .*; a vector of torch\.int64 is needed"):
+    with pytest.raises(InputError, match=r"asked is .*; a vector of torch\.int64 is needed"):
         tiny_model()(BATCH, asked=rows)
 
 

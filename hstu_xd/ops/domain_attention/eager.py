@@ -373,15 +373,15 @@ def _coordinates(
             rule=grouping.rule,
             named_by_id=named,
         )
-    both = grouping, grouping.keys
-    positions = [x.of_tokens(bias.positions) for x in both]
-    times = (x.of_tokens(t) for x, t in zip(both, (bias.next_timestamps, bias.timestamps)))
+    keys = grouping.keys
+    positions = grouping.of_tokens(bias.positions), keys.of_tokens(bias.positions)
+    times = grouping.of_tokens(bias.next_timestamps), keys.of_tokens(bias.timestamps)
     span = bias.check_span()
     # Where the bias has the positions that decide causality, its own index shows a later key.
-    alike = all(torch.equal(own, x.positions) for own, x in zip(positions, both))
+    alike = all(torch.equal(own, x.positions) for own, x in zip(positions, (grouping, keys)))
     return _Coordinates(
-        order if alike else of_walk(*(x.int() for x in positions), padding),
-        of_walk(*times, (0, 0)),
+        order if alike else of_walk(positions[0].int(), positions[1].int(), padding),
+        of_walk(times[0], times[1], (0, 0)),
         () if alike else order,
         first=bias.max_length - 1 - span,
         columns=1 + span + (0 if alike else span) + 1,
