@@ -311,8 +311,9 @@ class CrossDomainEncoder(nn.Module):
             events: of the batch.
             questions: events to be encoded once more, for another domain or time.
             caches: takes what each layer's rows leave behind for later ones, if given.
-            asked: (Q,) int64, which of the L + R outputs are wanted, in any order; the last layer
-                computes no others, unless it is a class of the user's. None: all.
+            asked: (Q,) int64, which of the L + R outputs are wanted, in any order; on a CPU layers
+                compute no other rows than these need, unless they are a class of the user's.
+                None: all.
 
         Returns:
             (L + R, K) float, or (Q, K) of what is asked for.
@@ -326,11 +327,12 @@ class CrossDomainEncoder(nn.Module):
         if asked is None:
             x = rows.take_entries(self._through(layers, x, rows, caches))
             return self._last_norm(x)
-        # Whether a class of the user's can compute some rows alone is not known.
-        is_own = not isinstance(self._settings.layer, Part)
-        all_below = caches is not None or not is_own
+        # Whether a class of the user's can compute some rows alone is not known, and nobody has
+        # measured whether it is worth it on a GPU, whose kernels compute all queries.
+        is_alone = x.device.type == "cpu" and not isinstance(self._settings.layer, Part)
+        all_below = caches is not None or not is_alone
         wanted, places = AskedRows.of(rows, asked, len(layers) - 1, all_below=all_below)
-        if is_own:
+        if is_alone:
             x = self._through(layers, x, rows, caches, wanted.of_layers())
         else:
             x = wanted.take(self._through(layers, x, rows, caches))
