@@ -11,6 +11,7 @@ from tiny_models import (
     EVERYTHING,
     NUM_DOMAINS,
     SWITCHES,
+    domain_of,
     draw_histories,
     tiny_catalog,
     tiny_model,
@@ -184,6 +185,37 @@ def test_the_last_layer_computes_no_other_rows(name: str, monkeypatch: pytest.Mo
     projection.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     model(BATCH, asked=LAST)
     assert seen == [len(LAST)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("switches", "needed"),
+    [
+        ({"domain_mask": True}, "own"),
+        ({"domain_mask": True, "ddsr": True, "states_per_domain": 1}, "states"),
+        ({}, "all"),
+        ({"domain_mask": True, "ddsr": True, "state_from": "output"}, "all"),
+        ({"domain_mask": True, "segment_by": "count", "segment_length": 9}, "all"),
+    ],
+)
+def test_the_first_layer_computes_what_the_last_one_reads(
+    switches: dict[str, Any], needed: str
+) -> None:
+    """Events of the last one's domain, and those whose states it reads."""
+    model, count = tiny_model(**switches), 0
+    for history in HISTORIES:
+        domains = [domain_of(item) for item in history.items]
+        read = {"own": domains[-1:], "states": domains[-1:], "all": domains}[needed]
+        chosen = {place for place, domain in enumerate(domains) if domain in read}
+        if needed == "states":
+            chosen |= {len(domains) - 1 - domains[::-1].index(domain) for domain in domains}
+        count += len(chosen)
+    seen: list[int] = []
+    projection = model.encoder.layers[0].get_submodule("_o")
+    projection.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    model(BATCH, asked=LAST)
+    assert seen == [count]
+    assert count == NUM_EVENTS or needed != "all"
 
 
 class Sum(nn.Module):

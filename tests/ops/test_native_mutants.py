@@ -47,6 +47,22 @@ def states() -> None:
         Errors(rows.pop("out"), rows).check()
 
 
+def asked() -> None:
+    """A third of the tokens as queries, so that no number of a query is that of its key."""
+    case = draw(ATTENTION[0])
+    leaves, grouping = case.tensors(torch.float32), case.grouping()
+    some = grouping.asking(torch.arange(0, grouping.num_tokens, 3))
+    sides = {"q": some, "k": some.keys, "v": some.keys}
+    with poisoned_memory(), torch.no_grad():
+        out = domain_native.native_domain_attention(
+            *(side.of_tokens(leaves[name]) for name, side in sides.items()),
+            some,
+            norm_length=case.norm_length,
+            bias=case.relative_bias(leaves),
+        )
+    Errors(worst_row(out, case.oracle.out[::3], None), {}).check()
+
+
 def edges() -> None:
     # The net of the first use is not what is tested here.
     with pytest.MonkeyPatch.context() as patch:
@@ -142,6 +158,23 @@ state(
     "(backward ? answer_backward : answer)(x, query);\n"
     "        visit(x, token, backward);\n        if (1) continue;\n",
 )
+state(
+    "last_query_lost",
+    "s->query_of[end - 1] < 0) end--;",
+    "s->query_of[end - 1] < 0) end--;\n    if (!backward && end > first) end--;",
+)
+domain(
+    "place_of_a_key_for_the_query",
+    "a->query_places[group->queries[first + r]]",
+    "a->places[group->queries[first + r]]",
+    asked,
+)
+domain(
+    "position_of_a_key_for_the_query",
+    "a->max_length - 1 - a->query_positions[token]",
+    "a->max_length - 1 - a->positions[token]",
+    asked,
+)
 state("newest_replaced", "x->visits[domain]++ % depth", "(x->visits[domain]++ ? 1 : 0)")
 state(
     "initial_state_stays",
@@ -171,6 +204,10 @@ state(
     "    begin(x, backward);\n    for",
     "    if (!user) begin(x, backward);\n    for",
 )
+
+
+def test_asked_queries_pass() -> None:
+    asked()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
