@@ -17,6 +17,9 @@ from hstu_xd.model.views import EncoderRows, View
 from hstu_xd.ops.grouping import DomainGrouping, lazy_property
 from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads
 
+# Rows of a batch from which on it is worth finding out what is read, measured on a CPU with a width
+# of 128. Where nothing is asked it is little work.
+WORTH_ASKING = 384
 # Of rows, the share that is worth computing alone; to leave a few out costs more than they do.
 _MOST = 0.9
 
@@ -188,6 +191,14 @@ class AskedRows:
     def _questions(self) -> Tensor:
         """Return which questions are among the rows: (n,) int64."""
         return self.entries[self._num_events :] - self._length
+
+
+def pays(x: Tensor, asked: Tensor) -> bool:
+    """Return whether to compute some rows alone: of a batch (L', K) with (Q,) that are asked for.
+
+    On a GPU, whose kernels compute all queries, nobody has measured it.
+    """
+    return x.device.type == "cpu" and (len(x) >= WORTH_ASKING or not asked.numel())
 
 
 def states_of(reads: StateReads) -> Tensor:

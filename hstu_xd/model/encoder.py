@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, silu
 
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
-from hstu_xd.model.asked_rows import AskedRows
+from hstu_xd.model.asked_rows import AskedRows, pays
 from hstu_xd.model.ddsr import DynamicDomainState, side_by_side
 from hstu_xd.model.fused_layer import EPS, FusedLayer, LayerCache
 from hstu_xd.model.inputs import dropout
@@ -311,9 +311,8 @@ class CrossDomainEncoder(nn.Module):
             events: of the batch.
             questions: events to be encoded once more, for another domain or time.
             caches: takes what each layer's rows leave behind for later ones, if given.
-            asked: (Q,) int64, which of the L + R outputs are wanted, in any order; on a CPU layers
-                compute no other rows than these need, unless they are a class of the user's.
-                None: all.
+            asked: (Q,) int64, which of the L + R outputs are wanted, in any order; where it pays,
+                layers compute no other rows than these need. None: all.
 
         Returns:
             (L + R, K) float, or (Q, K) of what is asked for.
@@ -327,9 +326,8 @@ class CrossDomainEncoder(nn.Module):
         if asked is None:
             x = rows.take_entries(self._through(layers, x, rows, caches))
             return self._last_norm(x)
-        # Whether a class of the user's can compute some rows alone is not known, and nobody has
-        # measured whether it is worth it on a GPU, whose kernels compute all queries.
-        is_alone = x.device.type == "cpu" and not isinstance(self._settings.layer, Part)
+        # Whether a class of the user's can compute some rows alone is not known.
+        is_alone = pays(x, asked) and not isinstance(self._settings.layer, Part)
         all_below = caches is not None or not is_alone
         wanted, places = AskedRows.of(rows, asked, len(layers) - 1, all_below=all_below)
         if is_alone:

@@ -168,8 +168,8 @@ class CrossDomainHSTU(nn.Module):
             batch: histories; no longer than the model's window each.
             questions: tokens to be encoded once more, for another domain or time.
             caches: takes what each layer's rows leave behind for later ones, if given.
-            asked: (Q,) int64, which of the L + R vectors are wanted, in any order; on a CPU no more
-                is computed than these need. None: all.
+            asked: (Q,) int64, which of the L + R vectors are wanted, in any order; of many rows on
+                a CPU no more is computed than these need. None: all.
 
         Returns:
             (L + R, K) float, unit vectors: what each token says of its next event, then what each

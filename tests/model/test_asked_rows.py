@@ -1,5 +1,6 @@
 """Rows that are asked for alone: each is what the encoding of all rows has there."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from hstu_xd.batch import JaggedBatch, Questions
 from hstu_xd.errors import InputError
+from hstu_xd.model import asked_rows
 from hstu_xd.model.encoder import HSTULayer
 from hstu_xd.model.featured_items import FeatureTable
 from hstu_xd.model.fused_layer import LayerCache
@@ -44,6 +46,14 @@ EVERY_CASE: dict[str, dict[str, Any]] = SWITCHES | {
     "sasrec_masked": SASREC | {"domain_mask": True, "target_view_heads": 2},
 }
 every_case = pytest.mark.parametrize("name", EVERY_CASE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def worth_it() -> Iterator[None]:
+    """Batches are small here; they take the way of large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asked_rows, "WORTH_ASKING", 0)
+        yield
 
 
 def drawn_rows(number: int, bound: int = NUM_EVENTS, seed: int = 0) -> Tensor:
@@ -216,6 +226,20 @@ def test_the_first_layer_computes_what_the_last_one_reads(
     model(BATCH, asked=LAST)
     assert seen == [count]
     assert count == NUM_EVENTS or needed != "all"
+
+
+@torch.no_grad()
+def test_of_a_small_batch_all_rows_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find out what is read costs more than it saves; where nothing is asked, it does not."""
+    model = tiny_model(**EVERYTHING)
+    seen: list[int] = []
+    projection = model.encoder.layers[-1].get_submodule("_o")
+    projection.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    for worth in (NUM_EVENTS, NUM_EVENTS + 1):
+        monkeypatch.setattr(asked_rows, "WORTH_ASKING", worth)
+        close(model(BATCH, asked=LAST), model(BATCH)[LAST])
+        model(BATCH, asked=LAST[:0])
+    assert seen == [len(LAST), NUM_EVENTS, 0, NUM_EVENTS, NUM_EVENTS, 0]
 
 
 class Sum(nn.Module):
