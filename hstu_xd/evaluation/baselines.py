@@ -47,9 +47,10 @@ class Baseline(nn.Module, ABC):
     def count(catalog: DomainCatalog, data: SequenceData, recent_share: float) -> dict[str, Tensor]:
         """Count the events of a training split."""
 
-    def forward(self, batch: JaggedBatch) -> Tensor:
-        """Return the item of each token as its vector: (L, 1) int64."""
-        return batch.item_ids[:, None]
+    def forward(self, batch: JaggedBatch, *, asked: Tensor | None = None) -> Tensor:
+        """Return the item of each token as its vector: (L, 1) int64; (Q, 1) of Q ``asked`` ones."""
+        items = batch.item_ids if asked is None else batch.item_ids[asked]
+        return items[:, None]
 
     def encode(
         self,

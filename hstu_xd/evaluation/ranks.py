@@ -295,7 +295,7 @@ def rank_targets(
         seen_ids, seen_offsets = data.seen(some) if protocol.exclude_seen else _nothing(some)
         batch, targets = batch.to(device), targets.to(device)
         last = batch.offsets[1:] - 1
-        vectors, wanted = model(batch)[last], targets[last]
+        vectors, wanted = model(batch, asked=last), targets[last]
         seen = seen_ids.to(device), seen_offsets.to(device)
         ranks, others = target_ranks(
             vectors, wanted, *seen, model.catalog, scorer, protocol=protocol

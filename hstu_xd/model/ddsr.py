@@ -98,15 +98,16 @@ class DynamicDomainState(nn.Module):
         """Query the domain states.
 
         Args:
-            hidden: (L + R, K) float, what the queries of L tokens and R questions are made of.
-            states: (L + R, K) float, the state that each token writes for its domain; a question's
-                is read by itself alone.
+            hidden: (Q + R, K) float, what the queries of Q tokens and R questions are made of; all
+                L tokens ask, unless ``reads`` names some.
+            states: (L + R, K) float, the state that each token writes for its domain, or those that
+                ``reads`` has; a question's is read by itself alone.
             reads: which states each token reads.
-            target_domains: (L + R,) int64, domain of each token's next event, and of the questions.
+            target_domains: (Q + R,) int64, domain of each token's next event, and of the questions.
             questions: which states each question reads; None without.
 
         Returns:
-            (L + R, H * dv) float.
+            (Q + R, H * dv) float.
         """
         assert reads.states_per_domain == self._states_per_domain
         written = torch.cat([states, self._initial_state.to(states.dtype)])
@@ -119,11 +120,12 @@ class DynamicDomainState(nn.Module):
         if questions is None:
             return state_attention(q, k, v, reads, bias=self._age_w, impl=self.impl).flatten(1)
         # Tokens read the states of tokens and the initial ones.
-        num_tokens, last = reads.grouping.num_tokens, len(hidden)
+        num_tokens, last = reads.num_states, len(states)
         own_k, own_v = (torch.cat([x[:num_tokens], x[last:]]) for x in (k, v))
-        tokens = state_attention(
-            q[:num_tokens], own_k, own_v, reads, bias=self._age_w, impl=self.impl
-        )
+        of_tokens, of_questions = q[: reads.num_queries], q[reads.num_queries :]
+        tokens = state_attention(of_tokens, own_k, own_v, reads, bias=self._age_w, impl=self.impl)
+        # Questions are rows behind all tokens.
+        q = q if reads.asked is None else pad(of_questions, (0, 0, 0, 0, num_tokens, 0))
         asked = eager_state_attention(q, k, v, questions, bias=self._age_w)
         return torch.cat([tokens, asked]).flatten(1)
 
@@ -183,7 +185,9 @@ class DynamicDomainState(nn.Module):
 
     def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Make keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""
-        return self._key(states), self._value(states)
+        parts = [self._key.weight, self._value.weight]
+        key, value = linear(states, torch.cat(parts)).split([x.shape[0] for x in parts], dim=-1)
+        return key, value
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
 """The encoder: a stack of HSTU layers, input embeddings in, one hidden state a row out."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +9,20 @@ from torch.nn.functional import layer_norm, silu
 
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
-from hstu_xd.model.ddsr import (
-    DynamicDomainState,
-    FusedStates,
-    by_head,
-    columns_by_head,
-    side_by_side,
-)
+from hstu_xd.model.asked_rows import AskedRows, pays
+from hstu_xd.model.ddsr import DynamicDomainState, side_by_side
+from hstu_xd.model.fused_layer import EPS, FusedLayer, LayerCache
 from hstu_xd.model.inputs import dropout
 from hstu_xd.model.sasrec import SASRecLayer
 from hstu_xd.model.settings import SASREC, EncoderSettings
 from hstu_xd.model.views import EncoderRows, Events, View
 from hstu_xd.ops import domain_attention
+from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu_xd.parts import Part
 
-_EPS = 1e-6
+# Of the number of a view and one of its groupings, (n, h, dqk) keys and (n, h, dv) values.
+Memory = Callable[[int, DomainGrouping], tuple[Tensor, Tensor]]
 
 
 class RelativeBucketedTimeAndPositionBias(nn.Module):
@@ -52,14 +49,6 @@ class RelativeBucketedTimeAndPositionBias(nn.Module):
     ) -> RelativeBias:
         """Tie the tables to a batch's tokens: three (L,) int64 tensors."""
         return RelativeBias(self._pos_w, self._ts_w, positions, timestamps, next_timestamps)
-
-
-class LayerCache(NamedTuple):
-    """What L' rows leave for later ones: (L', H dqk) keys, (L', H dv) values, (L', K) states."""
-
-    keys: Tensor
-    values: Tensor
-    states: Tensor
 
 
 class HSTULayer(nn.Module):
@@ -94,45 +83,81 @@ class HSTULayer(nn.Module):
         rows: EncoderRows,
         views: Sequence[View],
         caches: list[LayerCache] | None = None,
+        *,
+        asked: AskedRows | None = None,
     ) -> Tensor:
         """Run the layer over the rows of a jagged batch.
 
         Args:
-            x: (L', K) float.
+            x: (L', K) float, or (n, K) of the rows that are given, see :class:`AskedRows`.
             rows: their coordinates, and which domain states they read.
             views: what the heads read.
             caches: takes what the rows leave behind for later ones, if given.
+            asked: the rows whose output is wanted; None: all.
 
         Returns:
-            (L', K) float.
+            (L', K) float, or (Q, K) of the rows that are asked for.
         """
-        s = self._settings
+        if asked is not None and not asked.attends_everywhere:
+            return self._forward_asked(x, rows, caches, asked)
         normed, u, v, q, k = self.project(x)
-        attended = self.normalise(
-            self._attend(
-                q.view(-1, s.num_heads, s.dqk),
-                k.view(-1, s.num_heads, s.dqk),
-                v.view(-1, s.num_heads, s.dv),
-                rows,
-                views,
-            )
-        )
+        # The gradient of a slice would be zeros for all other heads; that of a split is whole.
+        keys, values = (self._by_view(part, views) for part in (k, v))
+        attended = self._attend(q, lambda number, _: (keys[number], values[number]), rows, views)
         states = self.state(normed, attended)
-        answer: Tensor | None = None
-        if self._ddsr is not None:
-            read = self._ddsr(
-                rows.take_entries(normed),
-                rows.take_entries(states),
-                rows.state_reads,
-                rows.entry_targets,
-                questions=rows.question_reads,
-            )
-            answer = rows.spread_entries(read)
         if caches is not None:
             caches.append(LayerCache(k, v, states))
+        answer = self._answer(normed, states, rows, asked)
+        if asked is not None:
+            x, u, attended = (asked.take(part) for part in (x, u, attended))
         return self.combine(x, u, attended, answer)
 
-    def fused(self) -> "FusedLayer":
+    def _forward_asked(
+        self, x: Tensor, rows: EncoderRows, caches: list[LayerCache] | None, asked: AskedRows
+    ) -> Tensor:
+        """Run the layer for the rows that are asked for: (n, K) of those given -> (Q, K)."""
+        s = self._settings
+        normed = layer_norm(x, x.shape[-1:], eps=EPS)
+        u, v, q, k = self._uvqk.split(self._widths, dim=1)
+        if caches is not None:
+            keys, values = self._products(normed, k, v)
+            caches.append(LayerCache(keys, values, normed))
+        of_views = [self._by_view(weights, asked.views) for weights in (k, v)]
+
+        def memory(number: int, grouping: DomainGrouping) -> tuple[Tensor, Tensor]:
+            weights = (of_view[number].flatten(1) for of_view in of_views)
+            keys, values = self._products(asked.memory(grouping, normed), *weights)
+            return keys.unflatten(1, (-1, s.dqk)), values.unflatten(1, (-1, s.dv))
+
+        gates, queries = self._products(asked.take(normed), u, q)
+        attended = self._attend(queries, memory, rows, asked.views)
+        answer = self._answer(normed, normed, rows, asked)
+        return self.combine(asked.take(x), gates, attended, answer)
+
+    def _answer(
+        self, normed: Tensor, states: Tensor, rows: EncoderRows, asked: AskedRows | None
+    ) -> Tensor | None:
+        """Let rows ask the domain states, those asked for or all; None where nobody asks."""
+        if self._ddsr is None or (asked is not None and not asked.entries.numel()):
+            return None
+        if asked is not None:
+            return self._ddsr(
+                asked.take(normed),
+                asked.take_states(states),
+                asked.state_reads,
+                asked.targets,
+                questions=asked.question_reads,
+            )
+        read = self._ddsr(
+            rows.take_entries(normed),
+            rows.take_entries(states),
+            rows.state_reads,
+            rows.entry_targets,
+            questions=rows.question_reads,
+        )
+        return rows.spread_entries(read)
+
+    def fused(self) -> FusedLayer:
         """Lay the weights out for rows that arrive one at a time; later changes are not seen."""
         heads = self._settings.num_heads
         states = None if self._ddsr is None else self._ddsr.fused()
@@ -154,15 +179,20 @@ class HSTULayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return normed (..., K) and gates u, values v, queries q, keys k (..., H d)."""
-        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
-        projected = normed @ self._uvqk
-        if self._settings.linear_activation == "silu":
-            projected = silu(projected)
-        return normed, *projected.split(self._widths, dim=-1)
+        normed = layer_norm(x, x.shape[-1:], eps=EPS)
+        return normed, *self._activated(normed @ self._uvqk).split(self._widths, dim=-1)
+
+    def _products(self, normed: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+        """Project rows by some columns of the weights, in one product: (n, K) -> (n, W) each."""
+        projected = self._activated(normed @ torch.cat(weights, dim=1))
+        return projected.split([part.shape[1] for part in weights], dim=1)
+
+    def _activated(self, projected: Tensor) -> Tensor:
+        return silu(projected) if self._settings.linear_activation == "silu" else projected
 
     def normalise(self, attended: Tensor) -> Tensor:
         """Normalise what all heads read: (..., H dv) -> (..., H dv)."""
-        return layer_norm(attended, attended.shape[-1:], eps=_EPS)
+        return layer_norm(attended, attended.shape[-1:], eps=EPS)
 
     def state(self, normed: Tensor, attended: Tensor) -> Tensor:
         """Return what a token writes as its domain's state: (..., K)."""
@@ -192,23 +222,25 @@ class HSTULayer(nn.Module):
             gated = gated + after_gate
         return self._o(dropout(gated, rate=s.linear_dropout_rate, training=self.training)) + x
 
+    def _by_view(self, x: Tensor, views: Sequence[View]) -> Sequence[Tensor]:
+        """Split what heads have among the views: (n, H d) -> (n, h, d) of the h heads of each."""
+        sizes = [view.heads.stop - view.heads.start for view in views]
+        return x.unflatten(1, (self._settings.num_heads, -1)).split(sizes, dim=1)
+
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: EncoderRows, views: Sequence[View]
+        self, q: Tensor, memory: Memory, rows: EncoderRows, views: Sequence[View]
     ) -> Tensor:
+        """Let (Q, H dqk) queries attend to the memories of their views: (Q, H dv), normalised."""
         s = self._settings
         bias = None
         if self._rel_attn_bias is not None:
             bias = self._rel_attn_bias(rows.positions, rows.timestamps, rows.next_timestamps)
-        # The gradient of a slice would be zeros for all other heads; that of a split is whole.
-        heads = [view.heads.stop - view.heads.start for view in views]
         outputs = []
-        parts = (x.split(heads, dim=1) for x in (q, k, v))
-        for view, queries, keys, values in zip(views, *parts):
+        for number, (view, queries) in enumerate(zip(views, self._by_view(q, views))):
             read = [
                 domain_attention(
                     queries,
-                    keys,
-                    values,
+                    *memory(number, grouping),
                     grouping,
                     norm_length=s.norm_length,
                     bias=bias,
@@ -218,110 +250,7 @@ class HSTULayer(nn.Module):
                 for grouping in view.groupings
             ]
             outputs.append(sum(read[1:], start=read[0]))
-        return torch.cat(outputs, dim=1).flatten(1)
-
-
-class Attend(Protocol):
-    """How rows attend to what is in memory, head by head: queries, keys, values, biases."""
-
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Read (H, r, dv) by (H, r, dqk), (H, dqk, n), (H, n, dv) and (H, r, n).
-
-        The biases may be overwritten.
-        """
-        ...
-
-
-class StepMemory(Protocol):
-    """What the new rows of a layer read: their users' memories, and one another."""
-
-    def read_rows(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
-        """Let R rows attend to earlier rows and to one another.
-
-        Args:
-            queries: (H, R, dqk) float.
-            own: (H, dqk + dv, R) float, keys and values of the rows.
-            attend: how.
-
-        Returns:
-            (R, H * dv) float.
-        """
-        ...
-
-    def read_states(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
-        """Let R rows ask the domain states; the arguments are those of :meth:`read_rows`."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class FusedLayer:
-    """A layer for a few new rows: all that they are multiplied with is merged into one matrix.
-
-    Attributes:
-        settings: of the encoder.
-        projection: (K, W), columns of gates, of queries, and of each head's key and value side by
-            side; with DDSR further those of its scaled queries and, where a state is the layer's
-            input, of its keys and values side by side.
-        widths: how many columns each of the five has.
-        states: DDSR's weights; None without it.
-        bias_tables: of positions, (2 N - 1,), and of times, (buckets + 1,); None without bias.
-        combine: see :meth:`HSTULayer.combine`.
-    """
-
-    settings: EncoderSettings
-    projection: Tensor
-    widths: list[int]
-    states: FusedStates | None
-    bias_tables: tuple[Tensor, Tensor] | None
-    combine: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-    def added_by_target(self) -> Tensor:
-        """Return what a target domain adds to the products: (D, W), to DDSR's queries."""
-        added = torch.zeros(self.settings.num_domains, sum(self.widths))
-        if self.states is not None and self.states.targets is not None:
-            added.split(self.widths, dim=1)[3].copy_(self.states.targets)
-        return added
-
-    def row_memory(self, cache: LayerCache, rows: Tensor) -> Tensor:
-        """Return keys and values of some of the full layer's rows: (H, dqk + dv, n)."""
-        heads = self.settings.num_heads
-        return columns_by_head(side_by_side(cache.keys[rows], cache.values[rows], heads), heads)
-
-    def step(self, x: Tensor, added: Tensor, memory: StepMemory) -> Tensor:
-        """Run the layer over a few new rows, as :meth:`HSTULayer.forward` over all.
-
-        Args:
-            x: (R, K) float.
-            added: (R, W) float, of :meth:`added_by_target`.
-            memory: what the rows read.
-
-        Returns:
-            (R, K) float.
-        """
-        s = self.settings
-        normed = layer_norm(x, x.shape[-1:], eps=_EPS)
-        projected = torch.addmm(added, normed, self.projection)
-        if s.linear_activation == "silu":
-            silu(projected[:, : sum(self.widths[:3])], inplace=True)
-        u, q, kv, query, of_input = projected.split_with_sizes(self.widths, 1)
-        queries, own = by_head(q, s.num_heads), columns_by_head(kv, s.num_heads)
-        # The norm undoes a division by N, but for its eps: so the eps is multiplied instead.
-        read = memory.read_rows(queries, own, self.attend)
-        attended = layer_norm(read, read.shape[1:], eps=_EPS * s.norm_length**2)
-        answer = None
-        if self.states is not None:
-            written = of_input if s.state_from == "input" else attended @ self.states.memory
-            answer = memory.read_states(
-                by_head(query, s.num_heads),
-                columns_by_head(written, s.num_heads),
-                self.states.attend,
-            )
-        return self.combine(x, u, attended, answer)
-
-    @staticmethod
-    def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Attend to rows, ``N`` times over: see :class:`Attend`; overwrites ``bias``."""
-        return torch.bmm(silu(bias.baddbmm_(query, keys), inplace=True), values)
+        return self.normalise(torch.cat(outputs, dim=1).flatten(1))
 
 
 class CrossDomainEncoder(nn.Module):
@@ -373,6 +302,7 @@ class CrossDomainEncoder(nn.Module):
         *,
         questions: Questions | None = None,
         caches: list[LayerCache] | None = None,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """Encode the events of a batch, and questions that are put to some of them.
 
@@ -381,18 +311,44 @@ class CrossDomainEncoder(nn.Module):
             events: of the batch.
             questions: events to be encoded once more, for another domain or time.
             caches: takes what each layer's rows leave behind for later ones, if given.
+            asked: (Q,) int64, which of the L + R outputs are wanted, in any order; where it pays,
+                layers compute no other rows than these need. None: all.
 
         Returns:
-            (L + R, K) float.
+            (L + R, K) float, or (Q, K) of what is asked for.
 
         Raises:
-            InputError: questions that do not fit the batch, or the settings.
+            InputError: questions or rows that do not fit the batch, or the settings.
         """
         rows = EncoderRows(self._settings, events, questions)
         x = rows.lay_out(x, self._history_tokens)
-        for number, layer in enumerate(self._attention_layers):
-            x = layer(x, rows, rows.views(number), caches=caches)
-        return self._last_norm(rows.take_entries(x))
+        layers: list[nn.Module] = list(self._attention_layers)
+        if asked is None:
+            x = rows.take_entries(self._through(layers, x, rows, caches))
+            return self._last_norm(x)
+        # Whether a class of the user's can compute some rows alone is not known.
+        is_alone = pays(x, asked) and not isinstance(self._settings.layer, Part)
+        all_below = caches is not None or not is_alone
+        wanted, places = AskedRows.of(rows, asked, len(layers) - 1, all_below=all_below)
+        if is_alone:
+            x = self._through(layers, x, rows, caches, wanted.of_layers())
+        else:
+            x = wanted.take(self._through(layers, x, rows, caches))
+        return self._last_norm(x)[places]
+
+    def _through(
+        self,
+        layers: Sequence[nn.Module],
+        x: Tensor,
+        rows: EncoderRows,
+        caches: list[LayerCache] | None,
+        plan: Sequence[AskedRows | None] = (),
+    ) -> Tensor:
+        """Take rows through the layers; of each those alone that a plan, if given, asks for."""
+        for number, layer in enumerate(layers):
+            some = {"asked": plan[number]} if plan else {}
+            x = layer(x, rows, rows.views(number), caches=caches, **some)
+        return x
 
 
 def _build_layer(settings: EncoderSettings) -> nn.Module:

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 from hstu_xd.batch import JaggedBatch, Questions
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
-from hstu_xd.model.encoder import CrossDomainEncoder, LayerCache
+from hstu_xd.model.encoder import CrossDomainEncoder
 from hstu_xd.model.featured_items import FeaturedItemEmbedding, FeatureTable
+from hstu_xd.model.fused_layer import LayerCache
 from hstu_xd.model.inputs import (
     ItemEmbedding,
     PositionalInput,
@@ -159,6 +160,7 @@ class CrossDomainHSTU(nn.Module):
         *,
         questions: Questions | None = None,
         caches: list[LayerCache] | None = None,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """Encode every token of a jagged batch, and questions that are put to some of them.
 
@@ -166,14 +168,16 @@ class CrossDomainHSTU(nn.Module):
             batch: histories; no longer than the model's window each.
             questions: tokens to be encoded once more, for another domain or time.
             caches: takes what each layer's rows leave behind for later ones, if given.
+            asked: (Q,) int64, which of the L + R vectors are wanted, in any order; of many rows on
+                a CPU no more is computed than these need. None: all.
 
         Returns:
             (L + R, K) float, unit vectors: what each token says of its next event, then what each
-            question is answered; R is 0 without questions.
+            question is answered; R is 0 without questions. Or (Q, K), what is asked for.
 
         Raises:
             InputError: a history longer than that (checked on CPU, where it costs no wait, and not
-                in compiled code), or questions that do not fit.
+                in compiled code), or questions or rows that do not fit.
         """
         on_cpu = batch.offsets.device.type == "cpu"
         # What padding is kept is longer than the history in it.
@@ -187,7 +191,8 @@ class CrossDomainHSTU(nn.Module):
             self._tape, self._target_domain_emb, rows.entry_domains, rows.entry_targets
         )
         x = self.embed(item_ids, positions, extra)
-        return self.unit_vectors(self._hstu(x, rows.events, questions=questions, caches=caches))
+        x = self._hstu(x, rows.events, questions=questions, caches=caches, asked=asked)
+        return self.unit_vectors(x)
 
     @property
     def item_table(self) -> ItemEmbedding:
@@ -287,7 +292,7 @@ class CrossDomainHSTU(nn.Module):
         self._check_request(item_ids, timestamps, target_domains, request_timestamps)
         following = self._following(item_ids, timestamps, target_domains, request_timestamps)
         batch = JaggedBatch.from_padded(item_ids, timestamps, *following)
-        return self(batch)[batch.offsets[1:] - 1]
+        return self(batch, asked=batch.offsets[1:] - 1)
 
     def encode_padded(
         self,

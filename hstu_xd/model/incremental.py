@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hstu_xd.model.encoder import Attend, FusedLayer, LayerCache
+from hstu_xd.model.fused_layer import Attend, FusedLayer, LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.incremental_views import BiasTables, NewRows, RowBiases
 from hstu_xd.model.settings import EncoderSettings
@@ -214,7 +214,7 @@ class _UserPart:
 
 
 class _StepMemory(NamedTuple):
-    """What a layer's rows read, as :class:`hstu_xd.model.encoder.StepMemory` says.
+    """What a layer's rows read, as :class:`hstu_xd.model.fused_layer.StepMemory` says.
 
     Attributes:
         users: parts of the step.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from hstu_xd.model.asked_rows import AskedRows
 from hstu_xd.model.inputs import dropout
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.model.views import EncoderRows, View
@@ -54,44 +55,54 @@ class SASRecLayer(nn.Module):
         rows: EncoderRows,
         views: Sequence[View],
         caches: list[Any] | None = None,
+        *,
+        asked: AskedRows | None = None,
     ) -> Tensor:
         """Run the layer over the rows of a jagged batch.
 
         Args:
-            x: (L, K) float.
+            x: (L, K) float, or (n, K) of the rows that are given, see :class:`AskedRows`.
             rows: their coordinates, which this layer does not read.
             views: what the heads read.
             caches: has to be None: a serving session refuses softmax.
+            asked: the rows whose output is wanted; None: all.
 
         Returns:
-            (L, K) float.
+            (L, K) float, or (Q, K) of the rows that are asked for.
         """
         assert caches is None
-        normed = self._attention_norm(x)
-        hidden = normed + self._drop(self._o(self._attend(normed, x, views)))
+        normed = self._attention_norm(x if asked is None else asked.take(x))
+        hidden = normed + self._drop(self._o(self._attend(normed, x, views, asked)))
         normed = self._ffn_norm(hidden)
         inner = self._drop(relu(self._ffn_in(normed)))
         return normed + self._drop(self._ffn_out(inner))
 
-    def _attend(self, normed: Tensor, x: Tensor, views: Sequence[View]) -> Tensor:
+    def _attend(
+        self, normed: Tensor, x: Tensor, views: Sequence[View], asked: AskedRows | None
+    ) -> Tensor:
         s = self._settings
         q, k, v = (
             part.unflatten(1, (s.num_heads, -1))
             for part in (self._query(normed), self._key(x), self._value(x))
         )
-        # Softmax reads one grouping a view: what would make it several is refused with it.
-        outputs = [
-            domain_attention(
-                q[:, view.heads],
-                k[:, view.heads],
-                v[:, view.heads],
-                view.groupings[0],
-                norm_length=s.norm_length,
-                normalization="softmax",
-                impl=s.impl,
+        outputs = []
+        for view in views if asked is None else asked.views:
+            # Softmax reads one grouping a view: what would make it several is refused with it.
+            (grouping,) = view.groupings
+            keys, values = k[:, view.heads], v[:, view.heads]
+            if asked is not None:
+                keys, values = (asked.memory(grouping, part) for part in (keys, values))
+            outputs.append(
+                domain_attention(
+                    q[:, view.heads],
+                    keys,
+                    values,
+                    grouping,
+                    norm_length=s.norm_length,
+                    normalization="softmax",
+                    impl=s.impl,
+                )
             )
-            for view in views
-        ]
         return torch.cat(outputs, dim=1).flatten(1)
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -14,11 +14,14 @@ A grouping may hold a narrower rule, ``grouping.rule``, by which a query sees fe
 window, a sink, what a search has found. It is a function of pairs of tokens, written where the
 grouping is built; no operator changes. Prefixes are bounds then, "auto" computes it, and
 implementations that cannot follow it refuse it.
+
+A grouping may ask for some tokens alone, ``grouping.asking(...)``: its queries are then those
+tokens, numbered from 0, and its keys are those of the groups that they read, numbered likewise.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +30,9 @@ from torch.nn.functional import pad
 from hstu_xd.errors import InputError
 
 T = TypeVar("T")
+
+# Of keys, the share that is worth taking alone; to leave a few out costs more than they do.
+_MOST_READ = 0.9
 
 # Tokens of queries and of keys, int64 of shapes that broadcast -> bool, whether the query may see
 # the key. Later keys and those of other groups stay hidden, whatever it says of them.
@@ -66,12 +72,14 @@ class DomainGrouping:
         positions: (L,) int64, each batch token's position in its user's history, from 0.
         batch_offsets: (B + 1,) int64, the batch's own offsets.
         num_domains: number of domains ``D``.
-        key_grouping: for a target view, the grouping of the keys that these queries read; None
-            when queries and keys are grouped alike.
+        key_grouping: for a target view, and where some tokens alone are queries, the grouping of
+            the keys that these queries read; None when queries and keys are grouped alike.
         padded_length: tokens of every user where all have as many, so that sizes follow from shapes
             alone; else None.
         rule: narrows what a query sees of its group, see :mod:`hstu_xd.ops.grouping`; None where
             it sees all keys that are not later.
+        asked: where it groups some of the batch's tokens alone, which; else None. ``L`` above is
+            then their number, and a "token" is a place among them, see :meth:`asking`.
     """
 
     permutation: Tensor
@@ -82,6 +90,7 @@ class DomainGrouping:
     key_grouping: "DomainGrouping | None" = None
     padded_length: int | None = None
     rule: PairRule | None = None
+    asked: "AskedTokens | None" = None
 
     @classmethod
     def from_jagged(
@@ -156,14 +165,59 @@ class DomainGrouping:
             rule=self.rule,
         )
 
+    def asking(self, tokens: Tensor) -> "DomainGrouping":
+        """Build the grouping in which some tokens alone are queries, and what they read is keys.
+
+        Args:
+            tokens: (Q,) int64, in any order, each once: query ``i`` of operators is token
+                ``tokens[i]``, and row ``i`` of what they return is its. Key ``j`` is token
+                ``keys.asked.tokens[j]``, or token ``j`` where nearly all are read.
+
+        Raises:
+            InputError: a token twice (checked on CPU only, where it costs no wait).
+
+        Example:
+            >>> domains, offsets = torch.tensor([1, 0, 1]), torch.tensor([0, 3])
+            >>> asked = DomainGrouping.from_jagged(domains, offsets, 2).asking(torch.tensor([2]))
+            >>> asked.offsets.tolist(), asked.positions.tolist(), asked.keys.of_tokens(domains)
+            ([0, 0, 1], [2], tensor([1, 1]))
+        """
+        if tokens.device.type == "cpu" and tokens.unique().numel() != tokens.numel():
+            raise InputError(
+                f"{tokens.numel()} tokens are asked for, {tokens.unique().numel()} different ones; "
+                "name each once, and index what comes back"
+            )
+        queries, keys = self.some(tokens), self.keys
+        (read,) = torch.nonzero((queries.lengths > 0)[keys.group_of], as_tuple=True)
+        if read.numel() <= _MOST_READ * keys.num_tokens:
+            keys = keys.some(read)
+        rule = self.rule and _rule_of(self.rule, queries, keys)
+        return replace(queries, key_grouping=keys, rule=rule)
+
+    def some(self, tokens: Tensor) -> "DomainGrouping":
+        """Group some of the tokens alone: (n,) int64, each once, which are numbered from 0."""
+        group, positions = self.group_of[tokens], self.positions[tokens]
+        counts = torch.zeros_like(self.lengths).scatter_add_(0, group, torch.ones_like(group))
+        return replace(
+            self,
+            permutation=torch.argsort(self._rank(group, positions), stable=True),
+            offsets=pad(counts.cumsum(0), (1, 0)),
+            positions=positions,
+            asked=AskedTokens(tokens, self),
+        )
+
     @property
     def keys(self) -> "DomainGrouping":
-        """The grouping of the keys: this one, or ``key_grouping`` in a target view."""
+        """The grouping of the keys: this one, or ``key_grouping`` where it is another one."""
         return self if self.key_grouping is None else self.key_grouping
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Take what its tokens have of what all tokens of the batch have: (L, ...) -> (Q, ...)."""
+        return values if self.asked is None else values[self.asked.tokens]
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens ``L`` in the batch."""
+        """Number of tokens ``L`` in the batch, or of those of them that are grouped."""
         return self.permutation.numel()
 
     @lazy_property
@@ -218,7 +272,27 @@ class DomainGrouping:
         return self._rank(owner, self.positions[self.permutation])
 
     def _rank(self, group: Tensor, position: Tensor) -> Tensor:
-        return group * (self.num_tokens + 1) + position.clamp(0, self.num_tokens)
+        # No position of the batch is larger, whichever of its tokens are here.
+        bound = (self if self.asked is None else self.asked.whole).num_tokens
+        return group * (bound + 1) + position.clamp(0, bound)
+
+
+class AskedTokens(NamedTuple):
+    """Which tokens are grouped: (Q,) int64 ``tokens``, and the grouping ``whole`` of all."""
+
+    tokens: Tensor
+    whole: DomainGrouping
+
+
+def _rule_of(rule: PairRule, queries: DomainGrouping, keys: DomainGrouping) -> PairRule:
+    """Let a rule of all tokens know those of two groupings by their places in them."""
+    asking, read = (
+        torch.arange(x.num_tokens, device=x.permutation.device)
+        if x.asked is None
+        else x.asked.tokens
+        for x in (queries, keys)
+    )
+    return lambda query, key: rule(asking[query], read[key])
 
 
 def _check(domains: Tensor, offsets: Tensor, num_domains: int) -> None:

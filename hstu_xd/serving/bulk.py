@@ -238,18 +238,19 @@ def user_vectors(
         )
 
     if isinstance(model, Baseline) or not _reads_domain(model):
-        return model(batch_of(domains[0]))[last].unsqueeze(1).expand(-1, len(domains), -1)
+        return model(batch_of(domains[0]), asked=last).unsqueeze(1).expand(-1, len(domains), -1)
     if len(domains) == 1 or not _takes_questions(model):
-        return torch.stack([model(batch_of(domain))[last] for domain in domains], dim=1)
+        return torch.stack([model(batch_of(domain), asked=last) for domain in domains], dim=1)
     others = torch.tensor(domains[1:])
     questions = Questions(
         rows=last.repeat_interleave(others.numel()),
         target_domains=others.repeat(last.numel()),
         timestamps=asked.repeat_interleave(others.numel()),
     )
-    vectors = model(batch_of(domains[0]), questions=questions)
-    answers = vectors[windows.item_ids.numel() :].view(last.numel(), others.numel(), -1)
-    return torch.cat([vectors[last].unsqueeze(1), answers], dim=1)
+    answers = windows.item_ids.numel() + torch.arange(questions.rows.numel())
+    asked = torch.cat([last.unsqueeze(1), answers.view(last.numel(), -1)], dim=1)
+    vectors = model(batch_of(domains[0]), questions=questions, asked=asked.flatten())
+    return vectors.view(*asked.shape, -1)
 
 
 def _reads_domain(model: CrossDomainHSTU) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.errors import InputError
-from hstu_xd.model.encoder import LayerCache
+from hstu_xd.model.fused_layer import LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.incremental import IncrementalModel
 from hstu_xd.model.rows import EVENT
@@ -388,7 +388,7 @@ class EncoderSession:
             target_domains=torch.cat([domains[1:], domains[-1:]]),
             offsets=torch.tensor([0, len(items)]),
         )
-        self.model(batch, caches=caches)
+        self.model(batch, caches=caches, asked=times.new_empty(0))
         events = readable = torch.arange(len(items) - 1)
         rows = state.rows[:, :0]
         if self.model.settings.has_segments:

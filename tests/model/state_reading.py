@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.state_attention.state_reads import StateReads, StateTiles
+from hstu_xd.ops.state_attention.state_reads import StateReads
+from hstu_xd.ops.state_attention.state_tiles import StateTiles
 
 
 def reads_in_tiles(

@@ -18,7 +18,8 @@ from hstu_xd.ops.state_attention.reference import (
     reference_state_attention,
     state_age_bucket,
 )
-from hstu_xd.ops.state_attention.state_reads import StateReads, StateTiles
+from hstu_xd.ops.state_attention.state_reads import StateReads
+from hstu_xd.ops.state_attention.state_tiles import StateTiles
 
 WIDTH, HEADS, DQK, DV = 5, 2, 3, 4
 LENGTHS = [0, 1, 7, 8, 9, 0, 26]

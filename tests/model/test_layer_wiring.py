@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from hstu_xd.ops.grouping import DomainGrouping
-from hstu_xd.ops.state_attention.state_reads import StateTiles
+from hstu_xd.ops.state_attention.state_tiles import StateTiles
 
 # As long as the model's window, so that the plain layer needs no padding.
 HISTORY = draw_histories([NORM_LENGTH])[0]

@@ -47,6 +47,22 @@ def states() -> None:
         Errors(rows.pop("out"), rows).check()
 
 
+def asked() -> None:
+    """A third of the tokens as queries, so that no number of a query is that of its key."""
+    case = draw(ATTENTION[0])
+    leaves, grouping = case.tensors(torch.float32), case.grouping()
+    some = grouping.asking(torch.arange(0, grouping.num_tokens, 3))
+    sides = {"q": some, "k": some.keys, "v": some.keys}
+    with poisoned_memory(), torch.no_grad():
+        out = domain_native.native_domain_attention(
+            *(side.of_tokens(leaves[name]) for name, side in sides.items()),
+            some,
+            norm_length=case.norm_length,
+            bias=case.relative_bias(leaves),
+        )
+    Errors(worst_row(out, case.oracle.out[::3], None), {}).check()
+
+
 def edges() -> None:
     # The net of the first use is not what is tested here.
     with pytest.MonkeyPatch.context() as patch:
@@ -90,13 +106,13 @@ domain(
 )
 domain(
     "positions_shifted",
-    "a->max_length - 1 - a->positions[token]",
-    "a->max_length - 2 - a->positions[token]",
+    "a->max_length - 1 - a->query_positions[token]",
+    "a->max_length - 2 - a->query_positions[token]",
 )
 domain(
     "table_gradients_shifted",
-    "a->max_length - 1 - a->positions[group->queries[first + r]]",
-    "a->max_length - a->positions[group->queries[first + r]]",
+    "a->max_length - 1 - a->query_positions[group->queries[first + r]]",
+    "a->max_length - a->query_positions[group->queries[first + r]]",
 )
 domain(
     "time_of_the_query_itself",
@@ -137,8 +153,27 @@ both("exponential_off", "splat(1.6666665459e-1f)", "splat(1.66e-1f)")
 
 state(
     "own_state_unseen",
-    "        visit(x, token, backward);\n        (backward ? answer_backward : answer)(x, token);",
-    "        (backward ? answer_backward : answer)(x, token);\n        visit(x, token, backward);",
+    "        visit(x, token, backward);\n        if (query < 0) continue;\n",
+    "        if (query >= 0) look_at_ages(x, token), "
+    "(backward ? answer_backward : answer)(x, query);\n"
+    "        visit(x, token, backward);\n        if (1) continue;\n",
+)
+state(
+    "last_query_lost",
+    "s->query_of[end - 1] < 0) end--;",
+    "s->query_of[end - 1] < 0) end--;\n    if (!backward && end > first) end--;",
+)
+domain(
+    "place_of_a_key_for_the_query",
+    "a->query_places[group->queries[first + r]]",
+    "a->places[group->queries[first + r]]",
+    asked,
+)
+domain(
+    "position_of_a_key_for_the_query",
+    "a->max_length - 1 - a->query_positions[token]",
+    "a->max_length - 1 - a->positions[token]",
+    asked,
 )
 state("newest_replaced", "x->visits[domain]++ % depth", "(x->visits[domain]++ ? 1 : 0)")
 state(
@@ -169,6 +204,10 @@ state(
     "    begin(x, backward);\n    for",
     "    if (!user) begin(x, backward);\n    for",
 )
+
+
+def test_asked_queries_pass() -> None:
+    asked()
 
 
 @pytest.mark.parametrize("name", MUTANTS)

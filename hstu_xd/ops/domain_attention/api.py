@@ -33,6 +33,9 @@ _IMPLS: dict[str, dict[str, Callable[..., Tensor]]] = {
 }
 
 
+# Those that compute no more queries than a grouping asks for.
+_TAKES_ASKED = ("eager", "native")
+
 # Those whose first use is compared.
 _FAST = {"native": native_domain_attention, "triton": fused_domain_attention}
 
@@ -95,12 +98,16 @@ def domain_attention(
     ``out_i = sum_j SiLU(<q_i, k_j> + bias_ij) v_j / norm_length`` over the keys ``j`` of query
     ``i``'s group with ``p_j <= p_i``, or
     ``out_i = sum_j softmax_j(<q_i, k_j> / sqrt(dqk) + bias_ij) v_j`` over the same keys. With
-    ``grouping.target_view(...)`` queries are grouped by their target domain and keys by their own.
+    ``grouping.target_view(...)`` queries are grouped by their target domain and keys by their own;
+    with ``grouping.asking(tokens)`` some tokens alone are queries, and what they read is keys.
+    Where an implementation cannot leave the others out ("reference", "flex", "triton"), it computes
+    them, and they are dropped.
 
     Args:
-        q: (L, H, dqk) float, queries of the batch's tokens in batch order.
-        k: (L, H, dqk) float, keys.
-        v: (L, H, dv) float, values.
+        q: (L, H, dqk) float, queries of the batch's tokens in batch order, or (Q, H, dqk) of the Q
+            tokens that the grouping asks for, in their order.
+        k: (L, H, dqk) float, keys, or those of the tokens of ``grouping.keys`` in their order.
+        v: (L, H, dv) float, values likewise.
         grouping: the plan of the batch, built once and shared by all layers.
         norm_length: the constant ``N`` that upstream divides by: the padded length, never a
             group's own. Softmax does not read it.
@@ -111,7 +118,8 @@ def domain_attention(
             compute it and can be compiled; else eager) or a name of :func:`available_impls`.
 
     Returns:
-        (L, H, dv) float, in batch order; zeros where a query's group holds no key.
+        (L, H, dv) or (Q, H, dv) float, in the order of the queries; zeros where a query's group
+        holds no key.
 
     Raises:
         InputError: shapes or dtypes that do not fit together, an unknown ``normalization``, an
@@ -141,7 +149,19 @@ def domain_attention(
     if impl in _FAST:
         use = KernelUse.build("domain_attention", q, v, biased=bias is not None, impl=impl)
         impl = impl if holds(use, _trial, insists=insists) else "eager"
-    return _IMPLS[normalization][impl](q, k, v, grouping, norm_length=norm_length, bias=bias)
+    compute = partial(_IMPLS[normalization][impl], norm_length=norm_length, bias=bias)
+    if grouping.asked is None or impl in _TAKES_ASKED:
+        return compute(q, k, v, grouping)
+    tokens, whole = grouping.asked
+    given = zip((grouping, grouping.keys, grouping.keys), (q, k, v))
+    return compute(*(_spread(*each, whole.num_tokens) for each in given), whole)[tokens]
+
+
+def _spread(grouping: DomainGrouping, x: Tensor, number: int) -> Tensor:
+    """Put rows of some tokens into those of all, zeros elsewhere: (n, H, d) -> (L, H, d)."""
+    if grouping.asked is None:
+        return x
+    return x.new_zeros(number, *x.shape[1:]).index_copy(0, grouping.asked.tokens, x)
 
 
 def _fastest(q: Tensor, v: Tensor, grouping: DomainGrouping, bias: RelativeBias | None) -> str:
@@ -188,24 +208,25 @@ def _check(
     norm_length: int,
     bias: RelativeBias | None,
 ) -> None:
-    length = grouping.num_tokens
+    length = grouping.keys.num_tokens
+    tokens = length if grouping.asked is None else grouping.asked.whole.num_tokens
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 3 or tensor.shape[0] != length:
+        size = grouping.num_tokens if name == "q" else length
+        if tensor.ndim != 3 or tensor.shape[0] != size:
             raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}; (L, heads, width) with L={length} tokens "
+                f"{name} has shape {tuple(tensor.shape)}; (L, heads, width) with L={size} tokens "
                 "of the grouping is needed"
             )
         if tensor.dtype != q.dtype or not tensor.is_floating_point():
             raise InputError(
                 f"{name} is {tensor.dtype}; q, k and v need one float dtype ({q.dtype})"
             )
-    if k.shape != q.shape:
-        raise InputError(
-            f"k has shape {tuple(k.shape)}; the shape of q, {tuple(q.shape)}, is needed"
-        )
+    needed = (length, *q.shape[1:])
+    if k.shape != needed:
+        raise InputError(f"k has shape {tuple(k.shape)}; the shape of q, {needed}, is needed")
     if v.shape[1] != q.shape[1]:
         raise InputError(f"v has {v.shape[1]} heads; the {q.shape[1]} of q and k are needed")
     if norm_length < 1:
         raise InputError(f"norm_length is {norm_length}; the padded length N >= 1 is needed")
-    if bias is not None and bias.positions.numel() != length:
-        raise InputError(f"bias covers {bias.positions.numel()} tokens; the batch has {length}")
+    if bias is not None and bias.positions.numel() != tokens:
+        raise InputError(f"bias covers {bias.positions.numel()} tokens; the batch has {tokens}")

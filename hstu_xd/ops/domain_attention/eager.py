@@ -140,7 +140,7 @@ class _GroupedAttention(torch.autograd.Function):
         if plan is None:
             ctx.plan = None
             ctx.save_for_backward(q, k, v, position_weights, time_weights)
-            return torch.zeros_like(v)
+            return v.new_zeros(*q.shape[:2], v.shape[2])
         pairs = PairBias.build(grouping, plan, bias)
         flat_q, flat_k, flat_v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
         table = pairs.table(q)
@@ -359,8 +359,8 @@ def _coordinates(
     tokens: tuple[Tensor, ...] = ()
     if grouping.rule is not None:
         # A rule knows no padding; hidden it is anyway.
-        last_token = grouping.num_tokens - 1
-        tokens = tuple(x.tokens.clamp(max=last_token) for x in (plan.queries, plan.keys))
+        both = (plan.queries, grouping), (plan.keys, grouping.keys)
+        tokens = tuple(x.tokens.clamp(max=of.num_tokens - 1) for x, of in both)
     order = of_walk(grouping.positions.int(), grouping.keys.positions.int(), padding)
     if bias is None:
         return _Coordinates(
@@ -373,13 +373,15 @@ def _coordinates(
             rule=grouping.rule,
             named_by_id=named,
         )
-    positions = bias.positions
+    keys = grouping.keys
+    positions = grouping.of_tokens(bias.positions), keys.of_tokens(bias.positions)
+    times = grouping.of_tokens(bias.next_timestamps), keys.of_tokens(bias.timestamps)
     span = bias.check_span()
     # Where the bias has the positions that decide causality, its own index shows a later key.
-    alike = all(torch.equal(positions, x.positions) for x in (grouping, grouping.keys))
+    alike = all(torch.equal(own, x.positions) for own, x in zip(positions, (grouping, keys)))
     return _Coordinates(
-        order if alike else of_walk(positions.int(), positions.int(), padding),
-        of_walk(bias.next_timestamps, bias.timestamps, (0, 0)),
+        order if alike else of_walk(positions[0].int(), positions[1].int(), padding),
+        of_walk(times[0], times[1], (0, 0)),
         () if alike else order,
         first=bias.max_length - 1 - span,
         columns=1 + span + (0 if alike else span) + 1,

@@ -18,11 +18,12 @@ enum { SUMS = 4 };
 typedef struct {
     /* What is read: (tokens, heads * width) floats, rows that lie a stride apart. */
     const float *q, *k, *v, *grad_out;
-    /* Tokens by group, positions rising, and the position of every token in its history. */
-    const int64_t *query_tokens, *query_offsets, *key_tokens, *key_offsets, *places;
-    /* Tables of the bias and what every token has of it; no tables: NULL. */
+    /* Rows by group, positions rising, and the position of every row in its history. Queries may be
+     * fewer than keys: both have rows of their own. */
+    const int64_t *query_tokens, *query_offsets, *key_tokens, *key_offsets, *query_places, *places;
+    /* Tables of the bias and what every row has of it, the last of queries; no tables: NULL. */
     const float *position_weights, *time_weights;
-    const int64_t *positions, *timestamps, *next_timestamps;
+    const int64_t *query_positions, *positions, *timestamps, *next_timestamps;
     const int32_t *edges;
     /* What is written: (tokens, heads * width), and sums of the tables' gradients. */
     float *out, *dq, *dk, *dv_out;
@@ -115,7 +116,7 @@ static inline void add_outer(float weights[ROWS][STRETCH], const float *rows, in
 static int64_t count_seen(const Group *group, int64_t first, int64_t rows, int64_t before, int32_t seen[BLOCK]) {
     const int64_t *places = group->a->places;
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t place = places[group->queries[first + r]];
+        const int64_t place = group->a->query_places[group->queries[first + r]];
         while (before < group->num_keys && places[group->keys[before]] <= place) before++;
         seen[r] = (int32_t)before;
     }
@@ -133,7 +134,7 @@ static void look_up(const Group *group, int64_t first, int64_t rows, int64_t see
             clear(bias, round_up(seen));
             continue;
         }
-        const int32_t shift = (int32_t)(a->max_length - 1 - a->positions[token]);
+        const int32_t shift = (int32_t)(a->max_length - 1 - a->query_positions[token]);
         const int64_t time = a->next_timestamps[token];
         for (int64_t j = 0; j < seen; j += LANES) {
             longs difference;
@@ -153,7 +154,7 @@ static void look_up(const Group *group, int64_t first, int64_t rows, int64_t see
 static void add_to_tables(const Group *group, int64_t first, int64_t rows, const int32_t seen[BLOCK]) {
     const Attention *a = group->a;
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t shift = a->max_length - 1 - a->positions[group->queries[first + r]];
+        const int64_t shift = a->max_length - 1 - a->query_positions[group->queries[first + r]];
         const float *dbias = group->dbias + r * group->wide;
         const int32_t *buckets = group->buckets + r * group->wide;
         double *sums = group->position_sums + shift;

@@ -19,9 +19,9 @@ from hstu_xd.ops.relative_bias import RelativeBias, bucket_edges
 
 LIBRARY = NativeLibrary(
     Path(__file__).with_name("native.c"),
-    "q k v grad_out query_tokens query_offsets key_tokens key_offsets places position_weights "
-    "time_weights positions timestamps next_timestamps edges out dq dk dv_out position_sums "
-    "time_sums",
+    "q k v grad_out query_tokens query_offsets key_tokens key_offsets query_places places "
+    "position_weights time_weights query_positions positions timestamps next_timestamps edges out "
+    "dq dk dv_out position_sums time_sums",
     "q_stride k_stride v_stride grad_out_stride heads dqk dv groups max_length "
     "last_bucket norm_length threads",
 )
@@ -94,7 +94,7 @@ class _NativeAttention(torch.autograd.Function):
         inputs = [q, k, v, *tables]
         ctx.rest = grouping, norm_length, bias
         ctx.save_for_backward(*inputs)
-        out = v.new_empty(v.shape)
+        out = v.new_empty(*q.shape[:2], v.shape[2])
         _call("hstu_xd_attend", inputs, grouping, norm_length, bias, out=out)
         return out
 
@@ -141,16 +141,18 @@ def _call(
         "query_offsets": grouping.offsets,
         "key_tokens": keys.permutation,
         "key_offsets": keys.offsets,
-        "places": grouping.positions,
+        "query_places": grouping.positions,
+        "places": keys.positions,
     }
     sizes = {"max_length": 1, "last_bucket": 0}
     if bias is not None:
         others |= {
             "position_weights": inputs[3],
             "time_weights": inputs[4],
-            "positions": bias.positions,
-            "timestamps": bias.timestamps,
-            "next_timestamps": bias.next_timestamps,
+            "query_positions": grouping.of_tokens(bias.positions),
+            "positions": keys.of_tokens(bias.positions),
+            "timestamps": keys.of_tokens(bias.timestamps),
+            "next_timestamps": grouping.of_tokens(bias.next_timestamps),
             "edges": bucket_edges(q.device),
         }
         sizes = {"max_length": bias.max_length, "last_bucket": bias.time_weights.numel() - 1}

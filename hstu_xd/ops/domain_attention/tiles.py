@@ -40,6 +40,8 @@ _REMEMBERED_PAIRS = 2**25
 class Bucket:
     """Groups padded to one size, shortest first. Padding slots hold token ``L``.
 
+    Where some tokens alone are queries, query tokens are places among them.
+
     Attributes:
         query_tokens: (G, m) int64, batch tokens of the queries.
         key_tokens: (G, n) int64, batch tokens of the keys.
@@ -172,16 +174,16 @@ def walk(grouping: DomainGrouping, heads: int) -> Walk | None:
     """Return the walk over a batch, built once for all layers; None where no query sees a key."""
     known = _walks.setdefault(grouping, {})
     if heads not in known:
-        known[heads] = _walk(_buckets(grouping), grouping.num_tokens, heads)
+        known[heads] = _walk(grouping, heads)
     return known[heads]
 
 
-def _walk(buckets: list[Bucket], num_tokens: int, heads: int) -> Walk | None:
+def _walk(grouping: DomainGrouping, heads: int) -> Walk | None:
     tiles: list[Tile] = []
     queries: list[Tensor] = []
     keys: list[Tensor] = []
     first_query = first_key = pairs = 0
-    for chunk in (chunk for bucket in buckets for chunk in _chunks(bucket, heads)):
+    for chunk in (chunk for bucket in _buckets(grouping) for chunk in _chunks(bucket, heads)):
         groups, width = chunk.key_tokens.shape
         for block, columns in _blocks(chunk):
             rows = block.stop - block.start
@@ -206,8 +208,8 @@ def _walk(buckets: list[Bucket], num_tokens: int, heads: int) -> Walk | None:
         return None
     return Walk(
         tiles,
-        WalkRows.build(queries, num_tokens, heads),
-        WalkRows.build(keys, num_tokens, heads),
+        WalkRows.build(queries, grouping.num_tokens, heads),
+        WalkRows.build(keys, grouping.keys.num_tokens, heads),
         heads,
     )
 

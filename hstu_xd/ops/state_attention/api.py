@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
@@ -60,10 +61,10 @@ def state_attention(
     bucket of the time from the writing of ``s`` to the event after ``i``.
 
     Args:
-        q: (L, H, dqk) float, queries of the tokens in batch order; the caller has scaled them,
-            usually by ``dqk ** -0.5``.
-        k: (L + D, H, dqk) float, keys: of the state that each token writes, then of the initial
-            state of each domain.
+        q: (L, H, dqk) float, queries of the tokens in batch order, or (Q, H, dqk) of those that ask
+            (``reads.asked``); the caller has scaled them, usually by ``dqk ** -0.5``.
+        k: (L + D, H, dqk) float, keys: of the state that each token writes, or those of
+            ``reads.asked.states``, then of the initial state of each domain.
         v: (L + D, H, dv) float, values likewise.
         reads: the plan of the batch, built once and shared by all layers.
         bias: (129, H) float by ``age``, its last row for initial states; None for no bias.
@@ -72,7 +73,8 @@ def state_attention(
             a name of :func:`available_state_impls`.
 
     Returns:
-        (L, H, dv) float, in batch order.
+        (L, H, dv) or (Q, H, dv) float, in the order of the queries. All implementations but
+        "native" answer every token, and drop what nobody asked for.
 
     Raises:
         InputError: shapes or dtypes that do not fit together, or an unknown ``impl``.
@@ -106,7 +108,14 @@ def state_attention(
     if impl in _FAST:
         use = KernelUse.build("state_attention", q, v, biased=bias is not None, impl=impl)
         impl = impl if holds(use, _trial, insists=insists) else "eager"
-    return _IMPLS[impl](q, k, v, reads, bias=bias)
+    if reads.asked is None or impl == "native":
+        return _IMPLS[impl](q, k, v, reads, bias=bias)
+    tokens, states, whole = reads.asked
+    length, initial = whole.grouping.num_tokens, whole.num_rows - whole.num_states
+    q = q.new_zeros(length, *q.shape[1:]).index_copy(0, tokens, q)
+    rows = torch.cat([states, length + torch.arange(initial, device=states.device)])
+    k, v = (x.new_zeros(length + initial, *x.shape[1:]).index_copy(0, rows, x) for x in (k, v))
+    return _IMPLS[impl](q, k, v, whole, bias=bias)[tokens]
 
 
 def _fastest(q: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> str:
@@ -142,7 +151,7 @@ def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:
 def _check(q: Tensor, k: Tensor, v: Tensor, reads: StateReads, bias: Tensor | None) -> None:
     # Text with sizes in it is made only to be shown: a compiled graph would be tied to the numbers.
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        size = reads.grouping.num_tokens if name == "q" else reads.num_rows
+        size = reads.num_queries if name == "q" else reads.num_rows
         if tensor.ndim != 3 or tensor.shape[0] != size:
             meaning = "tokens of reads"
             if name != "q":

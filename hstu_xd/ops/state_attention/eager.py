@@ -1,7 +1,7 @@
 """DDSR's attention in plain PyTorch: tiles of queries on the rows of states that they may see.
 
 A few consecutive tokens of a user read a small set of states, so that scores are matrix products;
-see ``state_reads``. The backward pass is written out: autograd's own gives the gradients of the
+see ``state_tiles``. The backward pass is written out: autograd's own gives the gradients of the
 keys transposed, and turning them costs as much as the products. It sums in float32 or better.
 """
 
@@ -13,7 +13,8 @@ from torch import _softmax_backward_data as softmax_backward  # it has no public
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads, StateTiles
+from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads
+from hstu_xd.ops.state_attention.state_tiles import StateTiles
 
 # Gathered states and scores of one chunk of tiles: bounds memory at hundreds of domains (floats).
 _CHUNK_FLOATS = 16_000_000

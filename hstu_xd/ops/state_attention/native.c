@@ -17,17 +17,20 @@ enum { SUMS = 4 };
 
 /* Fields of eight bytes each, pointers first; native.py has the same list. */
 typedef struct {
-    /* (tokens, heads * width) floats of queries, a stride apart; of keys and values, which have a
-     * row more for the initial state of each domain. */
+    /* (rows, heads * width) floats, a stride apart: of queries; of keys and values of states, which
+     * have a row more for the initial state of each domain. */
     const float *q, *k, *v, *grad_out;
-    const int64_t *offsets, *domains, *timestamps, *next_timestamps;
+    const int64_t *offsets;
+    const int64_t *query_of; /* row of each token in q, out and dq; -1: it asks nothing */
+    const int64_t *state_of; /* row of each token's state in k, v, dk and dv; -1: nobody reads it */
+    const int64_t *domains, *timestamps, *next_timestamps;
     const float *bias; /* (never_written + 1, heads), or NULL */
     const int32_t *edges;
     /* What is written: as q, k and v, and a sum of the gradients of the bias. */
     float *out, *dq, *dk, *dv_out;
     double *bias_sums;
     int64_t q_stride, k_stride, v_stride, grad_out_stride;
-    int64_t tokens, heads, dqk, dv, users, num_domains, states_per_domain, never_written, threads;
+    int64_t tokens, states, heads, dqk, dv, users, num_domains, states_per_domain, never_written, threads;
 } States;
 
 /* What a user's slots hold; a slot's lanes lie beside those of its neighbours. */
@@ -83,11 +86,11 @@ static void hand_over(Slots *x, int64_t slot) {
     const int64_t row = x->state_of[slot], of_keys = s->heads * s->dqk, of_values = s->heads * s->dv;
     for (int64_t head = 0; head < s->heads; head++) {
         float *dk = of_head(x->dk, x, head, slot, x->dqk), *dv = of_head(x->dv_rows, x, head, slot, x->dv);
-        if (row < s->tokens) {
+        if (row < s->states) {
             copy(s->dk + row * of_keys + head * s->dqk, dk, s->dqk);
             copy(s->dv_out + row * of_values + head * s->dv, dv, s->dv);
         } else {
-            float *initial = x->initial + (row - s->tokens) * (of_keys + of_values);
+            float *initial = x->initial + (row - s->states) * (of_keys + of_values);
             for (int64_t c = 0; c < s->dqk; c++) initial[head * s->dqk + c] += dk[c];
             for (int64_t c = 0; c < s->dv; c++) initial[of_keys + head * s->dv + c] += dv[c];
         }
@@ -109,7 +112,7 @@ static void begin(Slots *x, int backward) {
     for (int64_t slot = 0; slot < x->wide; slot++) x->state_of[slot] = -1, x->written[slot] = 0;
     for (int64_t d = 0; d < s->num_domains; d++) {
         x->slot_of[d * s->states_per_domain] = d;
-        put(x, d, s->tokens + d, backward);
+        put(x, d, s->states + d, backward);
     }
     x->used = s->num_domains;
 }
@@ -122,13 +125,22 @@ static int64_t next_slot(Slots *x, int64_t domain) {
     return *slot;
 }
 
-/* Writes a token's state and tells how old all states are for it. */
+/* Writes a token's state; one that nobody reads is replaced before the next query. */
 static void visit(Slots *x, int64_t token, int backward) {
     const States *s = x->s;
-    const int64_t slot = next_slot(x, s->domains[token]);
+    const int64_t slot = next_slot(x, s->domains[token]), row = s->state_of[token];
     if (backward && x->state_of[slot] >= 0) hand_over(x, slot);
-    put(x, slot, token, backward);
+    if (row < 0) {
+        x->state_of[slot] = -1;
+        return;
+    }
+    put(x, slot, row, backward);
     x->written[slot] = s->timestamps[token];
+}
+
+/* Tells how old all states are for a token. */
+static void look_at_ages(Slots *x, int64_t token) {
+    const States *s = x->s;
     if (!s->bias) return;
     for (int64_t j = 0; j < x->used; j += LANES) {
         longs difference;
@@ -170,11 +182,11 @@ static inline void add_rows(const float *weights, const float *rows, int64_t pad
     }
 }
 
-/* Makes the weights of the slots in use for a token's heads: softmax of scores and ages.
+/* Makes the weights of the slots in use for a query's heads: softmax of scores and ages.
  *
  * Each step is taken for all heads before the next one: what they compute can overlap then.
  */
-static void weigh(Slots *x, int64_t token) {
+static void weigh(Slots *x, int64_t query) {
     const States *s = x->s;
     const int64_t wide = x->wide, used = x->used, heads = s->heads;
     for (int64_t head = 0; head < heads; head++) {
@@ -183,7 +195,7 @@ static void weigh(Slots *x, int64_t token) {
         for (int64_t j = 0; j < used; j++) weights[j] = s->bias ? bias[x->ages[j]] : 0;
     }
     for (int64_t head = 0; head < heads; head++)
-        multiply(s->q + token * s->q_stride + head * s->dqk, x->key_columns + head * s->dqk * wide, s->dqk, wide, used,
+        multiply(s->q + query * s->q_stride + head * s->dqk, x->key_columns + head * s->dqk * wide, s->dqk, wide, used,
                  x->weights + head * wide);
     for (int64_t head = 0; head < heads; head++) {
         floats top = splat(-INFINITY);
@@ -214,12 +226,12 @@ static void weigh(Slots *x, int64_t token) {
     }
 }
 
-static void answer(Slots *x, int64_t token) {
+static void answer(Slots *x, int64_t query) {
     const States *s = x->s;
-    weigh(x, token);
+    weigh(x, query);
     for (int64_t head = 0; head < s->heads; head++)
         add_rows(x->weights + head * x->wide, x->rows + head * x->wide * x->dv, x->dv, x->used,
-                 s->out + (token * s->heads + head) * s->dv, s->dv);
+                 s->out + (query * s->heads + head) * s->dv, s->dv);
 }
 
 /* rows[j] += weights[j] row. */
@@ -233,11 +245,11 @@ static inline void add_outer(const float *weights, const float *row, int64_t wid
     }
 }
 
-static void answer_backward(Slots *x, int64_t token) {
+static void answer_backward(Slots *x, int64_t query) {
     const States *s = x->s;
     const int64_t wide = x->wide, used = x->used, heads = s->heads;
-    const float *queries = s->q + token * s->q_stride, *grads = s->grad_out + token * s->grad_out_stride;
-    weigh(x, token);
+    const float *queries = s->q + query * s->q_stride, *grads = s->grad_out + query * s->grad_out_stride;
+    weigh(x, query);
     clear(x->slopes, heads * wide);
     for (int64_t head = 0; head < heads; head++)
         multiply(grads + head * s->dv, x->value_columns + head * s->dv * wide, s->dv, wide, used,
@@ -253,7 +265,7 @@ static void answer_backward(Slots *x, int64_t token) {
     }
     for (int64_t head = 0; head < heads; head++) {
         const float *slopes = x->slopes + head * wide;
-        add_rows(slopes, x->rows + head * wide * x->dqk, x->dqk, used, s->dq + (token * heads + head) * s->dqk,
+        add_rows(slopes, x->rows + head * wide * x->dqk, x->dqk, used, s->dq + (query * heads + head) * s->dqk,
                  s->dqk);
         add_outer(slopes, queries + head * s->dqk, s->dqk, x->dk + head * wide * x->dqk, x->dqk, used);
         add_outer(x->weights + head * wide, grads + head * s->dv, s->dv, x->dv_rows + head * wide * x->dv, x->dv,
@@ -313,13 +325,21 @@ static void *make_slots(Slots *x, const States *s, int backward) {
 
 static void walk(Slots *x, int64_t user, int backward) {
     const States *s = x->s;
-    if (s->offsets[user] == s->offsets[user + 1]) return;
+    const int64_t first = s->offsets[user];
+    int64_t end = s->offsets[user + 1];
+    /* What is written after the last query is read by nobody, but has a gradient, of zeros. */
+    while (!backward && end > first && s->query_of[end - 1] < 0) end--;
+    if (first == end) return;
     begin(x, backward);
-    for (int64_t token = s->offsets[user]; token < s->offsets[user + 1]; token++) {
+    for (int64_t token = first; token < end; token++) {
+        const int64_t query = s->query_of[token];
         visit(x, token, backward);
-        (backward ? answer_backward : answer)(x, token);
+        if (query < 0) continue;
+        look_at_ages(x, token);
+        (backward ? answer_backward : answer)(x, query);
     }
-    for (int64_t slot = 0; backward && slot < x->used; slot++) hand_over(x, slot);
+    for (int64_t slot = 0; backward && slot < x->used; slot++)
+        if (x->state_of[slot] >= 0) hand_over(x, slot);
 }
 
 /* Cuts the users into pieces of about as many tokens. */
@@ -355,7 +375,7 @@ static void compute(const States *s, int backward) {
     const int64_t of_keys = s->heads * s->dqk;
     for (int piece = 0; backward && piece < PIECES; piece++) {
         for (int64_t i = 0; i < of_initial; i++) {
-            const int64_t row = s->tokens + i / of_state, c = i % of_state;
+            const int64_t row = s->states + i / of_state, c = i % of_state;
             float *to = c < of_keys ? s->dk + row * of_keys + c : s->dv_out + row * s->heads * s->dv + c - of_keys;
             *to = (piece ? *to : 0) + initial[piece * of_initial + i];
         }

@@ -17,9 +17,9 @@ from hstu_xd.ops.state_attention.state_reads import StateReads
 
 LIBRARY = NativeLibrary(
     Path(__file__).with_name("native.c"),
-    "q k v grad_out offsets domains timestamps next_timestamps bias edges out dq dk dv_out "
-    "bias_sums",
-    "q_stride k_stride v_stride grad_out_stride tokens heads dqk dv users num_domains "
+    "q k v grad_out offsets query_of state_of domains timestamps next_timestamps bias edges "
+    "out dq dk dv_out bias_sums",
+    "q_stride k_stride v_stride grad_out_stride tokens states heads dqk dv users num_domains "
     "states_per_domain never_written threads",
 )
 
@@ -105,6 +105,8 @@ def _call(
     q, v, grouping = rows["q"], rows["v"], reads.grouping
     others = {
         "offsets": grouping.batch_offsets,
+        "query_of": reads.query_of,
+        "state_of": reads.state_of,
         "domains": grouping.domains,
         "timestamps": reads.timestamps,
         "next_timestamps": reads.next_timestamps,
@@ -118,6 +120,7 @@ def _call(
         others,
         written,
         tokens=grouping.num_tokens,
+        states=reads.num_states,
         heads=q.shape[1],
         dqk=q.shape[2],
         dv=v.shape[2],
