@@ -5,7 +5,9 @@ their programs own.
 """
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,42 @@ def traced(q: Tensor) -> bool:
     So it is for tensors without contents. Where it just runs, a plain function is quicker to call.
     """
     return torch.compiler.is_compiling() or q.is_meta or type(q) not in (Tensor, Parameter)
+
+
+def plain(
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple],
+    gradients: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Make a plain function with derivatives of an operator's parts; to call it costs less.
+
+    Args:
+        forward: computes the outputs.
+        setup_context: keeps what ``backward`` needs.
+        backward: as PyTorch registers it for the operator; it computes the gradients by its
+            argument ``by``, of itself by the operator, and returns a list for a list of tensors.
+        gradients: what takes the operator's place there. Where a derivative of the gradients may be
+            asked for the operator stays, as it refuses that: who records the function would go
+            without and not know.
+    """
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return forward(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+            by = {} if torch.is_grad_enabled() else {"by": gradients}
+            grads = backward(ctx, *grad_outputs, **by)
+            return tuple(None if isinstance(grad, list) else grad for grad in grads)
+
+    return Plain.apply
 
 
 def check_kernels_take(q: Tensor, v: Tensor) -> None:

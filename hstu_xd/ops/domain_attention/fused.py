@@ -17,7 +17,7 @@ from hstu_xd.errors import InputError
 from hstu_xd.ops.domain_attention.tile_table import KernelInputs, PairPlan
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.relative_bias import RelativeBias
-from hstu_xd.ops.triton_support import check_kernels_take, rounds_to_tf32, traced
+from hstu_xd.ops.triton_support import check_kernels_take, plain, rounds_to_tf32, traced
 
 
 def _attention(
@@ -111,29 +111,7 @@ def _backward(ctx: Any, grad_out: Tensor, *, by: Any = domain_attention_gradient
 domain_attention.register_autograd(_backward, setup_context=_remember)
 
 
-def _gradients_of() -> Any:
-    """Return the plain function, but where a derivative of the gradients may be asked for.
-
-    The operator refuses that; who records the function would go without it and not know.
-    """
-    return domain_attention_gradients if torch.is_grad_enabled() else _gradients
-
-
-class _Attention(torch.autograd.Function):
-    """The same without the operators, whose wrappers cost more than a launch."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _attention(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _remember(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        *grads, _plan, norm_length, tile = _backward(ctx, *grad_outputs, by=_gradients_of())
-        return *grads, None, norm_length, tile
+_plain = plain(_attention, _remember, _backward, _gradients)
 
 
 # Of every grouping in use, its plans by tile height, with and without bias.
@@ -172,7 +150,7 @@ def fused_domain_attention(
     position_weights = time_weights = None
     if bias is not None:
         position_weights, time_weights = bias.position_weights, bias.time_weights
-    attend = domain_attention if traced(q) else _Attention.apply
+    attend = domain_attention if traced(q) else _plain
     return attend(q, k, v, position_weights, time_weights, plan.tensors(), norm_length, tile)
 
 

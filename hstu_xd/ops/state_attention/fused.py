@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_table import StateKernelInputs, StateTable
-from hstu_xd.ops.triton_support import check_kernels_take, traced
+from hstu_xd.ops.triton_support import check_kernels_take, plain, traced
 
 
 def _attention(
@@ -112,29 +112,7 @@ def _backward(
 state_attention.register_autograd(_backward, setup_context=_remember)
 
 
-def _gradients_of() -> Any:
-    """Return the plain function, but where a derivative of the gradients may be asked for.
-
-    The operator refuses that; who records the function would go without it and not know.
-    """
-    return state_attention_gradients if torch.is_grad_enabled() else _gradients
-
-
-class _Attention(torch.autograd.Function):
-    """The same without the operators, whose wrappers cost more than a launch."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _attention(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _remember(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        *grads, _table, tile, depth = _backward(ctx, *grad_outputs, by=_gradients_of())
-        return *grads, None, tile, depth
+_plain = plain(_attention, _remember, _backward, _gradients)
 
 
 def fused_state_attention(
@@ -148,6 +126,6 @@ def fused_state_attention(
     """
     check_kernels_take(q, v)
     table = reads.table
-    attend = state_attention if traced(q) else _Attention.apply
+    attend = state_attention if traced(q) else _plain
     out, _ = attend(q, k, v, bias, table.tensors(), table.tile, table.states_per_domain)
     return out
