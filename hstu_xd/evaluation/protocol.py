@@ -89,15 +89,28 @@ class Protocol:
         return self if cuts is None else replace(self, **asdict(cuts))
 
     def sequences(
-        self, store: InteractionStore, split: Split, max_length: int, *, domain: str = ""
+        self,
+        store: InteractionStore,
+        split: Split,
+        max_length: int,
+        *,
+        domain: str = "",
+        until: Split = Split.TRAIN,
     ) -> SequenceData:
         """Return the users and targets of a split of a store, or of one domain of it alone.
+
+        Args:
+            store: the log.
+            split: of it.
+            max_length: longest history that is read.
+            domain: name of the only one to read; "": all.
+            until: the last split whose targets train.
 
         Raises:
             InputError: an unknown domain, or no user with enough events.
         """
         only = store.catalog.domain_index(domain) if domain else None
-        return SequenceData(store, split, max_length, self.cuts(store), only)
+        return SequenceData(store, split, max_length, self.cuts(store), only, until)
 
     @property
     def metrics(self) -> tuple[str, ...]:
