@@ -111,7 +111,7 @@ def train(
         settings = load_settings(files, bindings)
     if data is None:
         if again is None:
-            raise typer.BadParameter("Missing option '--data'")
+            raise InputError("--data is needed, a prepared store; --refit alone knows one")
         data = again.data
     summary = run_training(
         data,
