@@ -141,10 +141,10 @@ def _check_beginning(begins: Mapping[str, Any], recipe: Sequence[Any], until: st
     """
     given = [name for name, value in begins.items() if value is not None]
     if len(given) > 1:
-        raise InputError(
-            f"{given[0]} begins a new run and {given[1]} another one or goes on with one, which "
-            "knows what it began with; give one of them"
-        )
+        rest = f"{given[1]} another one"
+        if given[1] == "--resume":
+            rest = "--resume goes on with one, which knows what it began with"
+        raise InputError(f"{given[0]} begins a new run and {rest}; give one of them")
     if begins["--refit"] is None:
         if until is not None:
             raise InputError(
@@ -172,12 +172,11 @@ def _say_trained(out: Path, summary: Mapping[str, Any]) -> None:
     if "best_epoch" in summary:
         told = f"best epoch {summary['best_epoch']}"
     else:
-        told = f"trained {summary['epochs']} epochs on all up to {until_of(facts).value} targets"
+        done = f"trained {summary['epochs']} epochs on" if summary["epochs"] else "counted"
+        told = f"{done} all up to {until_of(facts).value} targets"
     shown = Protocol.from_run(facts).main_metrics if split else ()
-    typer.echo(
-        f"{out}: {told}, {split or 'measured by nothing'} "
-        + ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
-    )
+    numbers = ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
+    typer.echo(f"{out}: {told}, {f'{split} {numbers}' if split else 'measured on nothing'}")
     for note in count_notes(found):
         typer.echo(note)
     say_next(
