@@ -68,8 +68,8 @@ def train(
         typer.Option(
             "--refit",
             metavar="RUN",
-            help="Train a run's model again from nothing, with its settings and for as many epochs "
-            "as its best one took, on its validation targets, too.",
+            help="Train a run's model again from its beginning, with its settings and for as many "
+            "epochs as its best one took, on validation targets, too.",
         ),
     ] = None,
     until: Annotated[

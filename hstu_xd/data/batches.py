@@ -119,7 +119,8 @@ class SequenceData:
         """Let windows begin shortly before what an earlier log had not; return who has some.
 
         Args:
-            time: of the earlier log's last event; later events are new.
+            time: of the earlier log's last event; later events are new, and so are those that were
+                held out of it where they train now.
             context: events that are read before the first one whose target was none then.
 
         Returns:
@@ -137,8 +138,7 @@ class SequenceData:
             )
         before = np.concatenate([[0], np.cumsum(np.asarray(self._timestamps) <= time)])
         sizes = before[self._offsets[1:]] - before[self._offsets[:-1]]
-        last = _last_of(self.split, self._until)
-        earlier = self._first + _end(self.split, last, sizes) - 1
+        earlier = self._first + _end(self.split, self.split, sizes) - 1
         users = self.users[earlier[self.users] < self._last[self.users]]
         self._begin[users] = np.maximum(self._first[users], earlier[users] - context)
         return users
@@ -205,11 +205,6 @@ class SequenceData:
         ), offsets
 
 
-def _last_of(split: Split, until: Split) -> Split:
-    """Return the split whose target is the last one of another's."""
-    return until if split is Split.TRAIN else split
-
-
 def _places(
     split: Split, store: InteractionStore, cuts: TimeCuts | None, until: Split
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -223,7 +218,7 @@ def _places(
     """
     offsets = np.asarray(store.offsets)
     sizes = np.diff(offsets)
-    last = _last_of(split, until)
+    last = until if split is Split.TRAIN else split
     if cuts is None:
         end = _end(split, last, sizes)
         before = np.maximum(end - 1, 0)

@@ -1,4 +1,4 @@
-"""Train a run's model again on more: from nothing, with its settings, for as many epochs.
+"""Train a run's model again on more: from its beginning, with its settings, for as many epochs.
 
 Validation has picked the settings and the epoch, so its targets may train as well now; those of
 test, too, where nothing is to be measured any more.
@@ -19,6 +19,7 @@ from hstu_xd.evaluation.baselines import NO_BASELINE
 from hstu_xd.evaluation.protocol import RETRIEVAL
 from hstu_xd.files import sha256_of
 from hstu_xd.training.checkpoint import MODEL_FILE
+from hstu_xd.training.continuation import Predecessor
 from hstu_xd.training.distributed import World
 from hstu_xd.training.metrics_log import SUMMARY_FILE
 from hstu_xd.training.run_facts import (
@@ -76,11 +77,6 @@ class Refit:
                 f"{run} was trained with {TRAIN_UNTIL} = {until.value!r}, so validation has picked "
                 f"no epoch of it; refit {mend}"
             )
-        if facts.get("continues"):
-            raise InputError(
-                f"{run} continues {facts['continues']['run']}, and its epochs say nothing of a "
-                "training from nothing; train one on this store first, and refit that"
-            )
         if not (run / SUMMARY_FILE).is_file():
             raise InputError(
                 f"{run} has no {SUMMARY_FILE} yet, so its best epoch is not known; finish it with "
@@ -124,6 +120,24 @@ class Refit:
             f"{store.path} is not the store that {self.run} was trained on ({changes}); {mend}, or "
             "train a run on this one first"
         )
+
+    @property
+    def earlier(self) -> Predecessor | None:
+        """What the run continues, if it does: its refit begins there again.
+
+        Raises:
+            InputError: the weights that it began with are no more.
+        """
+        facts = read_run(self.run)
+        if (found := Predecessor.recorded_in(facts)) is None:
+            return None
+        file = found.run / MODEL_FILE
+        if not file.is_file() or sha256_of(file) != facts["continues"]["weights"]:
+            raise InputError(
+                f"{self.run} continues {found.run}, which no longer holds the weights that it "
+                "began with; put them back there, or refit a run that was trained from nothing"
+            )
+        return found
 
     def settings(self, until: Split, *, allow_imports: bool) -> RunSettings:
         """Return the run's own settings, with more to train on.

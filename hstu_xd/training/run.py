@@ -108,9 +108,10 @@ def train(
             earlier = Predecessor.recorded_in(read_run(out))
             refit = Refit.recorded_in(read_run(out))
         else:
+            earlier = Predecessor.of(continue_from) if continue_from else None
             if refit is not None:
                 refit.check_data(store)
-            earlier = Predecessor.of(continue_from) if continue_from else None
+                earlier = refit.earlier
             settings = _settings_to_begin(given, continue_from, allow_imports=allow_imports)
         # A run keeps the times that its log is cut at, whatever the log becomes.
         settings, given = settings.on(store), given.on(store) if given else None

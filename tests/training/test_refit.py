@@ -362,15 +362,46 @@ def test_what_cannot_be_refit(
     assert refused(capsys, "--refit", tmp_path / "ranks", "--out", new) == (
         f"{tmp_path / 'ranks'} is a ranking run; --refit knows runs of hstu-xd train alone"
     )
-    goes_on = tmp_path / "goes on"
-    everybody = ("xd_train.replay_share = 1.0", "xd_train.num_epochs = 1")
-    words = ("--data", store, "--out", goes_on, "--continue-from", first / "run")
-    assert train(*words, bindings=everybody) == 0
-    assert refused(capsys, "--refit", goes_on, "--out", new) == (
-        f"{goes_on} continues {(first / 'run').resolve()}, and its epochs say nothing of a "
-        "training from nothing; train one on this store first, and refit that"
-    )
     assert not new.exists()
+
+
+def test_a_continued_run_is_continued_again(
+    first: Path, tmp_path: Path, seen: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the same weights, on what is new in the log and on what was held out of it."""
+    lines = log_lines()
+    news = [
+        (user, "books2", "books", BEGIN + 9000 + 10 * user + n) for n in (0, 1) for user in (7, 8)
+    ]
+    store = prepare([*lines, *news], tmp_path / "newer.csv")
+    shutil.copytree(first / "run", tmp_path / "old")
+    words = ("--data", store, "--out", tmp_path / "run", "--continue-from", tmp_path / "old")
+    little = ("xd_train.replay_share = 0.0", "xd_train.num_epochs = 2", "xd_train.news_context = 2")
+    assert train(*words, bindings=little) == 0
+
+    def targets() -> set[int]:
+        found = {time for _, times in seen for time in times}
+        seen.clear()
+        return found
+
+    held_out = {time for user in (7, 8) for time in times_of(user)[-2:]}
+    assert held_out <= targets()
+    again = tmp_path / "again"
+    assert train("--refit", tmp_path / "run", "--out", again) == 0
+    # Of every user the last event but one of the earlier log is new to training, too.
+    held_out = {times_of(user)[-2] for user in range(12) if len(times_of(user)) >= 3}
+    held_out |= {times_of(user)[-1] for user in (7, 8)}
+    newer = {BEGIN + 9000 + 10 * user for user in (7, 8)}
+    assert held_out | newer <= targets()
+    assert facts(again)["continues"]["run"] == facts(tmp_path / "run")["continues"]["run"]
+    assert facts(again)["refits"]["run"] == str((tmp_path / "run").resolve())
+    with (tmp_path / "old" / "best.safetensors").open("ab") as file:
+        file.write(b"!")
+    assert refused(capsys, "--refit", tmp_path / "run", "--out", tmp_path / "third") == (
+        f"{tmp_path / 'run'} continues {(tmp_path / 'old').resolve()}, which no longer holds the "
+        "weights that it began with; put them back there, or refit a run that was trained from "
+        "nothing"
+    )
 
 
 def test_the_store_is_that_of_the_run(
@@ -403,9 +434,7 @@ def test_options_that_exclude_one_another(
     first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, refit = ("--out", tmp_path / "new"), ("--refit", first / "run")
-    assert refused(capsys, *out) == (
-        "--data is needed, a prepared store; --refit alone knows one"
-    )
+    assert refused(capsys, *out) == ("--data is needed, a prepared store; --refit alone knows one")
     assert refused(capsys, *out, *refit, "--until", "train") == (
         "--until train; one of valid, test"
     )
