@@ -172,7 +172,8 @@ def _say_trained(out: Path, summary: Mapping[str, Any]) -> None:
     if "best_epoch" in summary:
         told = f"best epoch {summary['best_epoch']}"
     else:
-        done = f"trained {summary['epochs']} epochs on" if summary["epochs"] else "counted"
+        epochs = summary["epochs"]
+        done = f"trained {epochs} epoch{'' if epochs == 1 else 's'} on" if epochs else "counted"
         told = f"{done} all up to {until_of(facts).value} targets"
     shown = Protocol.from_run(facts).main_metrics if split else ()
     numbers = ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
