@@ -16,7 +16,7 @@ RECIPE = (
     *QUICKEST,
     "xd_train.max_sequence_length = 40",
     "xd_train.num_epochs = 6",
-    "xd_train.early_stop_patience = 6",
+    "xd_train.early_stop_patience = 2",
     "xd_train.local_batch_size = 4",
     "xd_train.learning_rate_schedule = 'cosine'",
 )

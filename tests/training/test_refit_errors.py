@@ -120,7 +120,7 @@ def test_settings_that_pick_an_epoch_do_nothing_in_a_last_training(
     bindings = (*RECIPE, "xd_train.num_epochs = 1", "xd_train.train_until = 'valid'")
     bindings = (*bindings, "xd_train.select_metric = 'mrr[nobody]'")
     assert train(*out, bindings=bindings) == 0
-    for setting in ("early_stop_patience = 6", "select_metric = 'mrr[nobody]'"):
+    for setting in ("early_stop_patience = 2", "select_metric = 'mrr[nobody]'"):
         said = f"xd_train.{setting} does nothing without xd_train.train_until = 'train'"
         assert said in caplog.text
 
