@@ -163,8 +163,8 @@ def _check_beginning(begins: Mapping[str, Any], recipe: Sequence[Any], until: st
 
 def _say_trained(out: Path, summary: Mapping[str, Any]) -> None:
     """Print how a training went and the commands that go on from it."""
-    from hstu_xd.evaluation.protocol import Protocol, count_notes
-    from hstu_xd.training.run_facts import read_run, until_of
+    from hstu_xd.evaluation.protocol import Protocol, count_notes, until_of
+    from hstu_xd.training.run_facts import read_run
 
     facts = read_run(out)
     split = next((name for name in ("test", "valid") if name in summary), "")
@@ -226,7 +226,7 @@ def evaluate(
     from contextlib import nullcontext
 
     from hstu_xd.data.batches import Split
-    from hstu_xd.evaluation.protocol import count_notes
+    from hstu_xd.evaluation.protocol import count_notes, until_of
     from hstu_xd.evaluation.rank_file import writing_ranks
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
     from hstu_xd.training.run import load_trained
@@ -235,7 +235,6 @@ def evaluate(
         data_changes,
         open_data,
         read_run,
-        until_of,
     )
 
     facts = read_run(run)
@@ -286,7 +285,7 @@ def evaluate(
             typer.echo(group.ljust(24) + "".join(f" {text:>{max(9, len(m))}}" for text, m in shown))
         for note in count_notes(metrics):
             typer.echo(note)
-    for sentence in protocol.sentences():
+    for sentence in protocol.sentences(until_of(facts)):
         typer.echo(sentence)
     say_next(
         ["report", run, "--out", "FOLDER"],

@@ -17,7 +17,13 @@ from hstu_xd.evaluation.paired import (
     paired_differences,
     paired_ranking_differences,
 )
-from hstu_xd.evaluation.protocol import DEFAULTS, RANKING, Protocol, measured_notes
+from hstu_xd.evaluation.protocol import (
+    DEFAULTS,
+    RANKING,
+    Protocol,
+    common_until,
+    measured_notes,
+)
 from hstu_xd.evaluation.ranking import Grouping, RankingProtocol, ScoredRows
 from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.experiments.report.shared_data import group_by_data, until_notes, variant_notes
@@ -29,7 +35,7 @@ from hstu_xd.experiments.report.tables import (
     shown,
     shown_difference,
 )
-from hstu_xd.experiments.run_folders import Run, common_until, read_runs
+from hstu_xd.experiments.run_folders import Run, read_runs
 from hstu_xd.objectives.objective import Metric
 from hstu_xd.ranking.run import load_ranker
 from hstu_xd.training.run import load_trained
@@ -180,7 +186,7 @@ def _measure_retrieval(
     alone: dict[tuple[str, int], list[tuple[np.ndarray, RankedTargets]]] = {}
     metrics: dict[str, Metric] = {}
     users, counts = np.empty(0, np.int64), {}
-    until = common_until(runs)
+    until = common_until(run.info for run in runs)
     for run in runs:
         announce(f"{run.variant} seed {run.seed}" + f" {run.domain}" * bool(run.domain))
         length = run.info["max_sequence_length"]
@@ -204,7 +210,7 @@ def _measure_retrieval(
             ranked[base], ranked[other], store.domain_names, protocol, metrics
         ),
         protocol,
-        (*measured_notes(protocol, counts), *until_notes(runs)),
+        (*measured_notes(protocol, counts, until), *until_notes(runs)),
     )
 
 

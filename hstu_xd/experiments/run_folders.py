@@ -10,7 +10,7 @@ from typing import Any
 
 from hstu_xd.data.batches import Split
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, Protocol
+from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, Protocol, until_of
 from hstu_xd.evaluation.ranking import RankingProtocol
 
 RUN_FILE = "run.json"
@@ -99,9 +99,9 @@ class Run:
         return (self.info.get("train") or {}).get("domain") or ""
 
     @property
-    def until(self) -> str:
-        """The last split whose targets it was trained on; earlier runs knew "train" alone."""
-        return (self.info.get("train") or {}).get("train_until") or "train"
+    def until(self) -> Split:
+        """The last split whose targets it was trained on."""
+        return until_of(self.info)
 
     @property
     def synthetic(self) -> bool:
@@ -122,7 +122,7 @@ class Run:
             entries = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in entries}
         if self.info.get("train"):
-            flat["train.train_until"] = self.until
+            flat["train.train_until"] = self.until.value
         return {k: v for k, v in flat.items() if v is not None and k not in SEEDS}
 
     @property
@@ -281,11 +281,6 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     each = [run.settings for run in runs]
     names = dict.fromkeys(name for settings in each for name in settings)
     return [n for n in names if any(s.get(n) != each[0].get(n) for s in each)]
-
-
-def common_until(runs: Sequence[Run]) -> Split:
-    """Return the last split whose targets all of some runs were trained on."""
-    return min((Split(run.until) for run in runs), key=list(Split).index)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

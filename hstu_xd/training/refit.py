@@ -16,7 +16,7 @@ from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import NO_BASELINE
-from hstu_xd.evaluation.protocol import RETRIEVAL
+from hstu_xd.evaluation.protocol import RETRIEVAL, until_of
 from hstu_xd.files import sha256_of
 from hstu_xd.training.checkpoint import MODEL_FILE
 from hstu_xd.training.continuation import Predecessor
@@ -28,7 +28,6 @@ from hstu_xd.training.run_facts import (
     kind_of,
     read_run,
     refitted,
-    until_of,
 )
 from hstu_xd.training.settings import RunSettings
 from hstu_xd.training.stored_settings import stored_settings

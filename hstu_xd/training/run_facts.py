@@ -20,7 +20,7 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.store_files import ITEM_IDS, OFFSETS, TIMESTAMPS, USERS
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import Baseline
-from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL
+from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, until_of
 from hstu_xd.files import LOCK_FILE, check_readable, locked_folder
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
@@ -74,11 +74,6 @@ def read_run_of(kind: str, run: Path) -> dict[str, Any]:
             f"needed, written by {_TRAINED_BY[kind]}. evaluate, compare and report take both"
         )
     return facts
-
-
-def until_of(facts: Mapping[str, Any]) -> Split:
-    """Return the last split whose targets a run was trained on; those of old do not say so."""
-    return Split((facts.get("train") or {}).get("train_until", Split.TRAIN.value))
 
 
 def refitted(facts: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -230,6 +231,30 @@ def test_evaluate_leaves_validation_out(refits: Path, capsys: pytest.CaptureFixt
     told = json.loads(capsys.readouterr().out)
     assert "valid" not in told
     assert told["test"]["count"] == facts(refits / "again", "summary")["test"]["count"]
+
+
+@pytest.mark.parametrize(
+    ("until", "told"),
+    [
+        ("train", "2600 train, and of those from there on and from 3200 on a user's last one is"),
+        (
+            "valid",
+            "3200 train, and of those from there on a user's last one is the target of test.",
+        ),
+    ],
+)
+def test_a_cut_in_time_is_told_as_it_was_trained_on(
+    until: str, told: str, refits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    bindings = (*RECIPE, *GLOBAL, f"xd_train.train_until = {until!r}", "xd_train.num_epochs = 1")
+    assert train("--data", refits / "log", "--out", out, bindings=bindings) == 0
+    capsys.readouterr()
+    assert run(["evaluate", str(out)]) == 0
+    said = re.sub(
+        r"15000(\d{4,5}) \([-\d :]+\)", lambda m: m[1].lstrip("0"), capsys.readouterr().out
+    )
+    assert f"events before {told}" in said
 
 
 def test_compare_and_report_say_what_a_run_was_trained_on(

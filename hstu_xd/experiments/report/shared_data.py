@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import NO_BASELINE
@@ -191,9 +192,11 @@ def until_notes(runs: Sequence[Run]) -> Iterator[str]:
     """Say of each variant whether it was trained on more than training targets."""
     by_variant = {(run.variant, run.until): run for run in runs}
     for (variant, until), run in by_variant.items():
-        if until == "train":
+        if until is Split.TRAIN:
             continue
-        whose = "validation targets, too" if until == "valid" else "all targets, those of test, too"
+        whose = (
+            "validation targets, too" if until is Split.VALID else "all targets, those of test, too"
+        )
         told = ", for all its epochs"
         if refits := run.info.get("refits"):
             told = f", for as many epochs as the best one of {refits['run']} took"
