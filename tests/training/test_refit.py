@@ -269,6 +269,13 @@ def test_compare_and_report_say_what_a_run_was_trained_on(
     said = capsys.readouterr().out.splitlines()
     assert said[2].startswith("| HSTU + until valid | 1 | ")
     assert note in said
+    twice = tmp_path / "twice"
+    shutil.copytree(refits / "again", twice)
+    recorded = facts(twice) | {"refits": {"run": "another"}, "seed": 5}
+    (twice / "run.json").write_text(json.dumps(recorded))
+    assert run(["compare", *runs, str(twice)]) == 0
+    told = f"the best ones of {(refits / 'run').resolve()}, another took."
+    assert told in capsys.readouterr().out
     assert run(["compare", *runs, "--split", "valid"]) == 2
     assert (
         "again was trained on the targets of valid (xd_train.train_until = 'valid'), so its "

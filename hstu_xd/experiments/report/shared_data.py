@@ -190,17 +190,20 @@ def foreign_notes(runs: Sequence[Run]) -> Iterator[str]:
 
 def until_notes(runs: Sequence[Run]) -> Iterator[str]:
     """Say of each variant whether it was trained on more than training targets."""
-    by_variant = {(run.variant, run.until): run for run in runs}
-    for (variant, until), run in by_variant.items():
+    by_variant: dict[tuple[str, Split], list[Run]] = {}
+    for run in runs:
+        by_variant.setdefault((run.variant, run.until), []).append(run)
+    for (variant, until), members in by_variant.items():
         if until is Split.TRAIN:
             continue
-        whose = (
-            "validation targets, too" if until is Split.VALID else "all targets, those of test, too"
-        )
-        told = ", for all its epochs"
-        if refits := run.info.get("refits"):
-            told = f", for as many epochs as the best one of {refits['run']} took"
-        elif (run.info["train"].get("baseline") or NO_BASELINE) != NO_BASELINE:
+        whose = "validation targets, too"
+        if until is Split.TEST:
+            whose = "all targets, those of test, too"
+        info, told = members[0].info, ", for all its epochs"
+        if found := [run.info["refits"]["run"] for run in members if run.info.get("refits")]:
+            ones = "one" if len(found) == 1 else "ones"
+            told = f", for as many epochs as the best {ones} of {', '.join(found)} took"
+        elif (info["train"].get("baseline") or NO_BASELINE) != NO_BASELINE:
             told = ""
         yield f"{variant} was trained on {whose}{told}."
 
