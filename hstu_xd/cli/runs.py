@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,8 +28,15 @@ from hstu_xd.errors import InputError
 
 
 def train(
-    data: Annotated[Path, typer.Option("--data", help="Prepared store.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder to write.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Prepared store; needed but for --refit. [default: that of the run which is "
+            "refit]",
+        ),
+    ] = None,
     gin_config_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -55,6 +63,24 @@ def train(
             "and train on what is new.",
         ),
     ] = None,
+    refit: Annotated[
+        Path | None,
+        typer.Option(
+            "--refit",
+            metavar="RUN",
+            help="Train a run's model again from its beginning, with its settings and for as many "
+            "epochs as its best one took, on validation targets, too.",
+        ),
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            "--until",
+            metavar="valid|test",
+            help="What --refit trains on: all but the test targets, or everything, to be served "
+            "and measured no more. [default: valid]",
+        ),
+    ] = None,
     verify: Verify = False,
     skip_test: SkipTest = False,
     allow_imports: AllowImports = False,
@@ -65,24 +91,28 @@ def train(
     Start it with torchrun to use several processes. Ctrl-C or SIGTERM saves and stops it (exit code
     130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
-    from hstu_xd.evaluation.protocol import Protocol, count_notes
+    from hstu_xd.data.batches import Split
+    from hstu_xd.training.refit import Refit
     from hstu_xd.training.run import train as run_training
-    from hstu_xd.training.run_facts import read_run
     from hstu_xd.training.settings import load_settings
     from hstu_xd.training.stored_settings import stored_settings
 
     files, bindings, settings = gin_config_file or [], gin_bindings or [], None
+    begins = {"--continue-from": continue_from, "--refit": refit, "--resume": resume or None}
+    _check_beginning(begins, [*files, *bindings], until)
+    again = None if refit is None else Refit.of(refit)
     if continue_from is not None:
-        if resume:
-            raise InputError(
-                "--continue-from begins a new run and --resume goes on with one, which knows what "
-                "it continues; give one of them"
-            )
         settings = stored_settings(
             continue_from, allow_imports=allow_imports, files=files, bindings=bindings
         )
+    elif again is not None:
+        settings = again.settings(Split(until or Split.VALID), allow_imports=allow_imports)
     elif files or bindings:
         settings = load_settings(files, bindings)
+    if data is None:
+        if again is None:
+            raise InputError("--data is needed, a prepared store; --refit alone knows one")
+        data = again.data
     summary = run_training(
         data,
         settings,
@@ -95,20 +125,63 @@ def train(
         # Each line at once, also where the output is a file that somebody follows.
         announce=lambda line: print(line, flush=True),
         continue_from=continue_from,
+        refit=again,
         trackers=tracker or (),
     )
-    split = "test" if "test" in summary else "valid"
-    found = summary[split]
-    shown = Protocol.from_run(read_run(out)).main_metrics
-    typer.echo(
-        f"{out}: best epoch {summary['best_epoch']}, {split} "
-        + ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
-    )
+    _say_trained(out, summary)
+
+
+def _check_beginning(begins: Mapping[str, Any], recipe: Sequence[Any], until: str | None) -> None:
+    """Refuse two ways to begin a training at once, and options that have no meaning for one.
+
+    Args:
+        begins: options that say where a training begins, each with what was given for it.
+        recipe: gin files and bindings that were given.
+        until: what was given for ``--until``.
+    """
+    given = [name for name, value in begins.items() if value is not None]
+    if len(given) > 1:
+        rest = f"{given[1]} another one"
+        if given[1] == "--resume":
+            rest = "--resume goes on with one, which knows what it began with"
+        raise InputError(f"{given[0]} begins a new run and {rest}; give one of them")
+    if begins["--refit"] is None:
+        if until is not None:
+            raise InputError(
+                f"--until {until} has no meaning without --refit; a training that is no refit has "
+                f"the binding \"xd_train.train_until = '{until}'\""
+            )
+        return
+    if until not in (None, "valid", "test"):
+        raise InputError(f"--until {until}; one of valid, test")
+    if recipe:
+        raise InputError(
+            f"--refit trains with the settings of {begins['--refit']}, and {recipe[0]} is given "
+            "beside it; leave it out, or train without --refit"
+        )
+
+
+def _say_trained(out: Path, summary: Mapping[str, Any]) -> None:
+    """Print how a training went and the commands that go on from it."""
+    from hstu_xd.evaluation.protocol import Protocol, count_notes, until_of
+    from hstu_xd.training.run_facts import read_run
+
+    facts = read_run(out)
+    split = next((name for name in ("test", "valid") if name in summary), "")
+    found = summary.get(split, {})
+    if "best_epoch" in summary:
+        told = f"best epoch {summary['best_epoch']}"
+    else:
+        epochs = summary["epochs"]
+        done = f"trained {epochs} epoch{'' if epochs == 1 else 's'} on" if epochs else "counted"
+        told = f"{done} all up to {until_of(facts).value} targets"
+    shown = Protocol.from_run(facts).main_metrics if split else ()
+    numbers = ", ".join(f"{name} {100 * found[name]:.2f} %" for name in shown)
+    typer.echo(f"{out}: {told}, {f'{split} {numbers}' if split else 'measured on nothing'}")
     for note in count_notes(found):
         typer.echo(note)
     say_next(
-        ["evaluate", out],
-        ["report", out, "--out", "FOLDER"],
+        *([["evaluate", out], ["report", out, "--out", "FOLDER"]] if split else []),
         ["recommend", out, "--all-users", "--out", "FILE.parquet"],
     )
 
@@ -153,13 +226,19 @@ def evaluate(
     from contextlib import nullcontext
 
     from hstu_xd.data.batches import Split
-    from hstu_xd.evaluation.protocol import count_notes
+    from hstu_xd.evaluation.protocol import count_notes, until_of
     from hstu_xd.evaluation.rank_file import writing_ranks
     from hstu_xd.evaluation.ranks import evaluate as evaluate_split
     from hstu_xd.training.run import load_trained
-    from hstu_xd.training.run_facts import data_changes, open_data, read_run
+    from hstu_xd.training.run_facts import (
+        check_measurable,
+        data_changes,
+        open_data,
+        read_run,
+    )
 
     facts = read_run(run)
+    check_measurable(run, facts, Split.TEST)
     trained = load_trained(run, allow_imports=allow_imports, one_domain=True)
     protocol = trained.protocol.but(**protocol_changes(exclude_seen, candidates, ties, ks))
     store = open_data(run, data, verify=verify, as_trained=True)
@@ -169,13 +248,15 @@ def evaluate(
         values = {
             split.value: evaluate_split(
                 trained.ranker,
-                protocol.sequences(store, split, length, domain=trained.domain),
+                protocol.sequences(
+                    store, split, length, domain=trained.domain, until=until_of(facts)
+                ),
                 protocol=protocol,
                 scorer=trained.scorer,
                 metrics=trained.metrics,
                 listed=file.write if file and split is Split.TEST else None,
             )
-            for split in (Split.VALID, Split.TEST)
+            for split in until_of(facts).measured()
         }
     if as_json:
         told = {"run": str(run), "data": str(store.path), "protocol": protocol.as_json()}
@@ -184,6 +265,8 @@ def evaluate(
         return
     # Metrics of one's own are shown in hundredths like the others.
     names = [*protocol.metrics, *trained.metrics]
+    if "valid" not in values:
+        typer.echo("valid is left out: the run was trained on its targets")
     for split, metrics in values.items():
         typer.echo(
             f"{split} (%)".ljust(24) + "".join(f" {m:>9}" for m in names) + "users".rjust(10)
@@ -202,7 +285,7 @@ def evaluate(
             typer.echo(group.ljust(24) + "".join(f" {text:>{max(9, len(m))}}" for text, m in shown))
         for note in count_notes(metrics):
             typer.echo(note)
-    for sentence in protocol.sentences():
+    for sentence in protocol.sentences(until_of(facts)):
         typer.echo(sentence)
     say_next(
         ["report", run, "--out", "FOLDER"],

@@ -20,6 +20,11 @@ class Split(str, Enum):
     VALID = "valid"
     TEST = "test"
 
+    def measured(self, *, read_test: bool = True) -> "tuple[Split, ...]":
+        """Return what a model is measured by whose training went up to this split's targets."""
+        later = tuple(Split)[tuple(Split).index(self) + 1 :]
+        return later if read_test else tuple(s for s in later if s is not Split.TEST)
+
 
 class SequenceData:
     """The users of one split and their windows of history.
@@ -29,7 +34,8 @@ class SequenceData:
     events train only. Cut in time: training predicts every event before ``valid_from`` from the
     user's second on, and the last event of a user in a later period is its target; users without
     an event before the period are left out. A window is the latest ``max_length`` events before
-    the last target.
+    the last target. Where validation, or validation and test, are trained on as well, training goes
+    on up to the last target of that split.
 
     Of one domain alone: the log is read as if it had no other events. Held-out targets are the same
     as of the whole log, those of other domains left out, and so are users without an event of the
@@ -41,6 +47,7 @@ class SequenceData:
         max_length: longest history that is read.
         cuts: where the log is cut in time; None: leave-one-out.
         domain: id of the only domain to read; None: all.
+        until: the last split whose targets train.
 
     Raises:
         InputError: no user has enough events for the split.
@@ -53,14 +60,14 @@ class SequenceData:
         max_length: int,
         cuts: TimeCuts | None = None,
         domain: int | None = None,
+        until: Split = Split.TRAIN,
     ) -> None:
-        self.split = split
-        self.max_length = max_length
+        self.split, self.max_length = split, max_length
         self._item_ids, self._timestamps = store.item_ids, store.timestamps
         self._item_domains = store.catalog.item_domains.numpy(force=True)
-        self._cuts, self._is_whole = cuts, domain is None
+        self._cuts, self._is_whole, self._until = cuts, domain is None, until
         offsets = np.asarray(store.offsets)
-        begin, end = _places(split, store, cuts)
+        begin, end = _places(split, store, cuts, until)
         if domain is not None:
             own = np.flatnonzero(self._item_domains[self._item_ids] == domain)
             begin, end, offsets = _places_among(own, split, begin, end, offsets)
@@ -91,8 +98,8 @@ class SequenceData:
 
         Returns:
             ``count_without_history``, users with a target and no earlier event that may be read,
-            who are left out; ``count_new_items``, targets that are items without an event before
-            ``valid_from``. What there is none of is not told, and nothing of a whole log under
+            who are left out; ``count_new_items``, targets that are items without an event that
+            trains. What there is none of is not told, and nothing of a whole log under
             leave-one-out.
         """
         if self.split is Split.TRAIN or (self._cuts is None and self._is_whole):
@@ -103,15 +110,17 @@ class SequenceData:
         return {name: number for name, number in found.items() if number}
 
     def _count_new_items(self, cuts: TimeCuts) -> int:
+        end = cuts.valid_from if self._until is Split.TRAIN else cuts.test_from
         is_known = np.zeros(len(self._item_domains), np.bool_)
-        is_known[self._item_ids[self._timestamps < cuts.valid_from]] = True
+        is_known[self._item_ids[self._timestamps < end]] = True
         return int((~is_known[self._item_ids[self._last[self.users]]]).sum())
 
     def begin_at_news(self, time: int, context: int) -> np.ndarray:
         """Let windows begin shortly before what an earlier log had not; return who has some.
 
         Args:
-            time: of the earlier log's last event; later events are new.
+            time: of the earlier log's last event; later events are new, and so are those that were
+                held out of it where they train now.
             context: events that are read before the first one whose target was none then.
 
         Returns:
@@ -129,7 +138,7 @@ class SequenceData:
             )
         before = np.concatenate([[0], np.cumsum(np.asarray(self._timestamps) <= time)])
         sizes = before[self._offsets[1:]] - before[self._offsets[:-1]]
-        earlier = self._first + _end(self.split, sizes) - 1
+        earlier = self._first + _end(self.split, self.split, sizes) - 1
         users = self.users[earlier[self.users] < self._last[self.users]]
         self._begin[users] = np.maximum(self._first[users], earlier[users] - context)
         return users
@@ -197,43 +206,45 @@ class SequenceData:
 
 
 def _places(
-    split: Split, store: InteractionStore, cuts: TimeCuts | None
+    split: Split, store: InteractionStore, cuts: TimeCuts | None, until: Split
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return how many of each user's events come before a split's targets, and up to the last one.
 
-    Training asks for all events but the first of a user: its targets begin after that one.
+    Training asks for all events but the first of a user: its targets begin after that one, and end
+    with the last one of the split ``until``.
 
     Returns:
         (U,) int64 each; both are equal where a user has no target.
     """
     offsets = np.asarray(store.offsets)
     sizes = np.diff(offsets)
+    last = until if split is Split.TRAIN else split
     if cuts is None:
-        end = _end(split, sizes)
-        if split is not Split.TRAIN:
-            return np.maximum(end - 1, 0), end
+        end = _end(split, last, sizes)
+        before = np.maximum(end - 1, 0)
     else:
         before_valid = events_before(store.timestamps, offsets, cuts.valid_from)
         before_test = events_before(store.timestamps, offsets, cuts.test_from)
-        if split is Split.VALID:
-            return before_valid, before_test
-        if split is Split.TEST:
-            return before_test, sizes
-        end = before_valid
-    return np.minimum(end, 1), end
+        before, end = {
+            Split.TRAIN: (np.zeros_like(sizes), before_valid),
+            Split.VALID: (before_valid, before_test),
+            Split.TEST: (before_test, sizes),
+        }[last]
+    return (np.minimum(end, 1) if split is Split.TRAIN else before), end
 
 
-def _end(split: Split, sizes: np.ndarray) -> np.ndarray:
+def _end(split: Split, last: Split, sizes: np.ndarray) -> np.ndarray:
     """Return how many events each user has up to a split's last target, under leave-one-out.
 
     Args:
         split: which targets.
+        last: the split whose target is the last one of these, another than ``split`` in training.
         sizes: (U,) events of each user.
 
     Returns:
         (U,) int64; 0 for users of fewer than three events, where the split is not training.
     """
-    held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[split]
+    held_out = {Split.TRAIN: 2, Split.VALID: 1, Split.TEST: 0}[last]
     few = sizes if split is Split.TRAIN else 0
     return np.where(sizes >= 3, sizes - held_out, few)
 

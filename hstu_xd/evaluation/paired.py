@@ -66,8 +66,10 @@ def paired_differences(
         Names as :func:`hstu_xd.evaluation.metrics.grouped_metrics` has them.
     """
     domains, switched = base[0].domains, base[0].switched
-    # Only models whose items have features tell cold targets apart, and one is enough.
-    cold = next((one.cold for one in (*base, *other) if one.cold is not None), None)
+    # Only models whose items have features tell cold targets apart, and one is enough; where some
+    # were trained on more than others, those are cold that none has met.
+    known = [one.cold for one in (*base, *other) if one.cold is not None]
+    cold = torch.stack(known).all(0) if known else None
     groups = target_groups(domains, switched, domain_names, cold)
     return differences_by_group(base, other, groups, protocol, more)
 

@@ -4,7 +4,7 @@ It is a block of settings, ``xd_evaluate.*``, which is recorded with every run a
 every table: numbers of two protocols do not compare.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -89,15 +89,28 @@ class Protocol:
         return self if cuts is None else replace(self, **asdict(cuts))
 
     def sequences(
-        self, store: InteractionStore, split: Split, max_length: int, *, domain: str = ""
+        self,
+        store: InteractionStore,
+        split: Split,
+        max_length: int,
+        *,
+        domain: str = "",
+        until: Split = Split.TRAIN,
     ) -> SequenceData:
         """Return the users and targets of a split of a store, or of one domain of it alone.
+
+        Args:
+            store: the log.
+            split: of it.
+            max_length: longest history that is read.
+            domain: name of the only one to read; "": all.
+            until: the last split whose targets train.
 
         Raises:
             InputError: an unknown domain, or no user with enough events.
         """
         only = store.catalog.domain_index(domain) if domain else None
-        return SequenceData(store, split, max_length, self.cuts(store), only)
+        return SequenceData(store, split, max_length, self.cuts(store), only, until)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -147,8 +160,12 @@ class Protocol:
         """Return the protocol as it is recorded."""
         return asdict(self)
 
-    def sentences(self) -> Iterator[str]:
-        """Say in words what the numbers of a table mean."""
+    def sentences(self, until: Split = Split.TRAIN) -> Iterator[str]:
+        """Say in words what the numbers of a table mean.
+
+        Args:
+            until: the last split whose targets its models were trained on.
+        """
         if self.sampled:
             among = (
                 f"Metrics are the exact expectation over {self.sampled:,} random candidates of the "
@@ -159,11 +176,14 @@ class Protocol:
         else:
             among = "Candidates are all items of the target's domain"
         if self.split == GLOBAL:
+            valid, test = _told_cut(self.valid_from), _told_cut(self.test_from)
+            trained, held_out = valid, f"from there on and from {test} on"
+            targets = "of validation and of test"
+            if until is Split.VALID:
+                trained, held_out, targets = test, "from there on", "of test"
             yield (
-                "The log is cut in time for all users alike: events before "
-                f"{_told_cut(self.valid_from)} train, and of those from there on and from "
-                f"{_told_cut(self.test_from)} on a user's last one is the target of validation and "
-                "of test."
+                f"The log is cut in time for all users alike: events before {trained} train, and "
+                f"of those {held_out} a user's last one is the target {targets}."
             )
         side = "against the target" if self.ties == AGAINST else "in the target's favour"
         yield f"{among}; ties count {side}."
@@ -204,12 +224,38 @@ def protocol_notes(runs: Sequence[Mapping[str, Any]], metrics: Mapping[str, floa
             f"These runs were measured by different protocols ({told}), so their rows do not "
             "compare; hstu-xd compare measures them alike."
         ]
-    return list(measured_notes(protocols[0], metrics))
+    return list(measured_notes(protocols[0], metrics, common_until(runs)))
 
 
-def measured_notes(protocol: Protocol, metrics: Mapping[str, float]) -> tuple[str, ...]:
-    """Say what numbers by one protocol mean; ``metrics`` holds at least their counts."""
-    return (*protocol.sentences(), *count_notes(metrics))
+def measured_notes(
+    protocol: Protocol, metrics: Mapping[str, float], until: Split = Split.TRAIN
+) -> tuple[str, ...]:
+    """Say what numbers by one protocol mean.
+
+    Args:
+        protocol: by which all were measured.
+        metrics: at least their counts.
+        until: the last split whose targets all models were trained on.
+    """
+    return (*protocol.sentences(until), *count_notes(metrics))
+
+
+def until_of(facts: Mapping[str, Any]) -> Split:
+    """Return the last split whose targets a run was trained on; runs of old do not say so.
+
+    Args:
+        facts: what its run.json says.
+    """
+    return Split((facts.get("train") or {}).get("train_until", Split.TRAIN.value))
+
+
+def common_until(runs: Iterable[Mapping[str, Any]]) -> Split:
+    """Return the last split whose targets all of some runs were trained on.
+
+    Args:
+        runs: what each run's run.json says, of at least one run.
+    """
+    return min(map(until_of, runs), key=tuple(Split).index)
 
 
 _UNRECORDED = (

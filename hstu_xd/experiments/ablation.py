@@ -14,14 +14,13 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.experiments.kinds import Kind, Settings, runs_on
-from hstu_xd.experiments.report.shared_data import measured_by
+from hstu_xd.experiments.report.shared_data import alone_notes, measured_by, until_notes
 from hstu_xd.experiments.report.tables import markdown_table
 from hstu_xd.experiments.run_folders import (
     ABLATION_FILE,
     RUN_FILE,
     SUMMARY_FILE,
     aggregate,
-    alone_notes,
     read_run,
 )
 from hstu_xd.experiments.trainings import (
@@ -261,7 +260,7 @@ def _write(out: Path, runs: Sequence[AblationRun], store: InteractionStore) -> s
         table += "\nWhat training domains together gives or takes:\n\n"
         table += markdown_table(results, metrics=by_domain)
     if done:
-        notes = [*measured_by(done), *alone_notes(rows)]
+        notes = [*measured_by(done), *alone_notes(rows), *until_notes(done)]
         table += "\n" + "\n".join(notes) + "\n"
     for name, text in ((ABLATION_FILE, json.dumps(rows, indent=1) + "\n"), (TABLE_FILE, table)):
         partial = out / f"{name}.partial"

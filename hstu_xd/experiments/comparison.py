@@ -17,10 +17,16 @@ from hstu_xd.evaluation.paired import (
     paired_differences,
     paired_ranking_differences,
 )
-from hstu_xd.evaluation.protocol import DEFAULTS, RANKING, Protocol, measured_notes
+from hstu_xd.evaluation.protocol import (
+    DEFAULTS,
+    RANKING,
+    Protocol,
+    common_until,
+    measured_notes,
+)
 from hstu_xd.evaluation.ranking import Grouping, RankingProtocol, ScoredRows
 from hstu_xd.evaluation.ranks import rank_targets
-from hstu_xd.experiments.report.shared_data import group_by_data, variant_notes
+from hstu_xd.experiments.report.shared_data import group_by_data, until_notes, variant_notes
 from hstu_xd.experiments.report.tables import (
     MISSING,
     escape,
@@ -33,7 +39,7 @@ from hstu_xd.experiments.run_folders import Run, read_runs
 from hstu_xd.objectives.objective import Metric
 from hstu_xd.ranking.run import load_ranker
 from hstu_xd.training.run import load_trained
-from hstu_xd.training.run_facts import open_data
+from hstu_xd.training.run_facts import check_measurable, open_data
 from hstu_xd.training.stored_settings import allowed_imports
 
 _logger = logging.getLogger(__name__)
@@ -171,6 +177,8 @@ def _measure_retrieval(
     announce: Callable[[str], object],
 ) -> _Measured:
     """Rank the targets of a split by every run."""
+    for run in runs:
+        check_measurable(run.path, run.info, split)
     _check_parts(runs, allow_imports=allow_imports)
     protocol = _shared_protocol(runs, changes)
     store = open_data(runs[0].path, data, verify=verify, as_trained=True)
@@ -178,10 +186,11 @@ def _measure_retrieval(
     alone: dict[tuple[str, int], list[tuple[np.ndarray, RankedTargets]]] = {}
     metrics: dict[str, Metric] = {}
     users, counts = np.empty(0, np.int64), {}
+    until = common_until(run.info for run in runs)
     for run in runs:
         announce(f"{run.variant} seed {run.seed}" + f" {run.domain}" * bool(run.domain))
         length = run.info["max_sequence_length"]
-        held_out = protocol.sequences(store, split, length, domain=run.domain)
+        held_out = protocol.sequences(store, split, length, domain=run.domain, until=until)
         trained = load_trained(run.path, allow_imports=allow_imports, one_domain=True)
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
@@ -201,7 +210,7 @@ def _measure_retrieval(
             ranked[base], ranked[other], store.domain_names, protocol, metrics
         ),
         protocol,
-        measured_notes(protocol, counts),
+        (*measured_notes(protocol, counts, until), *until_notes(runs)),
     )
 
 

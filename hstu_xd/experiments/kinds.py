@@ -13,7 +13,7 @@ from hstu_xd.experiments.run_folders import read_run
 from hstu_xd.experiments.variants import COMPARED, check_name, variant_file
 from hstu_xd.files import gin_folder
 from hstu_xd.ranking.settings import RankingSettings, load_ranking_settings
-from hstu_xd.training.run_facts import CONFIG_FILE, data_changes
+from hstu_xd.training.run_facts import CONFIG_FILE, TRAIN_UNTIL, data_changes
 from hstu_xd.training.search_space import Dimension, TuneSettings
 from hstu_xd.training.settings import RunSettings, load_settings
 
@@ -129,7 +129,7 @@ class RetrievalRuns(Kind[RunSettings]):
         """Take all: a gin file that is of ranking binds what nothing reads."""
 
     def check_variants(self, settings: Mapping[str, RunSettings]) -> None:
-        """Refuse recipes that do not fit a variant's name, and several protocols."""
+        """Refuse recipes that do not fit a variant's name, several protocols, unequal training."""
         for variant, each in settings.items():
             check_name(variant, each)
         (first, base), *others = settings.items()
@@ -140,6 +140,17 @@ class RetrievalRuns(Kind[RunSettings]):
                     f"{base.protocol}: their numbers do not compare; put xd_evaluate settings into "
                     "the recipe that all share"
                 )
+            if own.train.until != base.train.until:
+                raise InputError(
+                    f"variant {variant} has {TRAIN_UNTIL} = {own.train.train_until!r}, {first} "
+                    f"{base.train.train_until!r}: one of them is trained on more; put the setting "
+                    "into the recipe that all share"
+                )
+        if not base.train.until.measured():
+            raise InputError(
+                f"{TRAIN_UNTIL} = {base.train.train_until!r} leaves nothing to measure variants "
+                "by; compare them with 'train' or 'valid'"
+            )
 
     def apart(self, folder: Path, settings: RunSettings, own: Mapping[str, Any]) -> str:
         """Say what a run that is there was trained on otherwise."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hstu_xd.data.batches import Split
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, Protocol
+from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, Protocol, until_of
 from hstu_xd.evaluation.ranking import RankingProtocol
 
 RUN_FILE = "run.json"
@@ -98,6 +99,11 @@ class Run:
         return (self.info.get("train") or {}).get("domain") or ""
 
     @property
+    def until(self) -> Split:
+        """The last split whose targets it was trained on."""
+        return until_of(self.info)
+
+    @property
     def synthetic(self) -> bool:
         """Whether the run's own record calls its data synthetic."""
         return bool(self.info.get("synthetic") or self.data_summary.get("synthetic"))
@@ -115,6 +121,8 @@ class Run:
             value = self.info.get(key)
             entries = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{key}.{name}".rstrip("."): entry for name, entry in entries}
+        if self.info.get("train"):
+            flat["train.train_until"] = self.until.value
         return {k: v for k, v in flat.items() if v is not None and k not in SEEDS}
 
     @property
@@ -242,25 +250,6 @@ def _of_all_domains(parts: Sequence[Mapping[str, Any]], split: str) -> Row:
     return joined
 
 
-def alone_notes(rows: Sequence[Mapping[str, Any]], split: str = "test") -> list[str]:
-    """Say what the numbers of a variant of one model a domain mean; nothing without such rows."""
-    notes = []
-    for variant in dict.fromkeys(row["variant"] for row in rows if row.get("domain")):
-        missed = {}
-        for row in rows:
-            found = row.get(split) or {}
-            if row["variant"] == variant and "count" in found:
-                without = found.get("count_without_history", 0)
-                missed[row["domain"]] = f"{without:,.0f} of {without + found['count']:,.0f}"
-        told = ", ".join(f"{name} {number}" for name, number in missed.items())
-        notes.append(
-            f"{variant} is one model a domain, each trained on its domain's events alone; a target "
-            "of a user without an earlier event of the domain is a miss"
-            + (f": {told}." if told else ".")
-        )
-    return notes
-
-
 def _spreads(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
     names = dict.fromkeys(name for mapping in mappings for name in mapping)
     spreads = {}
@@ -358,7 +347,8 @@ def read_run(folder: Path) -> Run:
     valid = {row["epoch"]: row for row in rows if row["split"] == "valid"}
     train = {row["step"]: row for row in rows if row["split"] == "train"}
     if summary is None:
-        last = f"after epoch {max(valid)}" if valid else "before its first validation"
+        epochs = [*valid, *(row["epoch"] for row in train.values())]
+        last = f"after epoch {max(epochs)}" if epochs else "before its first validation"
         notes.insert(0, f"has no {SUMMARY_FILE} yet: still training or stopped, {last}")
     return Run(
         path=folder,

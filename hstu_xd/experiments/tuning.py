@@ -29,6 +29,7 @@ from hstu_xd.experiments.variants import SINGLE, recipe_of, variant_file
 from hstu_xd.files import locked_folder
 from hstu_xd.model.settings import SWITCHES
 from hstu_xd.training.interruption import signal_name
+from hstu_xd.training.run_facts import TRAIN_UNTIL
 from hstu_xd.training.search_space import Dimension
 
 JOURNAL_FILE = "journal.log"
@@ -162,6 +163,7 @@ class _Search:
             self._files, self._bindings = recipe_of(source, files, bindings)
         self.settings = kind.load(self._files, self._bindings)
         self._space = self.settings.search_space
+        self._check_until()
         self.metric = self.settings.flat[f"{kind.block}.select_metric"]
         self.folder = out / self.variant
         if source != RECIPE:
@@ -169,6 +171,16 @@ class _Search:
             self._check_space(kind.load(files, bindings).flat)
         self._lock = threading.Lock()
         self._study = self._open(out)
+
+    def _check_until(self) -> None:
+        """Refuse to train on what the search picks by."""
+        until = self.settings.flat.get(TRAIN_UNTIL, "train")
+        if until != "train" or any(TRAIN_UNTIL in each.names for each in self._space):
+            raise InputError(
+                f"a search picks by validation targets, which {TRAIN_UNTIL} other than 'train' "
+                "trains on; leave it there, and refit the run of the best settings: hstu-xd train "
+                "--refit RUN"
+            )
 
     def _check_space(self, recipe: Mapping[str, Any]) -> None:
         """Refuse to search what makes the variant what it is."""

@@ -15,7 +15,7 @@ from hstu_xd.training.distributed import World
 from hstu_xd.training.extension import metrics_of
 from hstu_xd.training.metrics_log import SUMMARY_FILE, MetricsLog
 from hstu_xd.training.settings import RunSettings
-from hstu_xd.training.trainer import Progress
+from hstu_xd.training.steps import Progress
 
 
 class BaselineTrainer:
@@ -36,7 +36,7 @@ class BaselineTrainer:
         self.protocol = settings.protocol
         self._data = {
             split: self.protocol.sequences(
-                store, split, train.max_sequence_length, domain=train.domain
+                store, split, train.max_sequence_length, domain=train.domain, until=train.until
             )
             for split in Split
         }
@@ -63,7 +63,7 @@ class BaselineTrainer:
         """Evaluate and write the run's model, metrics and summary; returns the summary.
 
         Args:
-            read_test: measure on the test split, too.
+            read_test: measure on the test split, too, unless it was counted.
         """
         with self._log:
             self.world.in_main(lambda: self._write(read_test=read_test))
@@ -71,7 +71,7 @@ class BaselineTrainer:
 
     def _write(self, *, read_test: bool) -> None:
         began, metrics, values = time.perf_counter(), metrics_of(self.settings), {}
-        for split in (Split.VALID, *[Split.TEST] * read_test):
+        for split in self.settings.until.measured(read_test=read_test):
             values[split.value] = evaluate(
                 self.model,
                 self._data[split],
@@ -83,7 +83,7 @@ class BaselineTrainer:
             self._log.write(split, 0, 0, values[split.value])
         save_checkpoint(self.run / MODEL_FILE, self.model.state_dict(), {"epoch": 0})
         summary = {
-            "best_epoch": 0,
+            **({"best_epoch": 0} if self.settings.until is Split.TRAIN else {}),
             "epochs": 0,
             **values,
             "seconds_per_step": 0.0,

@@ -27,7 +27,7 @@ from hstu_xd.training.checkpoint import (
     load_checkpoint,
     parameter_of,
 )
-from hstu_xd.training.run_facts import last_time_of, read_run
+from hstu_xd.training.run_facts import TRAIN_UNTIL, last_time_of, read_run
 from hstu_xd.training.run_features import load_features
 from hstu_xd.training.settings import RunSettings
 
@@ -52,8 +52,20 @@ def check_continuable(run: Path, settings: RunSettings, stored: RunSettings) -> 
         stored: its own.
 
     Raises:
-        InputError: another architecture or size, with the setting's name; or a run that counts.
+        InputError: another architecture or size, with the setting's name; a run that counts, or one
+            whose epoch validation does not pick.
     """
+    if stored.train.until is not Split.TRAIN:
+        raise InputError(
+            f"{run} was trained with {TRAIN_UNTIL} = {stored.train.train_until!r}, a last training "
+            "that nothing continues; continue a run that was trained until 'train', such as the "
+            "one that it may be a refit of"
+        )
+    if settings.train.until is not Split.TRAIN:
+        raise InputError(
+            f"{TRAIN_UNTIL} = {settings.train.train_until!r} leaves validation nothing to pick the "
+            "epoch of a continued run by; leave it at 'train'"
+        )
     for which in (stored, settings):
         if which.train.baseline != NO_BASELINE:
             raise InputError(

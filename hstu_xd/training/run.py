@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError, Interrupted
@@ -31,7 +32,9 @@ from hstu_xd.training.continuation import (
 )
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import metrics_of, objective_of
+from hstu_xd.training.refit import Refit, until_name
 from hstu_xd.training.run_facts import (
+    TRAIN_UNTIL,
     check_same_data,
     held_folder,
     lay_out,
@@ -59,6 +62,7 @@ def train(
     allow_imports: bool = False,
     announce: Callable[[str], object] = lambda line: None,
     continue_from: Path | None = None,
+    refit: Refit | None = None,
     trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train one model into a run folder.
@@ -72,12 +76,15 @@ def train(
         resume: continue ``out`` with its own settings where it stopped; where ``settings`` are
             given and differ, a warning says so.
         verify: compare the hash of every file of the store with its manifest first.
-        read_test: measure the picked epoch on the test split, too; a search on validation does not.
+        read_test: measure the picked epoch on the test split, too, unless it was trained on; a
+            search on validation does not.
         allow_imports: to resume, import what the run names beside this package; what ``settings``
             have imported needs no permission.
         announce: called with a line after every epoch, in the first process.
         continue_from: a run of an older store, whose weights this one begins with and of which it
             trains on what is new in the store.
+        refit: a run of the same store that this one is a refit of, with ``settings`` as it gives
+            them.
         trackers: names out of :data:`hstu_xd.training.trackers.TRACKERS`; none: TensorBoard, or
             those that the run has.
 
@@ -99,18 +106,22 @@ def train(
         if resume:
             settings = _settings_to_resume(out, store, given, allow_imports=allow_imports)
             earlier = Predecessor.recorded_in(read_run(out))
+            refit = Refit.recorded_in(read_run(out))
         else:
             earlier = Predecessor.of(continue_from) if continue_from else None
+            if refit is not None:
+                refit.check_data(store)
+                earlier = refit.earlier
             settings = _settings_to_begin(given, continue_from, allow_imports=allow_imports)
         # A run keeps the times that its log is cut at, whatever the log becomes.
         settings, given = settings.on(store), given.on(store) if given else None
         if here.is_main:
             goes_on_with = given if resume else None
-            _warn_inert(settings, store, out, goes_on_with, continued=earlier is not None)
+            _warn_inert(settings, store, out, goes_on_with, earlier or refit)
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
-        trainer = _new_trainer(store, settings, out, here, earlier, announce, resume=resume)
+        trainer = _new_trainer(store, settings, out, here, earlier, refit, announce, resume=resume)
         continues = None
         if earlier is not None and not (out / STATE_FILE).exists():
             continues = _take_over(trainer, earlier, store, settings)
@@ -123,8 +134,9 @@ def train(
         else:
             if isinstance(trainer, Trainer):
                 trainer.check_group()
-            name = name or variant_name(settings)
-            told = continues.facts if continues else None
+            name = name or (refit.name(settings.train.until) if refit else variant_name(settings))
+            told = {"continues": continues.facts} if continues else {}
+            told |= {"refits": refit.facts(here)} if refit else {}
             here.in_main(lambda: lay_out(out, store, settings, trainer.model, name, here, told))
             if continues and here.is_main:
                 announce(str(continues))
@@ -157,6 +169,7 @@ def _new_trainer(
     out: Path,
     here: World,
     earlier: Predecessor | None,
+    refit: Refit | None,
     announce: Callable[[str], object],
     *,
     resume: bool,
@@ -176,6 +189,7 @@ def _new_trainer(
         protocol=settings.protocol,
         announce=announce,
         until=earlier.until if earlier else None,
+        num_epochs=refit.epochs if refit else None,
     )
 
 
@@ -322,11 +336,11 @@ def load_trained(
 def variant_name(settings: RunSettings) -> str:
     """Name a run after what its model is trained as: "HSTU", "HSTU + mask + TAPE", ...
 
-    Of the training, only where negatives are drawn and how many other domains are asked for is
-    told; :meth:`RunSettings.unlike` tells all.
+    Of the training, only up to which split it goes, where negatives are drawn and how many other
+    domains are asked for is told; :meth:`RunSettings.unlike` tells all.
     """
     if settings.train.baseline != NO_BASELINE:
-        return settings.train.baseline
+        return until_name(settings.train.baseline, settings.train.until)
     parts = ["HSTU"]
     foreign = settings.parts
     if settings.train.negatives != TrainSettings.negatives and "negatives" not in foreign:
@@ -341,7 +355,7 @@ def variant_name(settings: RunSettings) -> str:
         parts.append(f"{asked} other domain{'s' if asked > 1 else ''} asked")
     # The layer has its label; a metric of one's own makes no other model.
     parts += [f"{what} {foreign[what]}" for what in ("objective", "negatives") if what in foreign]
-    return " + ".join(parts)
+    return until_name(" + ".join(parts), settings.train.until)
 
 
 def _note_resumption(out: Path, trainer: Trainer | BaselineTrainer) -> None:
@@ -363,18 +377,20 @@ def _warn_inert(
     store: InteractionStore,
     out: Path,
     given: RunSettings | None,
-    *,
-    continued: bool,
+    begun: Predecessor | Refit | None,
 ) -> None:
     """Say which settings do nothing with these data, or are not those that a run goes on with."""
     if given is not None and (unlike := given.unlike(read_run(out))):
         _logger.warning("%s goes on with its own settings: %s", out, "; ".join(unlike))
-    if not continued:
-        for name in ("new_items", "news_context", "replay_share"):
-            if (value := getattr(settings.train, name)) != getattr(TrainSettings, name):
-                _logger.warning(
-                    "xd_train.%s = %r does nothing without --continue-from", name, value
-                )
+    idle = {}
+    if begun is None:
+        idle |= dict.fromkeys(("new_items", "news_context", "replay_share"), "--continue-from")
+        if settings.train.until is not Split.TRAIN:
+            told = f"{TRAIN_UNTIL} = 'train'"
+            idle |= dict.fromkeys(("early_stop_patience", "select_metric"), told)
+    for name, needed in idle.items():
+        if (value := getattr(settings.train, name)) != getattr(TrainSettings, name):
+            _logger.warning("xd_train.%s = %r does nothing without %s", name, value, needed)
     if settings.train.asked_domains and store.num_domains == 1:
         _logger.warning(
             "xd_train.asked_domains = %r does nothing: the data have one domain",

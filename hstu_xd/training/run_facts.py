@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from hstu_xd.catalog import CATALOG_FILE
+from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.store_files import ITEM_IDS, OFFSETS, TIMESTAMPS, USERS
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import Baseline
-from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL
+from hstu_xd.evaluation.protocol import RANKING, RETRIEVAL, until_of
 from hstu_xd.files import LOCK_FILE, check_readable, locked_folder
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import SWITCHES
@@ -35,6 +36,7 @@ RUN_FILE = "run.json"
 PARTIAL_FILE = "run.partial"
 # Of a ranking run: how many training events every item has.
 TRAINED_FILE = "trained_items.npy"
+TRAIN_UNTIL = "xd_train.train_until"
 # What wrote the folder of a run of each kind.
 _TRAINED_BY = {RETRIEVAL: "hstu-xd train", RANKING: "hstu-xd rank"}
 
@@ -72,6 +74,36 @@ def read_run_of(kind: str, run: Path) -> dict[str, Any]:
             f"needed, written by {_TRAINED_BY[kind]}. evaluate, compare and report take both"
         )
     return facts
+
+
+def refitted(facts: Mapping[str, Any]) -> str:
+    """Return the folder of the run that a run is a refit of; empty where it is none."""
+    return (facts.get("refits") or {}).get("run", "")
+
+
+def check_measurable(run: Path, facts: Mapping[str, Any], split: Split) -> None:
+    """Refuse to measure a run on what it was trained on.
+
+    Args:
+        run: the run folder.
+        facts: what its run.json says.
+        split: that is to be measured.
+
+    Raises:
+        InputError: the run was trained on the targets of the split.
+    """
+    until = until_of(facts)
+    if split in until.measured():
+        return
+    mend = "leave it out"
+    if until.measured():
+        mend = f"measure it on {', '.join(s.value for s in until.measured())}, or leave it out"
+    elif of := refitted(facts):
+        mend = f"measure the run that it is a refit of, {of}"
+    raise InputError(
+        f"{run} was trained on the targets of {split.value} ({TRAIN_UNTIL} = {until.value!r}), so "
+        f"its numbers there mean nothing; {mend}"
+    )
 
 
 @contextmanager
@@ -125,7 +157,7 @@ def lay_out(
     model: CrossDomainHSTU | Baseline,
     name: str,
     here: World,
-    continues: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Make a run folder: config, catalogue, and what the run is; run.json comes last.
 
@@ -136,7 +168,7 @@ def lay_out(
         model: as it starts.
         name: what tables call the run.
         here: the process.
-        continues: what run.json says of the run that it continues, if it does.
+        more: what run.json says of the run that it "continues" or "refits", if it does.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG_FILE).write_text(settings.to_gin())
@@ -159,9 +191,7 @@ def lay_out(
     }
     if settings.parts or settings.foreign.modules:
         facts |= {"parts": settings.parts, "modules": settings.foreign.described()}
-    if continues is not None:
-        facts["continues"] = continues
-    write_facts(out, facts)
+    write_facts(out, {**facts, **(more or {})})
 
 
 def facts_of_start(here: World) -> dict[str, Any]:

@@ -51,8 +51,10 @@ def features_of(store: InteractionStore, settings: RunSettings) -> FeatureTable 
                 f"{store.path} has {', '.join(known) or 'none'}: prepare the log with "
                 "--item-features FILE --features NAMES"
             )
-    length, domain = settings.train.max_sequence_length, settings.train.domain
-    data = settings.protocol.sequences(store, Split.TRAIN, length, domain=domain)
+    train = settings.train
+    data = settings.protocol.sequences(
+        store, Split.TRAIN, train.max_sequence_length, domain=train.domain, until=train.until
+    )
     is_met = torch.zeros(store.num_items + 1, dtype=torch.bool)
     is_met[data.events()[0]] = True
     categories = {name: values[name] for name in names if name in codes}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import check, inert, setting
 from hstu_xd.errors import InputError
@@ -48,6 +49,9 @@ class TrainSettings:
         domain: name of the only domain that is read, trained on and ranked, as if the log had no
             other; "": all. Such a run is a control, beside one of each other domain: what training
             them together gives or takes.
+        train_until: the last split whose targets train. "train": validation picks the epoch.
+            "valid": validation targets are trained on, too, so that all of num_epochs are trained
+            and the last one is kept. "test": everything is, and nothing is left to measure by.
         local_batch_size: users per step and process; 0: as many as ``events_per_step`` says.
         events_per_step: training events that the users of a process's step have on average; at
             least 32 users, and at most a 32nd of all, so that an epoch of a small log has steps.
@@ -101,6 +105,11 @@ class TrainSettings:
     gr_output_length: int = setting(10, at_least=0)
     item_embedding_dim: int = setting(128, at_least=1, also=("width", "hidden_size", "d_model"))
     domain: str = setting("", also=("single_domain", "per_domain"))
+    train_until: str = setting(
+        Split.TRAIN.value,
+        allowed=tuple(split.value for split in Split),
+        also=("refit", "retrain_with_validation", "train_on"),
+    )
     local_batch_size: int = setting(0, at_least=0)
     events_per_step: int = setting(1500, at_least=1, needs={"local_batch_size": 0})
     eval_batch_size: int = setting(256, at_least=1)
@@ -158,10 +167,18 @@ class TrainSettings:
         check_parts(self)
 
     @property
+    def until(self) -> Split:
+        """The last split whose targets train."""
+        return Split(self.train_until)
+
+    @property
     def norm_length(self) -> int:
         """The constant ``N`` that upstream divides attention by."""
         return self.max_sequence_length + self.gr_output_length + 1
 
+
+# What earlier runs do not record, as they knew nothing else.
+_EARLIER = {"train_until": Split.TRAIN.value}
 
 # What gin files bind: block -> the settings of it.
 BLOCKS: dict[str, type] = {
@@ -253,7 +270,7 @@ class RunSettings:
         encoder = self.encoder_settings(recorded["encoder"]["num_domains"])
         pairs = (
             ("xd_encoder", encoder, recorded["encoder"]),
-            ("xd_train", self.train, recorded["train"]),
+            ("xd_train", self.train, _EARLIER | recorded["train"]),
             (ITEM_BLOCK, self.item, recorded.get("item") or {}),
             (PROTOCOL_BLOCK, self.protocol, recorded.get("protocol") or {}),
         )

@@ -7,8 +7,8 @@ metrics.jsonl, one JSON object a line, as they come, and go to the trackers of t
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,54 +40,16 @@ from hstu_xd.training.checkpoint import (
     save_state,
 )
 from hstu_xd.training.distributed import DelayedMaximum, World
-from hstu_xd.training.epochs import EpochProgress, EpochTraining
+from hstu_xd.training.epochs import EpochTraining
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.interruption import stop_requests
 from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.optimization import WeightAverage, optimizer_of, rate_at
 from hstu_xd.training.settings import TrainSettings
+from hstu_xd.training.steps import Progress, users_per_step
 
 # A loss that is not finite is noticed within this many steps and before anything is saved.
 _CHECK_EVERY = 50
-
-
-# Where the users of a step follow from its events: the fewest of them, and the steps of an epoch.
-_FEWEST_USERS, _STEPS_OF_EPOCH = 32, 32
-
-
-def users_per_step(settings: TrainSettings, events: np.ndarray) -> int:
-    """Return how many users a process takes in a step.
-
-    Users of some logs have a handful of events and those of others hundreds: a recipe that is right
-    for one of them is right for steps of as many events, not of as many users.
-
-    Args:
-        settings: of the training.
-        events: (users,) int, training events of each user of an epoch.
-    """
-    if settings.local_batch_size:
-        return settings.local_batch_size
-    enough = round(settings.events_per_step * events.size / max(1, int(events.sum())))
-    return max(1, min(max(_FEWEST_USERS, enough), events.size // _STEPS_OF_EPOCH))
-
-
-@dataclass
-class Progress(EpochProgress):
-    """Where a training stands, by users and events.
-
-    The place in an epoch is counted in users: steps depend on the number of processes.
-    """
-
-    users_in_epoch: int = 0
-    loss_tokens: int = 0
-    train_events: int = 0
-
-    @classmethod
-    def from_stored(cls, stored: Mapping[str, Any], users_per_step: int) -> "Progress":
-        """Read the progress of a checkpoint; old ones count the steps of an epoch instead."""
-        values = dict(stored)
-        steps = values.pop("step_in_epoch", 0)
-        return cls(**{"users_in_epoch": steps * users_per_step} | values)
 
 
 class _Loss(nn.Module):
@@ -116,6 +78,8 @@ class Trainer(EpochTraining[Progress]):
         announce: called with a line after every epoch, in the first process.
         until: time of the last event of another run's log, which this one continues: every epoch
             trains on what came later and on a ``replay_share`` of the other users; None: on all.
+        num_epochs: after which the training ends, where its rates go on as if it had
+            ``settings.num_epochs`` of them; None: after those.
     """
 
     def __init__(
@@ -129,15 +93,17 @@ class Trainer(EpochTraining[Progress]):
         protocol: Protocol = DEFAULTS,
         announce: Callable[[str], object] = lambda line: None,
         until: int | None = None,
+        num_epochs: int | None = None,
     ) -> None:
         if settings.main_module_bf16 and world.device.type != "cuda":
             raise HstuXdError("xd_train.main_module_bf16 needs CUDA; set it to False on CPU")
         self.model, self.settings, self.run, self.world = model, settings, run, world
         self.protocol, self._announce = protocol, announce
         length = settings.max_sequence_length
-        domain = settings.domain
+        domain, trained = settings.domain, settings.until
         self._data = {
-            split: protocol.sequences(store, split, length, domain=domain) for split in Split
+            split: protocol.sequences(store, split, length, domain=domain, until=trained)
+            for split in Split
         }
         data = self._data[Split.TRAIN]
         news = data.users if until is None else data.begin_at_news(until, settings.news_context)
@@ -155,7 +121,8 @@ class Trainer(EpochTraining[Progress]):
         loss: nn.Module = _Loss(model, self._objective, bf16=settings.main_module_bf16)
         self._loss = DistributedDataParallel(loss) if world.size > 1 else loss
         log = MetricsLog(run, enabled=world.is_main)
-        super().__init__(Progress(), log, settings.num_epochs, settings.early_stop_patience)
+        last = num_epochs or settings.num_epochs
+        super().__init__(Progress(), log, last, settings.early_stop_patience)
         self._agreed = DelayedMaximum(world.size)
 
     def begin_with(
@@ -196,7 +163,7 @@ class Trainer(EpochTraining[Progress]):
         """Train until the epochs or the patience run out; returns the run's summary.
 
         Args:
-            read_test: measure the picked epoch on the test split, too.
+            read_test: measure the picked epoch on the test split, too, unless it was trained on.
 
         Raises:
             Interrupted: one of the processes was asked to stop; :meth:`resume` goes on there.
@@ -215,7 +182,7 @@ class Trainer(EpochTraining[Progress]):
         """
         name = self.settings.select_metric
         metric, bracket, _ = name.partition("[")
-        if not bracket:
+        if not bracket or self.settings.until is not Split.TRAIN:
             return
         # Which groups there are depends on candidates, too: so the new model is measured.
         found = [each for each in self.evaluate(Split.VALID) if each.startswith(f"{metric}[")]
@@ -353,17 +320,12 @@ class Trainer(EpochTraining[Progress]):
             )
 
     def _finish_epoch(self, began: float) -> None:
-        progress, settings = self.progress, self.settings
+        progress = self.progress
         self._check_finite()
         row = {"loss": self._total_loss() / progress.loss_tokens}
         self._log.write(Split.TRAIN, progress.epoch, progress.step, row)
-        values = self.evaluate(Split.VALID)
-        self._log.write(Split.VALID, progress.epoch, progress.step, values)
-        found = values[settings.select_metric]
-        if self._is_best(found) and self.world.is_main:
-            epoch = {"epoch": progress.epoch}
-            save_checkpoint(self.run / MODEL_FILE, self._judged.state_dict(), epoch)
-        told = self._told(row["loss"], found, time.perf_counter() - began)
+        judged = self._judge_epoch()
+        told = self._told(row["loss"], judged, time.perf_counter() - began)
         progress.epoch, progress.users_in_epoch = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_tokens = 0.0, 0
         # Only here: rows of an epoch that is not finished come again.
@@ -373,15 +335,30 @@ class Trainer(EpochTraining[Progress]):
         if self.world.is_main:
             self._announce(told)
 
-    def _told(self, loss: float, found: float, seconds: float) -> str:
+    def _judge_epoch(self) -> str:
+        """Keep the epoch's model if it is the best or none is picked, and say how it did."""
+        progress, name = self.progress, self.settings.select_metric
+        is_kept, told = True, "kept until the next"
+        if self.settings.until is Split.TRAIN:
+            values = self.evaluate(Split.VALID)
+            self._log.write(Split.VALID, progress.epoch, progress.step, values)
+            is_kept = self._is_best(values[name])
+            told = f"valid {name} {values[name]:.4f} ({self._best_told})"
+        else:
+            progress.best_epoch = progress.epoch
+        if is_kept and self.world.is_main:
+            epoch = {"epoch": progress.epoch}
+            save_checkpoint(self.run / MODEL_FILE, self._judged.state_dict(), epoch)
+        return told
+
+    def _told(self, loss: float, judged: str, seconds: float) -> str:
         """Say in a line how an epoch went, and how long the others will take at most."""
-        progress, settings = self.progress, self.settings
-        left = (settings.num_epochs - 1 - progress.epoch) * seconds
+        progress = self.progress
+        left = (self._num_epochs - 1 - progress.epoch) * seconds
         rate = progress.train_events / max(1e-9, progress.train_seconds)
         return (
-            f"epoch {progress.epoch}: loss {loss:.4f}, valid {settings.select_metric} {found:.4f} "
-            f"({self._best_told}), {rate:,.0f} events/s, {seconds:,.1f} s; at most {left:,.0f} s "
-            "left"
+            f"epoch {progress.epoch}: loss {loss:.4f}, {judged}, {rate:,.0f} events/s, "
+            f"{seconds:,.1f} s; at most {left:,.0f} s left"
         )
 
     def evaluate(self, split: Split) -> dict[str, float]:
@@ -425,18 +402,19 @@ class Trainer(EpochTraining[Progress]):
         save_state(self.run, self.model, self._optimizer, progress, average)
 
     def _summarise(self, *, read_test: bool) -> dict[str, Any]:
-        """Read the test split once, with the epoch that validation picked, or not at all."""
+        """Measure the model that was kept on what it was not trained on, the test once or never."""
         self.world.barrier()
         weights, metadata = load_checkpoint(self.run / MODEL_FILE)
         load_weights(self.model, weights, self.run / MODEL_FILE)
-        self._judged = self.model
-        measured, progress = {"valid": self.evaluate(Split.VALID)}, self.progress
-        if read_test:
-            measured["test"] = self.evaluate(Split.TEST)
-            self._log.write(Split.TEST, metadata["epoch"], progress.step, measured["test"])
+        self._judged, progress = self.model, self.progress
+        until, epoch, measured = self.settings.until, metadata["epoch"], {}
+        for split in until.measured(read_test=read_test):
+            measured[split.value] = self.evaluate(split)
+        if "test" in measured:
+            self._log.write(Split.TEST, epoch, progress.step, measured["test"])
         cost = attention_cost(self.model, self._data[Split.TEST])
         summary = {
-            "best_epoch": metadata["epoch"],
+            **({"best_epoch": epoch} if until is Split.TRAIN else {}),
             "epochs": progress.epoch,
             **measured,
             "seconds_per_step": progress.train_seconds / max(1, progress.step),

@@ -16,7 +16,8 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.experiments.ablation import ablate
 from hstu_xd.experiments.comparison import pair_runs
-from hstu_xd.experiments.run_folders import aggregate, alone_notes
+from hstu_xd.experiments.report.shared_data import alone_notes
+from hstu_xd.experiments.run_folders import aggregate
 from hstu_xd.experiments.tuning import tune
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint
 from hstu_xd.training.run import load_trained, train

@@ -107,6 +107,25 @@ def test_targets_that_training_never_met_are_told_apart(cli: Cli, run: Path) -> 
     assert "count[cold]" in json.loads(cli("evaluate", run, "--json").out)["test"]
 
 
+def test_a_refit_has_met_what_was_held_out_for_validation(cli: Cli, tmp_path: Path) -> None:
+    """In comparisons those targets are cold that no run has met."""
+    log = log_of(12, 9, last="a9")
+    for user in range(1, 12, 2):
+        last = "a9" if user < 6 else "b8"
+        log += f"u{user},{last},{last[0]},1500000950\n"
+    store, run, again = prepare(cli, tmp_path, log, items_of()), tmp_path / "run", tmp_path / "two"
+    train(cli, store, run, "xd_evaluate.exclude_seen = False")
+    assert cli("train", "--refit", run, "--out", again).code == 0
+    counts = [json.loads((r / "summary.json").read_text())["test"] for r in (run, again)]
+    assert [each["count[cold]"] for each in counts] == [6, 3]
+    model = hstu_xd.load(again)
+    assert model.met_items is not None
+    assert model.met_items[ids_of(model.catalog, "a9", "b8")].tolist() == [True, False]
+    for pair in ((run, again), (again, run)):
+        (found,) = json.loads(cli("compare", *pair, "--json").out)
+        assert found["differences"]["mrr[cold]"]["count"] == 3
+
+
 def test_reports_and_comparisons_tell_them_apart(cli: Cli, run: Path, tmp_path: Path) -> None:
     """Of a model without features, too, which by itself knows nothing of them."""
     plain = [word for each in QUICKEST for word in ("--gin_bindings", each)]

@@ -20,7 +20,7 @@ from hstu_xd.evaluation.popularity import (
     tenths_of_targets,
     training_counts,
 )
-from hstu_xd.evaluation.protocol import Protocol
+from hstu_xd.evaluation.protocol import Protocol, common_until
 from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.experiments.run_folders import Run, differing_settings
 from hstu_xd.training.checkpoint import MODEL_FILE
@@ -120,7 +120,9 @@ def list_models(
             notes.append(_note(run, reason))
     if not ranked:
         return None, notes
-    training = protocol.sequences(store, Split.TRAIN, 1)
+    training = protocol.sequences(
+        store, Split.TRAIN, 1, until=common_until(run.info for run in runs)
+    )
     counts = training_counts(store.catalog, training)
     percentiles = percentiles_in_domain(counts, store.catalog)
     test = protocol.sequences(store, Split.TEST, 1)
@@ -151,6 +153,8 @@ def _ask(
 
 def _left_out(run: Run, protocol: Protocol | None) -> str:
     """Say why a run is not asked before it is loaded; empty where it may be."""
+    if not run.until.measured():
+        return "was trained on its test targets, and nothing is left to measure it by"
     if not run.test:
         return "has not read its test, and report does not read it in its place"
     if run.domain:

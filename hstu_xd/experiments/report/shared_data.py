@@ -1,12 +1,15 @@
 """Runs on the same data brought together: what one part of the report is about."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.baselines import NO_BASELINE
 from hstu_xd.evaluation.protocol import RETRIEVAL, Protocol, protocol_notes
 from hstu_xd.evaluation.ranking import RankingProtocol, undefined_notes
 from hstu_xd.experiments.report.data_figures import DataStats, measure
@@ -16,7 +19,6 @@ from hstu_xd.experiments.run_folders import (
     Run,
     VariantResult,
     aggregate,
-    alone_notes,
     differing_settings,
 )
 
@@ -119,6 +121,7 @@ def compare_runs(
     for note in notes:
         logger.warning(note)
     notes += foreign_notes(runs)
+    notes += until_notes(runs)
     notes += alone_notes([run.row() for run in runs])
     return Comparison(
         runs=runs,
@@ -158,12 +161,51 @@ def measured_by(done: Sequence[Run]) -> list[str]:
     return protocol_notes([run.info for run in done], whole.test)
 
 
+def alone_notes(rows: Sequence[Mapping[str, Any]], split: str = "test") -> list[str]:
+    """Say what the numbers of a variant of one model a domain mean; nothing without such rows."""
+    notes = []
+    for variant in dict.fromkeys(row["variant"] for row in rows if row.get("domain")):
+        missed = {}
+        for row in rows:
+            found = row.get(split) or {}
+            if row["variant"] == variant and "count" in found:
+                without = found.get("count_without_history", 0)
+                missed[row["domain"]] = f"{without:,.0f} of {without + found['count']:,.0f}"
+        told = ", ".join(f"{name} {number}" for name, number in missed.items())
+        notes.append(
+            f"{variant} is one model a domain, each trained on its domain's events alone; a target "
+            "of a user without an earlier event of the domain is a miss"
+            + (f": {told}." if told else ".")
+        )
+    return notes
+
+
 def foreign_notes(runs: Sequence[Run]) -> Iterator[str]:
     """Say of each variant which of its parts are not of this package."""
     for variant, parts in {run.variant: run.info.get("parts") for run in runs}.items():
         if parts:
             named = ", ".join(f"{what} {name}" for what, name in parts.items())
             yield f"{variant} has parts from outside hstu-xd: {named}."
+
+
+def until_notes(runs: Sequence[Run]) -> Iterator[str]:
+    """Say of each variant whether it was trained on more than training targets."""
+    by_variant: dict[tuple[str, Split], list[Run]] = {}
+    for run in runs:
+        by_variant.setdefault((run.variant, run.until), []).append(run)
+    for (variant, until), members in by_variant.items():
+        if until is Split.TRAIN:
+            continue
+        whose = "validation targets, too"
+        if until is Split.TEST:
+            whose = "all targets, those of test, too"
+        info, told = members[0].info, ", for all its epochs"
+        if found := [run.info["refits"]["run"] for run in members if run.info.get("refits")]:
+            ones = "one" if len(found) == 1 else "ones"
+            told = f", for as many epochs as the best {ones} of {', '.join(found)} took"
+        elif (info["train"].get("baseline") or NO_BASELINE) != NO_BASELINE:
+            told = ""
+        yield f"{variant} was trained on {whose}{told}."
 
 
 def variant_notes(runs: Sequence[Run]) -> Iterator[str]:
