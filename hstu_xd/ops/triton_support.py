@@ -35,9 +35,19 @@ def rounds_to_tf32(dtype: torch.dtype) -> bool:
     """Return whether factors of products are rounded to TF32: float32 where PyTorch's switch says.
 
     It is ``torch.backends.cuda.matmul.allow_tf32``, off unless somebody turns it on, as
-    generative-recommenders does by ``train_fn.enable_tf32``.
+    generative-recommenders does by ``train_fn.enable_tf32``; or ``fp32_precision`` beside it, in
+    versions that have one. Both then stand in the latter, and who set that may not ask the former.
     """
-    return dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
+    if dtype != torch.float32:
+        return False
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return bool(matmul.allow_tf32)
+
+
+# A graph that is being compiled takes the answer for a constant; see first_use.
+vars(rounds_to_tf32)["_dynamo_marked_constant"] = True
 
 
 def suits(q: Tensor, v: Tensor) -> bool:
