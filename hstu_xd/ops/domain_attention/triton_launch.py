@@ -62,7 +62,7 @@ def shape_of(kernel: str, tile: int, width: int, dtype: torch.dtype, *, biased: 
         few = width <= 32 or (rounds_to_tf32(dtype) and width <= 64)
         return Shape(32, 4, 2, 2) if few else Shape(32, 8, 2)
     shape = _HALF[kernel][0 if biased else 1]
-    return Shape(min(tile, 64), 8, 2, max(1, shape.heads // 2)) if width > 64 else shape
+    return Shape(min(tile, 64), 8, 2) if width > 64 else shape
 
 
 def forward(inputs: KernelInputs) -> Tensor:
