@@ -34,10 +34,20 @@ def installed() -> bool:
 def rounds_to_tf32(dtype: torch.dtype) -> bool:
     """Return whether factors of products are rounded to TF32: float32 where PyTorch's switch says.
 
-    It is ``torch.backends.cuda.matmul.allow_tf32``, off unless somebody turns it on, as
-    generative-recommenders does by ``train_fn.enable_tf32``.
+    It is ``torch.backends.cuda.matmul.fp32_precision``, or ``allow_tf32`` there, off unless somebody
+    turns it on, as generative-recommenders does by ``train_fn.enable_tf32``.
     """
-    return dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
+    if dtype != torch.float32:
+        return False
+    switches = torch.backends.cuda.matmul
+    # Since PyTorch 2.9, which refuses to read the other one once this one is set.
+    newer = getattr(switches, "fp32_precision", None)
+    return bool(switches.allow_tf32) if newer is None else newer == "tf32"
+
+
+# As torch.compiler.assume_constant_result does, which would load the compiler: it cannot read the
+# switch itself, and compiles again where somebody turns it.
+vars(rounds_to_tf32)["_dynamo_marked_constant"] = True
 
 
 def suits(q: Tensor, v: Tensor) -> bool:

@@ -18,6 +18,7 @@ from hstu_xd.ops import RelativeBias, available_impls, domain_attention
 from hstu_xd.ops.domain_attention import fused
 from hstu_xd.ops.first_use import KernelUse
 from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.triton_support import rounds_to_tf32
 
 pytestmark = needs_triton
 
@@ -116,11 +117,21 @@ def test_a_plan_is_made_once_for_the_same_coordinates(monkeypatch: pytest.Monkey
     assert len(made) == 3
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    torch.backends.cuda.matmul.allow_tf32 = True
+def _by_the_older_switch(on: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = on
+
+
+def _by_the_newer_switch(on: bool) -> None:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("PyTorch before 2.9 has one switch: NOT covered: the newer one")
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if on else "ieee"
+
+
+@pytest.fixture(params=[_by_the_older_switch, _by_the_newer_switch])
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    request.param(True)
     yield
-    torch.backends.cuda.matmul.allow_tf32 = False
+    request.param(False)
 
 
 def test_products_are_whole_unless_pytorch_says_otherwise() -> None:
@@ -141,6 +152,16 @@ def test_products_round_to_tf32_where_pytorch_says_so() -> None:
     use = KernelUse.build("domain_attention", q, q, biased=True, impl="triton")
     assert str(use) == "the fused kernel of domain_attention in tf32 with 2 heads of 16"
     assert not KernelUse.build("domain_attention", q, q, biased=True, impl="native").tf32
+
+
+def test_compiled_code_reads_the_switch(tf32: None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: x + rounds_to_tf32(x.dtype), fullgraph=True, backend="eager"
+    )
+    assert compiled(torch.zeros(1)) == 1
+    torch.set_float32_matmul_precision("highest")
+    assert compiled(torch.zeros(1)) == 0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, g: DomainGrouping, bias: RelativeBias) -> Tensor:
