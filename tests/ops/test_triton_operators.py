@@ -156,9 +156,7 @@ def test_products_round_to_tf32_where_pytorch_says_so() -> None:
 
 def test_compiled_code_reads_the_switch(tf32: None) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x: x + rounds_to_tf32(x.dtype), fullgraph=True, backend="eager"
-    )
+    compiled = torch.compile(lambda x: x + rounds_to_tf32(x.dtype), fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)) == 1
     torch.set_float32_matmul_precision("highest")
     assert compiled(torch.zeros(1)) == 0
