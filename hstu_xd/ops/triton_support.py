@@ -34,8 +34,8 @@ def installed() -> bool:
 def rounds_to_tf32(dtype: torch.dtype) -> bool:
     """Return whether factors of products are rounded to TF32: float32 where PyTorch's switch says.
 
-    It is ``torch.backends.cuda.matmul.fp32_precision``, or ``allow_tf32`` there, off unless somebody
-    turns it on, as generative-recommenders does by ``train_fn.enable_tf32``.
+    It is ``fp32_precision`` of ``torch.backends.cuda.matmul``, or ``allow_tf32``, off unless
+    somebody turns it on, as generative-recommenders does by ``train_fn.enable_tf32``.
     """
     if dtype != torch.float32:
         return False
