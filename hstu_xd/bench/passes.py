@@ -75,15 +75,15 @@ def judge(provider: str, case: Case) -> Row:
 
     Another's code may round to half precision between its operators, where the definition does not.
     It then is right where it is within the budgets of float32; its error in halves stands in the
-    row all the same.
+    row all the same. Where it has no float32 it is wrong.
     """
-    error, dtype = largest_error(provider, case), case.dtype
-    right = error <= 1
-    if not right and PROVIDERS[case.what][provider].foreign and dtype != "float32":
-        dtype = "float32"
-        right = largest_error(provider, replace(case, dtype=dtype)) <= 1
-    verdict: Row = {"correct": right, "error_of_budget": error}
-    return verdict if dtype == case.dtype else verdict | {"judged_in": dtype}
+    error = largest_error(provider, case)
+    right, more = error <= 1, {}
+    if not right and PROVIDERS[case.what][provider].foreign and case.dtype != "float32":
+        with noting_failure(provider, {}):
+            right = largest_error(provider, replace(case, dtype="float32")) <= 1
+            more = {"judged_in": "float32"}
+    return {"correct": right, "error_of_budget": error, **more}
 
 
 def row_error(found: Tensor, truth: Tensor, short: float = _SHORT_ROW["silu"]) -> float:

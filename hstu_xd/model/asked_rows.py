@@ -55,25 +55,8 @@ class AskedRows:
 
         Returns:
             The Q rows, and where among them each of the ``n`` is, (n,) int64.
-
-        Raises:
-            InputError: not a vector of int64, or entries that there are not (the last is checked
-                on CPU only, where it costs no wait).
         """
-        number = rows.entry_targets.numel()
-        if asked.ndim != 1 or asked.dtype != torch.int64:
-            raise InputError(
-                f"asked is {asked.dtype} of shape {tuple(asked.shape)}; a vector of torch.int64 is "
-                "needed: call asked.long() or flatten it"
-            )
         entries, places = asked.unique(return_inverse=True)
-        if entries.device.type == "cpu" and entries.numel():
-            first, last = entries[[0, -1]].tolist()
-            if first < 0 or last >= number:
-                raise InputError(
-                    f"asked holds {first}..{last}; the batch has rows 0..{number - 1}: its events, "
-                    "then its questions"
-                )
         return cls(rows, layer, entries, all_below), places
 
     def of_layers(self) -> Sequence["AskedRows | None"]:
@@ -191,6 +174,31 @@ class AskedRows:
     def _questions(self) -> Tensor:
         """Return which questions are among the rows: (n,) int64."""
         return self.entries[self._num_events :] - self._length
+
+
+def check_asked(asked: Tensor, number: int) -> None:
+    """Refuse what names no rows of a batch.
+
+    Args:
+        asked: (n,) int64, which rows are asked for.
+        number: of events and questions.
+
+    Raises:
+        InputError: not a vector of int64, or rows that there are not (the last is checked on CPU
+            only, where it costs no wait).
+    """
+    if asked.ndim != 1 or asked.dtype != torch.int64:
+        raise InputError(
+            f"asked is {asked.dtype} of shape {tuple(asked.shape)}; a vector of torch.int64 is "
+            "needed: call asked.long() or flatten it"
+        )
+    if asked.device.type == "cpu" and asked.numel() and not torch.compiler.is_compiling():
+        first, last = int(asked.min()), int(asked.max())
+        if first < 0 or last >= number:
+            raise InputError(
+                f"asked holds {first}..{last}; the batch has rows 0..{number - 1}: its events, "
+                "then its questions"
+            )
 
 
 def pays(x: Tensor, asked: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, silu
 
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
-from hstu_xd.model.asked_rows import AskedRows, pays
+from hstu_xd.model.asked_rows import AskedRows, check_asked, pays
 from hstu_xd.model.ddsr import DynamicDomainState, side_by_side
 from hstu_xd.model.fused_layer import EPS, FusedLayer, LayerCache
 from hstu_xd.model.inputs import dropout
@@ -323,18 +323,15 @@ class CrossDomainEncoder(nn.Module):
         rows = EncoderRows(self._settings, events, questions)
         x = rows.lay_out(x, self._history_tokens)
         layers: list[nn.Module] = list(self._attention_layers)
-        if asked is None:
-            x = rows.take_entries(self._through(layers, x, rows, caches))
-            return self._last_norm(x)
+        if asked is not None:
+            check_asked(asked, rows.entry_targets.numel())
         # Whether a class of the user's can compute some rows alone is not known.
-        is_alone = pays(x, asked) and not isinstance(self._settings.layer, Part)
-        all_below = caches is not None or not is_alone
+        if asked is None or isinstance(self._settings.layer, Part) or not pays(x, asked):
+            x = rows.take_entries(self._through(layers, x, rows, caches))
+            return self._last_norm(x if asked is None else x.index_select(0, asked))
+        all_below = caches is not None
         wanted, places = AskedRows.of(rows, asked, len(layers) - 1, all_below=all_below)
-        if is_alone:
-            x = self._through(layers, x, rows, caches, wanted.of_layers())
-        else:
-            x = wanted.take(self._through(layers, x, rows, caches))
-        return self._last_norm(x)[places]
+        return self._last_norm(self._through(layers, x, rows, caches, wanted.of_layers()))[places]
 
     def _through(
         self,

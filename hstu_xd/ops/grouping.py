@@ -20,6 +20,7 @@ tokens, numbered from 0, and its keys are those of the groups that they read, nu
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -43,7 +44,8 @@ class lazy_property(Generic[T]):
     """``functools.cached_property`` that ``torch.compile`` can trace.
 
     The standard one takes a lock before Python 3.12. While a graph is traced nothing is kept, as a
-    graph cannot hand frozen dataclasses on; what it then computes twice its compiler merges.
+    graph cannot hand frozen dataclasses on; what it then computes twice its compiler merges. What
+    is first asked for in inference mode serves a later training, too.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
@@ -52,11 +54,18 @@ class lazy_property(Generic[T]):
         self.__doc__ = compute.__doc__
 
     def __get__(self, instance: Any, owner: type | None = None) -> T:
-        value = self._compute(instance)
-        if not torch.compiler.is_dynamo_compiling():
-            # Kept in the instance, where the next look-up finds it before this descriptor.
-            instance.__dict__[self._name] = value
+        if torch.compiler.is_dynamo_compiling():
+            return self._compute(instance)
+        with outside_inference_mode():
+            value = self._compute(instance)
+        # Kept in the instance, where the next look-up finds it before this descriptor.
+        instance.__dict__[self._name] = value
         return value
+
+
+def outside_inference_mode() -> AbstractContextManager[object]:
+    """Return where to compute what is kept: autograd saves no tensors of inference mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @dataclass(frozen=True)

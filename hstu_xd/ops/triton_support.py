@@ -34,19 +34,19 @@ def installed() -> bool:
 def rounds_to_tf32(dtype: torch.dtype) -> bool:
     """Return whether factors of products are rounded to TF32: float32 where PyTorch's switch says.
 
-    It is ``torch.backends.cuda.matmul.allow_tf32``, off unless somebody turns it on, as
-    generative-recommenders does by ``train_fn.enable_tf32``; or ``fp32_precision`` beside it, in
-    versions that have one. Both then stand in the latter, and who set that may not ask the former.
+    It is ``fp32_precision`` of ``torch.backends.cuda.matmul``, or ``allow_tf32``, off unless
+    somebody turns it on, as generative-recommenders does by ``train_fn.enable_tf32``.
     """
     if dtype != torch.float32:
         return False
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
-    return bool(matmul.allow_tf32)
+    switches = torch.backends.cuda.matmul
+    # Since PyTorch 2.9, which refuses to read the other one once this one is set.
+    newer = getattr(switches, "fp32_precision", None)
+    return bool(switches.allow_tf32) if newer is None else newer == "tf32"
 
 
-# A graph that is being compiled takes the answer for a constant; see first_use.
+# As torch.compiler.assume_constant_result does, which would load the compiler: it cannot read the
+# switch itself, and compiles again where somebody turns it.
 vars(rounds_to_tf32)["_dynamo_marked_constant"] = True
 
 

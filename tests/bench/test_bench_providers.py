@@ -142,6 +142,44 @@ def test_the_gate_rejects_another_computation(
 
 
 @pytest.mark.parametrize(
+    ("foreign", "errors", "verdict"),
+    [
+        (True, {"bfloat16": 0.4}, {"correct": True, "error_of_budget": 0.4}),
+        (
+            True,
+            {"bfloat16": 2.5, "float32": 0.9},
+            {"correct": True, "error_of_budget": 2.5, "judged_in": "float32"},
+        ),
+        (
+            True,
+            {"bfloat16": 2.5, "float32": 1.1},
+            {"correct": False, "error_of_budget": 2.5, "judged_in": "float32"},
+        ),
+        (True, {"bfloat16": 2.5}, {"correct": False, "error_of_budget": 2.5}),
+        (False, {"bfloat16": 2.5, "float32": 0.9}, {"correct": False, "error_of_budget": 2.5}),
+        (True, {"float32": 1.1}, {"correct": False, "error_of_budget": 1.1}),
+    ],
+)
+def test_who_is_judged_in_float32(
+    foreign: bool,
+    errors: dict[str, float],
+    verdict: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another's code that half precisions are too coarse for; not all of it has float32."""
+    monkeypatch.setattr(passes, "largest_error", lambda name, case: errors[case.dtype])
+    known = providers.PROVIDERS["attention"]
+    monkeypatch.setitem(known, "eager", replace(known["eager"], foreign=foreign))
+    assert passes.judge("eager", replace(CASE, dtype=next(iter(errors)))) == verdict
+
+
+def test_whose_code_is_foreign() -> None:
+    for what, named in providers.PROVIDERS.items():
+        found = {name for name, one in named.items() if one.foreign}
+        assert found == {name for name in named if name.startswith(("upstream", "cutlass"))}, what
+
+
+@pytest.mark.parametrize(
     ("what", "name", "changes", "reason"),
     [
         ("attention", "flex", {}, "needs a CUDA device"),

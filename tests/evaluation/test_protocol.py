@@ -13,7 +13,7 @@ from hstu_xd.cli.app import run
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
-from hstu_xd.evaluation.protocol import Protocol, protocol_notes
+from hstu_xd.evaluation.protocol import Protocol, common_until, protocol_notes
 from hstu_xd.evaluation.ranks import rank_targets, recommend_items
 from hstu_xd.experiments.ablation import ablate
 from hstu_xd.training.run import load_trained
@@ -137,6 +137,18 @@ def test_notes_of_old_and_of_differing_runs() -> None:
     assert "Runs of an earlier version" in " ".join(protocol_notes([new, {}], {}))
     (note,) = protocol_notes([new, other], {})
     assert "different protocols (xd_evaluate.exclude_seen)" in note
+
+
+def test_notes_of_runs_that_were_trained_on_more() -> None:
+    """A table says what all of its runs were trained on; one of them may know more."""
+    recorded = {"split": "global", "valid_from": 100, "test_from": 200}
+    runs = [{"protocol": recorded, "train": {"train_until": until}} for until in ("valid", "train")]
+    for some in (runs, runs[::-1], [*runs, {"protocol": recorded}]):
+        assert common_until(some) is Split.TRAIN
+        (told, *_) = protocol_notes(some, {"count": 1})
+        assert "is the target of validation and of test" in told
+    assert common_until(runs[:1]) is Split.VALID
+    assert "is the target of test." in protocol_notes(runs[:1], {"count": 1})[0]
 
 
 def test_options_of_evaluate_change_the_protocol(store: Path, trained: Path, say: Say) -> None:

@@ -242,6 +242,15 @@ def test_of_a_small_batch_all_rows_are_computed(monkeypatch: pytest.MonkeyPatch)
     assert seen == [len(LAST), NUM_EVENTS, 0, NUM_EVENTS, NUM_EVENTS, 0]
 
 
+@torch.no_grad()
+def test_where_all_rows_are_computed_nothing_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So on a GPU, where to sort what is asked for is a wait of the host."""
+    monkeypatch.setattr(asked_rows, "WORTH_ASKING", NUM_EVENTS + 1)
+    monkeypatch.setattr(asked_rows.AskedRows, "of", None)
+    model, rows = tiny_model(**EVERYTHING), drawn_rows(9)
+    close(model(BATCH, asked=rows), model(BATCH)[rows])
+
+
 class Sum(nn.Module):
     """A user's layer, which has never heard of rows that are asked for."""
 
@@ -272,7 +281,11 @@ def test_layers_of_a_user_compute_all_rows(layer: type[nn.Module]) -> None:
         ([-1], "asked holds -1..-1; the batch has rows"),
     ],
 )
-def test_rows_that_there_are_not(rows: list[int], told: str) -> None:
+@pytest.mark.parametrize("worth", [0, NUM_EVENTS + 1])
+def test_rows_that_there_are_not(
+    rows: list[int], told: str, worth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked_rows, "WORTH_ASKING", worth)
     with pytest.raises(InputError, match=told.replace(".", r"\.")):
         tiny_model()(BATCH, asked=torch.tensor(rows))
 

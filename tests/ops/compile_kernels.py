@@ -4,6 +4,7 @@ Run without TRITON_INTERPRET; prints the names of the kernels. Launches are take
 the block sizes meant for a GPU, but for the last step: instead of running, a kernel is compiled.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ class Compiled:
         constants: dict[tuple[int, ...], Any] = {}
         for place, parameter in enumerate(self._kernel.params):
             value = given.pop(parameter.name)
-            if parameter.is_constexpr or value is None:
+            # A launch takes a 1 for a constant as well, unless the kernel forbids it.
+            is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or is_one:
                 signature[parameter.name] = "constexpr"
                 constants[(place,)] = value
             elif isinstance(value, torch.Tensor):
@@ -71,6 +74,19 @@ def compile_all(dtype: torch.dtype, width: int, *, biased: bool) -> None:
     draw_states(StateSpec((5, 0, 70), 3, 2, tile=64, **shape)).fused(dtype)
 
 
+def compile_ones() -> None:
+    """All kernels where every number is 1 that can be: heads, domains, states, positions."""
+    shape = {"heads": 1, "dqk": 16, "dv": 16}
+    case = draw_attention(AttentionSpec((1, 1), 1, **shape))
+    leaves = case.tensors(torch.bfloat16)
+    position_weights = leaves["position_weights"] = torch.zeros(1, requires_grad=True)
+    bias = replace(case.relative_bias(leaves), position_weights=position_weights)
+    q, k, v = (leaves[x] for x in "qkv")
+    out = fused.fused_domain_attention(q, k, v, case.grouping(), norm_length=1, bias=bias)
+    torch.autograd.grad(out.sum(), list(leaves.values()))
+    draw_states(StateSpec((1, 1), 1, 1, **shape)).fused(torch.bfloat16)
+
+
 if __name__ == "__main__":
     for module in (triton_launch.kernels, triton_state_launch.kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -79,3 +95,4 @@ if __name__ == "__main__":
     triton_support.interpreting = lambda: True
     compile_all(torch.bfloat16, 64, biased=True)
     compile_all(torch.float32, 25, biased=False)
+    compile_ones()

@@ -107,6 +107,22 @@ def test_a_grouping_serves_other_coordinates(impl: str) -> None:
 
 @every_impl
 @both_views
+def test_a_grouping_of_inference_serves_training(impl: str, target_view: bool) -> None:
+    """What is kept of it then is saved for the way back later."""
+    case = draw(replace(spec_of(impl), target_view=target_view))
+    leaves, grouping = case.tensors(torch.float32), case.grouping()
+    bias = case.relative_bias(leaves)
+    attention = partial(implementation(impl), norm_length=case.norm_length, bias=bias)
+    given = leaves["q"], leaves["k"], leaves["v"], grouping
+    with torch.inference_mode():
+        first = attention(*given)
+    out = attention(*given)
+    out.sum().backward()
+    assert torch.equal(out, first)
+
+
+@every_impl
+@both_views
 def test_a_grouping_serves_any_number_of_heads(impl: str, target_view: bool) -> None:
     case = draw(replace(SPEC, heads=3, target_view=target_view))
     leaves = case.tensors(torch.float32)

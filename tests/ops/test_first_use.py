@@ -200,3 +200,15 @@ def test_what_doctor_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_problem(torch.device("cpu")).startswith(
         "the fused kernel of state_attention in float32 with 2 heads of 16 cannot be used on cpu"
     )
+
+
+def test_tf32_has_a_budget_of_its_own() -> None:
+    """An error that ten bits of a factor explain is one in float32 and none in TF32."""
+    q = torch.zeros(1, 2, 16)
+    use = first_use.KernelUse.build("domain_attention", q, q, biased=False, impl="triton")
+
+    def trial(_: first_use.KernelUse, exact: bool) -> dict[str, Tensor]:
+        return {"out": torch.full((3, 4), 1.0 if exact else 1.005)}
+
+    assert not first_use.holds(use, trial, insists=False)
+    assert first_use.holds(use._replace(tf32=True), trial, insists=False)

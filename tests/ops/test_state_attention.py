@@ -127,6 +127,18 @@ def test_later_tokens_and_other_users_change_nothing(impl: str) -> None:
     assert not torch.equal(before[7], after[7])
 
 
+@every_impl
+def test_a_plan_of_inference_serves_training(impl: str) -> None:
+    case, device = draw(Spec((12, 9), 3, 2)), DEVICE if impl == "triton" else "cpu"
+    leaves, drawn = case.leaves(torch.float32, device), case.reads(device)
+    reads = replace(drawn)  # without the layout that the tests of kernels wish for
+    with torch.inference_mode():
+        first = state_attention(**leaves, reads=reads, impl=impl)
+    out = state_attention(**leaves, reads=reads, impl=impl)
+    out.sum().backward()
+    assert torch.equal(out, first)
+
+
 def test_the_function_and_its_implementations_are_public() -> None:
     """A subpackage has the function's name; the attribute must be the function all the same."""
     assert callable(ops.state_attention)

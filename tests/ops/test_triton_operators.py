@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from hstu_xd.errors import InputError
 from hstu_xd.ops import RelativeBias, available_impls, domain_attention
 from hstu_xd.ops.domain_attention import fused
 from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.triton_support import rounds_to_tf32
 
 pytestmark = needs_triton
 
@@ -123,6 +125,23 @@ SWITCHES = [
 ]
 
 
+def _by_the_older_switch(on: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = on
+
+
+def _by_the_newer_switch(on: bool) -> None:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("PyTorch before 2.9 has one switch: NOT covered: the newer one")
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if on else "ieee"
+
+
+@pytest.fixture(params=[_by_the_older_switch, _by_the_newer_switch])
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    request.param(True)
+    yield
+    request.param(False)
+
+
 @pytest.mark.parametrize("switch", SWITCHES, ids=["none", *SWITCHES[1:]])
 def test_products_round_to_tf32_where_pytorch_says_so(switch: str) -> None:
     """In a process of its own: PyTorch refuses to go from one kind of switch to the other."""
@@ -146,6 +165,14 @@ print([precision(x) for x in (torch.float32, torch.bfloat16)], *uses, sep="; ")
         f"['{in_tf32[0]}', 'ieee']; the fused kernel of domain_attention in {in_tf32[1]} with 2 "
         "heads of 16; the loop in C of domain_attention in float32 with 2 heads of 16\n"
     )
+
+
+def test_compiled_code_reads_the_switch(tf32: None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + rounds_to_tf32(x.dtype), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 1
+    torch.set_float32_matmul_precision("highest")
+    assert compiled(torch.zeros(1)) == 0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, g: DomainGrouping, bias: RelativeBias) -> Tensor:

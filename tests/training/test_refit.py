@@ -372,3 +372,25 @@ def test_new_items_are_those_without_an_event_that_trains(refits: Path) -> None:
         found.append(test.counts.get("count_new_items", 0))
         assert found[-1] == expected
     assert found[0] > found[1]
+
+
+def test_new_items_are_told_by_what_a_run_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is met while validation lasts, and is a target of test."""
+    news = [(user, "books_new", "books", BEGIN + time) for user, time in ((7, 2700), (8, 5000))]
+    store = prepare([*log_lines(), *news], tmp_path / "log.csv")
+    for until in ("train", "valid"):
+        out = tmp_path / until
+        bindings = (*RECIPE, *GLOBAL, "xd_train.num_epochs = 1")
+        bindings = (*bindings, f"xd_train.train_until = {until!r}")
+        assert train("--data", store, "--out", out, bindings=bindings) == 0
+        other = tmp_path / f"{until}_too"
+        shutil.copytree(out, other)
+        recorded = facts(other) | {"variant_name": "other"}
+        (other / "run.json").write_text(json.dumps(recorded))
+        for words in (["evaluate", str(out)], ["compare", str(out), str(other)]):
+            capsys.readouterr()
+            assert run(words) == 0
+            said = "items without an event that trains" in capsys.readouterr().out
+            assert said == (until == "train"), words

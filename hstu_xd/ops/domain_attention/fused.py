@@ -1,9 +1,9 @@
 """Domain attention by fused Triton kernels, as operators that PyTorch knows.
 
 ``triton_kernels`` holds the kernels and ``triton_launch`` their block sizes. Here stand the
-operators ``torch.ops.hstu_xd.domain_attention`` and its gradients, which eager, compiled and
-exported code call alike, and what they need, prepared without a wait of the host. Loading this
-module does not load triton; the first call does.
+operators ``torch.ops.hstu_xd.domain_attention`` and its gradients, which compiled and exported code
+calls, a plain function of the same parts, which costs other code less, and what they need, prepared
+without a wait of the host. Loading this module does not load triton; the first call does.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hstu_xd.errors import InputError
 from hstu_xd.ops.domain_attention.tile_table import KernelInputs, PairPlan
-from hstu_xd.ops.grouping import DomainGrouping
+from hstu_xd.ops.grouping import DomainGrouping, outside_inference_mode
 from hstu_xd.ops.relative_bias import RelativeBias
 from hstu_xd.ops.triton_support import check_kernels_take, plain, rounds_to_tf32, traced
 
@@ -188,6 +188,7 @@ def _plan(grouping: DomainGrouping, bias: RelativeBias | None, tile: int) -> Pai
     source = () if bias is None else (bias.positions, bias.timestamps, bias.next_timestamps)
     made_of, plan = known.get((tile, bias is None), (None, None))
     if plan is None or any(a is not b for a, b in zip(made_of, source)):
-        plan = PairPlan.build(grouping, bias, tile)
+        with outside_inference_mode():
+            plan = PairPlan.build(grouping, bias, tile)
         known[tile, bias is None] = source, plan
     return plan

@@ -81,7 +81,7 @@ def _places(query_position, next_time, key_position, key_time, edges, num_positi
     bucket of the time difference.
     """
     row = (key_position + (num_positions // 2 - query_position)).to(tl.uint32, bitcast=True)
-    last = (num_positions - 1).to(tl.uint32)
+    last = tl.cast(num_positions - 1, tl.uint32)
     bucket = tl.minimum(bucket_of(next_time - key_time, edges), last_bucket)
     return row <= last, tl.minimum(row, last), bucket
 

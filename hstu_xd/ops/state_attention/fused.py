@@ -2,8 +2,8 @@
 
 ``triton_kernels`` holds the kernels, ``state_table`` what they walk over, ``triton_launch`` their
 block sizes. Here stand the operators ``torch.ops.hstu_xd.state_attention`` and its gradients, which
-eager, compiled and exported code call alike. Loading this module does not load triton; the first
-call does.
+compiled and exported code calls, and a plain function of the same parts, which costs other code
+less. Loading this module does not load triton; the first call does.
 """
 
 from collections.abc import Sequence
