@@ -33,6 +33,9 @@ _SHORT_ROW = {"silu": 1e-3, "softmax": 0.1}
 # where a query sees a single key and SiLU is flat there, its gradient is the rest of terms that
 # cancel.
 SAME_PRECISION_BUDGET = 2.0
+# Of the budget of half precisions, what another's code may need that is right in float32.
+# Upstream's layers needed 2.6 on a GPU in bfloat16.
+FOREIGN_ROUNDING = 4.0
 
 
 def largest_error(provider: str, case: Case) -> float:
@@ -74,12 +77,14 @@ def judge(provider: str, case: Case) -> Row:
     """Return the columns of the gate: whether a provider is right, its error, and judged in what.
 
     Another's code may round to half precision between its operators, where the definition does not.
-    It then is right where it is within the budgets of float32; its error in halves stands in the
-    row all the same. Where it has no float32 it is wrong.
+    It then is right where it is within the budgets of float32, and in halves within
+    :data:`FOREIGN_ROUNDING` of them; its error in halves stands in the row all the same. Where it
+    has no float32 it is wrong.
     """
     error = largest_error(provider, case)
     right, more = error <= 1, {}
-    if not right and PROVIDERS[case.what][provider].foreign and case.dtype != "float32":
+    is_foreign = PROVIDERS[case.what][provider].foreign and case.dtype != "float32"
+    if 1 < error <= FOREIGN_ROUNDING and is_foreign:
         with noting_failure(provider, {}):
             right = largest_error(provider, replace(case, dtype="float32")) <= 1
             more = {"judged_in": "float32"}

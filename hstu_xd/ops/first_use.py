@@ -25,8 +25,9 @@ from hstu_xd.ops.triton_support import rounds_to_tf32
 
 _logger = logging.getLogger(__name__)
 
-# GPU, torch and triton whose rows, each proved right, are stored in examples/results/gpu.
-VERIFIED: frozenset[tuple[str, str, str]] = frozenset({("NVIDIA H200", "2.11.0", "3.6.0")})
+# GPU, torch and triton on which the kernels as they are now were proved right: none. Those that the
+# rows in examples/results/gpu are of, on an H200 with 2.11.0 and 3.6.0, have been changed since.
+VERIFIED: frozenset[tuple[str, str, str]] = frozenset()
 
 # Largest error of a row over its length or that of an average row.
 _BUDGETS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -78,8 +78,9 @@ def bucket_of(difference, edges):
 def gate(scores, FAST: tl.constexpr):
     """Return the sigmoid: SiLU is ``scores * gate``.
 
-    FAST: by the hyperbolic tangent that a GPU has an instruction for, right to 2^-11: as much as
-    half precisions hold.
+    FAST: by the hyperbolic tangent that a GPU has an instruction for, right to 2^-12 of 1. A score
+    far below 0 has a gate that is not much larger: it is for bfloat16, which holds no more of what
+    is added up there, and not for float16.
     """
     if FAST:
         half = tl.inline_asm_elementwise(

@@ -12,10 +12,10 @@ from hstu_xd.evaluation.baselines import KINDS, Baseline
 from hstu_xd.evaluation.ranks import evaluate
 from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoint
 from hstu_xd.training.distributed import World
+from hstu_xd.training.epochs import Progress
 from hstu_xd.training.extension import metrics_of
 from hstu_xd.training.metrics_log import SUMMARY_FILE, MetricsLog
 from hstu_xd.training.settings import RunSettings
-from hstu_xd.training.steps import Progress
 
 
 class BaselineTrainer:

@@ -5,8 +5,9 @@ A request to stop is met between two steps: what was done is saved, and a resume
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from hstu_xd.errors import Interrupted
 from hstu_xd.training.interruption import StopRequest, signal_name
@@ -34,6 +35,25 @@ class EpochProgress:
     loss_sum: float = 0.0
     train_seconds: float = 0.0
     metrics_bytes: int = 0
+
+
+@dataclass
+class Progress(EpochProgress):
+    """Where a training stands, by users and events.
+
+    The place in an epoch is counted in users: steps depend on the number of processes.
+    """
+
+    users_in_epoch: int = 0
+    loss_tokens: int = 0
+    train_events: int = 0
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any], users_per_step: int) -> "Progress":
+        """Read the progress of a checkpoint; old ones count the steps of an epoch instead."""
+        values = dict(stored)
+        steps = values.pop("step_in_epoch", 0)
+        return cls(**{"users_in_epoch": steps * users_per_step} | values)
 
 
 P = TypeVar("P", bound=EpochProgress)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.declaration import check, inert, setting
@@ -31,6 +33,9 @@ from hstu_xd.training.search_space import Dimension, TuneSettings, parse_space
 
 _logger = logging.getLogger(__name__)
 
+
+# Where the users of a step follow from its events: the fewest of them, and the steps of an epoch.
+_FEWEST_USERS, _STEPS_OF_EPOCH = 32, 32
 
 # What the settings of this package's objective need, and those of its questions.
 _RETRIEVAL = {"objective": RETRIEVAL}
@@ -175,6 +180,20 @@ class TrainSettings:
     def norm_length(self) -> int:
         """The constant ``N`` that upstream divides attention by."""
         return self.max_sequence_length + self.gr_output_length + 1
+
+    def users_per_step(self, events: np.ndarray) -> int:
+        """Return how many users a process takes in a step.
+
+        Users of some logs have a handful of events and those of others hundreds: a recipe that is
+        right for one of them is right for steps of as many events, not of as many users.
+
+        Args:
+            events: (users,) int, training events of each user of an epoch.
+        """
+        if self.local_batch_size:
+            return self.local_batch_size
+        enough = round(self.events_per_step * events.size / max(1, int(events.sum())))
+        return max(1, min(max(_FEWEST_USERS, enough), events.size // _STEPS_OF_EPOCH))
 
 
 # What earlier runs do not record, as they knew nothing else.

@@ -40,13 +40,12 @@ from hstu_xd.training.checkpoint import (
     save_state,
 )
 from hstu_xd.training.distributed import DelayedMaximum, World
-from hstu_xd.training.epochs import EpochTraining
+from hstu_xd.training.epochs import EpochTraining, Progress
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.interruption import stop_requests
 from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.optimization import WeightAverage, optimizer_of, rate_at
 from hstu_xd.training.settings import TrainSettings
-from hstu_xd.training.steps import Progress, users_per_step
 
 # A loss that is not finite is noticed within this many steps and before anything is saved.
 _CHECK_EVERY = 50
@@ -110,7 +109,7 @@ class Trainer(EpochTraining[Progress]):
         self._news, self._others = news, np.setdiff1d(data.users, news)
         self._replayed = round(settings.replay_share * self._others.size)
         events = data.lengths(self._users_of(0))
-        self.users_per_step = users_per_step(settings, events) * world.size
+        self.users_per_step = settings.users_per_step(events) * world.size
         # DDP would want to know of sparse gradients, and GPUs have memory at hand.
         is_sparse = world.size == 1 and world.device.type == "cpu"
         self._optimizer = optimizer_of(model, settings, sparse_table=is_sparse)

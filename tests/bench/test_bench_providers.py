@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,6 +157,9 @@ def test_the_gate_rejects_another_computation(
             {"correct": False, "error_of_budget": 2.5, "judged_in": "float32"},
         ),
         (True, {"bfloat16": 2.5}, {"correct": False, "error_of_budget": 2.5}),
+        # No rounding: another function in halves than in float32.
+        (True, {"bfloat16": 4.1, "float32": 0.9}, {"correct": False, "error_of_budget": 4.1}),
+        (True, {"bfloat16": inf, "float32": 0.9}, {"correct": False, "error_of_budget": inf}),
         (False, {"bfloat16": 2.5, "float32": 0.9}, {"correct": False, "error_of_budget": 2.5}),
         (True, {"float32": 1.1}, {"correct": False, "error_of_budget": 1.1}),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import Case, Spec, draw, whole_tensor, worst_row
 from kernel_cases import poisoned_memory
+from native_marks import needs_compiler
 from state_cases import Spec as StateSpec
 from state_cases import draw as draw_states
 from torch import Tensor
@@ -82,10 +83,9 @@ def compare(found: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
         assert measure(x, exact, None) <= budget if exact.any() else not x.any(), name
 
 
+@needs_compiler
 @pytest.mark.parametrize("spec", [s for s in SPECS if not s.softmax], ids=str)
 def test_the_loops_in_c_add_in_the_same_order(spec: Spec) -> None:
-    if "native" not in available_impls():
-        pytest.skip("without a C compiler nothing is left to compare")
     tokens = drawn_tokens(40)
     alone, every = (
         attended(draw(spec), "native", tokens, torch.float32, alone=alone)["out"]

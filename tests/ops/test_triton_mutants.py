@@ -118,16 +118,16 @@ tiles(
 )
 
 # Arithmetic.
-kernel("divided_by_one_more", "total[one] / norm, WIDTH_V", "total[one] / (norm + 1), WIDTH_V")
+kernel("divided_by_one_more", "sums[one] / norm, WIDTH", "sums[one] / (norm + 1), WIDTH")
 kernel(
     "last_row_zero",
-    "here, total[one] / norm, WIDTH_V",
-    "here, tl.where((row < stop - 1)[:, None], total[one], 0.0) / norm, WIDTH_V",
+    "out_head, token, out_token, here, total,",
+    "out_head, token, out_token, here & (row < stop - 1), total,",
 )
 kernel(
     "left_in_grouped_order",
-    "base, token, out_token, here, total",
-    "base, row, out_token, here, total",
+    "out_head, token, out_token, here, total,",
+    "out_head, row, out_token, here, total,",
 )
 kernel(
     "dk_and_dv_exchanged",

@@ -191,10 +191,12 @@ def test_a_step_counts_the_events_that_an_epoch_trains_on(
     from hstu_xd.training import trainer
     from hstu_xd.training.distributed import World
     from hstu_xd.training.run import new_model
-    from hstu_xd.training.settings import load_settings
+    from hstu_xd.training.settings import TrainSettings, load_settings
 
     asked = []
-    monkeypatch.setattr(trainer, "users_per_step", lambda _, events: asked.append(events) or 5)
+    monkeypatch.setattr(
+        TrainSettings, "users_per_step", lambda _, events: asked.append(events) or 5
+    )
     until = int(np.quantile(np.asarray(store.timestamps), 0.9))
     settings = load_settings(
         [], (*QUICK, "xd_train.news_context = 1", "xd_train.replay_share = 0.0")

@@ -14,7 +14,7 @@ from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.training.checkpoint import load_checkpoint
 from hstu_xd.training.optimization import WeightAverage, optimizer_of, rate_at
 from hstu_xd.training.settings import TrainSettings, load_settings
-from hstu_xd.training.trainer import Trainer, users_per_step
+from hstu_xd.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_a_step_takes_the_users_who_have_its_events(
     bindings: dict[str, int], users: int, expected: int
 ) -> None:
     events = np.tile([5, 15], (users + 1) // 2)[:users]
-    assert users_per_step(TrainSettings(**bindings), events) == expected
+    assert TrainSettings(**bindings).users_per_step(events) == expected
 
 
 def test_a_log_without_training_events_has_steps_all_the_same() -> None:
-    assert users_per_step(TrainSettings(), np.empty(0, np.int64)) == 1
+    assert TrainSettings().users_per_step(np.empty(0, np.int64)) == 1

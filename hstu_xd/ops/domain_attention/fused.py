@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hstu_xd.errors import InputError
@@ -37,7 +38,7 @@ def _attention(
     return triton_launch.forward(KernelInputs(q, k, v, *tables, PairPlan(*plan), norm_length, tile))
 
 
-domain_attention = torch.library.custom_op("hstu_xd::domain_attention", mutates_args=())(_attention)
+domain_attention = custom_op("hstu_xd::domain_attention", mutates_args=())(_attention)
 
 
 @domain_attention.register_fake
@@ -65,9 +66,9 @@ def _gradients(
     return triton_launch.gradients(grad_out, inputs, of_tables=of_tables)
 
 
-domain_attention_gradients = torch.library.custom_op(
-    "hstu_xd::domain_attention_gradients", mutates_args=()
-)(_gradients)
+domain_attention_gradients = custom_op("hstu_xd::domain_attention_gradients", mutates_args=())(
+    _gradients
+)
 
 
 @domain_attention_gradients.register_fake

@@ -55,6 +55,39 @@ def _share(tiles, heads, HEADS: tl.constexpr):
 
 
 @triton.jit
+def _rows(
+    base, head, head_stride, token, stride, here,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Load rows (TILE, BLOCK) of each of a program's heads."""
+    rows = ()
+    for one in tl.static_range(HEADS):
+        place = base + (head + one) * head_stride
+        rows += (load_rows(place, token, stride, here, WIDTH, BLOCK),)
+    return rows
+
+
+@triton.jit
+def _zeros(TILE: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
+    """Return sums (TILE, BLOCK) of each of a program's heads, to be added to."""
+    sums = ()
+    for _ in tl.static_range(HEADS):
+        sums += (tl.zeros([TILE, BLOCK], tl.float32),)
+    return sums
+
+
+@triton.jit
+def _store(
+    base, head, head_stride, token, stride, here, sums, norm,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of each of a program's heads, divided by ``norm``."""
+    for one in tl.static_range(HEADS):
+        place = base + (head + one) * head_stride
+        store_rows(place, token, stride, here, sums[one] / norm, WIDTH, BLOCK)
+
+
+@triton.jit
 def _side(row, stop, tokens, places, positions, times, ABSENT: tl.constexpr, BIASED: tl.constexpr):
     """Load of each row: is it there, its token, its place in causal order, position and time."""
     here = row < stop
@@ -133,12 +166,8 @@ def forward_kernel(
     here, token, place, position, next_time = _side(
         row, stop, query_tokens, query_places, query_positions, next_times, _NO_QUERY, BIASED
     )
-    query = ()
-    total = ()
-    for one in tl.static_range(HEADS):
-        base = q + (head + one) * q_head
-        query += (load_rows(base, token, q_token, here, WIDTH_QK, BLOCK_QK),)
-        total += (tl.zeros([TILE, BLOCK_V], tl.float32),)
+    query = _rows(q, head, q_head, token, q_token, here, WIDTH_QK, BLOCK_QK, HEADS)
+    total = _zeros(TILE, BLOCK_V, HEADS)
     for start in range(key_first, key_stop, STEP):
         key_row = start + tl.arange(0, STEP)
         there, key_token, key_place, key_position, key_time = _side(
@@ -159,9 +188,7 @@ def forward_kernel(
             value = load_rows(base, key_token, v_token, there, WIDTH_V, BLOCK_V)
             sums += (tl.dot(weights.to(value.dtype), value, total[one], input_precision=PRECISION),)
         total = sums
-    for one in tl.static_range(HEADS):
-        base = out + (head + one) * out_head
-        store_rows(base, token, out_token, here, total[one] / norm, WIDTH_V, BLOCK_V)
+    _store(out, head, out_head, token, out_token, here, total, norm, WIDTH_V, BLOCK_V, HEADS)
 
 
 @triton.jit
@@ -186,15 +213,9 @@ def query_gradient_kernel(
     here, token, place, position, next_time = _side(
         row, stop, query_tokens, query_places, query_positions, next_times, _NO_QUERY, BIASED
     )
-    query = ()
-    grad = ()
-    total = ()
-    for one in tl.static_range(HEADS):
-        base = q + (head + one) * q_head
-        query += (load_rows(base, token, q_token, here, WIDTH_QK, BLOCK_QK),)
-        base = grad_out + (head + one) * out_head
-        grad += (load_rows(base, token, out_token, here, WIDTH_V, BLOCK_V),)
-        total += (tl.zeros([TILE, BLOCK_QK], tl.float32),)
+    query = _rows(q, head, q_head, token, q_token, here, WIDTH_QK, BLOCK_QK, HEADS)
+    grad = _rows(grad_out, head, out_head, token, out_token, here, WIDTH_V, BLOCK_V, HEADS)
+    total = _zeros(TILE, BLOCK_QK, HEADS)
     for start in range(key_first, key_stop, STEP):
         key_row = start + tl.arange(0, STEP)
         there, key_token, key_place, key_position, key_time = _side(
@@ -216,9 +237,7 @@ def query_gradient_kernel(
             grad_scores = grad_weights * slope(scores, gate(scores, FAST))
             sums += (tl.dot(grad_scores.to(key.dtype), key, total[one], input_precision=PRECISION),)
         total = sums
-    for one in tl.static_range(HEADS):
-        base = grad_q + (head + one) * grad_head
-        store_rows(base, token, grad_token, here, total[one] / norm, WIDTH_QK, BLOCK_QK)
+    _store(grad_q, head, grad_head, token, grad_token, here, total, norm, WIDTH_QK, BLOCK_QK, HEADS)
 
 
 @triton.jit
@@ -246,17 +265,10 @@ def key_value_gradient_kernel(
     here, token, place, position, time = _side(
         row, stop, key_tokens, key_places, key_positions, times, _NO_KEY, BIASED
     )
-    key = ()
-    value = ()
-    total_k = ()
-    total_v = ()
-    for one in tl.static_range(HEADS):
-        base = k + (head + one) * k_head
-        key += (load_rows(base, token, k_token, here, WIDTH_QK, BLOCK_QK),)
-        base = v + (head + one) * v_head
-        value += (load_rows(base, token, v_token, here, WIDTH_V, BLOCK_V),)
-        total_k += (tl.zeros([TILE, BLOCK_QK], tl.float32),)
-        total_v += (tl.zeros([TILE, BLOCK_V], tl.float32),)
+    key = _rows(k, head, k_head, token, k_token, here, WIDTH_QK, BLOCK_QK, HEADS)
+    value = _rows(v, head, v_head, token, v_token, here, WIDTH_V, BLOCK_V, HEADS)
+    total_k = _zeros(TILE, BLOCK_QK, HEADS)
+    total_v = _zeros(TILE, BLOCK_V, HEADS)
     for start in range(query_first, query_stop, STEP):
         query_row = start + tl.arange(0, STEP)
         there, query_token, query_place, query_position, next_time = _side(
@@ -274,23 +286,26 @@ def key_value_gradient_kernel(
             base = q + (head + one) * q_head
             query = load_rows(base, query_token, q_token, there, WIDTH_QK, BLOCK_QK)
             scores = tl.dot(key[one], tl.trans(query), begun, input_precision=PRECISION)
-            open = gate(scores, FAST)
-            weights = scores * open
+            opened = gate(scores, FAST)
+            weights = scores * opened
             base = grad_out + (head + one) * out_head
             grad = load_rows(base, query_token, out_token, there, WIDTH_V, BLOCK_V)
             sums_v += (
                 tl.dot(weights.to(grad.dtype), grad, total_v[one], input_precision=PRECISION),
             )
             grad_weights = tl.dot(value[one], tl.trans(grad), input_precision=PRECISION)
-            grad_scores = (grad_weights * slope(scores, open)).to(query.dtype)
+            grad_scores = (grad_weights * slope(scores, opened)).to(query.dtype)
             sums_k += (tl.dot(grad_scores, query, total_k[one], input_precision=PRECISION),)
         total_k = sums_k
         total_v = sums_v
-    for one in tl.static_range(HEADS):
-        base = grad_k + (head + one) * grad_k_head
-        store_rows(base, token, grad_k_token, here, total_k[one] / norm, WIDTH_QK, BLOCK_QK)
-        base = grad_v + (head + one) * grad_v_head
-        store_rows(base, token, grad_v_token, here, total_v[one] / norm, WIDTH_V, BLOCK_V)
+    _store(
+        grad_k, head, grad_k_head, token, grad_k_token, here, total_k, norm,
+        WIDTH_QK, BLOCK_QK, HEADS,
+    )  # fmt: skip
+    _store(
+        grad_v, head, grad_v_head, token, grad_v_token, here, total_v, norm,
+        WIDTH_V, BLOCK_V, HEADS,
+    )  # fmt: skip
 
 
 # The number of tiles differs from batch to batch: a kernel compiled once serves all.

@@ -154,7 +154,7 @@ def _table_gradients(
         **strides(out=grad_out),
     )
     by_position = position_sums.sum(0).double() / (scale.double() * given.norm_length)
-    by_time = time_sums.sum(0) / given.norm_length
+    by_time = time_sums.sum(0, dtype=torch.float64) / given.norm_length
     by_time = pad(by_time, (0, time_weights.numel() - times))
     return by_position.to(position_weights.dtype), by_time.to(time_weights.dtype)
 
@@ -212,7 +212,7 @@ def _launch(
             heads=heads, num_positions=position_weights.numel() if biased else 0,
             last_bucket=min(time_weights.numel() - 1, LAST_BUCKET) if biased else 0,
             TILE=tile, STEP=shape.step,
-            FAST=not INTERPRETED and q.dtype.itemsize == 2, PRECISION=precision(q.dtype),
+            FAST=q.dtype == torch.bfloat16 and not INTERPRETED, PRECISION=precision(q.dtype),
             num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True,
             **blocks, **strides(q=q, k=k, v=v), **own,
         )  # fmt: skip

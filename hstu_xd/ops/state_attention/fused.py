@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from hstu_xd.ops.state_attention.state_reads import StateReads
 from hstu_xd.ops.state_attention.state_table import StateKernelInputs, StateTable
@@ -36,7 +37,7 @@ def _attention(
     return triton_launch.forward(StateKernelInputs(q, k, v, bias, layout))
 
 
-state_attention = torch.library.custom_op("hstu_xd::state_attention", mutates_args=())(_attention)
+state_attention = custom_op("hstu_xd::state_attention", mutates_args=())(_attention)
 
 
 @state_attention.register_fake
@@ -65,9 +66,9 @@ def _gradients(
     return triton_launch.gradients(grad_out, out, log_mass, inputs)
 
 
-state_attention_gradients = torch.library.custom_op(
-    "hstu_xd::state_attention_gradients", mutates_args=()
-)(_gradients)
+state_attention_gradients = custom_op("hstu_xd::state_attention_gradients", mutates_args=())(
+    _gradients
+)
 
 
 @state_attention_gradients.register_fake
