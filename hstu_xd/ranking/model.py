@@ -1,7 +1,7 @@
 """The ranker: vectors of candidate and found events, the interest between them, chances by goal."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -9,14 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hstu_xd.interest import (
-    DIN,
-    TIN,
-    HSTUPooling,
-    InterestSettings,
-    MeanPool,
-    SideInformationTIN,
-)
+from hstu_xd.interest import interest_of
 from hstu_xd.interest.positions import Positions, gap_buckets
 from hstu_xd.model.inputs import TransitionAwarePositionalEmbedding
 from hstu_xd.ranking.batches import RequestBatch
@@ -77,37 +70,6 @@ class ItemVectors(nn.Module):
         rows = self.rows[items].unbind(-1)
         vectors = [table(row) for table, row in zip(self.tables, rows, strict=True)]
         return torch.cat(vectors, -1)
-
-
-def interest_of(
-    settings: InterestSettings,
-    fields: Mapping[str, int],
-    *,
-    places: int,
-    goals: int,
-    std: float,
-) -> MeanPool | DIN | HSTUPooling | TIN | SideInformationTIN | None:
-    """Make what reads the events; None where none are read.
-
-    Args:
-        settings: of the stage.
-        fields: width of each field of an event's vector, in order.
-        places: most events.
-        goals: number of goals.
-        std: of the tables' beginning.
-    """
-    width = sum(fields.values())
-    if settings.kind == "none":
-        return None
-    if settings.kind == "mean":
-        return MeanPool(width)
-    if settings.kind == "din":
-        return DIN(width, settings.hidden)
-    if settings.kind == "hstu":
-        return HSTUPooling(width, settings, places=places, std=std)
-    if settings.groups:
-        return SideInformationTIN(fields, settings, places=places, goals=goals, std=std)
-    return TIN(width, settings, places=places, goals=goals, std=std)
 
 
 class SoftView(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hstu_xd.errors import InputError
 from hstu_xd.model.inputs import next_domain_modules, next_domain_signal
 from hstu_xd.plugins.dlrm_v3.bucketed_layer import BucketedSTULayer
+from hstu_xd.plugins.dlrm_v3.candidate_interest import CandidateInterest
 from hstu_xd.plugins.dlrm_v3.domain_groups import DomainGroups, RequestLayout
 from hstu_xd.plugins.dlrm_v3.domain_states import (
     DomainStateStack,
@@ -19,7 +20,7 @@ from hstu_xd.plugins.dlrm_v3.domain_states import (
     UncachedStack,
 )
 from hstu_xd.plugins.dlrm_v3.positions import PositionsInOrder
-from hstu_xd.plugins.dlrm_v3.settings import CrossDomain
+from hstu_xd.plugins.dlrm_v3.settings import GOAL, CrossDomain
 from hstu_xd.plugins.rebinding import Rebinding, apply
 
 _MODULE = "generative_recommenders.modules.dlrm_hstu"
@@ -123,7 +124,8 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
     """DlrmHSTU whose layers attend inside domains.
 
     The layers are upstream's own, with its kernels and parameter names: a checkpoint of the stock
-    model loads. Every candidate is scored by its user's history of the candidate's domain.
+    model loads. Every candidate is scored by its user's history of the candidate's domain. With
+    an interest, what the shown events say of a candidate is added to its embedding.
 
     Args:
         hstu_configs, embedding_tables, is_inference, is_dense, bf16_training: as upstream's.
@@ -179,9 +181,19 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
                 bf16_training=bf16_training,
             )
         self._cross_domain = cross_domain
+        self._xd_interest = None  # made last, so that all else begins as without it
+        if cross_domain.interest is not None:
+            self._xd_interest = CandidateInterest(
+                hstu_configs.hstu_embedding_table_dim,
+                cross_domain.interest,
+                most_events=hstu_configs.max_seq_len,
+                num_goals=cross_domain.num_goals,
+            )
 
     def preprocess(self, uih_features: Any, candidates_features: Any) -> Any:
         """Look embeddings up as upstream does, and read the domains beside them.
+
+        Where there is an interest, what it says of the candidates is in their embeddings.
 
         Raises:
             InputError: a feature with domains is missing, or holds an id out of range.
@@ -192,7 +204,32 @@ class CrossDomainDlrmHSTU(DlrmHSTU):
             domains[_HISTORY_DOMAINS] = self._read_domains(uih_features, history)
             domains[_TARGET_DOMAINS] = self._read_domains(candidates_features, candidates)
         embeddings, payloads, *lengths = super().preprocess(uih_features, candidates_features)
+        if self._xd_interest is not None:
+            goals = uih_features[GOAL].values() if self._cross_domain.num_goals else None
+            embeddings |= self._with_interest(self._xd_interest, embeddings, payloads, goals)
         return embeddings, payloads | domains, *lengths
+
+    def _with_interest(
+        self,
+        interest: CandidateInterest,
+        embeddings: dict[str, Any],
+        payloads: dict[str, Tensor],
+        goals: Tensor | None,
+    ) -> dict[str, Any]:
+        """Return the candidates' embeddings with what the shown events say of them, by name."""
+        config = self._hstu_configs
+        name = dict(config.merge_uih_candidate_feature_mapping)[config.uih_post_id_feature_name]
+        history, candidates = embeddings[config.uih_post_id_feature_name], embeddings[name]
+        said = interest(
+            history.embedding,
+            payloads[config.uih_action_time_feature_name],
+            history.lengths,
+            candidates.embedding,
+            payloads[config.candidates_querytime_feature_name],
+            candidates.lengths,
+            goals,
+        )
+        return {name: candidates._replace(embedding=candidates.embedding + said)}
 
     def _read_domains(self, features: Any, name: str) -> Tensor:
         if name not in tuple(features.keys()):

@@ -1,6 +1,7 @@
-"""gin settings of the plug-in: ``xd_dlrm.*``, and the switches of ``xd_encoder.*``."""
+"""gin settings of the plug-in: ``xd_dlrm.*``, and what it computes of the package's others."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -8,15 +9,20 @@ import torch
 import gin
 from hstu_xd.data.cuts import TimeCuts, cut_in_time
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.declaration import check, defaults_of, setting
+from hstu_xd.declaration import check, defaults_of, inert, setting
 from hstu_xd.errors import InputError
+from hstu_xd.interest import InterestSettings
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.ranking import settings as ranking
 from hstu_xd.ranking.settings import SearchSettings
 from hstu_xd.training import settings as shared
 from hstu_xd.training.gin_files import check_types
 
+_logger = logging.getLogger(__name__)
+
 STORE_PREFIX = "xd:"
+# The contextual feature that tells which goal a request was made for.
+GOAL = "goal"
 # The switches that are computed here; every other setting of the encoder is refused.
 KNOWN_SWITCHES = (
     "domain_mask",
@@ -27,6 +33,19 @@ KNOWN_SWITCHES = (
     "query_target_domain",
     "state_age_bias",
 )
+# Of ``xd_interest.*``, and the kinds by which candidates meet events.
+KNOWN_INTEREST = (
+    "kind",
+    "rank_encoding",
+    "gap_encoding",
+    "target_product",
+    "goal_positions",
+    "order",
+    "form",
+    "norm",
+    "hidden",
+)
+_MEETING_KINDS = ("tin", "din", "hstu", "mean")
 
 
 @gin.configurable("xd_dlrm", module="hstu_xd")
@@ -77,6 +96,8 @@ class DlrmSettings:
             none.
         user_token: put a token with the user's own embedding before the history.
         domain_as_feature: embed the domain of events and candidates; the honest control.
+        interest: add to each candidate's embedding what ``xd_interest.*`` makes of the events that
+            its request shows, of which hard search finds the ones that matter; zero at first.
         warm_start: folder of a checkpoint of the stock model to start from, unless
             load_dmp_checkpoint.path names one to continue from; empty: none.
         seed: of PyTorch's random numbers and of the candidates.
@@ -112,6 +133,7 @@ class DlrmSettings:
     ranked_requests: int = setting(0, at_least=0)
     user_token: bool = setting(True)
     domain_as_feature: bool = setting(False)
+    interest: bool = setting(False, also=("xd_interest", "tin", "din", "target attention"))
     warm_start: str = setting("", also=("checkpoint",))
     seed: int = setting(42, also=("random_seed",))
 
@@ -182,6 +204,8 @@ class CrossDomain:
         in_buckets: pad groups of like length together, on a CPU; without domain_mask a user is a
             group.
         in_order: positions and times are told in the order of events.
+        interest: how candidates meet the events that their request shows; None: not at all.
+        num_goals: that requests are made for, where a feature tells which; else 0.
     """
 
     settings: EncoderSettings
@@ -189,6 +213,8 @@ class CrossDomain:
     norm_length: int = 0
     in_buckets: bool = False
     in_order: bool = False
+    interest: InterestSettings | None = None
+    num_goals: int = 0
 
     @property
     def num_domains(self) -> int:
@@ -203,7 +229,7 @@ class CrossDomain:
     @property
     def is_stock(self) -> bool:
         """Whether the stock model computes the same."""
-        return not (self.reads_domains or self.norm_length or self.in_order)
+        return not (self.reads_domains or self.norm_length or self.in_order or self.interest)
 
     def norm_length_for(self, longest: int) -> int:
         """Return what attention is divided by in a batch with a longest sequence.
@@ -238,12 +264,13 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
         ("xd_dlrm", "xd_encoder"),
         "cuts in time are xd_dlrm.valid_from and .test_from",
     )
-    for block in ("xd_interest", "xd_rank"):
-        for name, value in gin.get_bindings(block).items():
-            raise InputError(
-                f"{block}.{name} = {value!r}: the host dlrm_v3 computes no interest and trains by "
-                "upstream's own settings; remove the binding"
-            )
+    for name, value in gin.get_bindings("xd_rank").items():
+        raise InputError(
+            f"xd_rank.{name} = {value!r}: the host dlrm_v3 trains by upstream's own settings; "
+            "remove the binding"
+        )
+    has_goals = GOAL in config.contextual_feature_to_max_length
+    num_goals = len(config.action_weights or ()) if has_goals else 0
     bound = dict(gin.get_bindings("xd_encoder"))
     check_types(EncoderSettings, "xd_encoder", bound)
     defaults = defaults_of(EncoderSettings)
@@ -276,7 +303,47 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
         settings.norm_length,
         in_buckets=in_buckets,
         in_order=settings.positions == "order",
+        interest=_bound_interest(num_goals) if settings.interest else _no_interest(),
+        num_goals=num_goals,
     )
+
+
+def _no_interest() -> None:
+    for name, value in gin.get_bindings("xd_interest").items():
+        raise InputError(
+            f"xd_interest.{name} = {value!r} does nothing while xd_dlrm.interest is False; bind "
+            "xd_dlrm.interest = True, or remove the binding"
+        )
+
+
+def _bound_interest(num_goals: int) -> InterestSettings:
+    """Return what ``xd_interest.*`` binds: how candidates meet the events of their request."""
+    bound = dict(gin.get_bindings("xd_interest"))
+    check_types(InterestSettings, "xd_interest", bound)
+    defaults = defaults_of(InterestSettings)
+    for name, value in bound.items():
+        if name not in KNOWN_INTEREST and value != defaults[name]:
+            raise InputError(
+                f"xd_interest.{name} = {value!r}: the host dlrm_v3 computes "
+                f"{', '.join(KNOWN_INTEREST)} only; remove the binding"
+            )
+    settings = ranking.CONFIGURABLES["xd_interest"]()
+    if settings.kind not in _MEETING_KINDS:
+        raise InputError(
+            f"xd_interest.kind = {settings.kind!r} with xd_dlrm.interest = True: no candidate "
+            f"meets an event; one of {', '.join(_MEETING_KINDS)} is needed"
+        )
+    if settings.goal_positions == "additive" and not num_goals:
+        raise InputError(
+            "xd_interest.goal_positions = 'additive': the requests tell of no goals; remove the "
+            "binding, or make requests with goals (hstu-xd requests --goal)"
+        )
+    for name, needed in inert(InterestSettings, vars(settings)):
+        _logger.warning(
+            "xd_interest.%s = %r does nothing while xd_interest.%s is %r",
+            *(name, getattr(settings, name), needed, getattr(settings, needed)),
+        )
+    return settings
 
 
 def bound_search() -> SearchSettings:

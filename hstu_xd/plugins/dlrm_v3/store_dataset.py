@@ -18,14 +18,14 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.plugins.dlrm_v3.given_requests import GivenRequests
 from hstu_xd.plugins.dlrm_v3.requests import RequestBatch, StoreRequests
-from hstu_xd.plugins.dlrm_v3.settings import DlrmSettings, bound_search
+from hstu_xd.plugins.dlrm_v3.settings import GOAL, DlrmSettings, bound_search
 from hstu_xd.ranking.settings import SearchSettings
 
 # Upstream compares the first one by identity: every mention has to be this object.
 ITEM, CANDIDATE = "item_id", "item_candidate_id"
 TIME, QUERY_TIME = "action_time", "item_query_time"
 WEIGHT, LABEL = "action_weight", "item_action_weight"
-USER, GOAL = "user_id", "goal"
+USER = "user_id"
 TASK = "next_item"
 
 

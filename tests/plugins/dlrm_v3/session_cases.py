@@ -49,6 +49,14 @@ VARIANTS = {
         "xd_encoder.ddsr = True",
         "xd_dlrm.user_token = True",
     ),
+    "interest": ("xd_dlrm.interest = True", "xd_encoder.domain_mask = True"),
+    "order+interest": (
+        "xd_dlrm.interest = True",
+        "xd_interest.kind = 'din'",
+        "xd_dlrm.positions = 'order'",
+        "xd_encoder.ddsr = True",
+        "xd_dlrm.user_token = True",
+    ),
     "feature": ("xd_dlrm.domain_as_feature = True", "xd_encoder.domain_mask = True"),
 }
 
