@@ -110,6 +110,11 @@ class StoreRequests:
         cuts: TimeCuts | None = None,
     ) -> None:
         self.store = store
+        # Not as mapped files, whose every look-up costs more than it reads.
+        self._items, self._times, self._offsets = (
+            np.asarray(each).view(np.ndarray)
+            for each in (store.item_ids, store.timestamps, store.offsets)
+        )
         self._max_history, self.max_candidates = max_history, num_candidates
         self._num_drawn = num_candidates - 1
         self._domains = store.catalog.item_domains.numpy()
@@ -169,11 +174,11 @@ class StoreRequests:
                 labels then mark the first and tell nothing.
         """
         asked = self._places[requests]
-        users = np.searchsorted(self.store.offsets, asked, side="right") - 1
-        first = np.maximum(self.store.offsets[users], asked - self._max_history)
+        users = np.searchsorted(self._offsets, asked, side="right") - 1
+        first = np.maximum(self._offsets[users], asked - self._max_history)
         rows = _runs(first, asked - first)
-        items = torch.from_numpy(self.store.item_ids[rows].astype(np.int64))
-        targets = torch.from_numpy(self.store.item_ids[asked].astype(np.int64))
+        items = torch.from_numpy(self._items[rows].astype(np.int64))
+        targets = torch.from_numpy(self._items[asked].astype(np.int64))
         domains = self.store.catalog.item_domains
         if candidates is None:
             candidates = self._candidates(requests, targets)
@@ -186,13 +191,13 @@ class StoreRequests:
             users=torch.from_numpy(users),
             history_lengths=torch.from_numpy(asked - first),
             items=items,
-            times=torch.from_numpy(self.store.timestamps[rows].astype(np.int64)),
+            times=torch.from_numpy(self._times[rows].astype(np.int64)),
             domains=domains[items],
             candidate_lengths=torch.full((len(asked),), width),
             candidates=candidates.flatten(),
             candidate_domains=domains[candidates].flatten(),
             request_times=torch.from_numpy(
-                self.store.timestamps[asked].astype(np.int64)
+                self._times[asked].astype(np.int64)
             ).repeat_interleave(width),
             labels=labels.flatten(),
             actions=torch.ones_like(items),
@@ -213,10 +218,11 @@ class StoreRequests:
         """Return the target of each request and what it is ranked against: (B, 1 + R)."""
         catalog = self.store.catalog
         domains = catalog.item_domains[targets]
-        places = self._draw(domains)
-        numbers = torch.from_numpy(requests)
-        is_evaluated = numbers >= self.num_train
-        places[is_evaluated] = self._evaluated[numbers[is_evaluated] - self.num_train]
+        numbers = torch.from_numpy(requests) - self.num_train
+        is_train = numbers < 0
+        places = self._evaluated[numbers.clamp(min=0)]
+        if is_train.any():
+            places[is_train] = self._draw(domains[is_train])
         drawn = catalog.domain_items[places]
         last = catalog.domain_items[catalog.domain_offsets[domains + 1] - 1].unsqueeze(1)
         others = torch.where(drawn == targets.unsqueeze(1), last, drawn)
