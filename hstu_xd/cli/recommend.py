@@ -86,8 +86,8 @@ def recommend(
     """Recommend items to a user, or to all users.
 
     With --all-users the file gets a row an item: user, domain, rank, item, score. What was computed
-    stays when the command is stopped, and the same command goes on with it. With --pairs it gets a
-    row a pair: user, item, domain, score.
+    stays when the command is stopped, and the same command goes on with it; torchrun lets several
+    processes or machines share it. With --pairs it gets a row a pair: user, item, domain, score.
 
     Of a ranking run of towers it gives the best items for --user and --goal, of --domain or of all,
     with the chances that score gives them.
@@ -114,6 +114,7 @@ def recommend(
     use = _use_of(options)
     from hstu_xd.serving.recommend_all import open_histories, recommend_to_all
     from hstu_xd.serving.score_pairs import score_pairs
+    from hstu_xd.training.distributed import is_first_process, num_processes
 
     store = open_histories(run, data=data, log=log, verify=verify)
     asking: dict[str, Any] = {"store": store, "at": at, "allow_imports": allow_imports}
@@ -131,6 +132,11 @@ def recommend(
     assert out is not None
     if use == "--pairs":
         assert pairs is not None
+        if (number := num_processes()) > 1:
+            raise InputError(
+                f"--pairs scores in one process, and {number} were started; start it without "
+                "torchrun"
+            )
         _print_pairs(score_pairs(run, pairs, out, **asking, **writing), as_json=as_json)
         return
     summary = recommend_to_all(
@@ -143,7 +149,8 @@ def recommend(
         **asking,
         **writing,
     )
-    _print_all(summary, as_json=as_json)
+    if is_first_process():
+        _print_all(summary, as_json=as_json)
 
 
 def _print_all(summary: "BulkSummary", *, as_json: bool) -> None:

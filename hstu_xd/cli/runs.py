@@ -88,10 +88,12 @@ def train(
 ) -> None:
     """Train a model on a prepared store.
 
-    Start it with torchrun to use several processes. Ctrl-C or SIGTERM saves and stops it (exit code
-    130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
+    Start it with torchrun to use several processes, with --nnodes on several machines: each reads
+    its own copy of the store, the first one alone writes the run. Ctrl-C or SIGTERM saves and stops
+    it (exit code 130 or 143), and --resume goes on there; a second Ctrl-C stops it at once.
     """
     from hstu_xd.data.batches import Split
+    from hstu_xd.training.distributed import is_first_process
     from hstu_xd.training.refit import Refit
     from hstu_xd.training.run import train as run_training
     from hstu_xd.training.settings import load_settings
@@ -128,7 +130,8 @@ def train(
         refit=again,
         trackers=tracker or (),
     )
-    _say_trained(out, summary)
+    if is_first_process():
+        _say_trained(out, summary)
 
 
 def _check_beginning(begins: Mapping[str, Any], recipe: Sequence[Any], until: str | None) -> None:

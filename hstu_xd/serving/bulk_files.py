@@ -1,14 +1,17 @@
 """Files of recommendations for many users: written in parts, so that a killed run goes on.
 
 The parts lie in a hidden folder beside the output, with what was asked for. The output itself
-appears whole, when the last part is there.
+appears whole, when the last part is there. Several processes compute a part each at a time, and the
+first one writes them all: the others may be on machines of their own.
 """
 
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
 from hstu_xd.files import only_writer, partial_file
 from hstu_xd.serving.bulk import BestItems, BulkRecommender, HistoryReader
+from hstu_xd.training.distributed import World
 from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
 
 FORMATS = ("parquet", "csv", "jsonl")
@@ -86,45 +90,64 @@ def write_recommendations(
     recommender: BulkRecommender,
     reader: HistoryReader,
     catalog: DomainCatalog,
+    here: World,
     *,
     announce: Callable[[str], object] = lambda line: None,
 ) -> int:
     """Write the best items of every domain for every user.
 
     Args:
-        request: who and where.
+        request: who and where; the same in all processes.
         recommender: ranks the items of the request's domains.
         reader: of the users' histories.
         catalog: of the model.
-        announce: called with a line after every part.
+        here: this process among those that share the work.
+        announce: called in the first process, with a line after every part.
 
     Returns:
         How many rows were written: user, domain, rank from 1, item and score.
 
     Raises:
-        InputError: another process writes the same file.
+        InputError: another process writes the same file, or processes that share the work were
+            asked for different things.
         HstuXdError: the disk is full, or the model gives no numbers.
         Interrupted: Ctrl-C or a signal asked to stop; the parts stay.
     """
-    with only_writer(request.out.with_name(f".{request.out.name}.lock"), f"writes {request.out}"):
+    plan = json.dumps(
+        {**request.facts, "domains": list(request.domains), "k": request.k}, sort_keys=True
+    )
+    first, *others = here.gather(plan)
+    if any(other != first for other in others):
+        raise InputError(
+            f"{request.out}: the processes of this job have another run, store or list of users "
+            "each; give the same to all of them"
+        )
+    if not here.is_main:
+        announce = _silence
+    lock = request.out.with_name(f".{request.out.name}.lock")
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(only_writer(lock, f"writes {request.out}"))
+            _begin(request, plan, announce)
+
         try:
-            _begin(request, announce)
-            _write_parts(request, recommender, reader, catalog, announce)
-            rows = _join(request)
+            here.in_main(begin)
+            _write_parts(request, recommender, reader, catalog, here, announce)
+            return here.from_main(lambda: _join(request))
         except OSError as error:
             raise HstuXdError(
                 f"{request.out}: cannot be written ({error.strerror or error}); make room, and "
                 "the same command goes on where it stopped"
             ) from error
-    shutil.rmtree(request.folder)
-    return rows
 
 
-def _begin(request: BulkRequest, announce: Callable[[str], object]) -> None:
+def _silence(line: str) -> None:
+    """Say nothing: the first process does."""
+
+
+def _begin(request: BulkRequest, plan: str, announce: Callable[[str], object]) -> None:
     """Make the folder of the parts; one that was made for something else is emptied."""
-    plan = json.dumps(
-        {**request.facts, "domains": list(request.domains), "k": request.k}, sort_keys=True
-    )
     file = request.folder / _PLAN
     if request.folder.exists() and not (file.is_file() and file.read_text() == plan):
         announce(f"{request.folder} holds parts of another request; begins anew")
@@ -138,33 +161,52 @@ def _write_parts(
     recommender: BulkRecommender,
     reader: HistoryReader,
     catalog: DomainCatalog,
+    here: World,
     announce: Callable[[str], object],
 ) -> None:
-    """Compute the parts that are missing."""
-    missing = [(file, users) for file, users in request.parts() if not file.is_file()]
-    total, left = len(request.users), sum(len(users) for _, users in missing)
+    """Compute the parts that are missing, one in each process at a time."""
+    parts = list(request.parts())
+    missing = here.from_main(
+        lambda: [number for number, (file, _) in enumerate(parts) if not file.is_file()]
+    )
+    total, left = len(request.users), sum(len(parts[number][1]) for number in missing)
     if left < total:
         announce(f"goes on: {total - left:,} of {total:,} users are done")
     tokens = pa.array([catalog.token(item) for item in range(1, catalog.num_items + 1)])
     began, todo, stop = time.perf_counter(), left, StopRequest()
+
+    def compute(users: np.ndarray) -> bytes:
+        best = recommender.best(reader.read(users))
+        found = _table(best, reader.store.user_tokens(users), request.domains, tokens)
+        written = pa.BufferOutputStream()
+        parquet.write_table(found, written, compression="zstd")
+        return written.getvalue().to_pybytes()
+
     with stop_requests(stop):
-        for file, users in missing:
-            best = recommender.best(reader.read(users))
-            table = _table(best, reader.store.user_tokens(users), request.domains, tokens)
-            parquet.write_table(table, file.with_suffix(".partial"), compression="zstd")
-            file.with_suffix(".partial").replace(file)
-            left -= len(users)
+        for start in range(0, len(missing), here.size):
+            at_once = [parts[number] for number in missing[start : start + here.size]]
+            own = [users for _, users in at_once[here.rank : here.rank + 1]]
+            found = here.collect(here.in_all(lambda own=own: [compute(users) for users in own]))
+            here.in_main(partial(_keep, [file for file, _ in at_once], found))
+            left -= sum(len(users) for _, users in at_once)
             rate = (todo - left) / max(1e-9, time.perf_counter() - began)
             announce(
                 f"{total - left:,} of {total:,} users, {rate:,.0f} users/s, "
                 f"{left / rate:,.0f} s left"
             )
-            if stop.signal and left:
-                raise Interrupted(
-                    f"stopped by {signal_name(stop.signal)}, {total - left:,} of {total:,} users "
-                    "are done; the same command goes on",
-                    stop.signal,
+            if (number := max(here.gather(stop.signal))) and left:
+                told = (
+                    f"stopped by {signal_name(number)}, {total - left:,} of {total:,} users are "
+                    "done; the same command goes on"
                 )
+                raise Interrupted(told if here.is_main else "", number)
+
+
+def _keep(files: Sequence[Path], found: Sequence[Sequence[bytes]]) -> None:
+    """Write parts, each of which appears whole; a process without one gives none."""
+    for file, (content,) in zip(files, found, strict=False):
+        file.with_suffix(".partial").write_bytes(content)
+        file.with_suffix(".partial").replace(file)
 
 
 def _table(best: BestItems, users: pl.Series, domains: Sequence[str], tokens: pa.Array) -> pa.Table:
@@ -183,9 +225,9 @@ def _table(best: BestItems, users: pl.Series, domains: Sequence[str], tokens: pa
 
 
 def _join(request: BulkRequest) -> int:
-    """Write the parts into one file, which then takes the place of the output."""
-    partial, rows = partial_file(request.out), 0
-    with partial.open("wb") as stream:
+    """Write the parts into one file, which takes the place of the output and of their folder."""
+    whole, rows = partial_file(request.out), 0
+    with whole.open("wb") as stream:
         writer = None
         for number, (file, _) in enumerate(request.parts()):
             table = parquet.read_table(file)
@@ -201,5 +243,6 @@ def _join(request: BulkRequest) -> int:
                 frame.write_ndjson(stream)
         if writer is not None:
             writer.close()
-    partial.replace(request.out)
+    whole.replace(request.out)
+    shutil.rmtree(request.folder)
     return rows

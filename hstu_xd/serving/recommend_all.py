@@ -1,7 +1,7 @@
 """Recommendations for everybody: from a run and a log to one file, see :func:`recommend_to_all`."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from hstu_xd.serving.bulk_files import (
     write_recommendations,
 )
 from hstu_xd.training.checkpoint import MODEL_FILE
+from hstu_xd.training.distributed import world
 from hstu_xd.training.run import load_trained
 from hstu_xd.training.run_facts import CONFIG_FILE, open_data, read_run
 from hstu_xd.version import __version__
@@ -65,6 +66,8 @@ def recommend_to_all(
 ) -> BulkSummary:
     """Write the best items of domains for many users: user, domain, rank, item, score.
 
+    Under torchrun the processes share the users; all read run and store, the first one writes.
+
     Args:
         run: a trained run.
         out: the file to write.
@@ -84,48 +87,53 @@ def recommend_to_all(
             an event, or a log that contradicts the run's catalogue.
     """
     named, wanted = format_of(out, file_format), None if users is None else read_users(users)
-    check_output_file(out, force=force)
-    facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
-    catalog = trained.ranker.catalog
-    names = list(dict.fromkeys(domains)) if domains else list(catalog.domain_names)
-    protocol = trained.protocol.but(exclude_seen=exclude_seen)
-    recommender = BulkRecommender(
-        trained,
-        [catalog.domain_index(name) for name in names],
-        k,
-        window=facts["max_sequence_length"],
-        protocol=protocol,
-        at=at,
-    )
-    reader = HistoryReader(store, catalog)
-    served, unserved = find_users(reader, wanted)
-    if at is not None:
-        refuse_earlier(reader, at, served)
-    request = BulkRequest(
-        served,
-        names,
-        recommender.k,
-        out,
-        named,
-        {
-            "version": __version__,
-            "run": [sha256_of(run / name) for name in (MODEL_FILE, CONFIG_FILE)],
-            "data": store.manifest["hashes"],
-            "users": hashlib.sha256(served.tobytes()).hexdigest(),
-            "protocol": protocol.as_json(),
-            "at": at,
-        },
-    )
-    columns = {"user": list(unserved), "reason": list(unserved.values())}
-    listed = list_unserved(out, pl.DataFrame(columns))
-    if reader.unknown_items:
-        announce(
-            f"{reader.unknown_items:,} of {store.num_items:,} items of {store.path} are unknown "
-            "to the model; their events are left out"
+    with world(on_cpu=True) as here:
+        here.in_main(lambda: check_output_file(out, force=force))
+        facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
+        catalog = trained.ranker.catalog
+        names = list(dict.fromkeys(domains)) if domains else list(catalog.domain_names)
+        protocol = trained.protocol.but(exclude_seen=exclude_seen)
+        recommender = BulkRecommender(
+            trained,
+            [catalog.domain_index(name) for name in names],
+            k,
+            window=facts["max_sequence_length"],
+            protocol=protocol,
+            at=at,
         )
-    announce(f"{len(served):,} users x {len(names)} domains, {recommender.k} items each")
-    rows = write_recommendations(request, recommender, reader, catalog, announce=announce)
+        reader = HistoryReader(store, catalog)
+        served, unserved = find_users(reader, wanted)
+        if at is not None:
+            refuse_earlier(reader, at, served)
+        request = BulkRequest(
+            served,
+            names,
+            recommender.k,
+            out,
+            named,
+            {
+                "version": __version__,
+                "run": [sha256_of(run / name) for name in (MODEL_FILE, CONFIG_FILE)],
+                "data": store.manifest["hashes"],
+                "users": hashlib.sha256(served.tobytes()).hexdigest(),
+                "protocol": protocol.as_json(),
+                "at": at,
+            },
+        )
+        listed = here.from_main(lambda: list_unserved(out, _reasons(unserved)))
+        if here.is_main and reader.unknown_items:
+            announce(
+                f"{reader.unknown_items:,} of {store.num_items:,} items of {store.path} are "
+                "unknown to the model; their events are left out"
+            )
+        if here.is_main:
+            announce(f"{len(served):,} users x {len(names)} domains, {recommender.k} items each")
+        rows = write_recommendations(request, recommender, reader, catalog, here, announce=announce)
     return BulkSummary(out, rows, len(served), names, unserved, listed)
+
+
+def _reasons(unserved: Mapping[str, str]) -> pl.DataFrame:
+    return pl.DataFrame({"user": list(unserved), "reason": list(unserved.values())})
 
 
 def open_histories(

@@ -1,6 +1,5 @@
 """Runs of baselines: counted instead of trained, in folders that read as those of models do."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hstu_xd.training.checkpoint import MODEL_FILE, load_checkpoint, save_checkp
 from hstu_xd.training.distributed import World
 from hstu_xd.training.epochs import Progress
 from hstu_xd.training.extension import metrics_of
-from hstu_xd.training.metrics_log import SUMMARY_FILE, MetricsLog
+from hstu_xd.training.metrics_log import MetricsLog
 from hstu_xd.training.settings import RunSettings
 
 
@@ -66,10 +65,9 @@ class BaselineTrainer:
             read_test: measure on the test split, too, unless it was counted.
         """
         with self._log:
-            self.world.in_main(lambda: self._write(read_test=read_test))
-        return json.loads((self.run / SUMMARY_FILE).read_text())
+            return self.world.from_main(lambda: self._write(read_test=read_test))
 
-    def _write(self, *, read_test: bool) -> None:
+    def _write(self, *, read_test: bool) -> dict[str, Any]:
         began, metrics, values = time.perf_counter(), metrics_of(self.settings), {}
         for split in self.settings.until.measured(read_test=read_test):
             values[split.value] = evaluate(
@@ -93,6 +91,7 @@ class BaselineTrainer:
             "seed": self.settings.random_seed,
         }
         self._log.finish(summary)
+        return summary
 
 
 def load_baseline(run: Path, settings: RunSettings, catalog: DomainCatalog) -> Baseline:

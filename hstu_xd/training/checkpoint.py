@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import check_readable
+from hstu_xd.training.distributed import World
 
 MODEL_FILE = "best.safetensors"
 STATE_FILE = "last.safetensors"
@@ -101,9 +102,15 @@ def save_state(
 
 
 def load_state(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, here: World | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Restore what :func:`save_state` wrote; None where a run was stopped before that.
+
+    Args:
+        run: the run folder.
+        model: takes the weights.
+        optimizer: takes its state.
+        here: this process, of which the first one of the job reads the file; None: it is alone.
 
     Returns:
         The progress, and all tensors.
@@ -112,9 +119,14 @@ def load_state(
         InputError: the file cannot be read or is not of this model.
     """
     file = run / STATE_FILE
-    if not file.exists():
+
+    def read() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return load_checkpoint(file) if file.exists() else None
+
+    found = read() if here is None else here.from_main(read)
+    if found is None:
         return None
-    tensors, metadata = load_checkpoint(file)
+    tensors, metadata = found
     load_weights(model, model_tensors(tensors), file)
     restore_optimizer(model, optimizer, tensors)
     return metadata["progress"], tensors

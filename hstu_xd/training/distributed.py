@@ -1,9 +1,12 @@
 """One process or many: what torchrun's environment says, and the few collectives training needs."""
 
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,14 +14,34 @@ from torch import Tensor
 
 from hstu_xd.errors import HstuXdError
 
+T = TypeVar("T")
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the one of its job that writes files and talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def num_processes() -> int:
+    """Return the number of processes of this job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
 
 @dataclass(frozen=True)
 class World:
-    """Rank, number of processes and device of this process."""
+    """This process among those of its job, which may be on machines of their own.
+
+    Attributes:
+        rank: from 0.
+        size: number of processes.
+        device: of this process.
+        group: through the CPU, for objects; None: there is one process.
+    """
 
     rank: int
     size: int
     device: torch.device
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -31,10 +54,25 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Do something in the first process; all get what it returns, or fail where it does.
+
+        Raises:
+            HstuXdError: what the work raised, in all processes.
+            OSError: likewise.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except (HstuXdError, OSError) as error:
+                outcome[1] = error
         if self.size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(outcome, group=self.group)
+        found, error = outcome
+        if error is not None:
+            raise error
+        return found
 
     def in_main(self, work: Callable[[], object]) -> None:
         """Do something in the first process; the others wait, and fail where it does.
@@ -43,16 +81,71 @@ class World:
             HstuXdError: what the work raised, in all processes.
             OSError: likewise.
         """
-        outcome: list[Exception | None] = [None]
+
+        def do() -> None:
+            work()
+
+        self.from_main(do)
+
+    def in_all(self, work: Callable[[], T]) -> T:
+        """Do something in every process, and fail in all of them where one fails.
+
+        Raises:
+            HstuXdError: what the work raised in the first process where it did.
+            OSError: likewise.
+        """
+        found: Any = None
+        failed: Exception | None = None
+        try:
+            found = work()
+        except (HstuXdError, OSError) as error:
+            failed = error
+        for each in self.gather(failed):
+            if each is not None:
+                raise each
+        return found
+
+    def gather(self, value: T) -> list[T]:
+        """Return what every process gives, in the order of their ranks, in all of them."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def collect(self, value: T) -> list[T]:
+        """Return in the first process what every process gives; nothing in the others."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, found, group=self.group)
+        return found or []
+
+    @contextmanager
+    def files_of_main(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
+        """Let all processes read small files that the first one has.
+
+        Args:
+            folder: of the first process; others may have another disk.
+            names: of the files; those that are not there are left out.
+
+        Yields:
+            The folder in the first process, in the others one with copies, for the time of the
+            block.
+        """
+
+        def read() -> dict[str, bytes]:
+            files = {name: folder / name for name in names}
+            return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+
+        found = self.from_main(read) if self.size > 1 else {}
         if self.is_main:
-            try:
-                work()
-            except (HstuXdError, OSError) as error:
-                outcome = [error]
-        if self.size > 1:
-            dist.broadcast_object_list(outcome)
-        if outcome[0] is not None:
-            raise outcome[0]
+            yield folder
+            return
+        with tempfile.TemporaryDirectory() as copies:
+            for name, content in found.items():
+                (Path(copies) / name).write_bytes(content)
+            yield Path(copies)
 
 
 class DelayedMaximum:
@@ -112,11 +205,15 @@ def keep_group(group: object = None) -> None:
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """Join the process group that torchrun started (nccl on CUDA, gloo on CPU), or stand alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+def world(*, on_cpu: bool = False) -> Iterator[World]:
+    """Join the process group that torchrun started, or stand alone.
+
+    Args:
+        on_cpu: whether the work is the CPU's even where there are GPUs.
+    """
+    size = num_processes()
     rank = int(os.environ.get("RANK", "0"))
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not on_cpu
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if cuda
@@ -129,7 +226,9 @@ def world() -> Iterator[World]:
         return
     dist.init_process_group("nccl" if cuda else "gloo")
     keep_group()
+    group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
+    keep_group(group)
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, group)
     finally:
         dist.destroy_process_group()

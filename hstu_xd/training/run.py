@@ -34,8 +34,10 @@ from hstu_xd.training.distributed import World, world
 from hstu_xd.training.extension import metrics_of, objective_of
 from hstu_xd.training.refit import Refit, until_name
 from hstu_xd.training.run_facts import (
+    RESUMED_FILES,
     TRAIN_UNTIL,
     check_same_data,
+    check_same_store,
     held_folder,
     lay_out,
     note_resumption,
@@ -67,6 +69,9 @@ def train(
 ) -> dict[str, Any]:
     """Train one model into a run folder.
 
+    Several processes, on one machine or on several, each read a store of the same content; the
+    first one alone writes and reads ``out``, and gives the others what they need of it.
+
     Args:
         data: a prepared store.
         settings: of :func:`hstu_xd.training.settings.load_settings`; None: the defaults, or those
@@ -94,19 +99,24 @@ def train(
     Raises:
         InputError: ``out`` exists (or does not, to resume), belongs to other data, or another
             process trains into it; or the settings are not those of the weights to continue from;
-            or a tracker is not installed.
+            or a tracker is not installed; or the stores of two processes differ.
         HstuXdError: the loss became not finite; the last good checkpoint stays.
         Interrupted: Ctrl-C or a signal asked to stop; the run can be resumed from the step that was
             finished then, and the message says how.
     """
     check_trackers(trackers)
     store = InteractionStore.open(data, verify=verify)
-    with world() as here, held_folder(out, here, RETRIEVAL, resume=resume):
+    with (
+        world() as here,
+        held_folder(out, here, RETRIEVAL, resume=resume),
+        here.files_of_main(out, RESUMED_FILES) as known,
+    ):
+        check_same_store(store, here)
         given = settings
         if resume:
-            settings = _settings_to_resume(out, store, given, allow_imports=allow_imports)
-            earlier = Predecessor.recorded_in(read_run(out))
-            refit = Refit.recorded_in(read_run(out))
+            settings = _settings_to_resume(known, store, given, allow_imports=allow_imports)
+            earlier = Predecessor.recorded_in(read_run(known))
+            refit = Refit.recorded_in(read_run(known))
         else:
             earlier = Predecessor.of(continue_from) if continue_from else None
             if refit is not None:
@@ -121,15 +131,16 @@ def train(
         torch.manual_seed(settings.train.random_seed)
         encoder = settings.encoder_settings(store.num_domains)
         check_impl(encoder.impl, encoder.normalization)
-        trainer = _new_trainer(store, settings, out, here, earlier, refit, announce, resume=resume)
+        # A run that is resumed keeps the features that it began with.
+        features = load_features(known, settings) if resume else features_of(store, settings)
+        trainer = _new_trainer(store, settings, out, here, earlier, refit, features, announce)
         continues = None
-        if earlier is not None and not (out / STATE_FILE).exists():
+        if earlier is not None and not here.from_main((out / STATE_FILE).exists):
             continues = _take_over(trainer, earlier, store, settings)
         if resume:
-            facts = read_run(out)
+            facts = read_run(known)
             # Checkpoints that count steps are older than "starts": those of the first job.
             trainer.resume(facts.get("starts", [facts])[0].get("processes", 1))
-            here.barrier()
             here.in_main(lambda: _note_resumption(out, trainer))
         else:
             if isinstance(trainer, Trainer):
@@ -170,16 +181,13 @@ def _new_trainer(
     here: World,
     earlier: Predecessor | None,
     refit: Refit | None,
+    features: FeatureTable | None,
     announce: Callable[[str], object],
-    *,
-    resume: bool,
 ) -> Trainer | BaselineTrainer:
     if settings.train.baseline != NO_BASELINE:
         return BaselineTrainer(store, settings, out, here)
     if earlier is not None:
         earlier.check_news(store, settings)
-    # A run that is resumed keeps the features that it began with.
-    features = load_features(out, settings) if resume else features_of(store, settings)
     return Trainer(
         new_model(store.catalog, settings, features).to(here.device),
         store,

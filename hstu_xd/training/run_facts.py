@@ -34,6 +34,8 @@ _logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
 PARTIAL_FILE = "run.partial"
+# What a run that is resumed needs to know, beside its checkpoint.
+RESUMED_FILES = (RUN_FILE, CONFIG_FILE, FEATURES_FILE)
 # Of a ranking run: how many training events every item has.
 TRAINED_FILE = "trained_items.npy"
 TRAIN_UNTIL = "xd_train.train_until"
@@ -329,6 +331,21 @@ def check_same_data(run: Path, store: InteractionStore) -> None:
     if not still_holds(trained_on, facts):
         mend = f"{trained_on} no longer holds them: prepare the old log again, or give a new --out"
     raise InputError(f"{run} was trained on other data than {store.path} ({changes}); {mend}")
+
+
+def check_same_store(store: InteractionStore, here: World) -> None:
+    """Refuse a job whose processes read different data, which machines of their own may hold.
+
+    Raises:
+        InputError: in all processes.
+    """
+    first, *others = here.gather((str(store.path.resolve()), store.manifest["hashes"]))
+    for rank, (path, hashes) in enumerate(others, start=1):
+        if hashes != first[1]:
+            raise InputError(
+                f"process {rank} reads {path}, which holds other data than {first[0]} of process "
+                "0; copy one store to all machines"
+            )
 
 
 def still_holds(folder: Path, facts: Mapping[str, Any]) -> bool:

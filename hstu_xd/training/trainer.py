@@ -148,7 +148,8 @@ class Trainer(EpochTraining[Progress]):
         Args:
             processes: that the run was begun with.
         """
-        if (stored := load_state(self.run, self.model, self._optimizer)) is not None:
+        stored = load_state(self.run, self.model, self._optimizer, self.world)
+        if stored is not None:
             progress, tensors = stored
             if self._average:
                 self._average.restore(tensors)
@@ -402,9 +403,9 @@ class Trainer(EpochTraining[Progress]):
 
     def _summarise(self, *, read_test: bool) -> dict[str, Any]:
         """Measure the model that was kept on what it was not trained on, the test once or never."""
-        self.world.barrier()
-        weights, metadata = load_checkpoint(self.run / MODEL_FILE)
-        load_weights(self.model, weights, self.run / MODEL_FILE)
+        best = self.run / MODEL_FILE
+        weights, metadata = self.world.from_main(lambda: load_checkpoint(best))
+        load_weights(self.model, weights, best)
         self._judged, progress = self.model, self.progress
         until, epoch, measured = self.settings.until, metadata["epoch"], {}
         for split in until.measured(read_test=read_test):

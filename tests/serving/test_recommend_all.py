@@ -1,7 +1,11 @@
 """``recommend --all-users`` and ``--pairs``: what each user would get alone, in every format."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from hstu_xd.cli import app
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.errors import InputError
+from hstu_xd.plugins.bridge import free_port
 from hstu_xd.serving import bulk_files, score_pairs
 from hstu_xd.serving.bulk import Histories, user_vectors
 
@@ -97,21 +102,21 @@ def test_a_stopped_run_goes_on_and_formats_agree(
     ask = ("recommend", trained, "--all-users", "--k", "5", "--domains", "films,books")
     call(*ask, "--out", tmp_path / "whole.parquet")
     monkeypatch.setattr(bulk_files, "PART_ROWS", 200)
-    written, real = [], bulk_files.parquet.write_table
+    written, real = [], bulk_files._keep
 
-    def dies(table: Any, file: Path, **options: Any) -> None:
+    def dies(files: list[Path], found: list[list[bytes]]) -> None:
         if len(written) == 3:
             raise OSError(28, "No space left on device")
-        written.append(file)
-        real(table, file, **options)
+        written.extend(files)
+        real(files, found)
 
     for suffix in ("parquet", "csv", "jsonl"):
         file = tmp_path / f"parts.{suffix}"
         written.clear()
-        monkeypatch.setattr(bulk_files.parquet, "write_table", dies)
+        monkeypatch.setattr(bulk_files, "_keep", dies)
         assert "the same command goes on" in call(*ask, "--out", file, code=1)
         assert not file.exists()
-        monkeypatch.setattr(bulk_files.parquet, "write_table", real)
+        monkeypatch.setattr(bulk_files, "_keep", real)
         assert "goes on: 60 of 120 users are done" in call(*ask, "--out", file)
         assert sorted(x.name for x in tmp_path.iterdir() if x.name.startswith(".")) == []
     whole = pl.read_parquet(tmp_path / "whole.parquet")
@@ -123,6 +128,104 @@ def test_a_stopped_run_goes_on_and_formats_agree(
     ):
         assert table.drop("score", "rank").equals(whole.drop("score", "rank"))
         assert table["score"].to_list() == pytest.approx(whole["score"].to_list(), abs=1e-6)
+
+
+# The command in parts of few users, and with a signal or an error in the part of a process.
+_IN_PARTS = """
+import os, signal, sys
+from hstu_xd.cli.app import main
+from hstu_xd.errors import HstuXdError
+from hstu_xd.serving import bulk, bulk_files
+
+bulk_files.PART_ROWS = 400
+best, calls = bulk.BulkRecommender.best, []
+
+def watched(self, histories):
+    calls.append(0)
+    if os.environ["RANK"] == "1":
+        if (sys.argv[1], len(calls)) == ("stop", 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if (sys.argv[1], len(calls)) == ("fail", 2):
+            raise HstuXdError("no numbers in the second one")
+    return best(self, histories)
+
+bulk.BulkRecommender.best = watched
+main(sys.argv[2:])
+"""
+
+
+def of_two(what: str, folders: list[Path], *words: str) -> list[tuple[int, str, str]]:
+    """Run the command in two processes with a folder each; exit codes, stdout and stderr."""
+    line = [sys.executable, "-c", _IN_PARTS, what, "recommend", "run", "--all-users", *words]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            line,
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank)} | job,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, folder in enumerate(folders)
+    ]
+    said = [process.communicate(timeout=180) for process in processes]
+    return [(process.returncode, *each) for process, each in zip(processes, said)]
+
+
+@pytest.mark.slow
+def test_machines_share_the_users(trained: Path, tmp_path: Path, call: Call) -> None:
+    """Each has the run, one gets the file; they stop together and go on."""
+    ask = ("--k", "5", "--out", "all.parquet")
+    call("recommend", trained, "--all-users", *ask[:2], "--out", tmp_path / "alone.parquet")
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        shutil.copytree(trained, folder / "run")
+    first, second = of_two("fail", folders, *ask)
+    assert (first[0], second[0]) == (1, 1)
+    assert first[2].endswith("hstu-xd: no numbers in the second one\n")
+    first, second = of_two("stop", folders, *ask)
+    assert (first[0], second[0]) == (143, 143)
+    # The four parts of 26 users each that were there when the fifth and the last one were not.
+    assert "goes on: 52 of 120 users are done" in first[2]
+    assert first[2].endswith(
+        "stopped by SIGTERM, 104 of 120 users are done; the same command goes on\n"
+    ), first[2]
+    first, second = of_two("", folders, *ask)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "wrote all.parquet: 1,800 rows for 120 users in 3 domains" in first[1]
+    assert second[1:] == ("", "")
+    found, expected = (
+        pl.read_parquet(file) for file in (folders[0] / "all.parquet", tmp_path / "alone.parquet")
+    )
+    assert found.drop("score").equals(expected.drop("score"))
+    assert found["score"].to_list() == pytest.approx(expected["score"].to_list(), abs=1e-6)
+    assert [file.name for file in folders[1].iterdir()] == ["run"]
+    assert {file.name for file in folders[0].iterdir()} == {"run", "all.parquet"}
+
+
+@pytest.mark.slow
+def test_machines_with_different_runs_are_refused(trained: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        shutil.copytree(trained, folder / "run")
+    with (folders[1] / "run" / "config.gin").open("a") as file:
+        file.write("# Of another day.\n")
+    for code, _, errors in of_two("", folders, "--out", "all.csv"):
+        assert code == 2
+        assert errors.splitlines()[-1].endswith("give the same to all of them"), errors
+    assert not (folders[0] / "all.csv").exists()
+
+
+def test_pairs_are_scored_by_one_process(
+    trained: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = call(
+        *("recommend", trained, "--pairs", tmp_path / "pairs.csv", "--out", tmp_path / "s.csv"),
+        code=2,
+    )
+    assert "--pairs scores in one process, and 2 were started; start it without torchrun" in said
 
 
 def test_parts_of_another_request_are_not_used(trained: Path, tmp_path: Path, call: Call) -> None:

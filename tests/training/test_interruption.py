@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from quick_runs import QUICK
 
 from hstu_xd.cli import app
 from hstu_xd.data.batches import Split
+from hstu_xd.data.synthetic import SynthOptions, synthesize
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
 from hstu_xd.training import run as runs
 from hstu_xd.training import trainer as trainers
@@ -189,9 +193,12 @@ def line(store: Path, out: Path, *bindings: str) -> list[str]:
     return words
 
 
-def start(words: list[str], **environment: str) -> "subprocess.Popen[str]":
+def start(
+    words: list[str], folder: Path | None = None, **environment: str
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, *words],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -203,23 +210,31 @@ def start(words: list[str], **environment: str) -> "subprocess.Popen[str]":
 
 
 def watched(
-    words: list[str], log: Path, *, rank: int = 0, at: int = -1, sent: str = "", size: int = 1
-) -> list[tuple[int, str]]:
-    """Run a watched training on some processes; return exit codes and what stderr says."""
+    words: list[str],
+    log: Path,
+    *,
+    rank: int = 0,
+    at: int = -1,
+    sent: str = "",
+    folders: Sequence[Path | None] = (None,),
+) -> list[tuple[int, str, str]]:
+    """Run a watched training, a process in each folder; return exit codes, stdout and stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    size = len(folders)
     job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    job |= {"LOCAL_WORLD_SIZE": str(size)}
+    # Those without a folder of their own are of one machine.
+    job |= {"LOCAL_WORLD_SIZE": str(size if None in folders else 1)}
     words = [str(WATCHED), str(log), str(rank), str(at), sent, *words]
-    processes = [start(words, **job, RANK=str(r)) for r in range(size)]
-    errors = [process.communicate(timeout=180)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, errors)]
+    processes = [start(words, each, **job, RANK=str(r)) for r, each in enumerate(folders)]
+    said = [process.communicate(timeout=180) for process in processes]
+    return [(process.returncode, *each) for process, each in zip(processes, said)]
 
 
 def test_the_second_ctrl_c_ends_at_once(store_path: Path, tmp_path: Path) -> None:
     words = line(store_path, tmp_path / "run")
-    ((code, errors),) = watched(words, tmp_path / "log", at=3, sent="SIGINT,SIGINT")
+    ((code, _, errors),) = watched(words, tmp_path / "log", at=3, sent="SIGINT,SIGINT")
     assert (code, errors) == (-signal.SIGINT, "")
     assert not (tmp_path / "run" / "last.safetensors").exists()
 
@@ -237,21 +252,50 @@ def test_a_training_ends_with_who_has_started_it(store_path: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_all_processes_stop_where_one_is_asked(store_path: Path, tmp_path: Path) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert [code for code, _ in watched(line(store_path, whole), tmp_path / "log", size=2)] == [
+@pytest.mark.parametrize("shared", [True, False], ids=["one disk", "a disk each"])
+def test_all_processes_stop_where_one_is_asked(
+    store_path: Path, tmp_path: Path, shared: bool
+) -> None:
+    """On machines of their own each has a store; the run is the first one's."""
+    both: list[Path | None] = [None, None]
+    data, whole, run = store_path, tmp_path / "whole", tmp_path / "run"
+    assert [code for code, *_ in watched(line(data, whole), tmp_path / "log", folders=both)] == [
         0,
         0,
     ]
-    stopped = watched(line(store_path, run), tmp_path / "log", rank=1, at=3, sent="SIGTERM", size=2)
-    assert [code for code, _ in stopped] == [143, 143]
-    (_, said), (_, silent) = stopped
-    command = f"train --data {store_path} --out {run} --resume"
-    assert said.endswith(f"go on with: torchrun --nproc_per_node 2 -m hstu_xd {command}\n")
+    if not shared:
+        both = [tmp_path / name for name in ("first", "second")]
+        for folder in both:
+            shutil.copytree(store_path, folder / "data")
+        data, run = Path("data"), Path("run")
+    stopped = watched(line(data, run), tmp_path / "log", rank=1, at=3, sent="SIGTERM", folders=both)
+    assert [code for code, *_ in stopped] == [143, 143]
+    (*_, said), (*_, silent) = stopped
+    command = f"train --data {data} --out {run} --resume"
+    job = "torchrun --nproc_per_node 2 -m hstu_xd" if shared else "2 processes of hstu-xd"
+    assert said.endswith(f"go on with: {job} {command}\n")
     assert silent == ""
-    resumed = watched(shlex.split(command), tmp_path / "log", size=2)
-    assert [code for code, _ in resumed] == [0, 0], resumed
-    assert_same_run(run, whole)
+    resumed = watched(shlex.split(command), tmp_path / "log", folders=both)
+    assert [code for code, *_ in resumed] == [0, 0], resumed
+    assert "hstu-xd evaluate" in resumed[0][1]  # what comes next; said once
+    assert resumed[1][1] == ""
+    assert_same_run(run if shared else tmp_path / "first" / run, whole)
+    if not shared:
+        assert [file.name for file in (tmp_path / "second").iterdir()] == ["data"]
+
+
+@pytest.mark.slow
+def test_machines_with_different_data_are_refused(store_path: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    shutil.copytree(store_path, folders[0] / "data")
+    synthesize(folders[1] / "data", SynthOptions(users=50))
+    refused = watched(line(Path("data"), Path("run")), tmp_path / "log", folders=folders)
+    assert [code for code, *_ in refused] == [2, 2]
+    for *_, errors in refused:
+        assert re.search(
+            r"process 1 reads .*data, which holds other data than .*of process 0", errors
+        )
+    assert not (folders[0] / "run" / "run.json").exists()
 
 
 def trained_users(log: Path, *, before: int | None = None) -> Counter[int]:
@@ -272,13 +316,13 @@ def test_on_other_processes_the_users_that_are_left_are_trained_once(
     """The last step has one user for two processes."""
     run, log = tmp_path / "run", tmp_path / "log"
     words = line(store_path, run, "xd_train.local_batch_size = 53")
-    ((code, _),) = watched(words, log, at=0, sent="SIGTERM")
+    ((code, *_),) = watched(words, log, at=0, sent="SIGTERM")
     assert code == 143
     assert json.loads((run / "run.json").read_text())["processes"] == 1
-    resumed = watched([*words[:5], "--resume"], log, size=2)
-    assert [code for code, _ in resumed] == [0, 0], resumed
-    assert "was trained by 1 process and goes on with 2: a step takes 106" in resumed[0][1]
-    assert resumed[1][1] == ""
+    resumed = watched([*words[:5], "--resume"], log, folders=[None, None])
+    assert [code for code, *_ in resumed] == [0, 0], resumed
+    assert "was trained by 1 process and goes on with 2: a step takes 106" in resumed[0][2]
+    assert resumed[1][2] == ""
     found = trained_users(log)
     assert len(found) == 160
     assert set(found.values()) == {1}

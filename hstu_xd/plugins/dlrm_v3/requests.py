@@ -196,9 +196,9 @@ class StoreRequests:
             candidate_lengths=torch.full((len(asked),), width),
             candidates=candidates.flatten(),
             candidate_domains=domains[candidates].flatten(),
-            request_times=torch.from_numpy(
-                self._times[asked].astype(np.int64)
-            ).repeat_interleave(width),
+            request_times=torch.from_numpy(self._times[asked].astype(np.int64)).repeat_interleave(
+                width
+            ),
             labels=labels.flatten(),
             actions=torch.ones_like(items),
         )
