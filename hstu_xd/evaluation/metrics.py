@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_xd.errors import InputError
+from hstu_xd.errors import InputError, did_you_mean
 from hstu_xd.evaluation.protocol import COLD, DEFAULTS, Protocol
 
 # The rank of a target that is no candidate: every metric counts it as a miss.
@@ -161,6 +161,47 @@ def _numbers(name: str, found: object, ranks: Tensor) -> Tensor:
         f"the metric {name} returned {given} for {len(ranks)} ranks; a tensor of shape "
         f"{tuple(ranks.shape)} is needed, a number for each rank: 1 / ranks, (ranks <= 5).double()"
     )
+
+
+def check_selected(setting: str, value: str, names: Sequence[str], group: str) -> None:
+    """Refuse what names no metric, ``ndcg@100``, and none of a group, ``ndcg@100[books]``.
+
+    Args:
+        setting: full name of the setting, for the message.
+        value: of it.
+        names: of the metrics.
+        group: that the message takes for an example; which there are depends on the data.
+
+    Raises:
+        InputError: it names neither.
+    """
+    metric, bracket, rest = value.partition("[")
+    if metric not in names or (bracket and (len(rest) < 2 or not rest.endswith("]"))):
+        raise InputError(
+            f"{setting} = {value!r}; it must be one of {', '.join(names)}, or one of a group, "
+            f"{names[0]}[{group}]"
+        )
+
+
+def check_group_is_there(setting: str, value: str, found: Sequence[str], what: str) -> None:
+    """Refuse a metric of a group that nothing is of.
+
+    Args:
+        setting: full name of the setting, for the message.
+        value: of it, checked by :func:`check_selected`.
+        found: names of all metrics that were measured.
+        what: the groups are of.
+
+    Raises:
+        InputError: it is not one of them; the message lists those of its metric.
+    """
+    if value not in found:
+        metric = value.partition("[")[0]
+        known = [name for name in found if name.startswith(f"{metric}[")]
+        raise InputError(
+            f"{setting} = {value!r} has no {what} here; of {metric} there are {metric}, "
+            f"{', '.join(known)}{did_you_mean(value, known)}"
+        )
 
 
 def target_groups(

@@ -93,6 +93,7 @@ def train(
             if resume:
                 trainer.resume()
             else:
+                trainer.check_group()
                 np.save(out / TRAINED_FILE, trained)
                 _lay_out(out, data, trainer, name or variant_name(settings), here)
             if trackers:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hstu_xd.declaration import check, inert, labels, setting, settings_of
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.metrics import check_selected
 from hstu_xd.interest.settings import KIND_NAMES, InterestSettings
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.search.soft import TABLES
@@ -120,7 +121,8 @@ class RankSettings:
         batch_requests: requests in a step.
         num_epochs: passes over the training requests at most.
         early_stop_patience: epochs without a better ``select_metric`` before stopping.
-        select_metric: the validation metric that picks the best epoch.
+        select_metric: the validation metric that picks the best epoch, of all candidates or of a
+            group that evaluate prints: "gauc", "gauc[books]", "ndcg@10[deal=true]".
         random_seed: seed of weights and order.
     """
 
@@ -136,11 +138,12 @@ class RankSettings:
     batch_requests: int = setting(64, at_least=1, also=("batch_size",))
     num_epochs: int = setting(3, at_least=1, also=("max_epochs",))
     early_stop_patience: int = setting(1, at_least=1)
-    select_metric: str = setting("gauc", allowed=SELECTABLE)
+    select_metric: str = setting("gauc")
     random_seed: int = setting(42, at_least=0, at_most=2**64 - 1)
 
     def __post_init__(self) -> None:
         check(self, "xd_rank.{name} = {value!r}; it must be {needed}")
+        check_selected("xd_rank.select_metric", self.select_metric, SELECTABLE, "unseen")
         if any(width < 1 for width in self.hidden):
             raise InputError(f"xd_rank.hidden = {self.hidden!r}; it must be widths of at least 1")
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hstu_xd.data.batches import Split
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.evaluation.metrics import check_group_is_there
 from hstu_xd.evaluation.ranking import defined
 from hstu_xd.ranking.task import RankingTask
 from hstu_xd.training.checkpoint import (
@@ -98,6 +99,17 @@ class RankTrainer(EpochTraining[RankingProgress]):
         with stop_requests(self._request), self._log:
             self._train_epochs()
             return self._summarise(read_test=read_test)
+
+    def check_group(self) -> None:
+        """Refuse to pick epochs by a group of candidates that validation has none of.
+
+        Raises:
+            InputError: it has none.
+        """
+        name = self._rank.select_metric
+        if "[" in name:
+            found = list(self.task.measure(self.model, Split.VALID))
+            check_group_is_there("xd_rank.select_metric", name, found, "validation candidates")
 
     def _train_epoch(self) -> None:
         rank, progress, requests = self._rank, self.progress, self.task.requests

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from hstu_xd.errors import InputError
+from hstu_xd.evaluation.metrics import check_selected
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.files import sha256_of
 from hstu_xd.objectives.asking import OtherDomains
@@ -369,12 +370,7 @@ def check_metrics(train: Any, protocol: Protocol) -> None:
         raise InputError(
             f"xd_train.metrics: {repeated[0]!r} is the name of two metrics; rename yours"
         )
-    metric, bracket, group = train.select_metric.partition("[")
-    if metric not in names or (bracket and (len(group) < 2 or not group.endswith("]"))):
-        raise InputError(
-            f"xd_train.select_metric = {train.select_metric!r}; it must be one of "
-            f"{', '.join(names)}, or one of a group, {names[0]}[switch]"
-        )
+    check_selected("xd_train.select_metric", train.select_metric, names, "switch")
 
 
 def objective_of(train: Any) -> Objective:

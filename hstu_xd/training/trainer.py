@@ -22,9 +22,13 @@ from tqdm import tqdm
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import HstuXdError, InputError, did_you_mean
+from hstu_xd.errors import HstuXdError
 from hstu_xd.evaluation.cost import attention_cost
-from hstu_xd.evaluation.metrics import RankedTargets, grouped_metrics
+from hstu_xd.evaluation.metrics import (
+    RankedTargets,
+    check_group_is_there,
+    grouped_metrics,
+)
 from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
 from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -181,16 +185,11 @@ class Trainer(EpochTraining[Progress]):
             InputError: it has none.
         """
         name = self.settings.select_metric
-        metric, bracket, _ = name.partition("[")
-        if not bracket or self.settings.until is not Split.TRAIN:
+        if "[" not in name or self.settings.until is not Split.TRAIN:
             return
         # Which groups there are depends on candidates, too: so the new model is measured.
-        found = [each for each in self.evaluate(Split.VALID) if each.startswith(f"{metric}[")]
-        if name not in found:
-            raise InputError(
-                f"xd_train.select_metric = {name!r} has no validation targets here; of {metric} "
-                f"there are {metric}, {', '.join(found)}{did_you_mean(name, found)}"
-            )
+        found = list(self.evaluate(Split.VALID))
+        check_group_is_there("xd_train.select_metric", name, found, "validation targets")
 
     @property
     def users_per_epoch(self) -> dict[str, int]:

@@ -114,6 +114,28 @@ def test_what_users_did_before_is_learnt(
     assert gauc("a", kind="none", counts=True) > gauc("b", kind="none") + 0.15
 
 
+@pytest.mark.parametrize("group", ["history longest", "deal=false"])
+def test_the_epoch_is_the_best_one_of_a_group(
+    cli: Cli, requests_path: Path, tmp_path: Path, group: str
+) -> None:
+    name, run = f"auc[{group}]", tmp_path / "run"
+    bindings = words(
+        *QUICK,
+        "xd_rank.num_epochs = 4",
+        "xd_rank.early_stop_patience = 4",
+        f"xd_rank.select_metric = '{name}'",
+    )
+    said = cli("rank", "--data", requests_path, "--out", run, *bindings)
+    assert said.code == 0, said.err
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    valid = [row for row in rows if row["split"] == "valid"]
+    best = max(valid, key=lambda row: row[name])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["best_epoch"] == best["epoch"]
+    assert summary["valid"][name] == best[name]
+    assert f"valid {name} " in said.out
+
+
 def test_equal_seeds_give_equal_runs(cli: Cli, requests_path: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         command = ("rank", "--data", requests_path, "--out", tmp_path / name)
@@ -155,7 +177,13 @@ def _row(requests: RequestSet, number: int) -> Any:
         ("xd_rank.lr = 1.0", "Did you mean xd_rank.learning_rate?"),
         ("xd_train.num_epochs = 3", "xd_train.num_epochs"),
         ("xd_search.k = 'many'", "is a str; a int is needed"),
-        ("xd_rank.select_metric = 'logloss'", "one of gauc, auc, ndcg@10, mrr"),
+        ("xd_rank.select_metric = 'logloss'", "one of gauc, auc, ndcg@10, mrr, or one of a group"),
+        ("xd_rank.select_metric = 'gauc[]'", "or one of a group, gauc[unseen]"),
+        (
+            "xd_rank.select_metric = 'gauc[longst]'",
+            "has no validation candidates here; of gauc there are gauc, gauc[",
+        ),
+        ("xd_rank.select_metric = 'gauc[longst]'", "did you mean 'gauc[history longest]'?"),
     ],
 )
 def test_bad_settings_are_refused(
