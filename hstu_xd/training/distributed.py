@@ -17,14 +17,14 @@ from hstu_xd.errors import HstuXdError
 T = TypeVar("T")
 
 
-def is_first_process() -> bool:
-    """Tell whether this process is the one of its job that writes files and talks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def num_processes() -> int:
     """Return the number of processes of this job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the one of its job that writes files and talks."""
+    return num_processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)

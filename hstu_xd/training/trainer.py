@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -380,9 +379,7 @@ class Trainer(EpochTraining[Progress]):
             progress=lambda _: next(calls, None) is not None and self._stop_if_asked(),
         )
         if self.world.size > 1:
-            parts: list[RankedTargets] = [ranked] * self.world.size
-            dist.all_gather_object(parts, ranked.to("cpu"))
-            ranked = RankedTargets.joined(parts)
+            ranked = RankedTargets.joined(self.world.gather(ranked.to("cpu")))
         names = self.model.catalog.domain_names
         return grouped_metrics(ranked, names, self.protocol, self._metrics) | data.counts
 
