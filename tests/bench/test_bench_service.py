@@ -1,5 +1,6 @@
 """``bench service``: a real service under load, and what is checked afterwards. No timed claim."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def test_a_service_under_load_loses_nothing(
     assert row["accepted_per_second"] == len(accepted)
     assert row["offered_per_second"] == len(kept)
     assert {x.status for x in kept} <= {200, 503}
+
+
+def test_no_collection_of_garbage_holds_up_the_load() -> None:
+    """What the load itself pauses for would count as time of the answers."""
+    before, meanwhile = gc.get_threshold(), []
+
+    def draw() -> None:
+        meanwhile.append(gc.get_threshold())
+
+    Load(1).closed(draw, seconds=1.0, connections=2)
+    assert [(young, old) for young, old, _ in meanwhile] == 2 * [before[:2]]
+    assert all(oldest > 10**9 for _, _, oldest in meanwhile)
+    assert gc.get_threshold() == before
 
 
 def test_a_log_may_be_long_from_the_start(capsys: pytest.CaptureFixture[str]) -> None:

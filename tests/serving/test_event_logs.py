@@ -266,10 +266,42 @@ def test_a_connection_that_breaks_while_it_commits(
     assert len(known(log).events) == (2 if counts else 0)
     with monkeypatch.context() as broken:
         broken.setattr(psycopg.Connection, "execute", breaking)
-        broken.setattr(type(log._connection), "_state_of", lambda *_: None)
+        broken.setattr(type(log._connection), "_was_written", lambda *_: None)
         with pytest.raises(LogError, match="same id or Idempotency-Key"):
             log.add(numbered(2, "bob"))
     log.close()
+
+
+@pytest.mark.parametrize("others_write", [False, True])
+def test_a_server_that_crashes_gives_the_number_of_a_lost_transaction_to_another(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch, others_write: bool
+) -> None:
+    """That the number was committed then says nothing of what is lost."""
+    import psycopg
+
+    url = server.database()
+    log, other = open_log.open_log(url), open_log.open_log(url)
+    execute = psycopg.Connection.execute
+
+    def crashing(connection: psycopg.Connection, query: str, *values: object) -> object:
+        if query == "COMMIT":
+            broken.undo()
+            server.stop()
+            server.start()
+            if others_write:
+                _wait_for(other)
+                other.add(numbered(1, "eve"))
+        return execute(connection, query, *values)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(psycopg.Connection, "execute", crashing)
+        with pytest.raises(LogError) as refused:
+            log.add(numbered(2))
+    # Where nobody has the number there is no doubt.
+    assert others_write or "is not known" not in str(refused.value)
+    assert known(log).events == []
+    log.close()
+    other.close()
 
 
 def test_a_database_that_cannot_be_written_to(server: PostgresServer) -> None:

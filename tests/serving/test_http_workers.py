@@ -1,6 +1,7 @@
 """``serve --workers``: any takes any user, any may be killed, and all end with their parent."""
 
 import http.client
+import json
 import os
 import signal
 import threading
@@ -103,6 +104,29 @@ def test_whichever_worker_is_asked_counts_for_all(run: Path, server: PostgresSer
         name = 'hstu_xd_requests_total{route="/v1/events",status="200"}'
         assert (found[name], found["hstu_xd_states_users"]) == (len(users), 0)
         assert process.end()[0] == 0
+
+
+def test_a_line_of_the_log_names_its_worker_also_of_one_that_was_started_again(
+    run: Path, server: PostgresServer
+) -> None:
+    options = ["--log-level", "info", "--log-format", "json", "--workers", "2"]
+    with ServiceProcess(run, "--events", server.database(), *options) as process:
+        for victim in process.workers():
+            process.kill_worker(victim)
+        asked, deadline = 0, time.monotonic() + 60
+        while time.monotonic() < deadline and asked < 20:
+            with suppress(OSError, http.client.HTTPException):
+                assert process.ask("GET", "/v1/domains")[0] == 200
+                asked += 1
+        code, said = process.end()
+    assert code == 0
+    lines = [json.loads(line) for line in said.splitlines()]
+    answered = [line for line in lines if line.get("path") == "/v1/domains"]
+    assert len(answered) == 20
+    assert {line["worker"] for line in answered} <= {0, 1}
+    ended = [line for line in lines if "it is started again" in line.get("message", "")]
+    assert len(ended) == 2
+    assert not any("worker" in line for line in ended)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ What fails is said as :class:`LogError`, whoever asks; what other writers bring 
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -88,13 +88,16 @@ class PostgresConnection:
                 raise
         return self._fetch(query, values)
 
-    def write(self, write: Callable[[psycopg.Connection], Any], lock: int) -> Any:
+    def write(
+        self, write: Callable[[psycopg.Connection], Any], lock: int, mark: tuple[str, Sequence[Any]]
+    ) -> Any:
         """Write all of it or nothing, and remember whether it could be written.
 
         Args:
             write: sends statements, and returns None or what returns the result once they ran.
             lock: number of an advisory lock, which it shares with other writers; each statement
                 sees what was there before that who had it alone.
+            mark: query, with its values, whose one value is true only where all of it is there.
 
         Raises:
             Conflict: others have written meanwhile.
@@ -117,7 +120,7 @@ class PostgresConnection:
                     with suppress(psycopg.Error):
                         connection.execute("ROLLBACK")
                     raise
-                self._commit(connection, transaction)
+                self._commit(connection, transaction, mark)
         except (Conflict, InputError):
             self.fails = False
             raise
@@ -193,7 +196,9 @@ class PostgresConnection:
                 *(abs(self._skew), "behind" if self._skew > 0 else "ahead of"),
             )
 
-    def _commit(self, connection: psycopg.Connection, transaction: str) -> None:
+    def _commit(
+        self, connection: psycopg.Connection, transaction: str, mark: tuple[str, Sequence[Any]]
+    ) -> None:
         """Commit; where the connection breaks meanwhile, find out what became of it.
 
         Raises:
@@ -203,27 +208,47 @@ class PostgresConnection:
             connection.execute("COMMIT")
         except psycopg.OperationalError as error:
             connection.close()
-            state = self._state_of(transaction)
-            if state == "committed":
+            was_written = self._was_written(transaction, mark)
+            if was_written:
                 return
-            if state == "aborted":
+            if was_written is not None:
                 raise
             raise LogError(
                 f"the event log: {_first_line(error)}; whether the events were taken is not known: "
                 "send them again with the same id or Idempotency-Key"
             ) from error
 
-    def _state_of(self, transaction: str) -> str | None:
-        """Return "committed" or "aborted"; None where the server does not say in time."""
+    def _was_written(self, transaction: str, mark: tuple[str, Sequence[Any]]) -> bool | None:
+        """Return whether a transaction was committed; None where the server does not say in time.
+
+        A server that crashes gives the numbers of transactions that are lost to others: that a
+        number was committed proves nothing, what was written does.
+        """
         patient_until = time.monotonic() + _RECOVERY
         while time.monotonic() < patient_until:
             with suppress(psycopg.Error), self._open() as connection:
-                query = "SELECT pg_xact_status(%s::text::xid8)"
-                ((state,),) = connection.execute(query, (transaction,)).fetchall()
+                state = _state_of(transaction, connection)
+                ((is_there,),) = connection.execute(*mark).fetchall()
+                if is_there:
+                    return True
                 if state != "in progress":
-                    return state
+                    return False if state == "aborted" else None
             time.sleep(0.1)
         return None
+
+
+def _state_of(transaction: str, connection: psycopg.Connection) -> str | None:
+    """Return what a server knows of a number: "committed", "aborted", "in progress"; None: nothing.
+
+    One that it has not given was lost, unless it only follows another server.
+    """
+    query = "SELECT pg_xact_status(%s::text::xid8)"
+    try:
+        ((state,),) = connection.execute(query, (transaction,)).fetchall()
+        return state
+    except psycopg.errors.InvalidParameterValue:
+        ((follows,),) = connection.execute("SELECT pg_is_in_recovery()").fetchall()
+        return "in progress" if follows else "aborted"
 
 
 class _Impatient(psycopg.Connection):

@@ -62,6 +62,12 @@ _CLAIM = """
     ON CONFLICT (name) DO UPDATE SET version = excluded.version, previous = excluded.previous
 """
 _AS_EXPECTED = " WHERE users.version = excluded.previous"
+# Whether users' rows are, or were before the last writer, as a claim has made them.
+_CLAIMED = """
+    SELECT EXISTS (
+        SELECT FROM hstu_xd.users WHERE %s IN (version, previous) AND name = ANY(%s::text[])
+    )
+"""
 # What writes first says which schema it has found: a statement of its own would cost every write.
 _SCHEMA = " RETURNING (SELECT version FROM hstu_xd.schema)"
 _ADD = """
@@ -238,7 +244,7 @@ class PostgresLog:
 
         Args:
             first: statement that writes rows, by which nothing or something of all is written.
-            values: of it.
+            values: of it: those of a claim, or none.
             write: sends what comes after it; returns None or what returns the result once all ran.
             rows: that it writes, unless other writers have been there.
         """
@@ -257,7 +263,9 @@ class PostgresLog:
 
             return check
 
-        return self._connection.write(write_as_known, _LOCK)
+        # Without users nothing that is new is written.
+        version, users = values[:2] or (b"", [])
+        return self._connection.write(write_as_known, _LOCK, (_CLAIMED, (version, users)))
 
     def _migrate(self) -> None:
         """Bring the schema up to date; several who start at once wait for each other."""

@@ -42,7 +42,7 @@ class Answered:
 
 
 def set_up(settings: LogSettings, worker: int | None = None) -> None:
-    """Write the log of this process to stderr from now on.
+    """Write the log of this process to stderr from now on, whatever it was told before.
 
     Args:
         settings: level and format.
@@ -54,7 +54,8 @@ def set_up(settings: LogSettings, worker: int | None = None) -> None:
         logging.captureWarnings(True)
     else:
         handler.setFormatter(logging.Formatter("hstu-xd: %(message)s"))
-    logging.basicConfig(level=settings.level.upper(), handlers=[handler])
+    # A worker that is forked begins with what the process that watches was told.
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
 
 
 def id_of(header: bytes | None) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -41,10 +41,13 @@ def shared_counts() -> Iterator[None]:
     """Have all processes that are started meanwhile count together."""
     with TemporaryDirectory(prefix="hstu-xd-") as folder:
         os.environ[_FOLDER] = folder
+        # It has been imported, and those that are forked do not import it again.
+        values.ValueClass = values.get_value_class()
         try:
             yield
         finally:
             del os.environ[_FOLDER]
+            values.ValueClass = values.get_value_class()
 
 
 def forget_process(pid: int) -> None:

@@ -3,42 +3,49 @@
 They share the socket, the event log and nothing else: the kernel gives a connection to any of them,
 and any of them takes any user. One that dies is started again; the others go on meanwhile.
 A new model comes to all of them or to none, see :mod:`hstu_xd.serving.http.worker_swaps`.
+
+On Linux a worker is a fork of the process that watches, which has imported all that a worker needs:
+it takes the time of loading the run, and memory for what it changes. That process therefore has no
+threads of its own, computes nothing, and loads nothing of a run.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import is_postgres, open_log, shown_log
-from hstu_xd.serving.http import access_log
+from hstu_xd.serving.http import access_log, server
+from hstu_xd.serving.http.live_model import load_engine
 from hstu_xd.serving.http.metrics import forget_process, shared_counts
+from hstu_xd.serving.http.service import Service
 from hstu_xd.serving.http.settings import LogSettings, ServiceSettings
+from hstu_xd.serving.http.shadow import Shadow
 from hstu_xd.serving.http.worker_swaps import SwapLeader, WorkerSwaps
-
-if TYPE_CHECKING:
-    from hstu_xd.serving.http.service import Service
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two looks at the workers, and until one that died is started again.
+# Seconds between two looks at the workers, and from one start of a worker to the next at least.
 _LOOK, _AGAIN = 0.2, 1.0
 # Seconds that a worker gets to end beyond what its requests get.
 _ENDING = 5.0
-# Neither threads nor connections survive a fork.
-_SPAWN = multiprocessing.get_context("spawn")
+# Elsewhere libraries of the system do not survive a fork.
+_PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,12 @@ class Work:
 
 @dataclass
 class _Worker:
-    """A process, and the line to it."""
+    """A process, the line to it, and when it was started, by ``time.monotonic``."""
 
-    ready: Event = field(default_factory=_SPAWN.Event)
+    ready: Event = field(default_factory=_PROCESSES.Event)
     process: Any = None
     line: Connection | None = None
+    started: float = 0.0
 
     def tell(self, message: object) -> None:
         """Send a message; one that has died is noticed otherwise."""
@@ -130,6 +138,9 @@ class Workers:
         for which in (signal.SIGTERM, signal.SIGINT):
             signal.signal(which, self._stop)
         signal.signal(signal.SIGHUP, self._ask_reload)
+        # No worker looks through what all of them share, which would copy it.
+        gc.collect()
+        gc.freeze()
         with shared_counts():
             self._run(announce)
 
@@ -171,7 +182,8 @@ class Workers:
             )
             forget_process(worker.process.pid)
             self._leader.lose(number)
-            time.sleep(_AGAIN)
+            # One that cannot live is not started without a pause.
+            time.sleep(max(0.0, worker.started + _AGAIN - time.monotonic()))
             if not self._stopping:
                 self._start(number)
 
@@ -182,15 +194,17 @@ class Workers:
         worker = self._workers[number]
         if worker.line is not None:
             worker.line.close()
-        worker.line, other = _SPAWN.Pipe()
+        worker.line, other = _PROCESSES.Pipe()
         work = replace(self._work, serves=self._leader.run, shadow=self._leader.shadow)
         if work.serves != self._first:
             # The store that the command names is that of the run that it names.
             work = replace(work, settings=replace(work.settings, data=None))
-        worker.process = _SPAWN.Process(
+        worker.process = _PROCESSES.Process(
             target=_serve, args=(work, number, self._sock, other, worker.ready), daemon=True
         )
-        worker.process.start()
+        worker.started = time.monotonic()
+        with _signals_held():
+            worker.process.start()
         other.close()
         if self._stopping:
             # The signal came too early for it.
@@ -223,12 +237,21 @@ class Workers:
                 process.join()
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Have signals wait, also those to a process that is started meanwhile, until it takes them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready: Event) -> None:
     """Be one of the workers."""
-    from hstu_xd.serving.http import server
-    from hstu_xd.serving.http.live_model import load_engine
-    from hstu_xd.serving.http.service import Service
-
+    for which in _SIGNALS:
+        signal.signal(which, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     # Ctrl-C in a terminal is for the process that watches: it tells the others.
     os.setsid()
     access_log.set_up(work.log, number)
@@ -246,14 +269,12 @@ def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready
     server.serve(service, sock, swaps, ready.set)
 
 
-def _follow(service: "Service", work: Work, run: Path, ready: Event) -> None:
+def _follow(service: Service, work: Work, run: Path, ready: Event) -> None:
     """Have a run answer in the shadow of this worker.
 
     Without it the service does not start; a worker that is started again goes without where it
     cannot be had any more.
     """
-    from hstu_xd.serving.http.shadow import Shadow
-
     try:
         service.shadow = Shadow(service, run, allow_imports=work.allow_imports, log=work.log)
     except HstuXdError as error:
@@ -266,5 +287,7 @@ def _end_with_parent() -> None:
     """Drain where the process that watches was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
+    # Its end of a pipe would tell nothing: workers that were forked later have it, too.
+    while os.getppid() == parent.pid:
+        time.sleep(_LOOK)
     os.kill(os.getpid(), signal.SIGTERM)
