@@ -42,15 +42,15 @@ typedef struct {
     int64_t tokens, states, heads, dqk, dv, users, num_domains, states_per_domain, never_written, threads;
 } States;
 
-/* What a user's slots hold; a slot's lanes lie beside those of its neighbours. */
+/* What a user's slots hold. Of LANES slots side by side, all columns lie together. */
 typedef struct {
     const States *s;
     int64_t initial;        /* leading slots that hold initial states */
     int64_t used, wide;     /* slots that have been in use, and how many there are, rounded up */
     int64_t spare;          /* those of them that hold nothing any more */
     int64_t dqk, dv;        /* widths of a packed row, rounded up */
-    float *key_columns;     /* (heads, dqk, wide) */
-    float *value_columns;   /* (heads, dv, wide), backward */
+    float *key_columns;     /* (heads, wide / LANES, dqk, LANES) */
+    float *value_columns;   /* (heads, wide / LANES, dv, LANES), backward */
     float *rows;            /* (heads, wide, dqk or dv): values forward, keys backward */
     float *dk, *dv_rows;    /* (heads, wide, dqk) and (heads, wide, dv), backward */
     float *bias;            /* (heads, never_written + 2), the last one of what is not seen */
@@ -79,6 +79,19 @@ static inline float *of_head(float *rows, const Slots *x, int64_t head, int64_t 
     return rows + (head * x->wide + slot) * width;
 }
 
+/* Puts a row of a head into the column of a slot. */
+static inline void put_column(float *columns, const Slots *x, int64_t head, int64_t slot, const float *row, int64_t width) {
+    float *to = columns + (head * x->wide + slot / LANES * LANES) * width + slot % LANES;
+    for (int64_t c = 0; c < width; c++) to[c * LANES] = row[c];
+}
+
+/* products[r][j] = <rows[r], columns of slot j>, of a head's slots. */
+static void ask_columns(const Slots *x, const float *rows, int64_t padded, const float *columns, int64_t width,
+                        int64_t slots, float *products) {
+    for (int64_t j = 0; j < slots; j += LANES)
+        multiply(rows, padded, columns + j * width, width, LANES, LANES, products + j, x->wide);
+}
+
 /* Puts a row of keys and values into a slot; of no row nobody reads what lies there. */
 static void put(Slots *x, int64_t slot, int64_t row, int64_t written, int backward) {
     const States *s = x->s;
@@ -91,15 +104,13 @@ static void put(Slots *x, int64_t slot, int64_t row, int64_t written, int backwa
         }
         const float *k = s->k + row * s->k_stride + head * s->dqk;
         const float *v = s->v + row * s->v_stride + head * s->dv;
-        float *columns = x->key_columns + head * s->dqk * x->wide + slot;
-        for (int64_t c = 0; c < s->dqk; c++) columns[c * x->wide] = k[c];
+        put_column(x->key_columns, x, head, slot, k, s->dqk);
         if (!backward) {
             copy(of_head(x->rows, x, head, slot, x->dv), v, s->dv);
             continue;
         }
         copy(of_head(x->rows, x, head, slot, x->dqk), k, s->dqk);
-        columns = x->value_columns + head * s->dv * x->wide + slot;
-        for (int64_t c = 0; c < s->dv; c++) columns[c * x->wide] = v[c];
+        put_column(x->value_columns, x, head, slot, v, s->dv);
     }
 }
 
@@ -264,8 +275,7 @@ static void take_rows(const float *from, int64_t stride, const Rows *rows, int64
 static void weigh(Slots *x, const Rows *rows, int64_t head, float *factors) {
     const States *s = x->s;
     take_rows(s->q + head * s->dqk, s->q_stride, rows, s->dqk, x->queries, x->dqk);
-    multiply(x->queries, x->dqk, x->key_columns + head * s->dqk * x->wide, s->dqk, x->wide, rows->slots, x->weights,
-             x->wide);
+    ask_columns(x, x->queries, x->dqk, x->key_columns + head * x->wide * s->dqk, s->dqk, rows->slots, x->weights);
     floats highest[ROWS];
     add_bias(x, head, rows->slots, highest);
     exponentiate(x, rows->slots, highest, factors);
@@ -333,7 +343,7 @@ static void answer_backward(Slots *x, const Rows *rows) {
     for (int64_t head = 0; head < s->heads; head++) {
         weigh(x, rows, head, factors);
         take_rows(s->grad_out + head * s->dv, s->grad_out_stride, rows, s->dv, x->grads, x->dv);
-        multiply(x->grads, x->dv, x->value_columns + head * s->dv * wide, s->dv, wide, slots, x->slopes, wide);
+        ask_columns(x, x->grads, x->dv, x->value_columns + head * wide * s->dv, s->dv, slots, x->slopes);
         for (int64_t r = 0; r < rows->rows; r++) {
             make_slopes(x->weights + r * wide, x->slopes + r * wide, slots, factors[r]);
             if (s->bias) add_to_bias(x, head, x->ages + r * wide, x->slopes + r * wide, slots);
