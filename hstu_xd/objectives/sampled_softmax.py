@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hstu_xd.model.hstu import CrossDomainHSTU
 
+
 def sampled_softmax_loss(
     model: CrossDomainHSTU,
     user_vectors: Tensor,
@@ -205,7 +206,8 @@ def _softmax_of_pools(
     bounds = torch.tensor([(x.begin, x.end, x.first, x.last) for x in pools])
     begin, end, first, last = bounds.to(device, non_blocking=True).unsqueeze(2).unbind(1)
     rows, columns = (
-        start + torch.arange(size, device=device) for start, size in ((begin, height), (first, width))
+        start + torch.arange(size, device=device)
+        for start, size in ((begin, height), (first, width))
     )
     # What fills up is the last row once more, which counts nothing.
     is_row, places = rows < end, (rows, rows, columns)
