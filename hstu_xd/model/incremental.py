@@ -1,18 +1,17 @@
 """The newest rows of some users through all layers, on top of what their earlier ones left."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hstu_xd.model.fused_layer import Attend, FusedLayer, LayerCache
+from hstu_xd.model.fused_layer import FusedLayer, LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
-from hstu_xd.model.incremental_views import BiasTables, NewRows, RowBiases
-from hstu_xd.model.settings import EncoderSettings
+from hstu_xd.model.incremental_views import BiasTables, NewRows
+from hstu_xd.model.step_memory import EagerMemory, NativeMemory, loops_suit
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +28,7 @@ class IncrementalModel:
         requests: (D, K), the embedding of a target domain.
         added: (layers, D, W), what a target domain adds to a layer's products: to DDSR's queries.
         initial_memory: (layers, H, D, dqk + dv), DDSR's keys and values of the initial states.
+        in_loops: read memories by the loops in C.
     """
 
     model: CrossDomainHSTU
@@ -39,6 +39,7 @@ class IncrementalModel:
     requests: Tensor
     added: Tensor
     initial_memory: Tensor
+    in_loops: bool
 
     @classmethod
     def from_model(cls, model: CrossDomainHSTU) -> "IncrementalModel":
@@ -64,6 +65,7 @@ class IncrementalModel:
             initial_memory=torch.stack([weights.initial for weights in states])
             if states
             else torch.zeros(s.num_blocks, 0),
+            in_loops=loops_suit(s),
         )
 
     def memories(
@@ -101,16 +103,17 @@ class IncrementalModel:
         Returns:
             For each user (V, K) float, unit vectors of the readers.
         """
-        with _one_thread():
-            parts = [_UserPart(self, rows) for rows in users]
+        with _one_thread() as threads:
             sizes = [len(rows.item_ids) for rows in users]
             x, targets = self._input(users)
             x, tokens = self._insert_tokens(x, users, sizes)
             added = self.added.index_select(1, targets).unbind()
+            kind = NativeMemory if self.in_loops else EagerMemory
+            memory = kind(self.tables, self.initial_memory, users, tokens, threads=threads)
             for number, layer in enumerate(self.layers):
-                x = layer.step(x, added[number], _StepMemory(parts, sizes, tokens, number))
-            for part in parts:
-                part.commit()
+                memory.layer = number
+                x = layer.step(x, added[number], memory)
+            memory.commit()
             return [
                 rows[user.num_writers :]
                 for rows, user in zip(self.model.unit_vectors(x).split(sizes), users, strict=True)
@@ -153,120 +156,15 @@ class IncrementalModel:
         return x.index_copy(0, places, vectors.index_select(0, numbers)), places
 
 
-class _KeysAndValues(NamedTuple):
-    """Keys and values that one user's rows read, and the places for their own; a layer each.
-
-    Attributes:
-        keys: (H, dqk, n).
-        values: (H, n, dv).
-        own: (H, dqk + dv, r), the last r of both.
-    """
-
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    own: Sequence[Tensor]
-
-    @classmethod
-    def from_whole(cls, whole: Tensor, rows: int, settings: EncoderSettings) -> "_KeysAndValues":
-        """Take views of (layers, H, dqk + dv, n)."""
-        keys, values = whole.split_with_sizes((settings.dqk, settings.dv), 2)
-        own = whole[..., whole.shape[3] - rows :]
-        return cls(keys.unbind(), values.transpose(2, 3).unbind(), own.unbind())
-
-
-class _UserPart:
-    """One user's part of a step.
-
-    Attributes:
-        rows: of the user.
-        biases: by what they may read.
-        row_memory: of earlier rows and of the new ones.
-        state_memory: DDSR's of states in memory, initial ones and those of the new rows; None
-            without it.
-    """
-
-    def __init__(self, model: IncrementalModel, rows: NewRows) -> None:
-        s, user, count = model.tables.settings, rows.user, len(rows.item_ids)
-        self.rows = rows
-        self.biases = RowBiases.build(model.tables, rows)
-        # Memory in half precision is read, and written, through a copy in float32.
-        self._memory = user.memory[..., : user.num_rows + count].float()
-        self.row_memory = _KeysAndValues.from_whole(self._memory, count, s)
-        self.state_memory: _KeysAndValues | None = None
-        self._states: Tensor | None = None
-        if s.ddsr:
-            room = self._memory.new_empty(s.num_blocks, s.num_heads, count, s.dqk + s.dv)
-            parts = [user.state_memory.float(), model.initial_memory, room]
-            self._states = torch.cat(parts, dim=2)
-            self.state_memory = _KeysAndValues.from_whole(self._states.transpose(2, 3), count, s)
-
-    def commit(self) -> None:
-        """Leave the writers' keys, values and states in the user's memory."""
-        user, writers = self.rows.user, self.rows.num_writers
-        if user.memory.dtype != self._memory.dtype:
-            places = slice(user.num_rows, user.num_rows + writers)
-            user.memory[..., places] = self._memory[..., places]
-        states = None
-        if self._states is not None:
-            first = self._states.shape[2] - len(self.rows.item_ids)
-            states = self._states[:, :, first : first + writers]
-        self.rows.commit(states)
-
-
-class _StepMemory(NamedTuple):
-    """What a layer's rows read, as :class:`hstu_xd.model.fused_layer.StepMemory` says.
-
-    Attributes:
-        users: parts of the step.
-        sizes: rows of each.
-        tokens: (T,) int64, rows that are history tokens, of all users together; None if none are.
-        layer: its number.
-    """
-
-    users: Sequence[_UserPart]
-    sizes: list[int]
-    tokens: Tensor | None
-    layer: int
-
-    def read_rows(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
-        """Let the rows attend to earlier rows and to one another."""
-        read = []
-        for user, query, new in self._of_each(queries, own):
-            memory = user.row_memory
-            memory.own[self.layer].copy_(new)
-            bias = user.biases.of_rows(self.layer)
-            read.append(attend(query, memory.keys[self.layer], memory.values[self.layer], bias))
-        return _heads_together(read)
-
-    def read_states(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
-        """Ask the domain states; every event is its domain's newest state, history tokens none."""
-        answers = []
-        for user, query, new in self._of_each(queries, own):
-            memory = user.state_memory
-            assert memory is not None
-            memory.own[self.layer].copy_(new)
-            bias = user.biases.states[self.layer]
-            answers.append(attend(query, memory.keys[self.layer], memory.values[self.layer], bias))
-        answer = _heads_together(answers)
-        return answer if self.tokens is None else answer.index_fill_(0, self.tokens, 0)
-
-    def _of_each(self, queries: Tensor, own: Tensor) -> Iterable[tuple[_UserPart, Tensor, Tensor]]:
-        """Split (H, R, dqk) queries and (H, dqk + dv, R) keys and values by user."""
-        sizes = self.sizes
-        return zip(self.users, queries.split_with_sizes(sizes, 1), own.split_with_sizes(sizes, 2))
-
-
-def _heads_together(parts: list[Tensor]) -> Tensor:
-    """Join (H, r, dv) of each user to (R, H * dv)."""
-    return torch.cat(parts, dim=1).transpose(0, 1).flatten(1)
-
-
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread: products this small take longer when several share them."""
+def _one_thread() -> Iterator[int]:
+    """Compute with one thread: products this small take longer when several share them.
+
+    Yields how many there are otherwise.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)

@@ -259,7 +259,7 @@ def _pairs(positions: Tensor, times: Tensor, rows: NewRows, ages: Tensor) -> Ten
 def _states(tables: BiasTables, rows: NewRows, ages: Tensor | None) -> Tensor:
     """Return the bias of domain states: (layers, H, r, D * M + D + r)."""
     s = tables.settings
-    hidden = _hidden_states(rows, s.num_domains, s.states_per_domain)
+    hidden = hidden_states(rows, s.num_domains, s.states_per_domain)
     shape = s.num_blocks, s.num_heads, *hidden.shape
     if tables.state_ages is None or ages is None:
         return torch.zeros(shape).masked_fill_(hidden, float("-inf"))
@@ -270,7 +270,7 @@ def _states(tables: BiasTables, rows: NewRows, ages: Tensor | None) -> Tensor:
     return bias.masked_fill_(hidden, float("-inf"))
 
 
-def _hidden_states(rows: NewRows, num_domains: int, states_per_domain: int) -> Tensor:
+def hidden_states(rows: NewRows, num_domains: int, states_per_domain: int) -> Tensor:
     """Return which states rows do not see, (r, D * M + D + r) bool, but for each domain's latest.
 
     A row sees the ``M`` latest states of each domain; where there is none, the initial one. Every

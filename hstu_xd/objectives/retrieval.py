@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.catalog import DomainCatalog
@@ -18,6 +16,7 @@ from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.asking import OtherDomains
 from hstu_xd.objectives.objective import DotProduct, Metric, Scorer
+from hstu_xd.objectives.sampled_softmax import sampled_softmax_loss
 
 
 def sample_negatives(
@@ -48,171 +47,18 @@ def sample_negatives(
     )
     if among is not None:
         pools = [pool[among[pool]] for pool in pools]
-    return [
-        (pool if pool.numel() <= num_negatives else _draw(pool, num_negatives, generator))
-        .sort()
-        .values
+    drawn = [
+        pool if pool.numel() <= num_negatives else _draw(pool, num_negatives, generator)
         for pool in pools
     ]
+    # Those of a domain ascend as its items do.
+    return [ids.sort().values for ids in drawn] if scope == "catalogue" else drawn
 
 
 def _draw(pool: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Return a uniform sample of distinct items, a few fewer than asked where draws repeat."""
     drawn = torch.randint(pool.numel(), (size,), generator=generator).unique()
     return pool[drawn.to(pool.device, non_blocking=True)]
-
-
-def sampled_softmax_loss(
-    model: CrossDomainHSTU,
-    user_vectors: Tensor,
-    target_ids: Tensor,
-    negatives: list[Tensor],
-    *,
-    temperature: float,
-    targets_per_domain: Sequence[int] | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """Sum ``-log softmax`` of the positives against their sampled negatives over tokens.
-
-    A negative that equals the positive is left out of its softmax.
-
-    Args:
-        model: gives item vectors and the catalogue.
-        user_vectors: (L, K) float, unit vectors.
-        target_ids: (L,) int64.
-        negatives: of :func:`sample_negatives`.
-        temperature: dot products of unit vectors are divided by it.
-        targets_per_domain: (D,) numbers of targets, where the host knows them; otherwise they are
-            counted, which waits for a GPU.
-        weights: (L,) float, what each token counts; default: 1.
-
-    Returns:
-        Scalar float32; divide by the number of tokens for the mean.
-    """
-    if len(negatives) > 1:  # bring the tokens of a domain together
-        domains = model.catalog.domain_of(target_ids)
-        if targets_per_domain is None:
-            targets_per_domain = count_per_domain(domains, len(negatives))
-        order = torch.argsort(domains, stable=True)
-        user_vectors, target_ids = user_vectors.index_select(0, order), target_ids[order]
-        weights = None if weights is None else weights[order]
-        counts = list(targets_per_domain)
-    else:
-        counts = [target_ids.numel()]
-    # One look-up: the backward pass of each would write a gradient of the whole table.
-    vectors = model.item_vectors(torch.cat([target_ids, *negatives]))
-    positives, pools = vectors.split([target_ids.numel(), len(vectors) - target_ids.numel()])
-    return _SampledSoftmax.apply(
-        user_vectors / temperature, positives, pools, weights, target_ids, negatives, counts
-    )
-
-
-def count_per_domain(domains: Tensor, num_domains: int) -> list[int]:
-    """Count how many of (L,) domain ids each domain has: D numbers."""
-    return torch.bincount(domains, minlength=num_domains).tolist()
-
-
-# Scores of a block: on a CPU they fit the cache beside what they are made of.
-_CACHED_SCORES, _SCORES_ON_GPU = 2**18, 2**24
-
-
-class _SampledSoftmax(Function):
-    """The loss of :func:`sampled_softmax_loss`, a block of scores after the other.
-
-    A block's gradients are taken together with its loss, while its scores are in the cache: no
-    matrix of scores is kept for the backward pass, and each score is exponentiated once.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        positives: Tensor,
-        negatives: Tensor,
-        weights: Tensor | None,
-        target_ids: Tensor,
-        pool_ids: Sequence[Tensor],
-        counts: Sequence[int],
-    ) -> Tensor:
-        """Sum the losses of (T, K) queries and (T, K) positives, those of each pool together.
-
-        Args:
-            ctx: keeps the gradients.
-            queries: (T, K) float, the first ``counts[0]`` belong to the first pool, and so on.
-            positives: (T, K) float.
-            negatives: (R, K) float, pool after pool.
-            weights: (T,) float; None: 1.
-            target_ids: (T,) int64, ids of the positives.
-            pool_ids: ids of the negatives, a tensor a pool.
-            counts: queries of each pool.
-        """
-        is_trained = any(ctx.needs_input_grad)
-        gradients = [torch.zeros_like(x) for x in (queries, positives, negatives) if is_trained]
-        total = queries.new_zeros(())
-        block = _CACHED_SCORES if queries.device.type == "cpu" else _SCORES_ON_GPU
-        end = last = 0
-        for ids, count in zip(pool_ids, counts):
-            first, last = last, last + ids.numel()
-            begin, end = end, end + count
-            size = max(1, block // max(1, ids.numel()))
-            for start in range(begin, end, size):
-                rows = slice(start, min(start + size, end))
-                weight = None if weights is None else weights[rows]
-                total += _softmax_of_block(
-                    (queries[rows], positives[rows], negatives[first:last]),
-                    weight,
-                    target_ids[rows],
-                    ids,
-                    [x[y] for x, y in zip(gradients, (rows, rows, slice(first, last)))],
-                )
-        ctx.save_for_backward(*gradients)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Scale what the forward pass has kept."""
-        return *(x * grad for x in ctx.saved_tensors), None, None, None, None
-
-
-def _softmax_of_block(
-    vectors: tuple[Tensor, Tensor, Tensor],
-    weight: Tensor | None,
-    target_ids: Tensor,
-    ids: Tensor,
-    gradients: Sequence[Tensor],
-) -> Tensor:
-    """Return the summed losses of T queries against R negatives, and add to the gradients.
-
-    Args:
-        vectors: (T, K) queries, (T, K) positives, (R, K) negatives.
-        weight: (T,) float; None: 1.
-        target_ids: (T,) int64.
-        ids: (R,) int64, of the negatives.
-        gradients: of the vectors, to be added to; empty where none are asked for.
-    """
-    queries, positives, negatives = vectors
-    positive = (queries * positives).sum(1, keepdim=True)
-    scores = queries @ negatives.T
-    # Negatives are distinct and ascending, so a positive stands among them once or not at all.
-    column = torch.searchsorted(ids, target_ids).clamp_(max=ids.numel() - 1).unsqueeze(1)
-    is_positive = ids[column] == target_ids.unsqueeze(1)
-    found = scores.gather(1, column).masked_fill_(is_positive, float("-inf"))
-    scores.scatter_(1, column, found)
-    highest = torch.maximum(scores.amax(1, keepdim=True), positive)
-    others = scores.sub_(highest).exp_().sum(1, keepdim=True)
-    own = (positive - highest).exp_()
-    losses = (others + own).log_() - (positive - highest)
-    factor = (others + own).reciprocal_()
-    if weight is not None:
-        losses, factor = losses * weight.unsqueeze(1), factor * weight.unsqueeze(1)
-    if gradients:
-        of_queries, of_positives, of_negatives = gradients
-        pull = others * factor
-        of_queries.addmm_(scores, negatives).mul_(factor).addcmul_(pull, positives, value=-1)
-        of_positives.addcmul_(pull, queries, value=-1)
-        of_negatives.addmm_(scores.T, queries * factor)
-    return losses.sum()
 
 
 # Draws a step's negatives: given the catalogue, a number of draws and the step's generator, int64

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +78,24 @@ class NativeLibrary:
             raise InputError(f"impl 'native' cannot be used here: {found}; use impl='eager'")
         rows = {name: _rows_of(x) for name, x in rows.items()}
         tensors = {**rows, **{name: x.contiguous() for name, x in others.items()}, **written}
-        arguments = self._structure(
+        arguments = self.arguments(
             **{name: x.data_ptr() for name, x in tensors.items()},
             **{f"{name}_stride": x.stride(0) for name, x in rows.items()},
             **numbers,
             threads=torch.get_num_threads(),
         )
         found[function](ctypes.byref(arguments))
+
+    def arguments(self, **fields: int) -> Any:
+        """Return the structure that its functions take, with some fields set; others are 0."""
+        return self._structure(**fields)
+
+    def run(self, function: str, arguments: Any) -> None:
+        """Call a function with a structure, whose tensors the caller keeps alive.
+
+        It is for calls of a few microseconds; the caller has asked :meth:`problem` before.
+        """
+        getattr(_loaded(self.source), function)(ctypes.byref(arguments))
 
 
 # Types that the C files take; halves are computed in float32, which holds them exactly.

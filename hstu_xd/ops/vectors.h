@@ -10,7 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 16 };
+/* Lanes of a vector; rows that meet a vector of columns when it is read. */
+enum { LANES = 16, ROWS = 4 };
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
@@ -71,7 +72,38 @@ static inline float largest(floats x) {
                   larger(larger(last[2], other[2]), larger(last[3], other[3])));
 }
 
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t round_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* products[r][j] = <rows[r], columns[.][j]> of ROWS rows and n columns, up to full vectors.
+ *
+ * Rows are padded to full vectors, columns lie wide apart, and the rows of products apart.
+ */
+static inline void multiply(const float *rows, int64_t padded, const float *columns, int64_t width, int64_t wide,
+                            int64_t n, float *products, int64_t apart) {
+    for (int64_t j = 0; j < n; j += LANES) {
+        floats total[ROWS] = {0};
+        for (int64_t c = 0; c < width; c++) {
+            const floats column = load(columns + c * wide + j);
+            for (int r = 0; r < ROWS; r++) total[r] += splat(rows[r * padded + c]) * column;
+        }
+        for (int r = 0; r < ROWS; r++) store(products + r * apart + j, total[r]);
+    }
+}
+
+/* totals[r] += sum_j weights[r][j] rows[j] of n rows that are padded to full vectors. */
+static inline void add_rows(const float *weights, int64_t apart, const float *rows, int64_t padded, int64_t n,
+                            float *totals) {
+    for (int64_t c = 0; c < padded; c += LANES) {
+        floats total[ROWS];
+        for (int r = 0; r < ROWS; r++) total[r] = load(totals + r * padded + c);
+        for (int64_t j = 0; j < n; j++) {
+            const floats row = load(rows + j * padded + c);
+            for (int r = 0; r < ROWS; r++) total[r] += splat(weights[r * apart + j]) * row;
+        }
+        for (int r = 0; r < ROWS; r++) store(totals + r * padded + c, total[r]);
+    }
+}
 
 /* exp(x) within two units in the last place; x is taken to lie between -87 and 88. */
 static inline floats exponential(floats x) {

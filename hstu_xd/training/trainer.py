@@ -32,7 +32,7 @@ from hstu_xd.evaluation.protocol import DEFAULTS, Protocol
 from hstu_xd.evaluation.ranks import rank_targets
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.objective import Objective, PreparesBatches
-from hstu_xd.objectives.retrieval import count_per_domain
+from hstu_xd.objectives.sampled_softmax import count_per_domain
 from hstu_xd.training.checkpoint import (
     MODEL_FILE,
     load_checkpoint,

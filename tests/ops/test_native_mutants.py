@@ -23,7 +23,11 @@ ATTENTION = [
     for target in (False, True)
     for biased in (True, False)
 ]
-STATES = [StateSpec((9, 0, 30, 1), 4, 3, visited=3, biased=biased) for biased in (True, False)]
+# Few domains, and so many that vectors of slots hold initial states alone.
+STATES = [
+    *(StateSpec((9, 0, 30, 1), 4, 3, visited=3, biased=biased) for biased in (True, False)),
+    StateSpec((40, 3), 40, 2, visited=20),
+]
 
 
 def attention() -> None:
@@ -94,10 +98,10 @@ domain(
     "store(&slopes[r][j], keep(mask, slope))",
     "store(&slopes[r][j], slope)",
 )
-domain(
-    "one_key_of_a_stretch_lost",
+both(
+    "one_of_many_rows_lost",
     "for (int64_t j = 0; j < n; j++) {\n            const floats row",
-    "for (int64_t j = 0; j < n - (n == STRETCH); j++) {\n            const floats row",
+    "for (int64_t j = 0; j < n - (n == 64); j++) {\n            const floats row",
 )
 domain(
     "second_stretch_starts_early",
@@ -135,7 +139,11 @@ domain(
     "store(dbias + j, keep(mask, slope))",
 )
 domain("odd_keys_lose_their_times", "i < SUMS * buckets; i++", "i < SUMS * buckets; i += 2")
-state("one_sum_of_the_bias_lost", "i < table; i++", "i + 1 < table; i += 2")
+state(
+    "odd_slots_lose_their_ages",
+    "i < PIECES * table * SUMS; i++",
+    "i < PIECES * table * SUMS; i += 2",
+)
 domain(
     "last_block_lost",
     "first < group->num_queries; first += BLOCK",
@@ -151,13 +159,8 @@ both("edge_excluded", "bucket -= bits >= next", "bucket -= bits > next", edges)
 both("guess_not_mended", "bucket -= bits >= next", "(void)next", edges)
 both("exponential_off", "splat(1.6666665459e-1f)", "splat(1.66e-1f)")
 
-state(
-    "own_state_unseen",
-    "        visit(x, token, backward);\n        if (query < 0) continue;\n",
-    "        if (query >= 0) look_at_ages(x, token), "
-    "(backward ? answer_backward : answer)(x, query);\n"
-    "        visit(x, token, backward);\n        if (1) continue;\n",
-)
+state("own_state_unseen", "x->from[slot] = (int32_t)i;", "x->from[slot] = (int32_t)i + 1;")
+state("later_states_of_the_block_seen", "x->from[slot] = (int32_t)i;", "x->from[slot] = 0;")
 state(
     "last_query_lost",
     "s->query_of[end - 1] < 0) end--;",
@@ -175,30 +178,56 @@ domain(
     "a->max_length - 1 - a->positions[token]",
     asked,
 )
-state("newest_replaced", "x->visits[domain]++ % depth", "(x->visits[domain]++ ? 1 : 0)")
+state(
+    "newest_replaced",
+    "x->visits[domain]++ % s->states_per_domain",
+    "(x->visits[domain]++ ? 1 : 0)",
+)
+state(
+    "replaced_too_early",
+    "(int32_t)smaller(x->until[replaced], i)",
+    "0",
+)
+state(
+    "replaced_at_the_end_of_a_block",
+    "x->until[replaced] = (int32_t)smaller",
+    "(void)smaller",
+)
+state("replaced_in_the_block_stays", "replaced = block.slots[earlier]", "(void)earlier")
+state(
+    "some_queries_of_a_block_lost",
+    "(rows.rows < ROWS && i + 1 < block->tokens)",
+    "rows.rows < ROWS",
+)
 state(
     "initial_state_stays",
     "        x->slot_of[d * s->states_per_domain] = d;\n",
     "",
 )
+state("unseen_slots_weigh", "+ ages - 1] = -INFINITY", "+ ages - 1] = 0")
+state("replaced_initial_states_weigh", "of_initial, splat(-INFINITY))", "of_initial, of_initial)")
 state(
-    "empty_slots_weigh",
-    "keep(*(const ints *)(x->is_seen + j), exponential",
-    "keep(splat_int(-1), exponential",
+    "moved_initial_state_loses_its_place",
+    "        x->slot_of[(row - s->states) * s->states_per_domain] = slot;\n",
+    "",
+)
+state("moved_initial_state_leaves_its_gradients", "        if (backward) hand_over(x, last);\n", "")
+state(
+    "bias_of_many_initial_states_lost",
+    "sums[SUMS * x->s->never_written] += sum(of_initial);",
+    "(void)of_initial;",
 )
 state("gradients_not_cleared", "        clear(dk, x->dqk);\n", "")
-state(
-    "gradients_never_handed_over", "if (backward && x->state_of[slot] >= 0) hand_over(x, slot);", ""
-)
+state("gradients_never_handed_over", "    if (backward) hand_over(x, slot);\n    if", "    if")
 state("softmax_gradient_without_its_mean", "(load(slopes + j) - mean)", "load(slopes + j)")
-state("age_of_the_initial_state", "(int32_t)s->never_written;\n}", "0;\n}")
+state("age_of_the_initial_state", "(never & is_initial)", "(splat_int(0) & is_initial)")
 state(
     "age_at_the_own_event",
     "s->next_timestamps[token] - x->written",
     "s->timestamps[token] - x->written",
 )
-state("bias_of_the_first_head", "x->bias + head * (s->never_written + 1)", "x->bias")
-state("initial_gradients_of_the_last_piece", "(piece ? *to : 0) + initial", "initial")
+state("bias_of_the_first_head", "x->bias + head * (x->s->never_written + 2)", "x->bias")
+state("initial_gradients_of_the_last_piece", "dk[c] += of_initial[c]", "dk[c] = of_initial[c]")
 state(
     "users_share_their_slots",
     "    begin(x, backward);\n    for",

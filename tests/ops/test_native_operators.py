@@ -248,7 +248,7 @@ def test_without_a_library_auto_is_plain_pytorch(
     ("file", "text", "instead"),
     [
         ("domain_attention", "(gate + weight * (splat(1.0f) - gate))", "gate"),
-        ("state_attention", "splat(1.0f / x->totals[head])", "splat(1.0f)"),
+        ("state_attention", "factors[r] = 1.0f / factors[r]", "splat(1.0f)"),
     ],
 )
 def test_a_compiler_that_computes_something_else_is_found_out(

@@ -26,6 +26,7 @@ SPECS = [
     Spec((9, 0, 3, 1), 2, 4, biased=False),
     Spec((40, 1, 17), 5, 3, visited=3),
     Spec((15, 16, 17, 33), 64, 2, heads=1),
+    Spec((90, 300), 200, 2),  # blocks of the most tokens that the loops in C take at a time
     Spec((20,), 1, 8, dqk=1, dv=33),
     Spec((0, 0), 2, 4),  # users without history
     Spec((), 2),  # an empty batch

@@ -21,12 +21,8 @@ from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.objectives import retrieval
 from hstu_xd.objectives.asking import OtherDomains, next_in_domains
-from hstu_xd.objectives.retrieval import (
-    Retrieval,
-    count_per_domain,
-    sample_negatives,
-    sampled_softmax_loss,
-)
+from hstu_xd.objectives.retrieval import Retrieval, sample_negatives
+from hstu_xd.objectives.sampled_softmax import count_per_domain, sampled_softmax_loss
 from hstu_xd.training import run as runs
 from hstu_xd.training.settings import load_settings
 

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
-from hstu_xd.objectives import retrieval
-from hstu_xd.objectives.retrieval import count_per_domain, sample_negatives, sampled_softmax_loss
+from hstu_xd.objectives import sampled_softmax
+from hstu_xd.objectives.retrieval import sample_negatives
+from hstu_xd.objectives.sampled_softmax import count_per_domain, sampled_softmax_loss
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_gradients_equal_those_of_the_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The rows of a gradient that are not near zero, against the formula's in float64."""
-    monkeypatch.setattr(retrieval, "_CACHED_SCORES", scores_of_a_block)
+    monkeypatch.setattr(sampled_softmax, "_CACHED_SCORES", scores_of_a_block)
     negatives = sample_negatives(model.catalog, 9, torch.Generator().manual_seed(1), scope=scope)
     targets = torch.randint(1, 61, (40,))
     start = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)

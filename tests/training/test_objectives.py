@@ -12,12 +12,8 @@ from torch import Tensor, nn
 
 from hstu_xd.errors import InputError
 from hstu_xd.objectives.objective import DotProduct, check_objective
-from hstu_xd.objectives.retrieval import (
-    Retrieval,
-    count_per_domain,
-    sample_negatives,
-    sampled_softmax_loss,
-)
+from hstu_xd.objectives.retrieval import Retrieval, sample_negatives
+from hstu_xd.objectives.sampled_softmax import count_per_domain, sampled_softmax_loss
 
 
 def generator() -> torch.Generator:

@@ -7,8 +7,8 @@
 
 #include "../vectors.h"
 
-/* Queries that walk together; of those that share a look-up of the bias; keys of a stretch. */
-enum { ROWS = 4, BLOCK = 16, STRETCH = 64 };
+/* Queries that share a look-up of the bias; keys of a stretch. */
+enum { BLOCK = 16, STRETCH = 64 };
 /* Pieces of work. Their number is fixed, so that sums over them do not depend on the threads. */
 enum { PIECES = 32 };
 /* Sums that are kept side by side where additions would wait for one another. */
@@ -69,33 +69,6 @@ static void pack_rows(const float *from, int64_t stride, const int64_t *tokens, 
                       int64_t padded, int64_t height, float *to) {
     if (n < height || width < padded) clear(to, height * padded);
     for (int64_t j = 0; j < n; j++) copy(to + j * padded, from + tokens[j] * stride, width);
-}
-
-/* products[r][j] = <rows[r], columns[.][j]> of ROWS rows and n columns. */
-static inline void multiply(const float *rows, int64_t padded, const float *columns, int64_t width, int64_t wide,
-                            int64_t n, float products[ROWS][STRETCH]) {
-    for (int64_t j = 0; j < n; j += LANES) {
-        floats total[ROWS] = {0};
-        for (int64_t c = 0; c < width; c++) {
-            const floats column = load(columns + c * wide + j);
-            for (int r = 0; r < ROWS; r++) total[r] += splat(rows[r * padded + c]) * column;
-        }
-        for (int r = 0; r < ROWS; r++) store(&products[r][j], total[r]);
-    }
-}
-
-/* totals[r] += sum_j weights[r][j] rows[j] of rows that are padded to full vectors. */
-static inline void add_rows(float weights[ROWS][STRETCH], const float *rows, int64_t padded, int64_t n,
-                            float *totals) {
-    for (int64_t c = 0; c < padded; c += LANES) {
-        floats total[ROWS];
-        for (int r = 0; r < ROWS; r++) total[r] = load(totals + r * padded + c);
-        for (int64_t j = 0; j < n; j++) {
-            const floats row = load(rows + j * padded + c);
-            for (int r = 0; r < ROWS; r++) total[r] += splat(weights[r][j]) * row;
-        }
-        for (int r = 0; r < ROWS; r++) store(totals + r * padded + c, total[r]);
-    }
 }
 
 /* columns[.][j] += sum_r weights[r][j] rows[r]. */
@@ -176,8 +149,6 @@ static void describe_keys(const Group *group) {
     }
 }
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* Attends ROWS queries of one head, from row r0 of a block on, to the keys that they see. */
 static void attend_rows(const Group *group, int64_t head, const float *queries, int64_t r0, const int32_t *seen,
                         float *totals) {
@@ -189,7 +160,7 @@ static void attend_rows(const Group *group, int64_t head, const float *queries, 
     for (int r = 0; r < ROWS; r++) most = seen[r0 + r] > most ? seen[r0 + r] : most;
     for (int64_t start = 0; start < most; start += STRETCH) {
         const int64_t n = smaller(STRETCH, most - start);
-        multiply(queries, group->dqk, columns + start, a->dqk, group->wide, n, weights);
+        multiply(queries, group->dqk, columns + start, a->dqk, group->wide, n, weights[0], STRETCH);
         for (int r = 0; r < ROWS; r++) {
             const float *bias = group->bias + (r0 + r) * group->wide + start;
             for (int64_t j = 0; j < n; j += LANES) {
@@ -198,7 +169,7 @@ static void attend_rows(const Group *group, int64_t head, const float *queries, 
                 store(&weights[r][j], keep(lanes_from((int32_t)(start + j)) < splat_int(seen[r0 + r]), weight));
             }
         }
-        add_rows(weights, values + start * group->dv, group->dv, n, totals);
+        add_rows(weights[0], STRETCH, values + start * group->dv, group->dv, n, totals);
     }
 }
 
@@ -213,8 +184,10 @@ static void return_rows(const Group *group, int64_t head, const float *queries, 
     for (int r = 0; r < ROWS; r++) most = seen[r0 + r] > most ? seen[r0 + r] : most;
     for (int64_t start = 0; start < most; start += STRETCH) {
         const int64_t n = smaller(STRETCH, most - start);
-        multiply(queries, group->dqk, group->key_columns + of_keys + start, a->dqk, group->wide, n, weights);
-        multiply(grads, group->dv, group->value_columns + of_values + start, a->dv, group->wide, n, slopes);
+        multiply(queries, group->dqk, group->key_columns + of_keys + start, a->dqk, group->wide, n, weights[0],
+                 STRETCH);
+        multiply(grads, group->dv, group->value_columns + of_values + start, a->dv, group->wide, n, slopes[0],
+                 STRETCH);
         for (int r = 0; r < ROWS; r++) {
             const float *bias = group->bias + (r0 + r) * group->wide + start;
             float *dbias = group->dbias + (r0 + r) * group->wide + start;
@@ -229,7 +202,7 @@ static void return_rows(const Group *group, int64_t head, const float *queries, 
                 store(dbias + j, load(dbias + j) + keep(mask, slope));
             }
         }
-        add_rows(slopes, keys + start * group->dqk, group->dqk, n, dq);
+        add_rows(slopes[0], STRETCH, keys + start * group->dqk, group->dqk, n, dq);
         add_outer(slopes, queries, group->dqk, group->dk_columns + of_keys + start, a->dqk, group->wide, n);
         add_outer(weights, grads, group->dv, group->dv_columns + of_values + start, a->dv, group->wide, n);
     }
