@@ -261,6 +261,7 @@ _COLUMNS = {
     "fwd roofline": ("roofline_forward", _percent),
     "bwd roofline": ("roofline_backward", _percent),
     "x the time of one": ("times_of_ask_one", "{:.2f}".format),
+    "x faster than in turn": ("times_faster_than_in_turn", _tenth),
     "state bytes": ("state_bytes", "{:,}".format),
     "formula": ("formula_bytes", "{:,}".format),
     "N in the time of dense": ("equal_time_seq_len", "{:,}".format),

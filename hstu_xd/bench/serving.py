@@ -35,6 +35,8 @@ PROVIDERS = {
     "upstream": 1,
     "ask one": 10,
     "ask all": 10,
+    "in turn": 1,
+    "together": 1,
     "state float16": 0,
 }
 # Ratio -> the provider whose time is the divisor, and the one whose time is divided.
@@ -43,6 +45,7 @@ _RATIOS = {
     "times_faster_than_dense": ("append", "re-encode dense"),
     "times_faster_than_upstream": ("append", "upstream"),
     "times_of_ask_one": ("ask one", "ask all"),
+    "times_faster_than_in_turn": ("together", "in turn"),
 }
 # Largest difference of a user vector from the definition; the vector has length 1.
 _BUDGET = 1e-5
@@ -50,6 +53,9 @@ _BUDGET = 1e-5
 _BYTES_BUDGET, _SPARE_EVENTS = 0.05, 8
 _ITEMS, _TOP = 20_000, 10
 _USER = "user"
+# Users whose events and answers come together, and the longest histories that are made for so many.
+_CROWD = [f"user {number}" for number in range(64)]
+_LONGEST_OF_CROWD = 2000
 _UPSTREAM = providers.PROVIDERS["encoder"]["upstream"]
 
 # Retrieval: the best hundred for 32 users. The vectors are drawn, four fifths of their variance in
@@ -70,8 +76,9 @@ def measure(
     "append" is one event and ten recommendations for one domain. "re-encode" encodes the history by
     this package's fastest path and recommends the same way, "re-encode dense" by the dense
     definition; "upstream" is the forward pass of generative-recommenders' layers alone, which know
-    no domains. "ask one" and "ask all" are the user's vector for one domain and for all. Ratios are
-    medians over turns. "state float16" has bytes instead of a time.
+    no domains. "ask one" and "ask all" are the user's vector for one domain and for all. "in turn"
+    is an event and ten recommendations for each of 64 users, one after the other, "together" the
+    same in two calls. Ratios are medians over turns. "state float16" has bytes instead of a time.
 
     Args:
         cases: the cases to measure; they have one user, whatever the batch size.
@@ -114,6 +121,8 @@ def _rows(bench: "_Bench", names: list[str], threads: int, repeats: int) -> list
 
 def _missing(name: str, case: Case) -> str | None:
     """Return why a provider cannot run here; None where it can."""
+    if name in ("in turn", "together") and case.seq_len > _LONGEST_OF_CROWD:
+        return f"{len(_CROWD)} users have at most {_LONGEST_OF_CROWD} events each"
     return _UPSTREAM.missing(case) if name == "upstream" else None
 
 
@@ -128,17 +137,20 @@ class _Bench:
         attend_states_in_tiles(self._dense)
         self._truth = _model(case, "reference").double()
         self._session, self._index = EncoderSession(self._model), ItemIndex(self._model)
+        self._crowd = EncoderSession(self._model)
         generator = torch.Generator().manual_seed(1)
         place = torch.randint(_ITEMS // case.num_domains, draw.domains.shape, generator=generator)
         # Items 1 + d, 1 + d + D, ... belong to domain d.
         self._items, self._times = 1 + place * case.num_domains + draw.domains, draw.timestamps
         every = list(range(case.num_domains))
         self._calls: dict[str, Callable[[], object]] = {
-            "append": self._append,
+            "append": lambda: self._append_to(self._session, [_USER]),
             "re-encode": lambda: self._re_encode(self._model),
             "re-encode dense": lambda: self._re_encode(self._dense),
             "ask one": lambda: self._session.query([_USER], [every[:1]]),
             "ask all": lambda: self._session.query([_USER], [every]),
+            "in turn": lambda: [self._append_to(self._crowd, [user]) for user in _CROWD],
+            "together": lambda: self._append_to(self._crowd, _CROWD),
         }
         if _missing("upstream", self.case) is None:
             computes = _UPSTREAM.computation(self.case)
@@ -160,13 +172,16 @@ class _Bench:
         if name.startswith("re-encode"):
             model = self._model if name == "re-encode" else self._dense
             return _difference(self._encode(model, events), self._encode(self._truth, events))
-        return max(self._session_error(events - 1), self._session_error(events))
+        users = _CROWD if name in ("in turn", "together") else [_USER]
+        return max(self._session_error(users, count) for count in (events - 1, events))
 
     def take_turns(self, names: list[str], repeats: int) -> dict[str, np.ndarray]:
         """Return the milliseconds of each provider (turns, calls), after a turn that warms up."""
         times: dict[str, list[list[float]]] = {name: [] for name in names if name in self._calls}
         for turn in range(repeats + 1):
-            self._restart(self._session, self.case.seq_len)
+            self._restart(self._session, [_USER], self.case.seq_len)
+            if "in turn" in times or "together" in times:
+                self._restart(self._crowd, _CROWD, self.case.seq_len)
             for name, kept in times.items():
                 taken = [_milliseconds(self._calls[name]) for _ in range(PROVIDERS[name])]
                 if turn:
@@ -176,23 +191,25 @@ class _Bench:
     def bytes_of_state(self) -> tuple[int, int]:
         """Return the bytes of a float16 state grown event by event, and those by the formula."""
         session = EncoderSession(self._model, dtype=torch.float16)
-        self._restart(session, self.case.seq_len)
+        self._restart(session, [_USER], self.case.seq_len)
         return session.num_bytes, self._formula(self.case.seq_len)
 
     def _formula(self, events: int) -> int:
         return expected_bytes(self._model.settings, events, torch.float16)
 
-    def _restart(self, session: EncoderSession, events: int) -> None:
-        """Give the user the first events, the last of them on top of an existing state."""
-        session.forget(_USER)
+    def _restart(self, session: EncoderSession, users: list[str], events: int) -> None:
+        """Give users the first events, the last of them on top of an existing state."""
         items, times = self._items[:events].tolist(), self._times[:events].tolist()
-        session.append([_USER] * (events - 1), items[:-1], times[:-1])
-        session.append([_USER], items[-1:], times[-1:])
-        session.query([_USER], [0])
+        for user in users:
+            session.forget(user)
+            session.append([user] * (events - 1), items[:-1], times[:-1])
+        session.append(users, items[-1:] * len(users), times[-1:] * len(users))
+        session.query(users, [0] * len(users))
 
-    def _append(self) -> None:
-        self._session.append([_USER], [1], [int(self._times[-1])])
-        self._session.recommend([_USER], [0], _TOP)
+    def _append_to(self, session: EncoderSession, users: list[str]) -> None:
+        count = len(users)
+        session.append(users, [1] * count, [int(self._times[-1])] * count)
+        session.recommend(users, [0] * count, _TOP)
 
     def _re_encode(self, model: CrossDomainHSTU) -> None:
         vector = model.encode(self._items[None], self._times[None], torch.tensor([0]))[0]
@@ -204,13 +221,14 @@ class _Bench:
         items, times = (x[:events].expand(len(domains), -1) for x in (self._items, self._times))
         return model.encode(items, times, domains)
 
-    def _session_error(self, events: int) -> float:
+    def _session_error(self, users: list[str], events: int) -> float:
         if not events:
             return 0.0
         session = EncoderSession(self._model)
-        self._restart(session, events)
-        found = session.query([_USER], [list(range(self.case.num_domains))])[0]
-        return _difference(found, self._encode(self._truth, events))
+        self._restart(session, users, events)
+        found = session.query(users, [list(range(self.case.num_domains))] * len(users))
+        truth = self._encode(self._truth, events)
+        return max(_difference(vectors, truth) for vectors in found)
 
 
 def _model(case: Case, impl: str) -> CrossDomainHSTU:

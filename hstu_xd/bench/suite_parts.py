@@ -134,6 +134,11 @@ def cpu_suite(stores: Sequence[Path]) -> Suite:
             60,
             column(serving.name, "append", _UPSTREAM),
         ),
+        Goal(
+            "64 users' events and answers together against one after the other, N=1000",
+            6,
+            column(serving.name, "together", "times_faster_than_in_turn"),
+        ),
     ]
     return Suite(parts, goals)
 

@@ -72,8 +72,9 @@ def count_per_domain(domains: Tensor, num_domains: int) -> list[int]:
 _CACHED_SCORES, _SCORES_ON_GPU = 2**18, 2**24
 # Pools of similar sizes that are filled up to share a block; fewer take turns.
 _FEWEST_POOLS = 8
-# An id that is behind all others, where a pool is filled up.
-_NO_ITEM = torch.iinfo(torch.int64).max
+# An id that is behind all others, where a pool is filled up; float64, by way of which it goes
+# there, has it exactly.
+_NO_ITEM = 2**62
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Approximate nearest items of one domain, by FAISS: a tenth of the items is looked at.
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
@@ -165,6 +167,61 @@ class ItemIndex:
         found = self._near(vector, domain, k, left_out)
         scores, places = self._exactly(vector, start, end, k, left_out) if found is None else found
         return list(zip(self._items[places].tolist(), scores.tolist()))
+
+    def best_of_each(
+        self, vectors: Tensor, domains: Sequence[int], k: int, excluded: Sequence[Tensor] | None
+    ) -> list[list[tuple[int, float]]]:
+        """Find the best items of many users: those who ask for one domain are scored together.
+
+        Args:
+            vectors: (B, K) float.
+            domains: (B,) domain ids.
+            k: see :meth:`best`.
+            excluded: (B,), see :meth:`best`; None: nothing.
+
+        Returns:
+            What :meth:`best` returns, for each user.
+        """
+        rows_of: dict[int, list[int]] = defaultdict(list)
+        for row, domain in enumerate(domains):
+            rows_of[domain].append(row)
+        found: dict[int, list[tuple[int, float]]] = {}
+        for domain, rows in rows_of.items():
+            size = self._offsets[domain + 1] - self._offsets[domain]
+            together = max(1, _BLOCK // max(1, size))
+            if not self._by_dot_product or domain in self._lists:
+                together = 1
+            for first in range(0, len(rows), together):
+                some = rows[first : first + together]
+                out = None if excluded is None else [excluded[row] for row in some]
+                if len(some) > 1:
+                    best = self._exactly_of_each(vectors[some], domain, k, out)
+                else:
+                    best = [self.best(vectors[some[0]], domain, k, None if out is None else out[0])]
+                found.update(zip(some, best))
+        return [found[row] for row in range(len(domains))]
+
+    def _exactly_of_each(
+        self, vectors: Tensor, domain: int, k: int, excluded: Sequence[Tensor] | None
+    ) -> list[list[tuple[int, float]]]:
+        """Score all of a domain's items for some users by one product; see :meth:`best_of_each`."""
+        start, end = self._offsets[domain], self._offsets[domain + 1]
+        # A column more, for what is left out and is of other domains.
+        scores = vectors.new_empty(len(vectors), end - start + 1)
+        torch.mm(vectors, self._vectors[start:end].T, out=scores[:, :-1])
+        if excluded is not None:
+            sizes = torch.tensor([len(items) for items in excluded])
+            places = self._places.index_select(0, torch.cat(list(excluded)))
+            inside = (places >= start) & (places < end)
+            columns = torch.where(inside, places - start, end - start)
+            users = torch.repeat_interleave(torch.arange(len(vectors)), sizes)
+            scores.view(-1).index_fill_(0, users * scores.shape[1] + columns, float("-inf"))
+        scores, places = scores[:, :-1].topk(min(k, end - start))
+        items = self._items[places + start]
+        return [
+            [pair for pair in zip(*row) if pair[1] > float("-inf")]
+            for row in zip(items.tolist(), scores.tolist())
+        ]
 
     def scores(self, vectors: Tensor, items: Tensor) -> Tensor:
         """Score items for users: (B, K) float vectors, (B, C) int64 ids -> (B, C) float."""

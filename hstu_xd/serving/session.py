@@ -215,10 +215,7 @@ class EncoderSession:
         with self._bounded():
             vectors, states = self._vectors(users, target_domains, request_timestamps)
             seen = [state.seen for state in states] if exclude_seen else None
-            return [
-                self.index.best(vector, domain, k, None if seen is None else seen[row])
-                for row, (vector, domain) in enumerate(zip(vectors, target_domains))
-            ]
+            return self.index.best_of_each(vectors, target_domains, k, seen)
 
     def score(
         self,

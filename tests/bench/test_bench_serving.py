@@ -15,6 +15,7 @@ TINY = {"heads": 2, "dqk": 4, "dv": 4, "width": 8, "layers": 2}
 RATIOS = {
     "append": {"times_faster_than_re_encode", "times_faster_than_dense"},
     "ask all": {"times_of_ask_one"},
+    "together": {"times_faster_than_in_turn"},
 }
 
 
@@ -58,12 +59,18 @@ def test_a_session_that_answers_otherwise_gets_no_time(
         return vectors + 1e-3 * torch.ones_like(vectors)
 
     monkeypatch.setattr(EncoderSession, "query", query)
-    with pytest.raises(HstuXdError, match="append, ask all, ask one disagrees"):
+    with pytest.raises(HstuXdError, match="append, ask all, ask one, in turn, together disagrees"):
         call("serving", json=True, threads=1, repeats=1, seq_len=12, num_domains=2, **TINY)
     rows = {row["provider"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["append"]["correct"] is False
     assert rows["append"]["ms_median"] is None
     assert rows["re-encode"]["ms_median"] > 0
+
+
+def test_a_crowd_of_long_histories_is_not_made(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run_bench(capsys, seq_len=[2001], num_domains=[3], provider=["together"], repeats=1)
+    assert rows["together"]["absent"] == "64 users have at most 2000 events each"
+    assert rows["together"]["ms_median"] is None
 
 
 def test_a_long_state_takes_what_the_formula_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,10 @@ from native_marks import copied, mutated, needs_compiler
 from state_cases import Spec as StateSpec
 from state_cases import draw as draw_states
 
+from hstu_xd.model import step_memory
 from hstu_xd.ops import first_use
 from hstu_xd.ops.domain_attention import native as domain_native
+from hstu_xd.ops.first_use import KernelUse
 from hstu_xd.ops.state_attention import native as state_native
 
 pytestmark = [needs_compiler, pytest.mark.slow]
@@ -67,6 +69,14 @@ def asked() -> None:
     Errors(worst_row(out, case.oracle.out[::3], None), {}).check()
 
 
+def new_rows() -> None:
+    for heads, dqk, dv in ((4, 16, 16), (3, 5, 7)):
+        cpu = torch.device("cpu")
+        use = KernelUse("new_rows", cpu, torch.float32, heads, dqk, dv, True, "native")
+        problem = first_use._try(use, step_memory._trial)
+        assert problem is None, f"error: {problem}"
+
+
 def edges() -> None:
     # The net of the first use is not what is tested here.
     with pytest.MonkeyPatch.context() as patch:
@@ -85,6 +95,10 @@ def domain(name: str, text: str, instead: str, check: Check = attention) -> None
 
 def state(name: str, text: str, instead: str) -> None:
     MUTANTS[name] = "state_attention/native.c", text, instead, states
+
+
+def new_row(name: str, text: str, instead: str) -> None:
+    MUTANTS[name] = "new_rows/native.c", text, instead, new_rows
 
 
 def both(name: str, text: str, instead: str, check: Check = attention) -> None:
@@ -235,8 +249,26 @@ state(
 )
 
 
-def test_asked_queries_pass() -> None:
-    asked()
+new_row("own_columns_not_put", "user->first + i] = own[c]", "user->first + i] = 0 * own[c]")
+new_row("last_columns_lost", "(x->end - full) * sizeof(float)", "0")
+new_row("readers_stand_behind_one_another", "(int32_t)smaller(j, last)", "(int32_t)j")
+new_row("reader_sees_another", "i == number && !user->is_virtual", "i <= number")
+new_row("row_does_not_see_itself", "? i <= number :", "? i < number :")
+new_row("own_domain_for_the_target", "run == OWN ? row->domain : row->target", "row->domain")
+new_row("target_for_the_own_domain", "run == OWN ? row->domain : row->target", "row->target")
+new_row("heads_see_every_domain", "if (run != EVERYTHING)", "if (0)")
+new_row("position_shifted", "(s->origin - row->position)", "(s->origin - row->position + 1)")
+new_row("time_bias_lost", " + s->times[bucket[lane]]", "")
+new_row("first_state_for_all_heads", "(s->layer * s->heads + head) * user->num_states", "0")
+new_row("hidden_states_weigh", "slot < x->end && !hidden[slot]", "slot < x->end")
+new_row("initial_states_age", "is_initial ? s->never_written : bucket[lane]", "bucket[lane]")
+new_row("states_not_divided", "load(weights + j) / splat(total)", "load(weights + j)")
+new_row("own_states_have_no_time", "if (j >= own && j < x->end)", "if (0)")
+
+
+@pytest.mark.parametrize("check", [asked, new_rows])
+def test_what_is_not_mutated_passes(check: Check) -> None:
+    check()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -246,7 +278,7 @@ def test_the_checks_reject_the_mutant(
     file, text, instead, check = MUTANTS[name]
     mutated(tmp_path, file, text, instead)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for module in (domain_native, state_native):
+    for module in (domain_native, state_native, step_memory):
         library = copied(module.LIBRARY, tmp_path)
         assert library.problem() is None
         monkeypatch.setattr(module, "LIBRARY", library)

@@ -107,6 +107,53 @@ def test_gradients_equal_those_of_the_formula(
         assert float(error.max()) <= 2e-5
 
 
+@pytest.mark.parametrize("scores_of_a_block", [60, 2**18])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_small_domains_share_blocks(
+    scores_of_a_block: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty domains of up to nine items, some without a target, against one after the other."""
+    draw = torch.Generator().manual_seed(0)
+    domains = torch.cat([torch.arange(60), torch.randint(60, (141,), generator=draw)])
+    catalog = DomainCatalog(domains, [str(number) for number in range(60)])
+    settings = EncoderSettings(num_domains=60, norm_length=9, embedding_dim=8)
+    model = CrossDomainHSTU(catalog, settings)
+    targets = torch.randint(1, 120, (150,), generator=draw)
+    negatives = sample_negatives(catalog, 3, draw, scope="domain")
+    start = torch.nn.functional.normalize(torch.randn(150, 8, generator=draw), dim=1)
+    weights = torch.rand(150, generator=draw) if weighted else None
+    monkeypatch.setattr(sampled_softmax, "_CACHED_SCORES", scores_of_a_block)
+
+    def computed() -> list[torch.Tensor]:
+        items, users = DoubleItems(model, torch.float32), start.clone().requires_grad_()
+        loss = sampled_softmax_loss(
+            items,  # type: ignore[arg-type]
+            users,
+            targets,
+            negatives,
+            temperature=0.05,
+            weights=weights,
+        )
+        (3 * loss).backward()
+        assert users.grad is not None
+        assert items.table.grad is not None
+        return [loss.detach(), users.grad, items.table.grad]
+
+    shared: list[int] = []
+    whole = sampled_softmax._softmax_of_pools
+
+    def noting(pools: Any, *given: Any) -> torch.Tensor:
+        shared.append(len(pools))
+        return whole(pools, *given)
+
+    monkeypatch.setattr(sampled_softmax, "_softmax_of_pools", noting)
+    together = computed()
+    assert bool(shared) == (scores_of_a_block > 60)
+    monkeypatch.setattr(sampled_softmax, "_FEWEST_POOLS", 1000)
+    for found, expected in zip(together, computed()):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_small_domain_is_taken_whole(model: CrossDomainHSTU) -> None:
     negatives = sample_negatives(model.catalog, 1000, torch.Generator(), scope="domain")
     for domain, items in enumerate(negatives):

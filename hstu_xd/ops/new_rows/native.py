@@ -17,6 +17,7 @@ READ_ROWS, READ_STATES = "hstu_xd_read_rows", "hstu_xd_read_states"
 
 # Fields of a user, in order: addresses, then numbers.
 USER_FIELDS = (
-    "memory times domains states hidden state_times "
-    "layer_stride capacity first count writers is_virtual row num_states states_in_memory"
-).split()
+    *("memory", "times", "domains", "states", "hidden", "state_times"),
+    *("layer_stride", "capacity", "first", "count", "writers", "is_virtual", "row"),
+    *("num_states", "states_in_memory"),
+)
