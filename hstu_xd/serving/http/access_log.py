@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 # What is taken for a request's id: nothing that could be read as more than one word of a line.
 _ID = re.compile(rb"[!-~]{1,128}")
-_REQUEST = "hstu_xd_request"
+_REQUEST, _HANDLER = "hstu_xd_request", "hstu_xd_service"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Answered:
 
 
 def set_up(settings: LogSettings, worker: int | None = None) -> None:
-    """Write the log of this process to stderr from now on, whatever it was told before.
+    """Write the log of this process to stderr from now on, unless somebody else takes it.
 
     Args:
         settings: level and format.
@@ -54,8 +54,13 @@ def set_up(settings: LogSettings, worker: int | None = None) -> None:
         logging.captureWarnings(True)
     else:
         handler.setFormatter(logging.Formatter("hstu-xd: %(message)s"))
-    # A worker that is forked begins with what the process that watches was told.
-    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
+    handler.set_name(_HANDLER)
+    root = logging.getLogger()
+    for each in root.handlers[:]:
+        # A worker that is forked begins with what the process that watches was told.
+        if each.get_name() == _HANDLER:
+            root.removeHandler(each)
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler])
 
 
 def id_of(header: bytes | None) -> str:
