@@ -132,6 +132,8 @@ class InteractionStore:
             catalog = DomainCatalog.load(file)
         if list(catalog.domain_names) != self.domain_names:
             raise damaged(file, f"has domains {list(catalog.domain_names)}")
+        if catalog.num_items != self.num_items:
+            raise damaged(file, f"holds {catalog.num_items} items, not {self.num_items}")
         return catalog
 
     @cached_property
@@ -187,6 +189,9 @@ class InteractionStore:
         file = self.path / store_files.USERS
         with damage_named(file):  # polars panics on some damaged files, pyarrow raises
             users = pl.Series("user", parquet.read_table(file.absolute())["user"])
+        # A file may say in one place that it has rows and in another that it has none.
+        if len(users) != self.num_users:
+            raise damaged(file, f"holds {len(users)} ids, not {self.num_users}")
         if users.dtype != pl.String or users.null_count() or not (users[1:] > users[:-1]).all():
             raise damaged(file, "does not hold sorted ids")
         return users

@@ -83,6 +83,15 @@ def test_one_changed_byte(sound: Path, name: str, at: int, change: int) -> None:
     check_damage(sound, name, at, change)
 
 
+def test_users_are_as_many_as_the_file_says(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One changed byte can leave the number of rows in the footer and none in the column."""
+    whole = parquet.read_table
+    monkeypatch.setattr(parquet, "read_table", lambda file: whole(file)[:0])
+    opened = InteractionStore.open(sound, verify=False)
+    with pytest.raises(InputError, match=rf"users.parquet: .*holds 0 ids, not {opened.num_users}"):
+        opened.user_token(0)
+
+
 @pytest.mark.slow
 @SLOWLY
 @given(**damages)
