@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 # What is taken for a request's id: nothing that could be read as more than one word of a line.
 _ID = re.compile(rb"[!-~]{1,128}")
 _REQUEST = "hstu_xd_request"
+_HANDLER = "hstu-xd"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Answered:
 
 
 def set_up(settings: LogSettings, worker: int | None = None) -> None:
-    """Write the log of this process to stderr from now on, whatever it was told before.
+    """Write the log of this process to stderr from now on, in place of what was said before.
 
     Args:
         settings: level and format.
@@ -54,8 +55,11 @@ def set_up(settings: LogSettings, worker: int | None = None) -> None:
         logging.captureWarnings(True)
     else:
         handler.setFormatter(logging.Formatter("hstu-xd: %(message)s"))
-    # A worker that is forked begins with what the process that watches was told.
-    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
+    handler.name = _HANDLER
+    # A worker that is forked begins with that of the process that watches.
+    for former in [each for each in logging.root.handlers if each.name == _HANDLER]:
+        logging.root.removeHandler(former)
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler])
 
 
 def id_of(header: bytes | None) -> str:
