@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from hstu_xd.serving.events.event_log import Event, EventLog, Logged
+
 _DATABASES = count()
 
 
@@ -105,3 +107,12 @@ def postgres_server() -> Iterator[PostgresServer]:
         yield server
     finally:
         server.remove()
+
+
+def known(log: EventLog, user: str = "ann", last: int | None = None) -> Logged:
+    (found,) = log.read([user], last)
+    return found
+
+
+def numbered(count: int, user: str = "ann") -> list[Event]:
+    return [Event(user, str(number), number) for number in range(count)]

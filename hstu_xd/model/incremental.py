@@ -108,8 +108,11 @@ class IncrementalModel:
             x, targets = self._input(users)
             x, tokens = self._insert_tokens(x, users, sizes)
             added = self.added.index_select(1, targets).unbind()
-            kind = NativeMemory if self.in_loops else EagerMemory
-            memory = kind(self.tables, self.initial_memory, users, tokens, threads=threads)
+            given = self.tables, self.initial_memory, users
+            if self.in_loops:
+                memory = NativeMemory(*given, threads=threads)
+            else:
+                memory = EagerMemory(*given, tokens)
             for number, layer in enumerate(self.layers):
                 memory.layer = number
                 x = layer.step(x, added[number], memory)

@@ -7,7 +7,7 @@ user; the second takes all users of a step in one call, and works out the biases
 from collections.abc import Iterable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,7 +95,26 @@ class _EagerPart(_UserPart):
             self.state_memory = _KeysAndValues.from_whole(self.states.transpose(2, 3), count, s)
 
 
-class EagerMemory:
+_Part = TypeVar("_Part", bound=_UserPart)
+
+
+class _Memory(Generic[_Part]):
+    """The parts of a step's users, layer by layer.
+
+    Attributes:
+        layer: number of the layer that reads.
+    """
+
+    _users: Sequence[_Part]
+    layer = 0
+
+    def commit(self) -> None:
+        """Leave what the writers of all users have left in their memories."""
+        for user in self._users:
+            user.commit()
+
+
+class EagerMemory(_Memory[_EagerPart]):
     """Reads memories user by user, in plain PyTorch.
 
     Args:
@@ -103,10 +122,6 @@ class EagerMemory:
         initial: (layers, H, D, dqk + dv), DDSR's keys and values of the initial states.
         users: rows of each user of the step.
         tokens: (T,) int64, rows that are history tokens, of all users together; None if none are.
-        threads: not used: this small, products take longer where several share them.
-
-    Attributes:
-        layer: number of the layer that reads.
     """
 
     def __init__(
@@ -114,11 +129,8 @@ class EagerMemory:
         tables: BiasTables,
         initial: Tensor,
         users: Sequence[NewRows],
-        tokens: Tensor | None,
-        *,
-        threads: int,
+        tokens: Tensor | None = None,
     ) -> None:
-        self.layer = 0
         self._users = [_EagerPart(tables, initial, rows) for rows in users]
         self._sizes = [len(rows.item_ids) for rows in users]
         self._tokens = tokens
@@ -145,11 +157,6 @@ class EagerMemory:
         answer = _heads_together(answers)
         return answer if self._tokens is None else answer.index_fill_(0, self._tokens, 0)
 
-    def commit(self) -> None:
-        """Leave what the writers of all users have left in their memories."""
-        for user in self._users:
-            user.commit()
-
     def _of_each(self, queries: Tensor, own: Tensor) -> Iterable[tuple[_EagerPart, Tensor, Tensor]]:
         """Split (H, R, dqk) queries and (H, dqk + dv, R) keys and values by user."""
         sizes = self._sizes
@@ -161,29 +168,25 @@ def _heads_together(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=1).transpose(0, 1).flatten(1)
 
 
-class NativeMemory:
+class NativeMemory(_Memory[_UserPart]):
     """Reads the memories of all users by one call of a loop in C, users side by side on threads.
 
-    The arguments are those of :class:`EagerMemory`; there are no history tokens. How the rows
-    attend is the loop's own: with SiLU to rows, with softmax to states.
+    It knows no history tokens. How the rows attend is the loop's own: with SiLU to rows, with
+    softmax to states.
 
-    Attributes:
-        layer: number of the layer that reads.
+    Args:
+        tables: biases of all layers.
+        initial: (layers, H, D, dqk + dv), DDSR's keys and values of the initial states.
+        users: rows of each user of the step.
+        threads: how many there are for the users.
     """
 
     def __init__(
-        self,
-        tables: BiasTables,
-        initial: Tensor,
-        users: Sequence[NewRows],
-        tokens: Tensor | None,
-        *,
-        threads: int,
+        self, tables: BiasTables, initial: Tensor, users: Sequence[NewRows], *, threads: int
     ) -> None:
-        assert tokens is None
         s = self._settings = tables.settings
-        self.layer = 0
         self._tables = tables
+        self._kept: list[Tensor] = []
         self._users = [_UserPart(s, initial, rows) for rows in users]
         self._hidden = [
             hidden_states(rows, s.num_domains, s.states_per_domain) if s.ddsr else None
@@ -204,9 +207,8 @@ class NativeMemory:
 
     def _laid_out(self, numbers: list[int]) -> int:
         """Keep numbers where the loops find them, and return the address."""
-        kept = torch.tensor(numbers)
-        self._kept = [*getattr(self, "_kept", []), kept]
-        return kept.data_ptr()
+        self._kept.append(torch.tensor(numbers))
+        return self._kept[-1].data_ptr()
 
     def _described(self) -> list[int]:
         """Return what the loops have to know of each user, see :data:`USER_FIELDS`."""
@@ -265,11 +267,6 @@ class NativeMemory:
         given.out, given.layer = out.data_ptr(), self.layer
         LIBRARY.run(function, given)
         return out
-
-    def commit(self) -> None:
-        """Leave what the writers of all users have left in their memories."""
-        for user in self._users:
-            user.commit()
 
 
 def _numbers(rows: NewRows) -> list[int]:
@@ -336,7 +333,8 @@ def _trial(use: KernelUse, exact: bool) -> dict[str, Tensor]:
     initial = normal(1, use.heads, 2, width)
     queries = normal(6, use.heads, use.dqk).transpose(0, 1)
     own = normal(6, use.heads, width).permute(1, 2, 0)
-    memory = (EagerMemory if exact else NativeMemory)(tables, initial, users, None, threads=1)
+    kind = EagerMemory if exact else partial(NativeMemory, threads=1)
+    memory = kind(tables, initial, users)
     return {
         "rows": memory.read_rows(queries, own, FusedLayer.attend),
         "states": memory.read_states(queries, own, FusedStates.attend),

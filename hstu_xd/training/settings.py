@@ -397,6 +397,6 @@ def refuse_other_blocks(host: str, reads: Sequence[str], mend: str) -> None:
     for block in BLOCKS:
         for name, value in () if block in reads else gin.get_bindings(block).items():
             raise InputError(
-                f"{block}.{name} = {value!r}: {host} reads {'.* and '.join(reads)}.* only; remove "
+                f"{block}.{name} = {value!r}: {host} reads {'.*, '.join(reads)}.* only; remove "
                 f"the binding ({mend})"
             )

@@ -61,7 +61,7 @@ def test_memory_in_half_precision_is_read_and_written() -> None:
 
 
 @needs_compiler
-def test_threads_and_other_users_change_no_bit() -> None:
+def test_threads_change_no_bit() -> None:
     model = pair("everything")["native"]
     before = torch.get_num_threads()
     try:

@@ -61,6 +61,29 @@ class DoubleItems:
         return torch.nn.functional.normalize(self.table[ids], dim=-1)
 
 
+def computed(
+    model: CrossDomainHSTU,
+    users: torch.Tensor,
+    targets: torch.Tensor,
+    negatives: list[torch.Tensor],
+    weights: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Three times the loss, with its gradients of user vectors and of the table."""
+    items, users = DoubleItems(model, torch.float32), users.clone().requires_grad_()
+    loss = 3 * sampled_softmax_loss(
+        items,  # type: ignore[arg-type]
+        users,
+        targets,
+        negatives,
+        temperature=0.05,
+        weights=weights,
+    )
+    loss.backward()
+    assert users.grad is not None
+    assert items.table.grad is not None
+    return [loss.detach(), users.grad, items.table.grad]
+
+
 @pytest.mark.parametrize("scope", ["domain", "catalogue"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("scores_of_a_block", [1, 40, 2**18])
@@ -77,16 +100,7 @@ def test_gradients_equal_those_of_the_formula(
     targets = torch.randint(1, 61, (40,))
     start = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)
     weights = torch.rand(40) if weighted else None
-    items, users = DoubleItems(model, torch.float32), start.clone().requires_grad_()
-    loss = sampled_softmax_loss(
-        items,  # type: ignore[arg-type]
-        users,
-        targets,
-        negatives,
-        temperature=0.05,
-        weights=weights,
-    )
-    (3 * loss).backward()
+    loss, *gradients = computed(model, start, targets, negatives, weights)
 
     right, right_users = DoubleItems(model, torch.float64), start.double().requires_grad_()
     domains = model.catalog.domain_of(targets) if scope == "domain" else 0 * targets
@@ -99,9 +113,8 @@ def test_gradients_equal_those_of_the_formula(
         expected = expected - weight * logits.log_softmax(0)[0]
     (3 * expected).backward()
 
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for found, truth in ((users.grad, right_users.grad), (items.table.grad, right.table.grad)):
-        assert found is not None
+    assert loss.item() == pytest.approx(3 * expected.item(), rel=1e-5)
+    for found, truth in zip(gradients, (right_users.grad, right.table.grad)):
         assert truth is not None
         error = (found - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=1e-2 * truth.norm())
         assert float(error.max()) <= 2e-5
@@ -124,21 +137,6 @@ def test_many_small_domains_share_blocks(
     weights = torch.rand(150, generator=draw) if weighted else None
     monkeypatch.setattr(sampled_softmax, "_CACHED_SCORES", scores_of_a_block)
 
-    def computed() -> list[torch.Tensor]:
-        items, users = DoubleItems(model, torch.float32), start.clone().requires_grad_()
-        loss = sampled_softmax_loss(
-            items,  # type: ignore[arg-type]
-            users,
-            targets,
-            negatives,
-            temperature=0.05,
-            weights=weights,
-        )
-        (3 * loss).backward()
-        assert users.grad is not None
-        assert items.table.grad is not None
-        return [loss.detach(), users.grad, items.table.grad]
-
     shared: list[int] = []
     whole = sampled_softmax._softmax_of_pools
 
@@ -147,10 +145,11 @@ def test_many_small_domains_share_blocks(
         return whole(pools, *given)
 
     monkeypatch.setattr(sampled_softmax, "_softmax_of_pools", noting)
-    together = computed()
+    given = model, start, targets, negatives, weights
+    together = computed(*given)
     assert bool(shared) == (scores_of_a_block > 60)
     monkeypatch.setattr(sampled_softmax, "_FEWEST_POOLS", 1000)
-    for found, expected in zip(together, computed()):
+    for found, expected in zip(together, computed(*given)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

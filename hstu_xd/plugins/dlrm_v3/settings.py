@@ -261,7 +261,7 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
     """
     shared.refuse_other_blocks(
         "the host dlrm_v3",
-        ("xd_dlrm", "xd_encoder"),
+        ("xd_dlrm", "xd_encoder", "xd_search", "xd_interest"),
         "cuts in time are xd_dlrm.valid_from and .test_from",
     )
     for name, value in gin.get_bindings("xd_rank").items():
@@ -271,15 +271,7 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
         )
     has_goals = GOAL in config.contextual_feature_to_max_length
     num_goals = len(config.action_weights or ()) if has_goals else 0
-    bound = dict(gin.get_bindings("xd_encoder"))
-    check_types(EncoderSettings, "xd_encoder", bound)
-    defaults = defaults_of(EncoderSettings)
-    for name, value in bound.items():
-        if name not in KNOWN_SWITCHES and value != defaults[name]:
-            raise InputError(
-                f"xd_encoder.{name} = {value!r}: the host dlrm_v3 computes "
-                f"{', '.join(KNOWN_SWITCHES)} only; remove the binding (sizes are xd_dlrm.hstu_*)"
-            )
+    _check_computed("xd_encoder", EncoderSettings, KNOWN_SWITCHES, " (sizes are xd_dlrm.hstu_*)")
     known = settings.num_domains or num_domains
     switches = shared.CONFIGURABLES["xd_encoder"](
         num_domains=known or 1,
@@ -308,6 +300,29 @@ def cross_domain(settings: DlrmSettings, num_domains: int, config: Any) -> Cross
     )
 
 
+def _check_computed(block: str, cls: type, known: tuple[str, ...], more: str = "") -> None:
+    """Refuse what a block binds beyond what is computed here.
+
+    Args:
+        block: of gin.
+        cls: of its settings.
+        known: those that are computed; others may have their default.
+        more: what the message ends with.
+
+    Raises:
+        InputError: a value of another type, or another setting.
+    """
+    bound = dict(gin.get_bindings(block))
+    check_types(cls, block, bound)
+    defaults = defaults_of(cls)
+    for name, value in bound.items():
+        if name not in known and value != defaults[name]:
+            raise InputError(
+                f"{block}.{name} = {value!r}: the host dlrm_v3 computes {', '.join(known)} only; "
+                f"remove the binding{more}"
+            )
+
+
 def _no_interest() -> None:
     for name, value in gin.get_bindings("xd_interest").items():
         raise InputError(
@@ -318,15 +333,7 @@ def _no_interest() -> None:
 
 def _bound_interest(num_goals: int) -> InterestSettings:
     """Return what ``xd_interest.*`` binds: how candidates meet the events of their request."""
-    bound = dict(gin.get_bindings("xd_interest"))
-    check_types(InterestSettings, "xd_interest", bound)
-    defaults = defaults_of(InterestSettings)
-    for name, value in bound.items():
-        if name not in KNOWN_INTEREST and value != defaults[name]:
-            raise InputError(
-                f"xd_interest.{name} = {value!r}: the host dlrm_v3 computes "
-                f"{', '.join(KNOWN_INTEREST)} only; remove the binding"
-            )
+    _check_computed("xd_interest", InterestSettings, KNOWN_INTEREST)
     settings = ranking.CONFIGURABLES["xd_interest"]()
     if settings.kind not in _MEETING_KINDS:
         raise InputError(

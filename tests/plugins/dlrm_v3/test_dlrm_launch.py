@@ -105,7 +105,7 @@ def test_upstreams_own_gin_file_runs_unchanged(workplace: Path) -> None:
         "xd_dlrm.hstu_attn_num_layers = 1\nxd_dlrm.table_rows = 1000\n"
         "xd_dlrm.hstu_embedding_table_dim = 8\nxd_dlrm.hstu_transducer_embedding_dim = 8\n"
         "xd_dlrm.max_seq_len = 40\ntrain_loop.output_trace = False\n"
-        "make_train_test_dataloaders.batch_size = 2\n"
+        "xd_dlrm.interest = True\nmake_train_test_dataloaders.batch_size = 2\n"
         "train_loop.num_batches = 1\nMetricsLogger.tensorboard_log_path = 'exps'\n"
     )
     done = launch(workplace, "mine.gin", mode="train")
@@ -193,7 +193,7 @@ BAD = {
     "of_another_trainer": (
         "gin/dlrm_xd.gin",
         ('xd_evaluate.split = "global"',),
-        "xd_evaluate.split = 'global': the host dlrm_v3 reads xd_dlrm.* and xd_encoder.* only",
+        "xd_evaluate.split = 'global': the host dlrm_v3 reads xd_dlrm.*, xd_encoder.*, ",
     ),
     "out_of_range": ("gin/dlrm_xd.gin", ("xd_dlrm.max_history = 0",), "at least 1 is needed"),
 }
