@@ -394,9 +394,10 @@ def refuse_other_blocks(host: str, reads: Sequence[str], mend: str) -> None:
     """
     import gin
 
+    *others, last = (f"{block}.*" for block in reads)
+    known = f"{', '.join(others)} and {last}" if others else last
     for block in BLOCKS:
         for name, value in () if block in reads else gin.get_bindings(block).items():
             raise InputError(
-                f"{block}.{name} = {value!r}: {host} reads {'.*, '.join(reads)}.* only; remove "
-                f"the binding ({mend})"
+                f"{block}.{name} = {value!r}: {host} reads {known} only; remove the binding ({mend})"
             )
