@@ -11,7 +11,6 @@ then a row also says how long it took until the service was ready, with them and
 """
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -41,6 +40,7 @@ from hstu_xd.bench.service_inputs import (
 )
 from hstu_xd.bench.timing import torch_threads
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.cores import usable_cores
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.events.event_log import EventLog
@@ -129,7 +129,7 @@ def _measured(
     threads: int | None,
     log_events: int,
 ) -> Row:
-    taken = threads or max(1, (os.cpu_count() or 1) // setup.workers)
+    taken = threads or max(1, usable_cores() // setup.workers)
     if threads is None and setup.workers == 1:
         taken = default_threads()
     with torch_threads(taken):

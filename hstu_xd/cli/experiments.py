@@ -1,7 +1,6 @@
 """Commands over many runs: ablate, tune, compare, report and demo."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from hstu_xd.cli.run_options import (
     protocol_changes,
     say_next,
 )
+from hstu_xd.cores import usable_cores
 
 Runs = Annotated[
     list[Path],
@@ -112,7 +112,7 @@ def ablate(
         out,
         files=gin_config_file or [],
         bindings=gin_bindings or [],
-        jobs=jobs or os.cpu_count() or 1,
+        jobs=jobs or usable_cores(),
         verify=verify,
         announce=lambda line: typer.echo(line, err=True),
         trackers=tracker or (),
@@ -254,7 +254,7 @@ def demo(
         (1,),
         runs,
         bindings=_RECIPE,
-        jobs=min(2, os.cpu_count() or 1),
+        jobs=min(2, usable_cores()),
         announce=lambda line: typer.echo(f"    {line}"),
     )
     typer.echo("3/3 report")

@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, TypeVar
 
+from hstu_xd.cores import usable_cores
 from hstu_xd.training.interruption import STOPS_WITH_STDIN, StopRequest, stop_requests
 
 _Item = TypeVar("_Item")
@@ -153,14 +154,18 @@ def _pass_on(reading: int, announce: Callable[[str], object]) -> None:
                 announce(line.rstrip())
 
 
+def threads_of_each(jobs: int) -> str:
+    """Return OMP_NUM_THREADS of each of so many trainings: as set, or its share of the cores."""
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // jobs))
+
+
 @contextmanager
 def trainings(jobs: int) -> Iterator[Trainings]:
     """Be ready to run so many trainings at a time; they share the processor's cores.
 
     When the block ends, however it does, trainings that still run save and stop.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), STOPS_WITH_STDIN: "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": threads_of_each(jobs), STOPS_WITH_STDIN: "1"}
     request = StopRequest()
     theirs, ours = os.pipe()
     # The pool waits last: whatever ends the block ends the trainings first.

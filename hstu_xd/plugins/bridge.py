@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.cores import usable_cores
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import load_hstu
 from hstu_xd.model.views import Events
@@ -136,7 +137,7 @@ def few_workers(loader: Callable[..., Any]) -> Callable[..., Any]:
     def data_loader(
         *arguments: Any, num_workers: int = 0, pin_memory: bool = False, **others: Any
     ) -> Any:
-        workers = min(num_workers, (os.cpu_count() or 1) - 1)
+        workers = min(num_workers, usable_cores() - 1)
         return loader(*arguments, num_workers=workers, pin_memory=False, **others)
 
     return data_loader

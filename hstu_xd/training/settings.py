@@ -399,5 +399,6 @@ def refuse_other_blocks(host: str, reads: Sequence[str], mend: str) -> None:
     for block in BLOCKS:
         for name, value in () if block in reads else gin.get_bindings(block).items():
             raise InputError(
-                f"{block}.{name} = {value!r}: {host} reads {known} only; remove the binding ({mend})"
+                f"{block}.{name} = {value!r}: {host} reads {known} only; "
+                f"remove the binding ({mend})"
             )

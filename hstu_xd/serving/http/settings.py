@@ -1,17 +1,17 @@
 """What the service is told when it starts, with the defaults of the command."""
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hstu_xd.cores import usable_cores
 from hstu_xd.errors import InputError
 
 
 def default_threads() -> int:
     """Return all cores but one: threads of PyTorch must not wait for the thread of HTTP."""
-    return max(1, (os.cpu_count() or 1) - 1)
+    return max(1, usable_cores() - 1)
 
 
 def shown(store: str) -> str:

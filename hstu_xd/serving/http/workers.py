@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hstu_xd.cores import usable_cores
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events.open_log import is_postgres, open_log, shown_log
 from hstu_xd.serving.http import access_log, server
@@ -83,7 +84,7 @@ class Work:
             )
         # What is wrong with it is said once, and its schema is made before anybody needs it.
         open_log(settings.events).close()
-        threads = settings.states.threads or max(1, (os.cpu_count() or 1) // count)
+        threads = settings.states.threads or max(1, usable_cores() // count)
         return replace(
             self, settings=replace(settings, states=replace(settings.states, threads=threads))
         )
