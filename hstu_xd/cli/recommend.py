@@ -89,8 +89,8 @@ def recommend(
     stays when the command is stopped, and the same command goes on with it; torchrun lets several
     processes or machines share it. With --pairs it gets a row a pair: user, item, domain, score.
 
-    Of a ranking run of towers it gives the best items for --user and --goal, of --domain or of all,
-    with the chances that score gives them.
+    Of a ranking run of towers it gives the best items for --goal with the chances that score gives
+    them: for --user, of --domain or of all, or for --all-users.
     """
     options = {
         "--user": user,
@@ -144,7 +144,7 @@ def recommend(
         out,
         k=k or _K,
         users=users,
-        domains=None if domains is None else [name.strip() for name in domains.split(",")],
+        domains=_names(domains),
         exclude_seen=exclude_seen,
         **asking,
         **writing,
@@ -284,7 +284,11 @@ def _is_ranking(run: Path) -> bool:
     return (run / RUN_FILE).is_file() and kind_of(read_run(run)) == RANKING
 
 
-_TOWERS_TAKE = ("--user", "--domain", "--k", "--exclude-seen")
+# Beside --goal, --at and --data.
+_TOWERS_TAKE = {
+    "--all-users": ("--out", "--users", "--domains", "--k", "--format", "--force"),
+    "--user": ("--domain", "--k"),
+}
 
 
 def _of_towers(
@@ -297,19 +301,26 @@ def _of_towers(
     verify: bool,
     as_json: bool,
 ) -> None:
-    """Print the best items for one user and a goal, by a ranking run of towers."""
+    """Print the best items for one user and a goal, or write those of all users, by towers."""
     from hstu_xd.ranking.run import ServedRanker, open_store
     from hstu_xd.serving.ranking_session import RankingSession, history_of
     from hstu_xd.serving.tower_search import BestRequest, TowerSearch
 
+    use = "--all-users" if options["--all-users"] else "--user"
+    taken = (use, "--exclude-seen", *_TOWERS_TAKE[use])
     given = (name for name, value in options.items() if value is not None)
-    if idle := next((name for name in given if name not in _TOWERS_TAKE), None):
+    if idle := next((name for name in given if name not in taken), None):
         raise InputError(
-            f"{run} is a ranking run, of which recommend answers --user, with --goal, --domain, "
-            f"--k, --at and --exclude-seen; leave {idle} out, or take a run of hstu-xd train"
+            f"{run} is a ranking run, of which recommend {use} takes --goal, --at, --data, "
+            f"{', '.join(taken[1:])}; leave {idle} out, or take a run of hstu-xd train"
         )
+    if use == "--all-users":
+        _to_all_by_towers(run, options, goal, at, data=data, verify=verify, as_json=as_json)
+        return
     if (user := options["--user"]) is None:
-        raise InputError("--user is missing; give --user, and --goal where the run has several")
+        raise InputError(
+            "--user is missing; give --user or --all-users, and --goal where the run has several"
+        )
     store = open_store(run, data, verify=verify)
     ranker = ServedRanker.of(run, store)
     search, session = TowerSearch(ranker), RankingSession(ranker, history_of(store))
@@ -321,6 +332,45 @@ def _of_towers(
     rows = [{"item": item, "score": chance} for item, chance in found]
     told = {"user": user, "domain": domain, "goal": goal or session.goals[0]}
     _print_one(told, rows, as_json=as_json)
+
+
+def _to_all_by_towers(
+    run: Path,
+    options: Mapping[str, Any],
+    goal: str | None,
+    at: int | None,
+    *,
+    data: Path | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    from hstu_xd.ranking.run import open_store
+    from hstu_xd.serving.recommend_all import recommend_by_towers
+    from hstu_xd.training.distributed import is_first_process
+
+    if options["--out"] is None:
+        raise InputError("--out is missing, which --all-users needs; give it")
+    summary = recommend_by_towers(
+        run,
+        options["--out"],
+        store=open_store(run, data, verify=verify),
+        goal=goal,
+        k=options["--k"] or _K,
+        users=options["--users"],
+        domains=_names(options["--domains"]),
+        at=at,
+        exclude_seen=bool(options["--exclude-seen"]),
+        file_format=options["--format"],
+        force=bool(options["--force"]),
+        announce=lambda line: typer.echo(line, err=True),
+    )
+    if is_first_process():
+        _print_all(summary, as_json=as_json)
+
+
+def _names(given: str | None) -> list[str] | None:
+    """Split names that were given with commas between them."""
+    return None if given is None else [name.strip() for name in given.split(",")]
 
 
 def _print_one(

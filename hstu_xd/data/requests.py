@@ -139,6 +139,34 @@ class RequestSet:
             manifest=manifest,
         )
 
+    @classmethod
+    def unanswered(
+        cls,
+        times: NDArray[np.int64],
+        goal: int,
+        goal_names: tuple[str, ...],
+        candidates: NDArray[np.int64] | None = None,
+    ) -> "RequestSet":
+        """Make a request of each user, of no split and without labels, as a service is asked.
+
+        Args:
+            times: (R,) int64 seconds, of users 0..R - 1.
+            goal: of all requests, place in ``goal_names``.
+            goal_names: of the goals.
+            candidates: (C,) int64 item ids for the only user; None: no candidates.
+        """
+        number, candidates = len(times), np.empty(0, np.int64) if candidates is None else candidates
+        return cls(
+            users=np.arange(number),
+            times=times,
+            goals=np.full(number, goal),
+            splits=np.zeros(number, np.int8),
+            offsets=np.append(np.zeros(number, np.int64), len(candidates)),
+            candidates=candidates,
+            labels=np.zeros(len(candidates), np.float32),
+            goal_names=goal_names,
+        )
+
     def of_split(self, split: Split) -> NDArray[np.int64]:
         """Return the numbers of a split's requests: (R',) int64."""
         return np.flatnonzero(self.splits == SPLITS.index(split))

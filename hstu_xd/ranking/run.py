@@ -14,7 +14,7 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.requests import RequestSet, read_manifest
 from hstu_xd.data.store import InteractionStore, is_store
 from hstu_xd.data.store_files import ITEM_LEVELS
-from hstu_xd.errors import InputError, Interrupted
+from hstu_xd.errors import InputError, Interrupted, did_you_mean
 from hstu_xd.evaluation.protocol import RANKING
 from hstu_xd.ranking.histories import Levels
 from hstu_xd.ranking.model import RankingModel
@@ -236,6 +236,20 @@ class ServedRanker:
         levels, goals = Levels.of(store), tuple(facts["goals"])
         model = model_of(levels, trained_items(run, store), len(goals), settings)
         return cls(with_weights(model, run), settings, levels, store.catalog, goals)
+
+    def goal(self, name: str | None) -> int:
+        """Return the number of a goal; None names the only one.
+
+        Raises:
+            InputError: an unknown goal, or none is named where there are several.
+        """
+        if name is None and len(self.goals) == 1:
+            return 0
+        if name not in self.goals:
+            told = "no goal is named" if name is None else f"unknown goal {name!r}"
+            hint = "" if name is None else did_you_mean(name, self.goals)
+            raise InputError(f"{told}; the model has {', '.join(self.goals)}{hint}")
+        return self.goals.index(name)
 
 
 def trained_items(run: Path, store: InteractionStore) -> NDArray[np.int64]:

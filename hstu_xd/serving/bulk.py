@@ -19,6 +19,7 @@ from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.evaluation.baselines import Baseline
 from hstu_xd.evaluation.protocol import Protocol
 from hstu_xd.model.hstu import CrossDomainHSTU
+from hstu_xd.objectives.objective import Scorer
 from hstu_xd.parts import Part
 from hstu_xd.training.run import TrainedRun
 
@@ -58,6 +59,15 @@ class Histories:
         ends = torch.repeat_interleave(self.offsets[1:], self.offsets.diff())
         return self.chosen(ends - torch.arange(ends.numel()) <= window)
 
+    def of_users(self, start: int, end: int) -> "Histories":
+        """Return those of users ``start..end - 1``."""
+        first, last = self.offsets[[start, end]].tolist()
+        return Histories(
+            self.item_ids[first:last],
+            self.timestamps[first:last],
+            self.offsets[start : end + 1] - first,
+        )
+
 
 class HistoryReader:
     """Reads histories of a store as a model knows its items.
@@ -66,12 +76,15 @@ class HistoryReader:
         store: the log.
         catalog: of the model; items that it lacks are left out.
 
+    Attributes:
+        store, catalog: as given.
+
     Raises:
         InputError: an item that the model knows in another domain.
     """
 
     def __init__(self, store: InteractionStore, catalog: DomainCatalog) -> None:
-        self.store = store
+        self.store, self.catalog = store, catalog
         self._ids = store.catalog.ids_in(catalog)
 
     @cached_property
@@ -113,9 +126,85 @@ class BestItems:
     items: Tensor
     scores: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence["BestItems"]) -> "BestItems":
+        """Return what was found for the users of several parts, one after the other."""
+        return cls(torch.cat([x.items for x in parts]), torch.cat([x.scores for x in parts]))
+
+
+class DomainItems:
+    """The items of several domains, ranked for users who share nothing but the model.
+
+    Args:
+        catalog: of the model.
+        domains: domain ids, in the order of what is found.
+        k: items of each domain; no more than the largest of them has.
+        scorer: scores users against items.
+
+    Attributes:
+        k: items of each domain that are returned at most.
+
+    Raises:
+        InputError: a domain without items.
+    """
+
+    def __init__(
+        self, catalog: DomainCatalog, domains: Sequence[int], k: int, scorer: Scorer
+    ) -> None:
+        self._catalog, self._domains = catalog, list(domains)
+        self._pools = [catalog.items_of(domain) for domain in self._domains]
+        for domain, pool in zip(self._domains, self._pools):
+            if not pool.numel():
+                raise InputError(
+                    f"domain {catalog.domain_names[domain]!r} has no items to recommend; leave it "
+                    "out"
+                )
+        self.k = min(k, max(pool.numel() for pool in self._pools))
+        with torch.no_grad():
+            self._scores = [scorer(pool) for pool in self._pools]
+
+    def best(self, vectors: Tensor, seen: Histories | None) -> BestItems:
+        """Rank the items of every domain.
+
+        Args:
+            vectors: (B, D, K) what each user is scored by in each domain.
+            seen: of the same users, whose items are no candidates; None: all items are.
+
+        Raises:
+            HstuXdError: a score is not a number.
+        """
+        found = [self._rank(seen, vectors[:, n], n) for n in range(len(self._domains))]
+        items, scores = (torch.stack(each, dim=1) for each in zip(*found, strict=True))
+        return BestItems(items, scores)
+
+    def _rank(self, seen: Histories | None, vectors: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Return the (B, k) best items of one of the domains and their scores."""
+        pool = self._pools[number]
+        k = min(self.k, pool.numel())
+        items = torch.zeros(len(vectors), self.k, dtype=torch.int64)
+        owners, met = items.new_empty(0), items.new_empty(0)
+        if seen is not None:
+            inside = self._catalog.domain_of(seen.item_ids) == self._domains[number]
+            owners, met = seen.owners[inside], torch.searchsorted(pool, seen.item_ids[inside])
+        found, size = [], max(1, BLOCK_SCORES // pool.numel())
+        for start in range(0, len(vectors), size):
+            scores = self._scores[number](vectors[start : start + size])
+            first, last = torch.searchsorted(owners, torch.tensor([start, start + size])).tolist()
+            scores[owners[first:last] - start, met[first:last]] = float("-inf")
+            found.append(scores.topk(k))
+        best = torch.cat([each.values for each in found])
+        if bool(best.isnan().any()):
+            raise HstuXdError(
+                "scores are not numbers: the model has diverged; train again with a lower "
+                "learning rate or take an earlier checkpoint"
+            )
+        places = torch.cat([each.indices for each in found])
+        items[:, :k] = pool[places].masked_fill_(best == float("-inf"), 0)
+        return items, torch.nn.functional.pad(best, (0, self.k - k), value=float("-inf"))
+
 
 class BulkRecommender:
-    """Ranks the items of several domains for users who share nothing but the model.
+    """Encodes histories and ranks the items of several domains for them.
 
     Args:
         trained: the run.
@@ -144,17 +233,8 @@ class BulkRecommender:
     ) -> None:
         self._model, self._domains = trained.ranker, list(domains)
         self._window, self._protocol, self._at = window, protocol, at
-        catalog = trained.ranker.catalog
-        self._pools = [catalog.items_of(domain) for domain in self._domains]
-        for domain, pool in zip(self._domains, self._pools):
-            if not pool.numel():
-                raise InputError(
-                    f"domain {catalog.domain_names[domain]!r} has no items to recommend; leave it "
-                    "out"
-                )
-        self.k = min(k, max(pool.numel() for pool in self._pools))
-        with torch.no_grad():
-            self._scores = [trained.scorer(pool) for pool in self._pools]
+        self._items = DomainItems(trained.ranker.catalog, self._domains, k, trained.scorer)
+        self.k = self._items.k
 
     @torch.no_grad()
     def best(self, histories: Histories) -> BestItems:
@@ -163,45 +243,14 @@ class BulkRecommender:
         Raises:
             HstuXdError: a score is not a number.
         """
-        items, scores = [], []
-        number = histories.offsets.numel() - 1
+        found, number = [], histories.offsets.numel() - 1
         for start in range(0, number, BATCH_USERS):
-            part = _slice(histories, start, min(start + BATCH_USERS, number))
+            part = histories.of_users(start, min(start + BATCH_USERS, number))
             vectors = user_vectors(
                 self._model, part.latest(self._window), self._domains, at=self._at
             )
-            found = [self._rank(part, vectors[:, n], n) for n in range(len(self._domains))]
-            items.append(torch.stack([each[0] for each in found], dim=1))
-            scores.append(torch.stack([each[1] for each in found], dim=1))
-        return BestItems(torch.cat(items), torch.cat(scores))
-
-    def _rank(self, histories: Histories, vectors: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Return the (B, k) best items of one of the domains and their scores."""
-        pool, catalog = self._pools[number], self._model.catalog
-        k = min(self.k, pool.numel())
-        items = torch.zeros(len(vectors), self.k, dtype=torch.int64)
-        found = []
-        owners, seen = histories.owners, histories.item_ids
-        if self._protocol.exclude_seen:
-            inside = catalog.domain_of(seen) == self._domains[number]
-            owners, seen = owners[inside], torch.searchsorted(pool, seen[inside])
-        else:
-            owners, seen = owners[:0], seen[:0]
-        size = max(1, BLOCK_SCORES // pool.numel())
-        for start in range(0, len(vectors), size):
-            scores = self._scores[number](vectors[start : start + size])
-            first, last = torch.searchsorted(owners, torch.tensor([start, start + size])).tolist()
-            scores[owners[first:last] - start, seen[first:last]] = float("-inf")
-            found.append(scores.topk(k))
-        best = torch.cat([each.values for each in found])
-        if bool(best.isnan().any()):
-            raise HstuXdError(
-                "scores are not numbers: the model has diverged; train again with a lower "
-                "learning rate or take an earlier checkpoint"
-            )
-        places = torch.cat([each.indices for each in found])
-        items[:, :k] = pool[places].masked_fill_(best == float("-inf"), 0)
-        return items, torch.nn.functional.pad(best, (0, self.k - k), value=float("-inf"))
+            found.append(self._items.best(vectors, part if self._protocol.exclude_seen else None))
+        return BestItems.joined(found)
 
 
 def user_vectors(
@@ -261,13 +310,3 @@ def _reads_domain(model: CrossDomainHSTU) -> bool:
 def _takes_questions(model: CrossDomainHSTU) -> bool:
     """Whether the layers are known to keep questions apart from what they are put to."""
     return model.settings.normalization == "silu" and not isinstance(model.settings.layer, Part)
-
-
-def _slice(histories: Histories, start: int, end: int) -> Histories:
-    """Return the histories of users ``start..end - 1``."""
-    first, last = histories.offsets[[start, end]].tolist()
-    return Histories(
-        histories.item_ids[first:last],
-        histories.timestamps[first:last],
-        histories.offsets[start : end + 1] - first,
-    )

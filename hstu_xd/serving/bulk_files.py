@@ -21,9 +21,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import HstuXdError, InputError, Interrupted
 from hstu_xd.files import only_writer, partial_file
-from hstu_xd.serving.bulk import BestItems, BulkRecommender, HistoryReader
+from hstu_xd.serving.bulk import BestItems
 from hstu_xd.training.distributed import World
 from hstu_xd.training.interruption import StopRequest, signal_name, stop_requests
 
@@ -31,6 +32,9 @@ FORMATS = ("parquet", "csv", "jsonl")
 # Rows of a part, and so of a row group: some 30 MB in memory.
 PART_ROWS = 400_000
 _PLAN = "plan.json"
+
+# Given (B,) user indices of a store, what is best for these users.
+BestOf = Callable[[np.ndarray], BestItems]
 
 
 def format_of(out: Path, asked: str | None) -> str:
@@ -87,8 +91,8 @@ class BulkRequest:
 
 def write_recommendations(
     request: BulkRequest,
-    recommender: BulkRecommender,
-    reader: HistoryReader,
+    best_of: BestOf,
+    store: InteractionStore,
     catalog: DomainCatalog,
     here: World,
     *,
@@ -98,8 +102,8 @@ def write_recommendations(
 
     Args:
         request: who and where; the same in all processes.
-        recommender: ranks the items of the request's domains.
-        reader: of the users' histories.
+        best_of: ranks the items of the request's domains.
+        store: names the users.
         catalog: of the model.
         here: this process among those that share the work.
         announce: called in the first process, with a line after every part.
@@ -133,7 +137,7 @@ def write_recommendations(
 
         try:
             here.in_main(begin)
-            _write_parts(request, recommender, reader, catalog, here, announce)
+            _write_parts(request, best_of, store, catalog, here, announce)
             return here.from_main(lambda: _join(request))
         except OSError as error:
             raise HstuXdError(
@@ -158,8 +162,8 @@ def _begin(request: BulkRequest, plan: str, announce: Callable[[str], object]) -
 
 def _write_parts(
     request: BulkRequest,
-    recommender: BulkRecommender,
-    reader: HistoryReader,
+    best_of: BestOf,
+    store: InteractionStore,
     catalog: DomainCatalog,
     here: World,
     announce: Callable[[str], object],
@@ -176,8 +180,7 @@ def _write_parts(
     began, todo, stop = time.perf_counter(), left, StopRequest()
 
     def compute(users: np.ndarray) -> bytes:
-        best = recommender.best(reader.read(users))
-        found = _table(best, reader.store.user_tokens(users), request.domains, tokens)
+        found = _table(best_of(users), store.user_tokens(users), request.domains, tokens)
         written = pa.BufferOutputStream()
         parquet.write_table(found, written, compression="zstd")
         return written.getvalue().to_pybytes()

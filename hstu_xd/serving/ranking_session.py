@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hstu_xd.data.requests import RequestSet
 from hstu_xd.data.store import InteractionStore
-from hstu_xd.errors import InputError, did_you_mean
+from hstu_xd.errors import InputError
 from hstu_xd.ranking.batches import RequestBatch, RequestData, joined
 from hstu_xd.ranking.histories import HistoryIndex
 from hstu_xd.ranking.run import ServedRanker, open_store
@@ -196,18 +196,9 @@ class RankingSession:
     def _batch(
         self, user: str, candidates: NDArray[np.int64], goal_name: str | None, timestamp: int | None
     ) -> RequestBatch:
-        goal, state = self._goal(goal_name), self._state(user)
+        goal, state = self._ranker.goal(goal_name), self._state(user)
         time = _time_of(state, timestamp)
-        asked = RequestSet(
-            users=np.zeros(1, np.int64),
-            times=np.array([time], np.int64),
-            goals=np.array([goal], np.int64),
-            splits=np.zeros(1, np.int8),
-            offsets=np.array([0, len(candidates)], np.int64),
-            candidates=candidates,
-            labels=np.zeros(len(candidates), np.float32),
-            goal_names=self.goals,
-        )
+        asked = RequestSet.unanswered(np.array([time], np.int64), goal, self.goals, candidates)
         return RequestData(state.index, asked, self._ranker.settings).batch(np.zeros(1, np.int64))
 
     @torch.no_grad()
@@ -261,15 +252,6 @@ class RankingSession:
         if self._versions is not None:
             state.version = self._versions.following(user)
         self._cache.keep(user, state)
-
-    def _goal(self, name: str | None) -> int:
-        if name is None and len(self.goals) == 1:
-            return 0
-        if name not in self.goals:
-            told = "no goal is named" if name is None else f"unknown goal {name!r}"
-            hint = "" if name is None else did_you_mean(name, self.goals)
-            raise InputError(f"{told}; the model has {', '.join(self.goals)}{hint}")
-        return self.goals.index(name)
 
 
 def history_of(store: InteractionStore) -> History:

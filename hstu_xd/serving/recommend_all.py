@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,14 +12,16 @@ import polars as pl
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.files import check_output_file, check_readable, sha256_of
-from hstu_xd.serving.bulk import BulkRecommender, HistoryReader
+from hstu_xd.ranking.run import ServedRanker
+from hstu_xd.serving.bulk import BestItems, BulkRecommender, Histories, HistoryReader
 from hstu_xd.serving.bulk_files import (
     BulkRequest,
     format_of,
     write_recommendations,
 )
+from hstu_xd.serving.tower_search import TowersForAll
 from hstu_xd.training.checkpoint import MODEL_FILE
-from hstu_xd.training.distributed import world
+from hstu_xd.training.distributed import World, world
 from hstu_xd.training.run import load_trained
 from hstu_xd.training.run_facts import CONFIG_FILE, open_data, read_run
 from hstu_xd.version import __version__
@@ -105,31 +108,102 @@ def recommend_to_all(
         served, unserved = find_users(reader, wanted)
         if at is not None:
             refuse_earlier(reader, at, served)
-        request = BulkRequest(
-            served,
-            names,
-            recommender.k,
-            out,
-            named,
-            {
-                "version": __version__,
-                "run": [sha256_of(run / name) for name in (MODEL_FILE, CONFIG_FILE)],
-                "data": store.manifest["hashes"],
-                "users": hashlib.sha256(served.tobytes()).hexdigest(),
-                "protocol": protocol.as_json(),
-                "at": at,
-            },
-        )
-        listed = here.from_main(lambda: list_unserved(out, _reasons(unserved)))
         if here.is_main and reader.unknown_items:
             announce(
                 f"{reader.unknown_items:,} of {store.num_items:,} items of {store.path} are "
                 "unknown to the model; their events are left out"
             )
-        if here.is_main:
-            announce(f"{len(served):,} users x {len(names)} domains, {recommender.k} items each")
-        rows = write_recommendations(request, recommender, reader, catalog, here, announce=announce)
-    return BulkSummary(out, rows, len(served), names, unserved, listed)
+        asked = {"protocol": protocol.as_json(), "at": at}
+        request = BulkRequest(
+            served, names, recommender.k, out, named, _facts_of(run, store, served) | asked
+        )
+        return _write(request, recommender.best, reader, unserved, here, announce)
+
+
+def recommend_by_towers(
+    run: Path,
+    out: Path,
+    *,
+    store: InteractionStore,
+    goal: str | None,
+    k: int,
+    users: Path | None = None,
+    domains: Sequence[str] | None = None,
+    at: int | None = None,
+    exclude_seen: bool = False,
+    file_format: str | None = None,
+    force: bool = False,
+    announce: Callable[[str], object] = lambda line: None,
+) -> BulkSummary:
+    """Write what :func:`recommend_to_all` does, by a ranking run of towers; scores are chances.
+
+    Args:
+        run: a ranking run of towers.
+        out, k, users, domains, file_format, force, announce: as there.
+        store: whose histories are read, of :func:`hstu_xd.ranking.run.open_store`.
+        goal: that items are wanted for; None: the only one.
+        at: time of all requests, events at or after which are not read; None: right after each
+            user's last event.
+        exclude_seen: whether items of a history are no candidates.
+
+    Raises:
+        InputError: no towers, unknown goals or domains, no known user, or an output that cannot be
+            written.
+    """
+    named, wanted = format_of(out, file_format), None if users is None else read_users(users)
+    with world(on_cpu=True) as here:
+        here.in_main(lambda: check_output_file(out, force=force))
+        ranker = ServedRanker.of(run, store)
+        names = list(dict.fromkeys(domains)) if domains else list(ranker.catalog.domain_names)
+        towers = TowersForAll(
+            ranker,
+            goal,
+            [ranker.catalog.domain_index(name) for name in names],
+            k,
+            at=at,
+            exclude_seen=exclude_seen,
+        )
+        reader = HistoryReader(store, ranker.catalog)
+        served, unserved = find_users(reader, wanted)
+        asked = {"goal": ranker.goal(goal), "exclude_seen": exclude_seen, "at": at}
+        request = BulkRequest(
+            served, names, towers.k, out, named, _facts_of(run, store, served) | asked
+        )
+        return _write(request, towers.best, reader, unserved, here, announce)
+
+
+def _facts_of(run: Path, store: InteractionStore, users: np.ndarray) -> dict[str, Any]:
+    """Return what of run, log and users decides about the numbers."""
+    return {
+        "version": __version__,
+        "run": [sha256_of(run / name) for name in (MODEL_FILE, CONFIG_FILE)],
+        "data": store.manifest["hashes"],
+        "users": hashlib.sha256(users.tobytes()).hexdigest(),
+    }
+
+
+def _write(
+    request: BulkRequest,
+    best: Callable[[Histories], BestItems],
+    reader: HistoryReader,
+    unserved: dict[str, str],
+    here: World,
+    announce: Callable[[str], object],
+) -> BulkSummary:
+    """Write the file of a request, and who is not in it beside it."""
+    listed = here.from_main(lambda: list_unserved(request.out, _reasons(unserved)))
+    number, names = len(request.users), request.domains
+    if here.is_main:
+        announce(f"{number:,} users x {len(names)} domains, {request.k} items each")
+    rows = write_recommendations(
+        request,
+        lambda users: best(reader.read(users)),
+        reader.store,
+        reader.catalog,
+        here,
+        announce=announce,
+    )
+    return BulkSummary(request.out, rows, number, names, unserved, listed)
 
 
 def _reasons(unserved: Mapping[str, str]) -> pl.DataFrame:

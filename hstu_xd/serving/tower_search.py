@@ -1,16 +1,21 @@
-"""The best items for a user and a goal by towers: of a domain, or of the whole catalogue."""
+"""The best items for a user and a goal by towers, of a domain or of all; and for many users."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.data.requests import RequestSet
 from hstu_xd.errors import InputError
-from hstu_xd.ranking.batches import RequestBatch
+from hstu_xd.objectives.objective import DotProduct
+from hstu_xd.ranking.batches import RequestBatch, RequestData
+from hstu_xd.ranking.histories import HistoryIndex
 from hstu_xd.ranking.run import ServedRanker
 from hstu_xd.ranking.towers import TowerRanker
+from hstu_xd.serving.bulk import BATCH_USERS, BestItems, DomainItems, Histories
 from hstu_xd.serving.ranking_session import RankingSession
 from hstu_xd.serving.retrieval import ItemIndex
 
@@ -69,15 +74,8 @@ class TowerSearch:
     """
 
     def __init__(self, ranker: ServedRanker, retrieval: str = "exact") -> None:
-        if not isinstance(ranker.model, TowerRanker):
-            kind = ranker.settings.interest.kind
-            raise InputError(
-                f"xd_interest.kind = {kind!r} reads the candidate together with the history, so "
-                "that no index finds its best items; rank given candidates (hstu-xd score, POST "
-                "/v1/rank), or train with xd_interest.kind = 'towers'"
-            )
-        self._towers, self._catalog = ranker.model, ranker.catalog
-        self._index = ItemIndex(_Items(ranker.catalog, ranker.model), retrieval)
+        self._towers, self._catalog = towers_of(ranker), ranker.catalog
+        self._index = ItemIndex(_Items(ranker.catalog, self._towers), retrieval)
 
     def best(self, session: RankingSession, request: BestRequest) -> list[tuple[str, float]]:
         """Return the names of the best items with the chances that they are taken, best first.
@@ -127,6 +125,95 @@ class TowerSearch:
             names = [self._catalog.token(item) for item, _ in best]
             lists.append(list(zip(names, logits.double().sigmoid().tolist())))
         return lists
+
+
+class TowersForAll:
+    """The best items of several domains for many users at once, for one goal.
+
+    Args:
+        ranker: towers, and what belongs to them.
+        goal: name; None: the only one.
+        domains: domain ids.
+        k: items of each domain; no more than the largest of them has.
+        at: time of all requests, events at or after which are not read; None: right after each
+            user's last event.
+        exclude_seen: leave out items of the history that is read.
+
+    Attributes:
+        k: items of each domain that are returned at most.
+
+    Raises:
+        InputError: the ranker is none of towers, an unknown goal, or a domain without items.
+    """
+
+    def __init__(
+        self,
+        ranker: ServedRanker,
+        goal: str | None,
+        domains: Sequence[int],
+        k: int,
+        *,
+        at: int | None = None,
+        exclude_seen: bool = False,
+    ) -> None:
+        self._ranker, self._towers, self._goal = ranker, towers_of(ranker), ranker.goal(goal)
+        self._num_domains, self._at, self._exclude_seen = len(domains), at, exclude_seen
+        self._items = DomainItems(ranker.catalog, domains, k, DotProduct(self._towers.item_vectors))
+        self.k = self._items.k
+
+    @torch.no_grad()
+    def best(self, histories: Histories) -> BestItems:
+        """Rank the items of every domain for B users; scores are chances.
+
+        Raises:
+            HstuXdError: a score is not a number.
+        """
+        found, number = [], histories.offsets.numel() - 1
+        for start in range(0, number, BATCH_USERS):
+            part = histories.of_users(start, min(start + BATCH_USERS, number))
+            times = self._times(part)
+            vectors = self._towers.user_vectors(self._batch(part, times))[:, self._goal]
+            seen = part.chosen(part.timestamps < times[part.owners])
+            found.append(
+                self._items.best(
+                    vectors.unsqueeze(1).expand(-1, self._num_domains, -1),
+                    seen if self._exclude_seen else None,
+                )
+            )
+        best, bias = BestItems.joined(found), self._towers.bias[self._goal]
+        return BestItems(best.items, (best.scores + bias).double().sigmoid())
+
+    def _times(self, histories: Histories) -> Tensor:
+        """Return the time of each user's request: (B,) int64."""
+        if self._at is not None:
+            return torch.full((histories.offsets.numel() - 1,), self._at)
+        return histories.timestamps[histories.offsets[1:] - 1] + 1
+
+    def _batch(self, histories: Histories, times: Tensor) -> RequestBatch:
+        """Find what the towers read of users, none of whom is without events."""
+        index = HistoryIndex(
+            self._ranker.levels,
+            histories.offsets.numpy(),
+            histories.item_ids.numpy(),
+            histories.timestamps.numpy(),
+        )
+        asked = RequestSet.unanswered(times.numpy(), self._goal, self._ranker.goals)
+        return RequestData(index, asked, self._ranker.settings).batch(np.arange(len(times)))
+
+
+def towers_of(ranker: ServedRanker) -> TowerRanker:
+    """Return the towers of a ranker.
+
+    Raises:
+        InputError: it has none.
+    """
+    if isinstance(ranker.model, TowerRanker):
+        return ranker.model
+    raise InputError(
+        f"xd_interest.kind = {ranker.settings.interest.kind!r} reads the candidate together with "
+        "the history, so that no index finds its best items; rank given candidates (hstu-xd score, "
+        "POST /v1/rank), or train with xd_interest.kind = 'towers'"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from ranking_runs import DAY, START, make_runs, rank_run
 from service_client import Client, serving
@@ -162,23 +163,79 @@ def test_recommend_prints_what_score_gives(folder: Path, cli: Cli) -> None:
     assert "'nobody' has no events; found without a history" in said.err
 
 
+def test_all_users_get_what_each_would_get_alone(
+    folder: Path, session: RankingSession, cli: Cli, tmp_path: Path
+) -> None:
+    """At the end, and at a time when some have no event yet, with and without what they know."""
+    store = open_store(folder / "towers")
+    users = [store.user_token(number) for number in range(store.num_users)]
+    for at in (None, START + DAY):
+        for leave in (False, True):
+            out = tmp_path / f"{at}-{leave}.parquet"
+            words = ["--all-users", "--goal", OTHER, "--k", 25, "--out", out]
+            words += ["--at", at] if at else []
+            said = cli("recommend", folder / "towers", *words, *["--exclude-seen"] * leave)
+            assert said.code == 0, said.err
+            rows = pl.read_parquet(out)
+            assert rows.columns == ["user", "domain", "rank", "item", "score"]
+            found = rows.group_by("user", "domain", maintain_order=True).agg(
+                "rank", "item", "score"
+            )
+            assert found["user"].unique(maintain_order=True).to_list() == users
+            for user, domain, ranks, items, chances in found.iter_rows():
+                seen = (
+                    {store.catalog.token(int(i)) for i in session.seen(user, at)} if leave else ()
+                )
+                scores = by_scoring(session, BestRequest(user, OTHER, domain, timestamp=at))
+                wanted = {name: score for name, score in scores.items() if name not in seen}
+                assert ranks == [*range(1, len(ranks) + 1)]
+                is_best([*zip(items, chances, strict=True)], wanted, 25)
+
+
+def test_some_users_and_domains_in_another_format(folder: Path, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "users").write_text("u3\nstranger\nu1\n")
+    out = tmp_path / "best.csv"
+    words = ("--users", tmp_path / "users", "--domains", "d1", "--out", out, "--k", 3)
+    said = cli("recommend", folder / "one", "--all-users", *words, "--json")
+    told = json.loads(said.out)
+    assert (told["rows"], told["users"], told["domains"]) == (6, 2, ["d1"])
+    assert told["unserved"] == {"stranger": "is not in the log"}
+    assert pl.read_csv(out)["user"].to_list() == ["u3"] * 3 + ["u1"] * 3
+
+
 @pytest.mark.parametrize(
     ("run", "options", "message"),
     [
-        ("towers", ("--all-users", "--out", "f.csv"), "leave --all-users out, or take a run of"),
         (
             "towers",
             ("--user", "u1", "--log", "s"),
-            "of which recommend answers --user, with --goal",
+            "takes --goal, --at, --data, --exclude-seen, --domain, --k; leave --log",
         ),
-        ("towers", ("--goal", GOAL), "--user is missing; give --user, and --goal where"),
+        (
+            "towers",
+            ("--all-users", "--domain", "d0"),
+            "--users, --domains, --k, --format, --force; ",
+        ),
+        ("towers", ("--pairs", "p.csv"), "leave --pairs out, or take a run of hstu-xd train"),
+        ("towers", ("--goal", GOAL), "--user is missing; give --user or --all-users, and --goal"),
+        ("towers", ("--all-users", "--goal", GOAL), "--out is missing, which --all-users needs"),
+        ("towers", ("--all-users", "--out", "f.csv"), "no goal is named; the model has deal="),
         ("hard", ("--user", "u1", "--goal", GOAL), "no index finds its best items; rank given"),
+        ("hard", ("--all-users", "--out", "f.csv"), "no index finds its best items; rank given"),
     ],
 )
 def test_what_recommend_does_not_do_of_ranking_runs(
-    folder: Path, run: str, options: tuple[str, ...], message: str, cli: Cli
+    folder: Path,
+    run: str,
+    options: tuple[str, ...],
+    message: str,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     said = cli("recommend", folder / run, *options)
+    assert not [*tmp_path.iterdir()]
     assert (said.code, message in said.err) == (2, True), said.err
 
 
