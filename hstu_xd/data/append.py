@@ -6,6 +6,7 @@ events that filters dropped, cannot be made up: such stores are refused.
 """
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 logger = logging.getLogger(__name__)
-
-# Below every character that a domain's name may hold: so pairs sort as their texts do.
-_SEPARATOR = "\x00"
-
 
 def append_logs(
     inputs: Sequence[str],
@@ -212,21 +209,13 @@ def _merge(store: InteractionStore, events: Events, reader: EventReader) -> _Mer
             after = pl.col("domain").str.len_chars() + 1
             names = old_items.select(pl.col("item").str.slice(after)).to_series()
         both = (old_users, reader.users.tokens()["user"])
-        _check_spellings(
-            store, [*both, names, raw["item"], *(x["domain"].unique() for x in (old_items, raw))]
-        )
+        domains = pl.Series(store.domain_names), raw["domain"].unique()
+        _check_spellings(store, [*both, names, raw["item"], *domains])
     users = MergedTokens.of(old_users, events.users)
-    items = MergedTokens.of(_pairs(old_items), _pairs(events.items))
+    items = MergedTokens.of_items(old_items, events.items)
+    _check_domains(store, old_items, events.items.filter(items.fresh))
     all_users = users.merge(old_users.to_frame("user"), events.users.to_frame("user"))["user"]
     all_items = items.merge(old_items, events.items)
-    shared = all_items.filter(all_items["item"].is_duplicated())
-    if len(shared):
-        raise InputError(
-            f"item {shared['item'].min()!r} is in domains "
-            f"{' and '.join(map(repr, sorted(shared['domain'].head(2))))}, of {store.path} and the "
-            "new logs; give it one, or put the domain before every item's id in all of them with "
-            "--prefix-items"
-        )
     by_hash = store.manifest["ties"]["order"] == "hash" and not events.moments.finer
     added, tied = in_time_order(events)
     added = Histories(users.new[added.user], items.new[added.item], added.time)
@@ -239,10 +228,23 @@ def _merge(store: InteractionStore, events: Events, reader: EventReader) -> _Mer
     return _Merged(all_users, all_items, merger, tied, repeats)
 
 
-def _pairs(items: "pl.DataFrame") -> "pl.Series":
-    import polars as pl
+def _check_domains(store: InteractionStore, old: "pl.DataFrame", fresh: "pl.DataFrame") -> None:
+    """Refuse new items that are old ones of another domain.
 
-    return items.select(pl.concat_str("domain", "item", separator=_SEPARATOR)).to_series()
+    Raises:
+        InputError: names one.
+    """
+    if fresh.is_empty():
+        return
+    shared = old.filter(old["item"].is_in(fresh["item"].implode())).sort("item")
+    if len(shared):
+        item, domain = shared.row(0)
+        other = fresh.filter(fresh["item"] == item)["domain"][0]
+        raise InputError(
+            f"item {item!r} is in domains {' and '.join(map(repr, sorted((domain, other))))}, of "
+            f"{store.path} and the new logs; give it one, or put the domain before every item's id "
+            "in all of them with --prefix-items"
+        )
 
 
 def _check_spellings(store: InteractionStore, tokens: "Sequence[pl.Series]") -> None:
@@ -278,13 +280,34 @@ class MergedTokens:
     @classmethod
     def of(cls, old: "pl.Series", new: "pl.Series") -> "MergedTokens":
         """Place tokens: both ascending, each token once."""
-        place = old.search_sorted(new, side="left").to_numpy().astype(np.int64)
-        inside = np.minimum(place, len(old) - 1)
-        fresh = (place == len(old)) | (old.gather(inside) != new).to_numpy()
+        return cls._at(*_found(old, new), len(old))
+
+    @classmethod
+    def of_items(cls, old: "pl.DataFrame", new: "pl.DataFrame") -> "MergedTokens":
+        """Place items: columns item and domain, both sorted by domain and item, each item once."""
+        names, ends = _runs(old["domain"])
+        starts = [0, *ends]
+        places, fresh, first = [], [], 0
+        for name, end in zip(*_runs(new["domain"]), strict=True):
+            at = bisect_left(names, name)
+            size = ends[at] - starts[at] if name in names[at : at + 1] else 0
+            place, is_fresh = _found(
+                old["item"].slice(starts[at], size), new["item"].slice(first, end - first)
+            )
+            places.append(place + starts[at])
+            fresh.append(is_fresh)
+            first = end
+        return cls._at(np.concatenate(places), np.concatenate(fresh), len(old))
+
+    @classmethod
+    def _at(
+        cls, place: NDArray[np.int64], fresh: NDArray[np.bool_], num_old: int
+    ) -> "MergedTokens":
+        """Number tokens of which so many old ones are smaller."""
         # A fresh token goes before the old one at its place.
-        before = np.bincount(place[fresh], minlength=len(old) + 1)[: len(old)]
-        old_places = np.arange(len(old), dtype=np.int32) + np.cumsum(before, dtype=np.int32)
-        new_places = old_places[inside]
+        before = np.bincount(place[fresh], minlength=num_old + 1)[:num_old]
+        old_places = np.arange(num_old, dtype=np.int32) + np.cumsum(before, dtype=np.int32)
+        new_places = old_places.take(place, mode="clip")
         new_places[fresh] = place[fresh] + np.arange(int(fresh.sum()))
         return cls(old_places, new_places, fresh)
 
@@ -292,7 +315,24 @@ class MergedTokens:
         """Return the rows of both in their places, rows of a token that is in both once."""
         import polars as pl
 
+        if not self.fresh.any():
+            return old
         rows = np.empty(len(self.old) + int(self.fresh.sum()), np.int64)
         rows[self.old] = np.arange(len(self.old))
         rows[self.new[self.fresh]] = np.arange(len(self.old), len(rows))
         return pl.concat([old, new.filter(pl.Series(self.fresh))])[rows]
+
+
+def _found(old: "pl.Series", new: "pl.Series") -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return how many old tokens are below each new one, and whether it is none of them."""
+    place = old.search_sorted(new, side="left").to_numpy().astype(np.int64)
+    if old.is_empty():
+        return place, np.ones(len(new), np.bool_)
+    same = (old.gather(np.minimum(place, len(old) - 1)) == new).to_numpy()
+    return place, (place == len(old)) | ~same
+
+
+def _runs(column: "pl.Series") -> tuple[list[str], list[int]]:
+    """Return the values of a sorted column, and the row after the last one of each."""
+    runs = column.rle().struct
+    return runs.field("value").to_list(), runs.field("len").cum_sum().to_list()

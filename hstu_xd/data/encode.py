@@ -25,6 +25,7 @@ from hstu_xd.data.ids import (
     missing_as_text,
     number_tokens,
     odd_ids,
+    repeated,
     tidy,
 )
 from hstu_xd.data.reading import FileFacts
@@ -258,9 +259,9 @@ class EventReader:
         check_domain_characters(items["domain"])
         users, user_ranks = number_tokens(users.select("user"))
         items, item_ranks = number_tokens(items.select("domain", "item"))
-        shared = items.filter(items["item"].is_duplicated())
+        shared = repeated(items["item"])
         if len(shared):
-            raise_item_in_two_domains(self.sources, str(shared["item"].min()))
+            raise_item_in_two_domains(self.sources, str(shared.min()))
         with ThreadPoolExecutor(1) as pool:
             user_codes = pool.submit(renumber, self.user, user_ranks)
             item = renumber(self.item, item_ranks)
@@ -359,11 +360,11 @@ def doubts_of_ids(
         count_users: counts the events of each user, which is done where one looks so.
         count_items: likewise.
     """
-    names = items["domain"].unique(maintain_order=True)
+    domains = items["domain"].rle().struct
+    sizes, names = domains.field("len").to_numpy(), domains.field("value")
 
     def count_domains() -> NDArray[np.int64]:
-        domains = items["domain"].rle_id().to_numpy()
-        return np.bincount(domains, weights=count_items()).astype(np.int64)
+        return np.add.reduceat(count_items(), np.cumsum(sizes, dtype=np.int64) - sizes)
 
     user, item, domain = map(TokenBytes, (users, items["item"], names))
     found = (

@@ -82,9 +82,9 @@ class Log:
 
 def domains_of(items: "pl.DataFrame") -> tuple[list[str], NDArray[np.int32]]:
     """Domain names in order and the domain id of each row, of items sorted by domain."""
-    names = items["domain"].unique(maintain_order=True)
-    ids = items["domain"].rle_id().to_numpy().astype(np.int32)
-    return names.to_list(), ids
+    runs = items["domain"].rle().struct
+    names, sizes = runs.field("value").to_list(), runs.field("len").to_numpy()
+    return names, np.repeat(np.arange(len(names), dtype=np.int32), sizes)
 
 
 def write_store(
