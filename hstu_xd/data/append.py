@@ -6,7 +6,6 @@ events that filters dropped, cannot be made up: such stores are refused.
 """
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from numpy.typing import NDArray
 from hstu_xd.data import store_files
 from hstu_xd.data.encode import EventReader, Events, IdOptions, doubts_of_ids, read_log
 from hstu_xd.data.filters import Filters
-from hstu_xd.data.ids import respellable
+from hstu_xd.data.known_ids import KnownIds
 from hstu_xd.data.mapped_files import map_array
 from hstu_xd.data.merging import EventMerger
-from hstu_xd.data.order import Histories, in_time_order
+from hstu_xd.data.order import in_time_order
 from hstu_xd.data.prepare import EXACT_IDS, PREFIXED, facts_of, tell_of_files, write_prepared
 from hstu_xd.data.repeats import count_repeats
 from hstu_xd.data.sources import ReadOptions, open_sources
@@ -86,7 +85,7 @@ def append_logs(
     ids = IdOptions(exact=EXACT_IDS in old.manifest, prefix_items=PREFIXED in old.manifest)
     options = ReadOptions(columns, time_unit, quote)
     sources = open_sources(inputs, file_format=file_format, options=options, tell=tell)
-    events, reader = read_log(sources, ids, tell=tell)
+    events, reader = read_log(sources, ids, tell=tell, known=_known_ids(old))
     tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
     merged = _merge(old, events, reader)
     with replaced_folder(out, force=force) as folder:
@@ -191,148 +190,27 @@ class _Merged:
 
 
 def _merge(store: InteractionStore, events: Events, reader: EventReader) -> _Merged:
-    """Merge the ids of a store and of events, and place the events.
+    """Place the events among those of a store.
 
     Raises:
-        InputError: ids that contradict each other or may be written otherwise, or events whose
-            order is unknown.
+        InputError: events whose order is unknown.
     """
-    import polars as pl
-
-    old_users = pl.read_parquet(store.path / store_files.USERS)["user"]
-    old_items = pl.read_parquet(store.path / store_files.CATALOG).select("item", "domain")
-    if EXACT_IDS not in store.manifest:
-        raw = reader.items.tokens()
-        names = old_items["item"]
-        if PREFIXED in store.manifest:
-            # Spellings were judged before the domain was put in front.
-            after = pl.col("domain").str.len_chars() + 1
-            names = old_items.select(pl.col("item").str.slice(after)).to_series()
-        both = (old_users, reader.users.tokens()["user"])
-        domains = pl.Series(store.domain_names), raw["domain"].unique()
-        _check_spellings(store, [*both, names, raw["item"], *domains])
-    users = MergedTokens.of(old_users, events.users)
-    items = MergedTokens.of_items(old_items, events.items)
-    _check_domains(store, old_items, events.items.filter(items.fresh))
-    all_users = users.merge(old_users.to_frame("user"), events.users.to_frame("user"))["user"]
-    all_items = items.merge(old_items, events.items)
+    assert reader.merged is not None
+    users, items, old_users, old_items, _, _ = reader.merged
     by_hash = store.manifest["ties"]["order"] == "hash" and not events.moments.finer
     added, tied = in_time_order(events)
-    added = Histories(users.new[added.user], items.new[added.item], added.time)
     merger = EventMerger.of(
-        store, users.old, items.old, added, num_users=len(all_users), by_hash=by_hash
+        store, old_users, old_items, added, num_users=len(users), by_hash=by_hash
     )
-    change = merger.order_ties(all_users, all_items)
+    change = merger.order_ties(users, items)
     tied += store.manifest["ties"]["events"] + change.tied
     repeats = store.manifest["duplicates"] + count_repeats(added) + change.repeats
-    return _Merged(all_users, all_items, merger, tied, repeats)
+    return _Merged(users, items, merger, tied, repeats)
 
 
-def _check_domains(store: InteractionStore, old: "pl.DataFrame", fresh: "pl.DataFrame") -> None:
-    """Refuse new items that are old ones of another domain.
+def _known_ids(store: InteractionStore) -> KnownIds:
+    import polars as pl
 
-    Raises:
-        InputError: names one.
-    """
-    if fresh.is_empty():
-        return
-    shared = old.filter(old["item"].is_in(fresh["item"].implode())).sort("item")
-    if len(shared):
-        item, domain = shared.row(0)
-        other = fresh.filter(fresh["item"] == item)["domain"][0]
-        raise InputError(
-            f"item {item!r} is in domains {' and '.join(map(repr, sorted((domain, other))))}, of "
-            f"{store.path} and the new logs; give it one, or put the domain before every item's id "
-            "in all of them with --prefix-items"
-        )
-
-
-def _check_spellings(store: InteractionStore, tokens: "Sequence[pl.Series]") -> None:
-    """Refuse ids that are written as others are: whether 12.0 is 12 follows from all of a log.
-
-    Raises:
-        InputError: names one.
-    """
-    for column in tokens:
-        odd = respellable(column)
-        if len(odd):
-            raise InputError(
-                f"{store.path} cannot be appended to: how ids such as {odd.min()!r} are written "
-                "(decimals, accents, unseen characters) follows from all ids of a log; prepare all "
-                "logs together, or the store with --exact-ids first"
-            )
-
-
-@dataclass(frozen=True)
-class MergedTokens:
-    """Two sorted sets of tokens in one.
-
-    Attributes:
-        old: (n,) int32, the place of each old token in the whole.
-        new: (m,) int32, that of each new one.
-        fresh: (m,) bool, the new ones that are no old ones.
-    """
-
-    old: NDArray[np.int32]
-    new: NDArray[np.int32]
-    fresh: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, old: "pl.Series", new: "pl.Series") -> "MergedTokens":
-        """Place tokens: both ascending, each token once."""
-        return cls._at(*_found(old, new), len(old))
-
-    @classmethod
-    def of_items(cls, old: "pl.DataFrame", new: "pl.DataFrame") -> "MergedTokens":
-        """Place items: columns item and domain, both sorted by domain and item, each item once."""
-        names, ends = _runs(old["domain"])
-        starts = [0, *ends]
-        places, fresh, first = [], [], 0
-        for name, end in zip(*_runs(new["domain"]), strict=True):
-            at = bisect_left(names, name)
-            size = ends[at] - starts[at] if name in names[at : at + 1] else 0
-            place, is_fresh = _found(
-                old["item"].slice(starts[at], size), new["item"].slice(first, end - first)
-            )
-            places.append(place + starts[at])
-            fresh.append(is_fresh)
-            first = end
-        return cls._at(np.concatenate(places), np.concatenate(fresh), len(old))
-
-    @classmethod
-    def _at(
-        cls, place: NDArray[np.int64], fresh: NDArray[np.bool_], num_old: int
-    ) -> "MergedTokens":
-        """Number tokens of which so many old ones are smaller."""
-        # A fresh token goes before the old one at its place.
-        before = np.bincount(place[fresh], minlength=num_old + 1)[:num_old]
-        old_places = np.arange(num_old, dtype=np.int32) + np.cumsum(before, dtype=np.int32)
-        new_places = old_places.take(place, mode="clip")
-        new_places[fresh] = place[fresh] + np.arange(int(fresh.sum()))
-        return cls(old_places, new_places, fresh)
-
-    def merge(self, old: "pl.DataFrame", new: "pl.DataFrame") -> "pl.DataFrame":
-        """Return the rows of both in their places, rows of a token that is in both once."""
-        import polars as pl
-
-        if not self.fresh.any():
-            return old
-        rows = np.empty(len(self.old) + int(self.fresh.sum()), np.int64)
-        rows[self.old] = np.arange(len(self.old))
-        rows[self.new[self.fresh]] = np.arange(len(self.old), len(rows))
-        return pl.concat([old, new.filter(pl.Series(self.fresh))])[rows]
-
-
-def _found(old: "pl.Series", new: "pl.Series") -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return how many old tokens are below each new one, and whether it is none of them."""
-    place = old.search_sorted(new, side="left").to_numpy().astype(np.int64)
-    if old.is_empty():
-        return place, np.ones(len(new), np.bool_)
-    same = (old.gather(np.minimum(place, len(old) - 1)) == new).to_numpy()
-    return place, (place == len(old)) | ~same
-
-
-def _runs(column: "pl.Series") -> tuple[list[str], list[int]]:
-    """Return the values of a sorted column, and the row after the last one of each."""
-    runs = column.rle().struct
-    return runs.field("value").to_list(), runs.field("len").cum_sum().to_list()
+    users = pl.read_parquet(store.path / store_files.USERS)["user"]
+    items = pl.read_parquet(store.path / store_files.CATALOG).select("item", "domain")
+    return KnownIds(store.path, users, items, PREFIXED in store.manifest)
