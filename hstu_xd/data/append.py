@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 def append_logs(
     inputs: Sequence[str],
     store: Path,
