@@ -154,7 +154,9 @@ class EventReader:
         if known is not None:
             user, item = _hashes()
             tables = known.users.to_frame("user").select(user), known.as_read.select(item)
-            self.users, self.items = (TokenDictionary(x.to_series().to_numpy()) for x in tables)
+            with ThreadPoolExecutor(2) as pool:
+                hashes = (table.to_series().to_numpy() for table in tables)
+                self.users, self.items = pool.map(TokenDictionary, hashes)
         self.user: list[NDArray[np.int32]] = []
         self.item: list[NDArray[np.int32]] = []
         self.seconds: list[NDArray[np.int64]] = []

@@ -176,7 +176,10 @@ class _Pattern(NamedTuple):
         """Return the ids that the expression fits."""
         if not look.have(self.letters):
             return look.tokens.clear()
-        tokens = look.tokens.filter(look.begin(self.begins)) if self.begins else look.tokens
+        tokens = look.tokens
+        if self.begins:
+            begin = look.begin(self.begins)
+            tokens = tokens.filter(begin) if begin.any() else tokens.clear()
         return tokens.filter(tokens.str.contains(self.text))
 
 
