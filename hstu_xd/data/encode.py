@@ -259,7 +259,7 @@ class EventReader:
         self.facts[-1].add(batch["user_hash"], batch["item_hash"], self.seconds[-1])
 
     def finish(self) -> Events:
-        """Renumber users by token and items by (domain, token).
+        """Renumber users by token and items by (domain, token); release what found them.
 
         Raises:
             InputError: no event, an id of white space only, or an item in two domains.
@@ -271,6 +271,8 @@ class EventReader:
             left = f"{self.skipped:,} faulty lines" if self.skipped else "only a header"
             raise InputError(f"{files}: no events, {left}; give a log with events")
         users, user_ranks, items, item_ranks = self._numbered_ids()
+        self.users = self.items = TokenDictionary()
+        self.known = None
         with ThreadPoolExecutor(1) as pool:
             user_codes = pool.submit(renumber, self.user, user_ranks)
             item = renumber(self.item, item_ranks)
