@@ -7,7 +7,7 @@ for them.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,10 @@ class ItemSettings:
         row_dropout: share of the rows that are dropped in training, so that features learn to stand
             for them; 1: all of them, also when it ranks, so that items are told by their features
             alone and those without events compete on equal terms.
-        feature_dropout: share of the features that are dropped in training, for each item by
-            itself, while those left count as much more: no single value is learnt by heart then.
     """
 
     features: tuple[str, ...] = setting((), also=("side_information", "cold_start", "metadata"))
     row_dropout: float = setting(0.3, at_least=0, at_most=1, needs={"features": ...})
-    feature_dropout: float = setting(0.0, at_least=0, below=1, needs={"features": ...})
 
     def __post_init__(self) -> None:
         check(self, BLOCK + ".{name} = {value!r}; it must be {needed}")
@@ -79,7 +76,6 @@ class FeaturedItemEmbedding(ItemEmbedding):
         table: features of these items.
         row_dropout: share of the rows that are dropped in training; those of items without any
             feature never are.
-        feature_dropout: share of the features that are dropped in training.
     """
 
     _codes: Tensor
@@ -89,19 +85,12 @@ class FeaturedItemEmbedding(ItemEmbedding):
     _droppable: Tensor
     _center: Tensor
     _scale: Tensor
-    _feature_of: Tensor
 
     def __init__(
-        self,
-        num_items: int,
-        embedding_dim: int,
-        table: FeatureTable,
-        row_dropout: float,
-        feature_dropout: float = 0.0,
+        self, num_items: int, embedding_dim: int, table: FeatureTable, row_dropout: float
     ) -> None:
         super().__init__(num_items, embedding_dim)
         self.table, self._row_dropout = table, row_dropout
-        self._feature_dropout = feature_dropout
         known = table.numbers.isnan().logical_not()
         numbers = table.numbers.nan_to_num()
         # A value that training never meets would add what it began with, which says nothing.
@@ -115,7 +104,6 @@ class FeaturedItemEmbedding(ItemEmbedding):
             "_known": known.float(),
             "_met": table.is_met.float(),
             "_droppable": has_any.float(),
-            "_feature_of": _feature_of(table.widths.values()),
         }.items():
             self.register_buffer(name, value, persistent=False)
         # Kept with the weights, which were learnt with them: a newer store has other means.
@@ -146,35 +134,16 @@ class FeaturedItemEmbedding(ItemEmbedding):
             dropped = torch.rand(item_ids.shape, device=item_ids.device) < self._row_dropout
             kept = kept * (1 - dropped * self._droppable[item_ids])
         vectors = super().forward(item_ids) * kept.unsqueeze(-1)
-        drops = self.training and self._feature_dropout > 0
-        gain = 1 / (1 - self._feature_dropout) if drops else 1.0
         if self._values is not None:
-            codes = self._codes[item_ids]
-            if drops:
-                codes = codes * self._draw(codes.shape)
-            vectors = vectors + self._values(codes).sum(-2) * gain
+            vectors = vectors + self._values(self._codes[item_ids]).sum(-2)
         if self._projection is not None:
             numbers = (self._numbers[item_ids] - self._center) / self._scale
-            known = self._known[item_ids]
-            if drops:
-                drawn = self._draw((*item_ids.shape, len(self.table.widths)))
-                known = known * drawn[..., self._feature_of]
-            vectors = vectors + self._projection(numbers * known) * gain
+            vectors = vectors + self._projection(numbers * self._known[item_ids])
         return vectors
-
-    def _draw(self, shape: Sequence[int]) -> Tensor:
-        """Draw which features stay."""
-        return torch.rand(shape, device=self._codes.device) >= self._feature_dropout
 
 
 # The parameter that has a row for each value of a category, none being the first.
 VALUES = "_values.weight"
-
-
-def _feature_of(widths: Iterable[int]) -> Tensor:
-    """Return the feature that each column of the numbers is of."""
-    sizes = torch.tensor([*widths], dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
 
 def _spread(numbers: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

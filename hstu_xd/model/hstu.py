@@ -114,7 +114,6 @@ class CrossDomainHSTU(nn.Module):
             which the model has room, were never trained; default: ``settings.norm_length``.
         features: of the items, which their vectors are made of beside their rows; None: of none.
         row_dropout: share of the items' rows that are dropped in training beside features.
-        feature_dropout: share of an item's features that are dropped in training.
 
     Example:
         >>> catalog = DomainCatalog(torch.tensor([0, 0, 0, 1, 1]), ["books", "films"])
@@ -135,7 +134,6 @@ class CrossDomainHSTU(nn.Module):
         window: int | None = None,
         features: FeatureTable | None = None,
         row_dropout: float = 0.0,
-        feature_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if settings.num_domains != catalog.num_domains:
@@ -150,9 +148,7 @@ class CrossDomainHSTU(nn.Module):
         self._embedding_module: ItemEmbedding = (
             ItemEmbedding(catalog.num_items, width)
             if features is None
-            else FeaturedItemEmbedding(
-                catalog.num_items, width, features, row_dropout, feature_dropout
-            )
+            else FeaturedItemEmbedding(catalog.num_items, width, features, row_dropout)
         )
         self._input_features_preproc = PositionalInput(settings.norm_length, width, dropout_rate)
         self._hstu = CrossDomainEncoder(settings)

@@ -239,7 +239,6 @@ def new_model(
         window=train.max_sequence_length,
         features=features,
         row_dropout=settings.item.row_dropout,
-        feature_dropout=settings.item.feature_dropout,
     )
 
 

@@ -288,31 +288,6 @@ def test_with_all_rows_dropped_features_alone_rank() -> None:
         torch.testing.assert_close(each(torch.arange(5)), expected)
 
 
-def test_features_are_dropped_in_training_and_the_others_count_more() -> None:
-    """Each feature of an item by itself, a vector of numbers as a whole; when it ranks, none."""
-    draw = torch.Generator().manual_seed(0)
-    features = FeatureTable(
-        {"brand": ["x", "y"], "maker": ["m"]},
-        {"price": 1, "text": 2},
-        torch.tensor([[0, 0], [1, 3]]).repeat_interleave(torch.tensor([1, 4]), 0),
-        torch.rand(5, 3, generator=draw),
-        torch.ones(5, dtype=torch.bool),
-    )
-    module = FeaturedItemEmbedding(4, 8, features, 1.0, feature_dropout=0.25)
-    ids = torch.full((20_000,), 2)
-    found = module(ids).detach()
-    weights = module.state_dict()
-    values, projection = weights["_values.weight"], weights["_projection.weight"]
-    numbers = (features.numbers - weights["_center"]) / weights["_scale"]
-    price, text = projection[:, :1] @ numbers[2, :1], projection[:, 1:] @ numbers[2, 1:]
-    parts = torch.stack([values[1], values[3], price, text], 1)
-    kept = torch.linalg.lstsq(parts, found.T).solution.T * 0.75
-    torch.testing.assert_close(kept, kept.round(), atol=1e-2, rtol=0)
-    assert kept.mean(0).tolist() == pytest.approx([0.75] * 4, abs=0.02)
-    assert float(kept.round().T.corrcoef().fill_diagonal_(0).abs().max()) < 0.05
-    torch.testing.assert_close(module.eval()(ids[:1])[0], parts.sum(1))
-
-
 def test_no_negative_is_an_item_that_training_never_meets() -> None:
     catalog = DomainCatalog(torch.tensor([0, 0, 0, 0, 1, 1]), ["a", "b"])
     among = torch.tensor([False, True, False, True, False, False])
@@ -327,7 +302,6 @@ def test_no_negative_is_an_item_that_training_never_meets() -> None:
     [
         ('xd_item.features = ("prise",)', "names 'prise'; did you mean 'price'.*brand, price"),
         ("xd_item.row_dropout = 1.5", "xd_item.row_dropout = 1.5; it must be at most 1"),
-        ("xd_item.feature_dropout = 1.0", "feature_dropout = 1.0; it must be 0 <= rate < 1"),
         ('xd_item.features = "brand"', "xd_item.features = 'brand' is a str; a tuple is needed"),
     ],
 )
