@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from hstu_xd.data import store_files
 from hstu_xd.data.encode import EventReader, Events, IdOptions, doubts_of_ids, read_log
 from hstu_xd.data.filters import Filters
-from hstu_xd.data.ids import respellable
+from hstu_xd.data.known_ids import KnownIds
 from hstu_xd.data.mapped_files import map_array
 from hstu_xd.data.merging import EventMerger
-from hstu_xd.data.order import Histories, in_time_order
+from hstu_xd.data.order import in_time_order
 from hstu_xd.data.prepare import EXACT_IDS, PREFIXED, facts_of, tell_of_files, write_prepared
 from hstu_xd.data.repeats import count_repeats
 from hstu_xd.data.sources import ReadOptions, open_sources
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 logger = logging.getLogger(__name__)
-
-# Below every character that a domain's name may hold: so pairs sort as their texts do.
-_SEPARATOR = "\x00"
 
 
 def append_logs(
@@ -89,7 +86,7 @@ def append_logs(
     ids = IdOptions(exact=EXACT_IDS in old.manifest, prefix_items=PREFIXED in old.manifest)
     options = ReadOptions(columns, time_unit, quote)
     sources = open_sources(inputs, file_format=file_format, options=options, tell=tell)
-    events, reader = read_log(sources, ids, tell=tell)
+    events, reader = read_log(sources, ids, tell=tell, known=_known_ids(old))
     tell_of_files(reader, out / store_files.FAULTY_LINES, tell, warn)
     merged = _merge(old, events, reader)
     with replaced_folder(out, force=force) as folder:
@@ -194,105 +191,27 @@ class _Merged:
 
 
 def _merge(store: InteractionStore, events: Events, reader: EventReader) -> _Merged:
-    """Merge the ids of a store and of events, and place the events.
+    """Place the events among those of a store.
 
     Raises:
-        InputError: ids that contradict each other or may be written otherwise, or events whose
-            order is unknown.
+        InputError: events whose order is unknown.
     """
-    import polars as pl
-
-    old_users = pl.read_parquet(store.path / store_files.USERS)["user"]
-    old_items = pl.read_parquet(store.path / store_files.CATALOG).select("item", "domain")
-    if EXACT_IDS not in store.manifest:
-        raw = reader.items.tokens()
-        names = old_items["item"]
-        if PREFIXED in store.manifest:
-            # Spellings were judged before the domain was put in front.
-            after = pl.col("domain").str.len_chars() + 1
-            names = old_items.select(pl.col("item").str.slice(after)).to_series()
-        both = (old_users, reader.users.tokens()["user"])
-        _check_spellings(
-            store, [*both, names, raw["item"], *(x["domain"].unique() for x in (old_items, raw))]
-        )
-    users = MergedTokens.of(old_users, events.users)
-    items = MergedTokens.of(_pairs(old_items), _pairs(events.items))
-    all_users = users.merge(old_users.to_frame("user"), events.users.to_frame("user"))["user"]
-    all_items = items.merge(old_items, events.items)
-    shared = all_items.filter(all_items["item"].is_duplicated())
-    if len(shared):
-        raise InputError(
-            f"item {shared['item'].min()!r} is in domains "
-            f"{' and '.join(map(repr, sorted(shared['domain'].head(2))))}, of {store.path} and the "
-            "new logs; give it one, or put the domain before every item's id in all of them with "
-            "--prefix-items"
-        )
+    assert reader.merged is not None
+    users, items, old_users, old_items, _, _ = reader.merged
     by_hash = store.manifest["ties"]["order"] == "hash" and not events.moments.finer
     added, tied = in_time_order(events)
-    added = Histories(users.new[added.user], items.new[added.item], added.time)
     merger = EventMerger.of(
-        store, users.old, items.old, added, num_users=len(all_users), by_hash=by_hash
+        store, old_users, old_items, added, num_users=len(users), by_hash=by_hash
     )
-    change = merger.order_ties(all_users, all_items)
+    change = merger.order_ties(users, items)
     tied += store.manifest["ties"]["events"] + change.tied
     repeats = store.manifest["duplicates"] + count_repeats(added) + change.repeats
-    return _Merged(all_users, all_items, merger, tied, repeats)
+    return _Merged(users, items, merger, tied, repeats)
 
 
-def _pairs(items: "pl.DataFrame") -> "pl.Series":
+def _known_ids(store: InteractionStore) -> KnownIds:
     import polars as pl
 
-    return items.select(pl.concat_str("domain", "item", separator=_SEPARATOR)).to_series()
-
-
-def _check_spellings(store: InteractionStore, tokens: "Sequence[pl.Series]") -> None:
-    """Refuse ids that are written as others are: whether 12.0 is 12 follows from all of a log.
-
-    Raises:
-        InputError: names one.
-    """
-    for column in tokens:
-        odd = respellable(column)
-        if len(odd):
-            raise InputError(
-                f"{store.path} cannot be appended to: how ids such as {odd.min()!r} are written "
-                "(decimals, accents, unseen characters) follows from all ids of a log; prepare all "
-                "logs together, or the store with --exact-ids first"
-            )
-
-
-@dataclass(frozen=True)
-class MergedTokens:
-    """Two sorted sets of tokens in one.
-
-    Attributes:
-        old: (n,) int32, the place of each old token in the whole.
-        new: (m,) int32, that of each new one.
-        fresh: (m,) bool, the new ones that are no old ones.
-    """
-
-    old: NDArray[np.int32]
-    new: NDArray[np.int32]
-    fresh: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, old: "pl.Series", new: "pl.Series") -> "MergedTokens":
-        """Place tokens: both ascending, each token once."""
-        place = old.search_sorted(new, side="left").to_numpy().astype(np.int64)
-        inside = np.minimum(place, len(old) - 1)
-        fresh = (place == len(old)) | (old.gather(inside) != new).to_numpy()
-        # A fresh token goes before the old one at its place.
-        before = np.bincount(place[fresh], minlength=len(old) + 1)[: len(old)]
-        old_places = np.arange(len(old), dtype=np.int32) + np.cumsum(before, dtype=np.int32)
-        new_places = old_places[inside]
-        new_places[fresh] = place[fresh] + np.arange(int(fresh.sum()))
-        return cls(old_places, new_places, fresh)
-
-    def merge(self, old: "pl.DataFrame", new: "pl.DataFrame") -> "pl.DataFrame":
-        """Return the rows of both in their places, rows of a token that is in both once."""
-        import polars as pl
-
-        rows = np.empty(len(self.old) + int(self.fresh.sum()), np.int64)
-        rows[self.old] = np.arange(len(self.old))
-        rows[self.new[self.fresh]] = np.arange(len(self.old), len(rows))
-        return pl.concat([old, new.filter(pl.Series(self.fresh))])[rows]
+    users = pl.read_parquet(store.path / store_files.USERS)["user"]
+    items = pl.read_parquet(store.path / store_files.CATALOG).select("item", "domain")
+    return KnownIds(store.path, users, items, PREFIXED in store.manifest)

@@ -25,8 +25,10 @@ from hstu_xd.data.ids import (
     missing_as_text,
     number_tokens,
     odd_ids,
+    repeated,
     tidy,
 )
+from hstu_xd.data.known_ids import KnownIds, MergedIds
 from hstu_xd.data.reading import FileFacts
 from hstu_xd.data.sources import Source
 from hstu_xd.data.sources.base import FIELD
@@ -110,10 +112,17 @@ def read_events(
 
 
 def read_log(
-    sources: Sequence[Source], options: IdOptions, *, tell: Callable[[str], object]
+    sources: Sequence[Source],
+    options: IdOptions,
+    *,
+    tell: Callable[[str], object],
+    known: KnownIds | None = None,
 ) -> "tuple[Events, EventReader]":
-    """Read every source once; also return the reader, which knows what each file held."""
-    reader = EventReader(sources, options, tell)
+    """Read every source once; also return the reader, which knows what each file held.
+
+    Where ids of a store are known, users and items of the events are those of both.
+    """
+    reader = EventReader(sources, options, tell, known)
     for source in sources:
         reader.read(source)
     return reader.finish(), reader
@@ -126,15 +135,28 @@ class EventReader:
         facts: what each file held, in the order of the sources.
         skipped: number of faulty lines left out.
         faulty_lines: CSV text of file, line and problem of each of them.
+        merged: ids of the store and of the logs, where a store goes on and all is read.
     """
 
     def __init__(
-        self, sources: Sequence[Source], options: IdOptions, tell: Callable[[str], object]
+        self,
+        sources: Sequence[Source],
+        options: IdOptions,
+        tell: Callable[[str], object],
+        known: KnownIds | None = None,
     ) -> None:
         self.sources = sources
         self.options = options
         self.tell = tell
+        self.known = known
+        self.merged: MergedIds | None = None
         self.users, self.items = TokenDictionary(), TokenDictionary()
+        if known is not None:
+            user, item = _hashes()
+            tables = known.users.to_frame("user").select(user), known.as_read.select(item)
+            with ThreadPoolExecutor(2) as pool:
+                hashes = (table.to_series().to_numpy() for table in tables)
+                self.users, self.items = pool.map(TokenDictionary, hashes)
         self.user: list[NDArray[np.int32]] = []
         self.item: list[NDArray[np.int32]] = []
         self.seconds: list[NDArray[np.int64]] = []
@@ -237,7 +259,7 @@ class EventReader:
         self.facts[-1].add(batch["user_hash"], batch["item_hash"], self.seconds[-1])
 
     def finish(self) -> Events:
-        """Renumber users by token and items by (domain, token).
+        """Renumber users by token and items by (domain, token); release what found them.
 
         Raises:
             InputError: no event, an id of white space only, or an item in two domains.
@@ -248,27 +270,51 @@ class EventReader:
             files = ", ".join(str(source.path) for source in self.sources)
             left = f"{self.skipped:,} faulty lines" if self.skipped else "only a header"
             raise InputError(f"{files}: no events, {left}; give a log with events")
-        users, items = self.users.tokens(), self.items.tokens()
-        if self._has_unused_tokens:
-            users, self.user = _used(users, self.user)
-            items, self.item = _used(items, self.item)
-        for tokens in (users["user"], items["item"], items["domain"]):
-            self._check(tokens)
-        users, items = self._tidied(users, items)
-        check_domain_characters(items["domain"])
-        users, user_ranks = number_tokens(users.select("user"))
-        items, item_ranks = number_tokens(items.select("domain", "item"))
-        shared = items.filter(items["item"].is_duplicated())
-        if len(shared):
-            raise_item_in_two_domains(self.sources, str(shared["item"].min()))
+        users, user_ranks, items, item_ranks = self._numbered_ids()
+        self.users = self.items = TokenDictionary()
+        self.known = None
         with ThreadPoolExecutor(1) as pool:
             user_codes = pool.submit(renumber, self.user, user_ranks)
             item = renumber(self.item, item_ranks)
             time, moments = order_events(self.seconds, self.nanoseconds, self.order)
             user = user_codes.result()
         fields = numbered(pl.concat(self.fields)) if self.fields else None
-        catalogue = items.select("item", "domain")
-        return Events(users["user"], catalogue, user, item, time, moments, fields)
+        return Events(users, items, user, item, time, moments, fields)
+
+    def _numbered_ids(
+        self,
+    ) -> "tuple[pl.Series, NDArray[np.int32], pl.DataFrame, NDArray[np.int32]]":
+        """Sort all ids; return users, the row of each code, items, and the row of each code.
+
+        Raises:
+            InputError: an id of white space only, or an item in two domains.
+        """
+        users, items = self.users.tokens(), self.items.tokens()
+        if self._has_unused_tokens:
+            users, self.user = _used(users, self.user, self.users.num_known)
+            items, self.item = _used(items, self.item, self.items.num_known)
+        users, items = _with_columns(users, "user"), _with_columns(items, "item", "domain")
+        for tokens in (users["user"], items["item"], items["domain"]):
+            self._check(tokens)
+        if self.known is not None:
+            for look in self.known.looks:
+                self._check_letters(look)
+            if not self.options.exact:
+                self.known.check_spellings(users["user"], items)
+        users, items = self._tidied(users, items)
+        check_domain_characters(items["domain"])
+        users, user_ranks = number_tokens(users.select("user"))
+        items, item_ranks = number_tokens(items.select("domain", "item"))
+        shared = repeated(items["item"])
+        if len(shared):
+            raise_item_in_two_domains(self.sources, str(shared.min()))
+        items = items.select("item", "domain")
+        if self.known is None:
+            return users["user"], user_ranks, items, item_ranks
+        merged = self.merged = self.known.merge(users, items)
+        user_ranks = np.concatenate([merged.old_users, merged.new_users[user_ranks]])
+        item_ranks = np.concatenate([merged.old_items, merged.new_items[item_ranks]])
+        return merged.users, user_ranks, merged.items, item_ranks
 
     def _check(self, tokens: "pl.Series") -> None:
         """Refuse ids that are blank, endless or no ids at all.
@@ -277,15 +323,8 @@ class EventReader:
             InputError: names the line.
         """
         look = TokenBytes(tokens)
-        too_long = look.lengths.max() > LONGEST_ID
-        # In JSON a list or an object may stand where an id is asked for, and in text a return
-        # that ends no line; polars takes both.
-        returns = look.have("\r")
-        odd = any(map(look.have, _DOUBTFUL_LETTERS)) and tokens.str.contains(_DOUBTFUL).any()
-        if odd or returns:
-            doubtful = (s for s in self.sources if returns or s.may_nest)
-            for fault in filter(None, map(first_fault, doubtful)):
-                raise fault
+        too_long = look.lengths.max(initial=0) > LONGEST_ID
+        self._check_letters(look)
         blank = not look.lengths.all()
         if not look.is_printed_ascii:
             blank = (tokens.str.strip_chars() == "").any()
@@ -294,6 +333,22 @@ class EventReader:
             state = f"is longer than {LONGEST_ID} bytes" if too_long else "is empty"
             reason = f"a {tokens.name} id {state}; mend it"
             raise next(filter(None, faults), InputError(reason))
+
+    def _check_letters(self, look: TokenBytes) -> None:
+        """Refuse what fast readers take for ids and what is none.
+
+        In JSON a list or an object may stand where an id is asked for, and in text a return that
+        ends no line; polars takes both.
+
+        Raises:
+            InputError: names the line.
+        """
+        returns = look.have("\r")
+        odd = any(map(look.have, _DOUBTFUL_LETTERS)) and look.tokens.str.contains(_DOUBTFUL).any()
+        if odd or returns:
+            doubtful = (s for s in self.sources if returns or s.may_nest)
+            for fault in filter(None, map(first_fault, doubtful)):
+                raise fault
 
     def _tidied(
         self, users: "pl.DataFrame", items: "pl.DataFrame"
@@ -335,14 +390,22 @@ def _has_nulls(batch: "pl.DataFrame") -> bool:
 
 
 def _used(
-    tokens: "pl.DataFrame", parts: list[NDArray[np.int32]]
+    tokens: "pl.DataFrame", parts: list[NDArray[np.int32]], num_known: int
 ) -> "tuple[pl.DataFrame, list[NDArray[np.int32]]]":
-    """Leave out tokens of a file whose fast reading was given up."""
-    used = np.zeros(len(tokens), np.bool_)
+    """Leave out tokens of a file whose fast reading was given up, but none of those known."""
+    used = np.zeros(num_known + len(tokens), np.bool_)
+    used[:num_known] = True
     for part in parts:
         used[part] = True
     ranks = np.cumsum(used, dtype=np.int32) - 1
-    return tokens.filter(used), [ranks[part] for part in parts]
+    return tokens.filter(used[num_known:]), [ranks[part] for part in parts]
+
+
+def _with_columns(tokens: "pl.DataFrame", *names: str) -> "pl.DataFrame":
+    """Give a table without tokens the columns that it would have."""
+    import polars as pl
+
+    return tokens if tokens.width else pl.DataFrame(schema=dict.fromkeys(names, pl.String))
 
 
 def doubts_of_ids(
@@ -359,11 +422,11 @@ def doubts_of_ids(
         count_users: counts the events of each user, which is done where one looks so.
         count_items: likewise.
     """
-    names = items["domain"].unique(maintain_order=True)
+    domains = items["domain"].rle().struct
+    sizes, names = domains.field("len").to_numpy(), domains.field("value")
 
     def count_domains() -> NDArray[np.int64]:
-        domains = items["domain"].rle_id().to_numpy()
-        return np.bincount(domains, weights=count_items()).astype(np.int64)
+        return np.add.reduceat(count_items(), np.cumsum(sizes, dtype=np.int64) - sizes)
 
     user, item, domain = map(TokenBytes, (users, items["item"], names))
     found = (

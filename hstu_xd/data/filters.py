@@ -15,7 +15,7 @@ from hstu_xd.data.order import Histories
 from hstu_xd.errors import InputError
 
 # Counts of a block, whose events fit the cache.
-CELLS = 1 << 15
+CELLS = 1 << 13
 
 
 class DomainCounts(NamedTuple):
@@ -24,22 +24,22 @@ class DomainCounts(NamedTuple):
     Attributes:
         users: the block's users.
         rows: the block's events.
-        domain: (events of the block,) int32, domain of each event.
-        cell: (events of the block,) int32, place of each event in ``counts`` flattened.
+        domain: (events of the block,) domain of each event, of the type of the items' domains.
+        cell: (events of the block,) int64, place of each event in ``counts`` flattened.
         counts: (users of the block, D) int64.
     """
 
     users: slice
     rows: slice
-    domain: NDArray[np.int32]
-    cell: NDArray[np.int32]
+    domain: NDArray[np.integer]
+    cell: NDArray[np.int64]
     counts: NDArray[np.int64]
 
 
 def domain_counts(
     offsets: NDArray[np.int64],
     item: NDArray[np.int32],
-    item_domain: NDArray[np.int32],
+    item_domain: NDArray[np.integer],
     num_domains: int,
 ) -> Iterator[DomainCounts]:
     """Count events by (user, domain), block by block.
@@ -47,7 +47,7 @@ def domain_counts(
     Args:
         offsets: (U + 1,) int64, start of each user's events.
         item: (n,) row of each event's item in ``item_domain``.
-        item_domain: (I,) domain of each item.
+        item_domain: (I,) domain of each item; the smaller its type, the faster.
         num_domains: D.
     """
     num_users = len(offsets) - 1
@@ -57,7 +57,8 @@ def domain_counts(
         rows = slice(int(offsets[users.start]), int(offsets[users.stop]))
         size = users.stop - users.start
         lengths = np.diff(offsets[users.start : users.stop + 1])
-        cell = np.repeat(np.arange(size, dtype=np.int32) * np.int32(num_domains), lengths)
+        # Of the type that bincount works on, which else makes a copy of that.
+        cell = np.repeat(np.arange(size) * num_domains, lengths)
         domain = item_domain.take(item[rows], mode="clip")
         cell += domain
         counts = np.bincount(cell, minlength=size * num_domains).reshape(size, num_domains)

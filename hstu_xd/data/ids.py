@@ -82,12 +82,16 @@ class TokenDictionary:
 
     Two different tokens are taken for one when their hashes are equal: for ten million tokens the
     odds are about 3 in a million.
+
+    Args:
+        known: (n,) uint64, hashes of the tokens that have the codes 0 to n - 1 already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: NDArray[np.uint64] | None = None) -> None:
         self._parts: list[pa.Table] = []
-        self._size = 0
-        self._old = HashIndex(np.empty(0, np.uint64))
+        known = np.empty(0, np.uint64) if known is None else known
+        self.num_known = self._size = len(known)
+        self._old = HashIndex(known)
         self._new = HashIndex(np.empty(0, np.uint64))
 
     def __len__(self) -> int:
@@ -112,10 +116,12 @@ class TokenDictionary:
         return codes
 
     def tokens(self) -> "pl.DataFrame":
-        """Return the token columns, row r for code r."""
+        """Return the columns of the tokens that were learnt, row r for code r beyond the known."""
         import polars as pl
         import pyarrow as pa
 
+        if not self._parts:
+            return pl.DataFrame()
         return pl.DataFrame(pa.concat_tables(self._parts))
 
     def _find(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -130,7 +136,12 @@ class TokenDictionary:
         self, hashes: NDArray[np.uint64], tokens: "pl.DataFrame", rows: NDArray[np.int64]
     ) -> None:
         """Give codes to the hashes of rows of tokens."""
-        fresh, first = np.unique(hashes, return_index=True)
+        import polars as pl
+
+        # In the order of their rows: gathered in that of their hashes, texts take five times as
+        # long.
+        first = np.sort(pl.Series(hashes).arg_unique().to_numpy())
+        fresh = hashes[first]
         # As plain Arrow strings: polars' string views would keep the whole batch's text alive.
         self._parts.append(tokens[rows[first]].to_arrow())
         self._size += len(fresh)
@@ -165,7 +176,10 @@ class _Pattern(NamedTuple):
         """Return the ids that the expression fits."""
         if not look.have(self.letters):
             return look.tokens.clear()
-        tokens = look.tokens.filter(look.begin(self.begins)) if self.begins else look.tokens
+        tokens = look.tokens
+        if self.begins:
+            begin = look.begin(self.begins)
+            tokens = tokens.filter(begin) if begin.any() else tokens.clear()
         return tokens.filter(tokens.str.contains(self.text))
 
 
@@ -202,7 +216,7 @@ def tidy(tokens: "pl.Series", role: str) -> tuple["pl.Series", list[str]]:
     Returns:
         The ids, and what was changed, in words.
     """
-    if _is_plain(tokens):
+    if _is_plain(TokenBytes(tokens)):
         return tokens, []
     notes = []
     stripped = tokens.str.strip_chars()
@@ -236,15 +250,15 @@ def _plain(tokens: "pl.Series") -> "pl.Series":
     return tokens.str.normalize("NFC").str.strip_chars(_UNSEEN).str.strip_chars()
 
 
-def _is_plain(tokens: "pl.Series") -> bool:
+def _is_plain(look: TokenBytes) -> bool:
     """Whether there is nothing to make equal: no accents, no ends to take away, no decimals."""
-    look = TokenBytes(tokens)
     return look.is_printed_ascii and not look.have(".")
 
 
-def respellable(tokens: "pl.Series") -> "pl.Series":
+def respellable(look: TokenBytes) -> "pl.Series":
     """Return the ids that :func:`tidy` leaves or changes as the other ids of the log are."""
-    if _is_plain(tokens):
+    tokens = look.tokens
+    if _is_plain(look):
         return tokens.clear()
     # Printed ASCII holds no accents and no ends to take away; nearly all ids are of it.
     rare = tokens.filter(tokens.str.contains(f"[^!-~]|{_DECIMAL}"))
@@ -282,6 +296,14 @@ def _ascending(tokens: "pl.DataFrame") -> NDArray[np.integer]:
             return tokens.select(pl.arg_sort_by(*tokens.columns)).to_series().to_numpy()
         keys += words
     return np.argsort(keys[0]) if len(keys) == 1 else np.lexsort(keys[::-1])
+
+
+def repeated(tokens: "pl.Series") -> "pl.Series":
+    """Return the ids that come more than once; their hashes tell that none does."""
+    hashes = np.sort(tokens.hash().to_numpy())
+    if (hashes[1:] != hashes[:-1]).all():
+        return tokens.clear()
+    return tokens.filter(tokens.is_duplicated())
 
 
 def check_domain_characters(domains: "pl.Series") -> None:

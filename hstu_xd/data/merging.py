@@ -143,9 +143,8 @@ class EventMerger:
         self.moved = _ranges(runs.old + runs.new, sizes)
         is_new = self.moved >= (runs.old + runs.new + runs.num_old)[run]
         item = np.empty(run.size, np.int32)
-        item[~is_new] = self._old_ids()[
-            self.store.item_ids[_ranges(runs.old, runs.num_old)]
-        ] - np.int32(1)
+        old_rows = self.store.item_ids[_ranges(runs.old, runs.num_old)] - np.int32(1)
+        item[~is_new] = self.old_items[old_rows]
         item[is_new] = added.item[_ranges(runs.new, runs.num_new)]
         time = added.time[runs.new][run]
         owner, own_users = _renumbered(added.user[runs.new][run])
@@ -170,8 +169,10 @@ class EventMerger:
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
-    def _old_ids(self) -> NDArray[np.int32]:
-        """Return the id in the whole of each old id, of which 0 is none."""
+    def _old_ids(self) -> NDArray[np.int32] | None:
+        """Return the id in the whole of each old id, of which 0 is none; None where all stay."""
+        if self.old_items[-1] == len(self.old_items) - 1:
+            return None
         return np.concatenate([np.zeros(1, np.int32), self.old_items + np.int32(1)])
 
     def _item_ids(self) -> Iterator[NDArray[np.int32]]:

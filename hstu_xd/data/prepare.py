@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hstu_xd.data import store_files
 from hstu_xd.data.encode import EventReader, Events, IdOptions, doubts_of_ids, read_log
@@ -282,21 +283,21 @@ def check_domain_names(names: Sequence[str]) -> None:
 
 def _warnings(log: Log) -> list[str]:
     """Say what a user should know about a log that is allowed but odd."""
+    import polars as pl
+
     found = []
-    if log.items["domain"].n_unique() == 1:
-        name = log.items["domain"][0]
-        found.append(f"one domain only ({name!r}): the cross-domain parts have no effect")
+    names, item_domain = domains_of(log.items)
+    if len(names) == 1:
+        found.append(f"one domain only ({names[0]!r}): the cross-domain parts have no effect")
     else:
-        found += _strangers(log)
-    names = log.items["domain"].unique(maintain_order=True)
-    if (alike := alike_without_case(names)) is not None:
+        found += _strangers(log, names, item_domain)
+    if (alike := alike_without_case(pl.Series(names))) is not None:
         found.append(alike)
     return found
 
 
-def _strangers(log: Log) -> list[str]:
+def _strangers(log: Log, names: list[str], item_domain: NDArray[np.int32]) -> list[str]:
     """Warn where no user has events in two domains."""
-    names, item_domain = domains_of(log.items)
     if len(log.users) < 2:
         return []
     # In most logs some of the first users are enough to tell.

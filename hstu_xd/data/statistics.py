@@ -46,20 +46,22 @@ def describe(
     events_of = np.zeros(num_domains, np.int64)
     delta_sum, switches = 0.0, 0
     by_id = np.concatenate([item_domain[:1], item_domain])
+    by_id = by_id.astype(np.min_scalar_type(num_domains))
     step = max(1, _SUMMED // num_domains)
     for first in range(0, len(lengths), step):
         part = offsets[first : first + step + 1]
-        squares = []
+        blocks = []
         for block in domain_counts(part, item_ids, by_id, num_domains):
-            squares.append(np.square(block.counts / np.diff(part)[block.users, None]))
-            # Sums along the short axis, by numpy's own sum(axis=0), take eight times as long.
-            users_of += [np.count_nonzero(counts) for counts in block.counts.T]
-            events_of += [counts.sum() for counts in block.counts.T]
+            blocks.append(block.counts)
             switched = block.domain[1:] != block.domain[:-1]
             starts = part[block.users.start + 1 : block.users.stop] - block.rows.start
             switched[starts - 1] = False
             switches += int(np.count_nonzero(switched))
-        delta_sum += float(np.concatenate(squares).sum())
+        counts = np.concatenate(blocks)
+        delta_sum += float(np.square(counts / np.diff(part)[:, None]).sum())
+        # Sums along the short axis, by numpy's own sum(axis=0), take eight times as long.
+        users_of += [np.count_nonzero(of_domain) for of_domain in counts.T]
+        events_of += [of_domain.sum() for of_domain in counts.T]
     items_of = np.bincount(item_domain, minlength=num_domains)
     neighbours = len(item_ids) - len(lengths)
     return {

@@ -82,9 +82,9 @@ class Log:
 
 def domains_of(items: "pl.DataFrame") -> tuple[list[str], NDArray[np.int32]]:
     """Domain names in order and the domain id of each row, of items sorted by domain."""
-    names = items["domain"].unique(maintain_order=True)
-    ids = items["domain"].rle_id().to_numpy().astype(np.int32)
-    return names.to_list(), ids
+    runs = items["domain"].rle().struct
+    names, sizes = runs.field("value").to_list(), runs.field("len").to_numpy()
+    return names, np.repeat(np.arange(len(names), dtype=np.int32), sizes)
 
 
 def write_store(
@@ -104,9 +104,8 @@ def write_store(
         The manifest.
     """
     names, item_domain = domains_of(log.items)
-    log.items.rechunk().write_parquet(folder / CATALOG, row_group_size=ROW_GROUP)
-    users = log.users.alias("user").to_frame().rechunk()
-    users.write_parquet(folder / USERS, row_group_size=ROW_GROUP)
+    users = log.users.alias("user").to_frame()
+    tables = {CATALOG: log.items, USERS: users}
     arrays = {
         OFFSETS: log.offsets.astype("<i8", copy=False),
         ITEM_IDS: log.item_ids.astype("<i4", copy=False),
@@ -116,7 +115,7 @@ def write_store(
     files = [folder / name for name in (*DATA_FILES, *(n for n in SIDE_FILES if n in arrays))]
     files += [folder / name for name in _VALUE_FILES if (folder / name).exists()]
     with ThreadPoolExecutor(1) as pool:
-        saved = pool.submit(_save_and_hash, arrays, files, hashes or {})
+        saved = pool.submit(_save_and_hash, arrays, tables, files, hashes or {})
         description = describe(log.offsets, log.item_ids, item_domain, names)
         digests = saved.result()
     manifest = {
@@ -164,11 +163,17 @@ def _write_values(file: Path, names: Sequence[str], values: Sequence[Sequence[st
 
 
 def _save_and_hash(
-    arrays: Mapping[str, NDArray], files: Sequence[Path], hashes: Mapping[str, str]
+    arrays: Mapping[str, NDArray],
+    tables: "Mapping[str, pl.DataFrame]",
+    files: Sequence[Path],
+    hashes: Mapping[str, str],
 ) -> dict[str, str]:
-    """Write the arrays whose hashes are unknown; return the hash of every file by its name."""
+    """Write tables, and arrays whose hashes are unknown; return every file's hash by its name."""
     digests = dict(hashes)
     for file in files:
+        if file.name in tables:
+            table = tables[file.name].rechunk()
+            table.write_parquet(file, row_group_size=ROW_GROUP)
         if file.name in arrays and file.name not in hashes:
             with HashedFile(file) as hashed:
                 np.save(hashed, arrays[file.name])

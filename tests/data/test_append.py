@@ -91,6 +91,64 @@ def test_of_a_second_apart_nothing_is_tied(tmp_path: Path) -> None:
     assert compare(tmp_path, old, new)["ties"]["events"] == 0
 
 
+def test_nothing_but_known_ids_leaves_the_tables_as_they_are(tmp_path: Path) -> None:
+    old = [row(user, item, "books", BEGIN + item) for user in range(3) for item in range(5)]
+    new = [row(user, item, "books", BEGIN + 9 + item) for user in range(2) for item in range(2)]
+    manifest = compare(tmp_path, old, new)
+    assert (manifest["users"], manifest["items"], manifest["interactions"]) == (3, 5, 19)
+
+
+def as_json(file: Path, rows: Sequence[Row], more: str = "") -> Path:
+    """Write rows as JSON lines, the last one with something more."""
+    lines = [
+        f'{{"user": "{user}", "item": "{item}", "domain": "{domain}", "timestamp": {time}}}'
+        for user, item, domain, time in rows
+    ]
+    file.write_text("\n".join([*lines[:-1], lines[-1][:-1] + more + "}"]) + "\n")
+    return file
+
+
+def test_lines_that_are_read_again_after_known_ids(tmp_path: Path) -> None:
+    """The fast reader gives NaN up, and what it had learnt from the lines before is none."""
+    old = [row(user, item, "books", BEGIN + item) for user in range(3) for item in range(3)]
+    new = [row(user, item, "films", BEGIN + item) for user in range(2, 5) for item in range(3)]
+    first, second = write(tmp_path / "old.csv", old), tmp_path / "new.jsonl"
+    as_json(second, new, ', "rating": NaN')
+    assert prepare(first, second, "--out", tmp_path / "all") == 0
+    assert prepare(first, "--out", tmp_path / "store") == 0
+    both = tmp_path / "both"
+    assert prepare(second, "--append", tmp_path / "store", "--out", both) == 0
+    for file in (tmp_path / "all").iterdir():
+        assert file.read_bytes() == (both / file.name).read_bytes(), file.name
+
+
+def test_what_is_no_id_is_none_where_an_old_one_is_written_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user called true, and a truth value in JSON, which the fast reader takes for that text."""
+    old = write(tmp_path / "old.csv", [("true", "b1", "books", str(BEGIN))])
+    new = as_json(tmp_path / "new.jsonl", [("u1", "b1", "books", str(BEGIN + 1))])
+    new.write_text(new.read_text().replace('"u1"', "true"))
+    assert prepare(old, "--out", tmp_path / "store") == 0
+    capsys.readouterr()
+    assert prepare(new, "--append", tmp_path / "store", "--out", tmp_path / "both") == 2
+    alone = capsys.readouterr().err
+    assert "new.jsonl:1" in alone
+    assert prepare(old, new, "--out", tmp_path / "all") == 2
+    assert capsys.readouterr().err == alone
+
+
+def test_an_item_of_the_store_in_another_domain_beside_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = write(tmp_path / "old.csv", [("u1", "b1", "books", str(BEGIN))])
+    rows = [("u1", "b1", domain, str(BEGIN)) for domain in ("books", "films")]
+    new = write(tmp_path / "new.csv", rows)
+    assert prepare(old, "--out", tmp_path / "store") == 0
+    assert prepare(new, "--append", tmp_path / "store", "--out", tmp_path / "both") == 2
+    assert "item 'b1' is in domains 'books' and 'films'" in capsys.readouterr().err
+
+
 def test_upstreams_files_are_written_for_the_whole(tmp_path: Path) -> None:
     old = [row(user, item, "books", BEGIN + item) for user in range(3) for item in range(5)]
     new = [row(user, item, "films", BEGIN + item) for user in range(4) for item in range(2)]

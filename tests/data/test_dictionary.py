@@ -32,6 +32,19 @@ def encode(batches: Sequence[Sequence[str]]) -> tuple[list[str], int]:
     return [names[code] for code in codes], len(dictionary)
 
 
+@pytest.mark.parametrize("number", [0, 1, 500])
+def test_known_tokens_have_the_first_codes(number: int) -> None:
+    tokens = pl.Series("token", [f"t{n}" for n in range(1000)])
+    known = tokens[:number]
+    dictionary = TokenDictionary(known.hash().to_numpy())
+    shuffled = tokens.sample(fraction=1, shuffle=True, seed=1)
+    for batch in (shuffled[:600], shuffled):
+        codes = dictionary.encode(batch.hash(), batch.to_frame())
+        names = [*known, *dictionary.tokens()["token"]]
+        assert [names[code] for code in codes] == batch.to_list()
+    assert len(dictionary) == 1000
+
+
 @pytest.mark.parametrize("size", [1, 7, 100, 100_000])
 def test_codes_name_their_tokens(size: int) -> None:
     draw = np.random.default_rng(0)

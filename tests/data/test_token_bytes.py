@@ -78,7 +78,7 @@ class _EveryLetter(TokenBytes):
 def test_what_is_said_of_ids_is_that_of_looking_at_each(tokens: list[str]) -> None:
     def told() -> list:
         text, notes = tidy(series(tokens), "user")
-        odd = respellable(series(tokens))
+        odd = respellable(TokenBytes(series(tokens)))
         look = ids_module.TokenBytes(series(tokens))
         missing = missing_as_text(look, lambda: np.arange(len(tokens)), "user")
         return [text.to_list(), notes, odd.to_list(), missing, odd_ids(look, "user")]
