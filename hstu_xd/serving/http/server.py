@@ -328,9 +328,15 @@ class Server(uvicorn.Server):
             await asyncio.wait(list(self.server_state.tasks), timeout=_ENDING)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal, stop at once at the second one."""
+        """Drain at the first signal, stop at once where Ctrl-C comes after it.
+
+        SIGTERM comes to a worker twice where all processes of a service get it, as systemd sends
+        it: from there, and from the process that watches.
+        """
         if self._service.draining:
-            self.should_exit = self.force_exit = True
+            if sig == signal.SIGINT:
+                self.should_exit = self.force_exit = True
+            return
         self._drain_until = time.monotonic() + self._service.settings.drain_seconds
         self._service.draining = True
 
