@@ -138,11 +138,11 @@ class PostgresConnection:
         """
         if time.monotonic() < self._refused_until:
             raise LogError(self._reason)
-        opened = self._connection is not None and not self._connection.closed
-        if opened and self._connection.info.transaction_status != TransactionStatus.IDLE:
+        present = self._connection
+        if present is not None and present.info.transaction_status != TransactionStatus.IDLE:
             # A transaction that could not be ended shows what nobody else will ever see.
-            self._connection.close()
-            opened = False
+            present.close()
+        opened = present is not None and not present.closed
         try:
             if not opened:
                 self._connection = self._open()
