@@ -25,7 +25,7 @@ from hstu_xd.serving.requests import (
     checked_events,
 )
 from hstu_xd.serving.retrieval import ItemIndex
-from hstu_xd.serving.state import StateCache, UserState
+from hstu_xd.serving.state import StateCache, UserState, left_window
 from hstu_xd.serving.stored_states import StoredStates, Versions
 from hstu_xd.serving.stores import StateStore, StoreError
 
@@ -310,9 +310,11 @@ class EncoderSession:
             user: b"" if self._versions is None else self._versions.present(str(user))
             for user in users
         }
+        behind: dict[Hashable, UserState] = {}
         for user, version in versions.items():
             state = self._cache.get(user)
             if state is not None and state.version != version:
+                behind[user] = state
                 self._cache.drop(user)
         refused: dict[Hashable, bytes] = {}
         if self._stored is not None:
@@ -320,12 +322,10 @@ class EncoderSession:
         for user, version in versions.items():
             state = self._cache.get(user)
             if state is None:
-                state = UserState.empty(self.model.settings, self._dtype)
+                state = self._made(user, behind.get(user))
                 # What replaces a value that cannot be used.
                 state.revision, state.version = refused.get(user, b""), version
                 if self._history is not None:
-                    self._extend(state, checked_events(self.model.catalog, *self._history(user)))
-                    self._commit([state])
                     # States of unknown users are not kept: there may be any number of them.
                     if state.length:
                         self._keep({user: state})
@@ -336,6 +336,21 @@ class EncoderSession:
                     )
             states[user] = state
         return states
+
+    def _made(self, user: Hashable, behind: UserState | None) -> UserState:
+        """Return the state of a user's history; one that is behind it gets what it lacks."""
+        if self._history is None:
+            return UserState.empty(self.model.settings, self._dtype)
+        events = checked_events(self.model.catalog, *self._history(user))
+        if behind is not None and (lacked := behind.lacked(events, self.window)) is not None:
+            self._extend(behind, lacked)
+            if behind.uncommitted >= _BLOCK:
+                self._commit([behind])
+            return behind
+        state = UserState.empty(self.model.settings, self._dtype)
+        self._extend(state, events)
+        self._commit([state])
+        return state
 
     def _save(self, states: dict[Hashable, UserState]) -> list[Hashable]:
         """Store changed states; returns the users whose change was lost to another writer's."""
@@ -356,8 +371,7 @@ class EncoderSession:
     def _extend(self, state: UserState, events: Tensor) -> None:
         """Take (3, m) more events; the oldest leave where the window has no room for them."""
         state.add(events)
-        quarter = max(1, self.window // 4)
-        leaving = quarter * max(0, -(-(state.length - self.window) // quarter))
+        leaving = left_window(state.length, self.window)
         if leaving:
             state.drop_oldest(leaving)
 

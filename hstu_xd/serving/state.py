@@ -127,6 +127,27 @@ class UserState:
         self.events[:, self.length : end] = events
         self.length = end
 
+    def lacked(self, history: Tensor, window: int) -> Tensor | None:
+        """Return what of a history came after the events that this state was made of.
+
+        Args:
+            history: (3, N) all events of the user, oldest first.
+            window: of the session ``W``.
+
+        Returns:
+            (3, m) the newest events; None where the state is not that of the events before them,
+            as after one of those was removed.
+        """
+        quarter, held = max(1, window // 4), self.events[:, : self.length]
+        # How many have left follows from the number of events, so that few places need a look.
+        for start in reversed(range(0, history.shape[1] - self.length + 1, quarter)):
+            end = start + self.length
+            if start != left_window(end, window) or not torch.equal(history[:, start:end], held):
+                continue
+            if torch.equal(history[0, :start].unique(), self.forgotten):
+                return history[:, end:]
+        return None
+
     def reserve(self, rows: int, readers: int) -> None:
         """Make room for rows behind those in memory, and for readers of the pending event."""
         end = self.num_rows + rows
@@ -182,6 +203,12 @@ class UserState:
         self.num_rows = self.committed = 0
         self.state_times.zero_()
         self.state_counts.zero_()
+
+
+def left_window(events: int, window: int) -> int:
+    """Return how many of so many events have left a window, which slides by quarters."""
+    quarter = max(1, window // 4)
+    return quarter * max(0, -(-(events - window) // quarter))
 
 
 def expected_bytes(

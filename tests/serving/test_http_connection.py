@@ -4,7 +4,9 @@ import asyncio
 import gc
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +293,43 @@ def test_collections_spare_what_was_loaded(tmp_path: Path, monkeypatch: pytest.M
             gc.unfreeze()
             signal.signal(signal.SIGHUP, handler)
     assert spared[0] > 10_000
+
+
+class WatchedSocket(socket.socket):
+    """Notes in which turn of the event loop each connection was taken from it."""
+
+    def __init__(self) -> None:
+        super().__init__(socket.AF_INET, socket.SOCK_STREAM)
+        self.turn, self.taken = 0, list[int]()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        found = super().accept()
+        self.taken.append(self.turn)
+        return found
+
+
+def test_connections_that_wait_are_taken_one_by_one(tmp_path: Path) -> None:
+    """By itself an event loop takes all at once, and other workers on the socket have none."""
+    count = 5
+    with serving(tmp_path) as client, WatchedSocket() as listening, ExitStack() as opened:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = listening.getsockname()
+        for _ in range(count):
+            opened.enter_context(socket.create_connection(address))
+
+        async def take_all() -> None:
+            swaps = LocalSwaps(client.service, tmp_path)
+            running = Server(client.service, swaps, lambda: None)
+            running.config.load()
+            running.lifespan = running.config.lifespan_class(running.config)
+            await running.startup([listening])
+            deadline = time.monotonic() + 60
+            while len(listening.taken) < count or not running.server_state.connections:
+                assert time.monotonic() < deadline
+                listening.turn += 1
+                await asyncio.sleep(0)
+            await running.shutdown([listening])
+
+        asyncio.run(take_all())
+        assert len(set(listening.taken)) == count

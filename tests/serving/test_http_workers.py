@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from service_client import events, scores, write_run
 from service_process import ServiceProcess
 
 from hstu_xd.cli import app
+from hstu_xd.serving.events.open_log import open_log
 
 WORKERS = 2
 
@@ -179,6 +181,36 @@ def test_workers_end_with_the_process_that_watches_them(run: Path, server: Postg
         time.sleep(0.05)
     assert len(found) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+
+
+def test_a_signal_to_all_processes_at_once_lets_them_finish(
+    run: Path, server: PostgresServer
+) -> None:
+    """As systemd sends it; a worker gets it from the process that watches, too."""
+    log = server.database()
+    body = json.dumps({"events": events(1)}).encode()
+    head = f"POST /v1/events HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n"
+    head += "content-type: application/json\r\n\r\n"
+    with ServiceProcess(run, "--events", log, "--workers", str(WORKERS)) as process:
+        with socket.create_connection(("127.0.0.1", process.port), timeout=60) as client:
+            client.sendall(head.encode() + body[:5])
+            deadline = time.monotonic() + 60
+            # The one that asks is another one.
+            while counts(process)["hstu_xd_active_requests"] < 2:
+                assert time.monotonic() < deadline
+            began = time.monotonic()
+            for worker in process.workers():
+                os.kill(worker, signal.SIGTERM)
+            process.send(signal.SIGTERM)
+            time.sleep(0.5)
+            client.sendall(body[5:])
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        code, said = process.end()
+        assert time.monotonic() - began < 10
+    assert (code, "Traceback" in said, "again" in said) == (0, False, False), said
+    opened = open_log(log)
+    assert len(opened.read(["ann"])[0].events) == 1
+    opened.close()
 
 
 def test_workers_need_a_log_that_they_can_share(

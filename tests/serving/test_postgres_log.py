@@ -11,7 +11,7 @@ from log_cases import PostgresServer, known, numbered, postgres_server
 
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving.events import open_log
-from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, LogError
+from hstu_xd.serving.events.event_log import Conflict, Event, EventLog, Keyed, LogError
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,56 @@ def test_a_server_that_crashes_gives_the_number_of_a_lost_transaction_to_another
     assert known(log).events == []
     log.close()
     other.close()
+
+
+def test_a_commit_that_rolls_back_is_told(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL answers so where something has failed, and calls it no error."""
+    import psycopg
+
+    log = open_log.open_log(server.database())
+    execute = psycopg.Connection.execute
+
+    def failing(connection: psycopg.Connection, query: str, *values: object) -> object:
+        if query == "COMMIT":
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                execute(connection, "SELECT 1 / 0")
+        return execute(connection, query, *values)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(psycopg.Connection, "execute", failing)
+        with pytest.raises(LogError, match="COMMIT by ROLLBACK; nothing was taken"):
+            log.add(numbered(2))
+        assert log.fails
+    assert known(log).events == []
+    log.add(numbered(2))
+    assert len(known(log).events) == 2
+    log.close()
+
+
+def test_what_a_transaction_left_behind_is_not_seen(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a write that was refused are in the connection's sight until it is rolled back."""
+    import psycopg
+
+    log = open_log.open_log(server.database())
+    log.add(numbered(1))
+    execute = psycopg.Connection.execute
+
+    def unable(connection: psycopg.Connection, query: str, *values: object) -> object:
+        if query == "ROLLBACK":
+            raise psycopg.OperationalError("no memory")
+        return execute(connection, query, *values)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(psycopg.Connection, "execute", unable)
+        with pytest.raises(Conflict):
+            log.add(numbered(2), [Keyed("ann", "k", "1", 1)], {"ann": b"another"})
+    assert log.events_of_keys([("ann", "k")]) == {}
+    assert len(known(log).events) == 1
+    log.close()
 
 
 def test_a_database_that_cannot_be_written_to(server: PostgresServer) -> None:

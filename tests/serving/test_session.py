@@ -13,6 +13,7 @@ from torch import Tensor
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
+from hstu_xd.serving.state import UserState
 
 ITEMS = NUM_DOMAINS * ITEMS_PER_DOMAIN
 SERVED = sorted(SWITCHES)
@@ -309,3 +310,88 @@ def test_bad_requests_name_the_value() -> None:
         EncoderSession(tiny_model().to("meta"))
     with pytest.raises(InputError, match="window is 3"):
         EncoderSession(model("everything"), window=3)
+
+
+class SharedHistory:
+    """A user's events that several sessions read and anybody may change, with their version."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[int, int]] = []
+        self.version = b"0"
+
+    def change(self, events: list[tuple[int, int]]) -> None:
+        self.events, self.version = events, self.version + b"0"
+
+    def all_of(self, user: Any) -> tuple[Sequence[int], Sequence[int]]:
+        return tuple(zip(*self.events)) or ((), ())
+
+    def present(self, user: str) -> bytes:
+        return self.version
+
+    def following(self, user: str) -> bytes:
+        return self.version + b"0"
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_state_that_is_behind_takes_what_others_have_written(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has is not encoded again, unless it is not what the history begins with."""
+    net, window, made = model(name), 8, list[None]()
+    empty = UserState.empty
+    monkeypatch.setattr(UserState, "empty", lambda *args: made.append(None) or empty(*args))
+    known = [(item, time) for _, item, time in log(8, 40, users=1)]
+    history = SharedHistory()
+    session = EncoderSession(net, window=window, history=history.all_of, versions=history)
+
+    def is_right() -> None:
+        events = history.events
+        left = 2 * max(0, -((window - len(events)) // 2))
+        close(session.query(["ann"], [1])[0], encode(net, events[left:], 1))
+        unseen = {item for item, _ in session.recommend(["ann"], [1], k=99)[0]}
+        gone = {item for item, _ in events}
+        assert unseen == {int(item) for item in net.catalog.items_of(1)} - gone
+
+    # From 9 events on the window slides.
+    for count in (*range(1, 13), 16, 17, 30):
+        history.change(known[:count])
+        is_right()
+    # Own events and those of others, in turns.
+    session.append(["ann"], *([column] for column in known[30]))
+    history.change(known[:31])
+    is_right()
+    history.change(known[:32])
+    is_right()
+    assert len(made) == 1
+    # An event of the window is gone, then one that had left it, then the last one.
+    for gone in (28, 3, len(history.events) - 3):
+        before = len(made)
+        history.change(history.events[:gone] + history.events[gone + 1 :])
+        is_right()
+        assert len(made) > before
+    history.change([])
+    close(session.query(["ann"], [1]), EncoderSession(net).query(["nobody"], [1]))
+
+
+def test_a_state_of_other_events_lacks_nothing_that_can_be_added() -> None:
+    net, window = model("everything"), 8
+    known = [(item, time) for _, item, time in log(9, 30, users=1)]
+    for count in (1, 7, 8, 9, 10, 11, 20):
+        session = EncoderSession(net, window=window)
+        session.append(["ann"] * count, *zip(*known[:count]))
+        state = session._cache.get("ann")
+        assert state is not None
+        items, times = torch.tensor(known).T
+        history = torch.stack([items, times, net.catalog.domain_of(items)])
+        lacked = state.lacked(history, window)
+        assert lacked is not None
+        assert torch.equal(lacked, history[:, count:])
+        assert state.lacked(history[:, 1:], window) is None
+        assert state.lacked(history[:, : count - 1], window) is None
+        if count > 8:
+            # The window is the same, but another item has left it.
+            other = history.clone()
+            other[0, 0] = other[0, 0] % ITEMS + 1
+            seen = set(other[0, : count - state.length].tolist())
+            expected = seen == set(history[0, : count - state.length].tolist())
+            assert (state.lacked(other, window) is not None) == expected

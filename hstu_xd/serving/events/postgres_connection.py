@@ -138,7 +138,11 @@ class PostgresConnection:
         """
         if time.monotonic() < self._refused_until:
             raise LogError(self._reason)
-        opened = self._connection is not None and not self._connection.closed
+        present = self._connection
+        if present is not None and present.info.transaction_status != TransactionStatus.IDLE:
+            # A transaction that could not be ended shows what nobody else will ever see.
+            present.close()
+        opened = present is not None and not present.closed
         try:
             if not opened:
                 self._connection = self._open()
@@ -205,7 +209,7 @@ class PostgresConnection:
             LogError: nothing was written, or nobody says.
         """
         try:
-            connection.execute("COMMIT")
+            said = connection.execute("COMMIT").statusmessage
         except psycopg.OperationalError as error:
             connection.close()
             was_written = self._was_written(transaction, mark)
@@ -217,6 +221,9 @@ class PostgresConnection:
                 f"the event log: {_first_line(error)}; whether the events were taken is not known: "
                 "send them again with the same id or Idempotency-Key"
             ) from error
+        if said != "COMMIT":
+            # That is how PostgreSQL ends a transaction in which something failed: without an error.
+            raise LogError(f"the event log: PostgreSQL answers COMMIT by {said}; nothing was taken")
 
     def _was_written(self, transaction: str, mark: tuple[str, Sequence[Any]]) -> bool | None:
         """Return whether a transaction was committed; None where the server does not say in time.

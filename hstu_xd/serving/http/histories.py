@@ -18,7 +18,7 @@ class Rebuilds:
     """How often states were made anew, by all models of a service: it never falls.
 
     Attributes:
-        count: readings of the events of a user who has some, to rebuild a state.
+        count: readings of the events of a user who has some, to make a state or to add to one.
     """
 
     count: int = 0

@@ -218,6 +218,57 @@ _KEEP_ALIVE = 75
 _CLOSING, _ENDING = 1.0, 1.0
 
 
+class _Door(asyncio.AbstractServer):
+    """Takes the connections of a socket one at a time, so that whoever else listens has its share.
+
+    An event loop by itself takes all that wait at once: of several processes one would have all
+    connections that a client opens together, and the others none.
+
+    Args:
+        sock: that listens.
+        make: makes what handles a connection.
+    """
+
+    def __init__(self, sock: socket.socket, make: Callable[[], asyncio.Protocol]) -> None:
+        self._loop, self._sock, self._make = asyncio.get_running_loop(), sock, make
+        self._entering: set[asyncio.Task[Any]] = set()
+        self._later: asyncio.TimerHandle | None = None
+        sock.setblocking(False)
+        self._open()
+
+    def close(self) -> None:
+        """Take no more."""
+        self._loop.remove_reader(self._sock)
+        if self._later is not None:
+            self._later.cancel()
+
+    async def wait_closed(self) -> None:
+        """Wait for those that are being taken."""
+        await asyncio.gather(*self._entering, return_exceptions=True)
+
+    def _open(self) -> None:
+        self._loop.add_reader(self._sock, self._take)
+
+    def _take(self) -> None:
+        try:
+            connection, _ = self._sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return  # Another process was faster, or the client has gone.
+        except OSError as error:
+            _log.warning("no connection can be taken: %s; trying again in a second", error)
+            self._loop.remove_reader(self._sock)
+            self._later = self._loop.call_later(1.0, self._open)
+            return
+        connection.setblocking(False)
+        # Head and body of an answer are two writes, of which the second does not wait.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        entering = self._loop.create_task(
+            self._loop.connect_accepted_socket(self._make, connection)
+        )
+        self._entering.add(entering)
+        entering.add_done_callback(self._entering.discard)
+
+
 class Server(uvicorn.Server):
     """uvicorn, but a signal first drains: requests are refused while the accepted ones finish.
 
@@ -247,7 +298,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
-        await super().startup(sockets)
+        await super().startup([])
+
+        def connection() -> asyncio.Protocol:
+            return BoundedConnection(self.config, self.server_state, self.lifespan.state)
+
+        self.servers = [_Door(sock, connection) for sock in sockets or ()]
         self._announce()
 
     async def on_tick(self, counter: int) -> bool:
@@ -272,9 +328,15 @@ class Server(uvicorn.Server):
             await asyncio.wait(list(self.server_state.tasks), timeout=_ENDING)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal, stop at once at the second one."""
+        """Drain at the first signal, stop at once where Ctrl-C comes after it.
+
+        SIGTERM comes to a worker twice where all processes of a service get it, as systemd sends
+        it: from there, and from the process that watches.
+        """
         if self._service.draining:
-            self.should_exit = self.force_exit = True
+            if sig == signal.SIGINT:
+                self.should_exit = self.force_exit = True
+            return
         self._drain_until = time.monotonic() + self._service.settings.drain_seconds
         self._service.draining = True
 

@@ -259,7 +259,7 @@ class Service:
             "hstu_xd_states_bytes": ("Bytes of all states in memory.", session.num_bytes),
             "hstu_xd_states_users": ("Users whose states are in memory.", len(session)),
             "hstu_xd_states_rebuilt_total": (
-                "States made anew.",
+                "Histories read to make states anew, or to add what they lack.",
                 self.model.histories.rebuilds.count,
             ),
             "hstu_xd_log_bytes": ("Bytes of the event log.", self._log.num_bytes()),

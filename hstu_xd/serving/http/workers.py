@@ -212,23 +212,26 @@ class Workers:
             worker.process.terminate()
 
     def _stop(self, which: int, frame: FrameType | None) -> None:
-        """Drain at the first signal, stop at once at the second one."""
+        """Drain at the first signal, stop at once where Ctrl-C comes after it."""
+        at_once = self._stopping and which == signal.SIGINT
         self._stopping = True
-        self._terminate()
+        self._tell_all(signal.SIGINT if at_once else signal.SIGTERM)
 
     def _ask_reload(self, which: int, frame: FrameType | None) -> None:
         """Serve what the folder of the command holds now."""
         self._reload = True
 
-    def _terminate(self) -> None:
+    def _tell_all(self, which: signal.Signals) -> None:
+        """Send a signal to the workers that are alive."""
         for worker in self._workers:
             if worker.process is not None and worker.process.is_alive():
-                worker.process.terminate()
+                with suppress(ProcessLookupError):
+                    os.kill(worker.process.pid, which)
 
     def _end(self) -> None:
         """Drain all workers at once; what does not end in time is killed."""
         if not self._stopping:
-            self._terminate()
+            self._tell_all(signal.SIGTERM)
         until = time.monotonic() + self._work.settings.drain_seconds + _ENDING
         for process in [worker.process for worker in self._workers if worker.process is not None]:
             process.join(max(0.0, until - time.monotonic()))
