@@ -314,14 +314,14 @@ def _of_towers(
             f"{run} is a ranking run, of which recommend {use} takes --goal, --at, --data, "
             f"{', '.join(taken[1:])}; leave {idle} out, or take a run of hstu-xd train"
         )
+    store = open_store(run, data, verify=verify)
     if use == "--all-users":
-        _to_all_by_towers(run, options, goal, at, data=data, verify=verify, as_json=as_json)
+        _to_all_by_towers(run, options, goal, at, store, as_json=as_json)
         return
     if (user := options["--user"]) is None:
         raise InputError(
             "--user is missing; give --user or --all-users, and --goal where the run has several"
         )
-    store = open_store(run, data, verify=verify)
     ranker = ServedRanker.of(run, store)
     search, session = TowerSearch(ranker), RankingSession(ranker, history_of(store))
     if session.latest_time(user) is None:
@@ -339,12 +339,10 @@ def _to_all_by_towers(
     options: Mapping[str, Any],
     goal: str | None,
     at: int | None,
+    store: "InteractionStore",
     *,
-    data: Path | None,
-    verify: bool,
     as_json: bool,
 ) -> None:
-    from hstu_xd.ranking.run import open_store
     from hstu_xd.serving.recommend_all import recommend_by_towers
     from hstu_xd.training.distributed import is_first_process
 
@@ -353,7 +351,7 @@ def _to_all_by_towers(
     summary = recommend_by_towers(
         run,
         options["--out"],
-        store=open_store(run, data, verify=verify),
+        store=store,
         goal=goal,
         k=options["--k"] or _K,
         users=options["--users"],

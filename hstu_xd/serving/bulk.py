@@ -4,7 +4,7 @@ The histories may come from a later log than the one that the model was trained 
 model does not know are then left out of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,14 +59,14 @@ class Histories:
         ends = torch.repeat_interleave(self.offsets[1:], self.offsets.diff())
         return self.chosen(ends - torch.arange(ends.numel()) <= window)
 
-    def of_users(self, start: int, end: int) -> "Histories":
-        """Return those of users ``start..end - 1``."""
-        first, last = self.offsets[[start, end]].tolist()
-        return Histories(
-            self.item_ids[first:last],
-            self.timestamps[first:last],
-            self.offsets[start : end + 1] - first,
-        )
+    def batches(self) -> Iterator["Histories"]:
+        """Yield those of as many users as are encoded at once, one batch after the other."""
+        number = self.offsets.numel() - 1
+        for start in range(0, number, BATCH_USERS):
+            offsets = self.offsets[start : start + BATCH_USERS + 1]
+            first, last = offsets[[0, -1]].tolist()
+            items, times = self.item_ids[first:last], self.timestamps[first:last]
+            yield Histories(items, times, offsets - first)
 
 
 class HistoryReader:
@@ -243,12 +243,10 @@ class BulkRecommender:
         Raises:
             HstuXdError: a score is not a number.
         """
-        found, number = [], histories.offsets.numel() - 1
-        for start in range(0, number, BATCH_USERS):
-            part = histories.of_users(start, min(start + BATCH_USERS, number))
-            vectors = user_vectors(
-                self._model, part.latest(self._window), self._domains, at=self._at
-            )
+        found = []
+        for part in histories.batches():
+            windows = part.latest(self._window)
+            vectors = user_vectors(self._model, windows, self._domains, at=self._at)
             found.append(self._items.best(vectors, part if self._protocol.exclude_seen else None))
         return BestItems.joined(found)
 

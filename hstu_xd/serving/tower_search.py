@@ -15,7 +15,7 @@ from hstu_xd.ranking.batches import RequestBatch, RequestData
 from hstu_xd.ranking.histories import HistoryIndex
 from hstu_xd.ranking.run import ServedRanker
 from hstu_xd.ranking.towers import TowerRanker
-from hstu_xd.serving.bulk import BATCH_USERS, BestItems, DomainItems, Histories
+from hstu_xd.serving.bulk import BestItems, DomainItems, Histories
 from hstu_xd.serving.ranking_session import RankingSession
 from hstu_xd.serving.retrieval import ItemIndex
 
@@ -168,20 +168,18 @@ class TowersForAll:
         Raises:
             HstuXdError: a score is not a number.
         """
-        found, number = [], histories.offsets.numel() - 1
-        for start in range(0, number, BATCH_USERS):
-            part = histories.of_users(start, min(start + BATCH_USERS, number))
-            times = self._times(part)
-            vectors = self._towers.user_vectors(self._batch(part, times))[:, self._goal]
-            seen = part.chosen(part.timestamps < times[part.owners])
-            found.append(
-                self._items.best(
-                    vectors.unsqueeze(1).expand(-1, self._num_domains, -1),
-                    seen if self._exclude_seen else None,
-                )
-            )
-        best, bias = BestItems.joined(found), self._towers.bias[self._goal]
-        return BestItems(best.items, (best.scores + bias).double().sigmoid())
+        best, bias = BestItems.joined([*map(self._of, histories.batches())]), self._towers.bias
+        return BestItems(best.items, (best.scores + bias[self._goal]).double().sigmoid())
+
+    def _of(self, histories: Histories) -> BestItems:
+        """Find what is best for a batch, by scores that lack the goal's bias."""
+        times = self._times(histories)
+        vectors = self._towers.user_vectors(self._batch(histories, times))[:, self._goal]
+        vectors = vectors.unsqueeze(1).expand(-1, self._num_domains, -1)
+        if not self._exclude_seen:
+            return self._items.best(vectors, None)
+        seen = histories.chosen(histories.timestamps < times[histories.owners])
+        return self._items.best(vectors, seen)
 
     def _times(self, histories: Histories) -> Tensor:
         """Return the time of each user's request: (B,) int64."""
