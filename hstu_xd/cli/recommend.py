@@ -106,7 +106,8 @@ def recommend(
         "--exclude-seen": exclude_seen,
     }
     if _is_ranking(run):
-        asked = (run, options | {"--log": log}, goal, at)
+        others = {"--log": log, "--allow-imports": allow_imports or None}
+        asked = (run, options | others, goal, at)
         _of_towers(*asked, data=data, verify=verify, as_json=as_json)
         return
     if goal is not None:
