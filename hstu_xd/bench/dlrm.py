@@ -216,8 +216,10 @@ def measure_batches(
         repeats: timed batches of each provider.
 
     Returns:
-        Rows of "whole"; of "samples", which makes a sample of each request from lists, as
-        upstream's data sets do, and collates them; and of "collate", the last step of it.
+        Rows of "whole"; of "layout", the last step of it, after histories are read and candidates
+        drawn; of "samples", which makes a sample of each request from lists that are read and drawn
+        already, as upstream's data sets do, and collates them; and of "collate", the last step of
+        that.
 
     Raises:
         InputError: upstream does not load, or the store has too few requests.
@@ -242,11 +244,15 @@ def measure_batches(
         requests.num_train + rng.choice(evaluated, batch_size, replace=False)
         for _ in range(repeats + 1)
     ]
-    times: dict[str, list[float]] = {"whole": [], "samples": [], "collate": []}
+    times: dict[str, list[float]] = {"whole": [], "layout": [], "samples": [], "collate": []}
     correct = True
     with torch_threads(1):
         for numbers in draws:
-            ready = _read(requests.batch(numbers))
+            batch = requests.batch(numbers)
+            ready = _read(batch)
+            start = time.perf_counter()
+            laid_out = dataset.features(batch)
+            times["layout"].append(time.perf_counter() - start)
             start = time.perf_counter()
             samples = [_sample(config, *each) for each in ready]
             middle = time.perf_counter()
@@ -256,7 +262,7 @@ def measure_batches(
             times["whole"].append(time.perf_counter() - end)
             times["samples"].append(end - start)
             times["collate"].append(end - middle)
-            correct &= _same(whole, collated)
+            correct &= _same(whole, collated) and _same(laid_out, collated)
     return [
         _row_of_batches(name, times, correct, history=history, batch_size=batch_size)
         for name in times
@@ -280,7 +286,7 @@ def _row_of_batches(
     # The first batch warms up.
     own = np.array(times[name][1:])
     row["ms_median"] = float(np.median(own)) * 1e3
-    if name == "whole":
+    if name in ("whole", "layout"):
         for rival in ("samples", "collate"):
             ratios = np.array(times[rival][1:]) / own
             row[f"times_faster_than_{rival}"] = float(np.median(ratios))

@@ -50,6 +50,9 @@ Store = Annotated[
 StoreTtl = Annotated[
     int | None, typer.Option(min=1, help="Seconds that Redis keeps a state. [default: for good]")
 ]
+StoreEvery = Annotated[
+    int, typer.Option(min=1, help="Events of a user from one writing of its state to the next.")
+]
 WhenStoreFails = Annotated[
     Literal["refuse", "rebuild"],
     typer.Option(help="Answer 503, or rebuild states in memory until the store is back."),
@@ -130,6 +133,7 @@ def serve(
     verify: Verify = False,
     store: Store = "memory",
     store_ttl: StoreTtl = None,
+    store_every: StoreEvery = 8,
     when_store_fails: WhenStoreFails = "refuse",
     max_bytes: MaxBytes = 1 << 30,
     retrieval: Retrieval = "exact",
@@ -188,7 +192,9 @@ def serve(
         queue=QueueSettings(max_batch, max_wait / 1e3, max_queue, max_delay / 1e3),
         limits=Limits(max_body=max_body, max_k=max_k),
         writes=WriteSettings(repeats, unknown_items, max_clock_skew),
-        states=StateSettings(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
+        states=StateSettings(
+            store, store_ttl, when_store_fails, max_bytes, threads, retrieval, store_every
+        ),
     )
     work = Work(run, settings, allow_imports, log, shadow)
     _listen(work if workers == 1 else work.share(workers), workers, host, port)

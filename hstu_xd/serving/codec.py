@@ -2,7 +2,8 @@
 
 Layout, little-endian: magic, format, item size (bytes 0..7); the revision, which is a counter and a
 checksum of everything else (8..31); the checkpoint's fingerprint (32..47); four sizes (48..79);
-then the arrays, without their spare places. So a value takes 80 bytes more than
+format 3 alone, of a history that has versions: its version (80..95); then the arrays, without their
+spare places. So a value takes 80 or 96 bytes more than
 :func:`hstu_xd.serving.state.expected_bytes`.
 """
 
@@ -19,14 +20,15 @@ from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.parts import Part
 from hstu_xd.serving.state import UserState
 
-_MAGIC, _FORMAT = b"HXUS", 2
+# Without and with a version. Fingerprints are made with the number of the first.
+_MAGIC, _FORMAT, _VERSIONED = b"HXUS", 2, 3
 _KIND, _COUNTER, _SIZES = struct.Struct("<4sHH"), struct.Struct("<Q"), struct.Struct("<4Q")
 _DIGEST = 16
 
 # Where a value says which one of a user's values it is.
 REVISION = slice(8, 32)
 _CHECKSUM, _FINGERPRINT = slice(16, 32), slice(32, 48)
-_ARRAYS = 80
+_VERSION = slice(80, 96)
 
 
 class RefusedState(Exception):
@@ -87,9 +89,10 @@ def encode_state(state: UserState, checkpoint: bytes) -> bytes:
         state.rows[:, : state.num_rows],
         state.state_memory,
     )
-    head = _KIND.pack(_MAGIC, _FORMAT, state.memory.element_size())
+    number_of_format = _VERSIONED if state.version else _FORMAT
+    head = _KIND.pack(_MAGIC, number_of_format, state.memory.element_size())
     counter = _COUNTER.pack((number + 1) % 2**64)
-    body = checkpoint + _SIZES.pack(*sizes) + b"".join(map(_bytes, arrays))
+    body = b"".join([checkpoint, _SIZES.pack(*sizes), state.version, *map(_bytes, arrays)])
     return head + counter + _checksum(head + counter, body) + body
 
 
@@ -108,13 +111,16 @@ def decode_state(
         RefusedState: the value is damaged, or of another checkpoint.
     """
     head, body = value[: _CHECKSUM.start], value[_CHECKSUM.stop :]
-    if len(value) < _ARRAYS or value[_CHECKSUM] != _checksum(head, body):
+    if len(value) < _VERSION.start or value[_CHECKSUM] != _checksum(head, body):
         raise RefusedState("is damaged")
-    if _KIND.unpack_from(value)[:2] != (_MAGIC, _FORMAT) or value[_FINGERPRINT] != checkpoint:
-        raise RefusedState("belongs to another checkpoint, window, number type or history")
+    magic, number_of_format, _ = _KIND.unpack_from(value)
+    formats = (_FORMAT, _VERSIONED)
+    if magic != _MAGIC or number_of_format not in formats or value[_FINGERPRINT] != checkpoint:
+        raise RefusedState("belongs to another checkpoint, window or number type")
+    version = value[_VERSION] if number_of_format == _VERSIONED else b""
     length, committed, num_rows, forgotten = _SIZES.unpack_from(value, _FINGERPRINT.stop)
     state = UserState.empty(settings, dtype)
-    rest = np.frombuffer(bytearray(value), np.uint8, offset=_ARRAYS)
+    rest = np.frombuffer(bytearray(value), np.uint8, offset=_VERSION.start + len(version))
 
     def take(like: Tensor, *shape: int) -> Tensor:
         nonlocal rest
@@ -135,6 +141,7 @@ def decode_state(
         committed=committed,
         state_memory=take(state.state_memory, *state.state_memory.shape),
         revision=revision(value),
+        version=version,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from hstu_xd.serving.requests import (
 )
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.state import StateCache, UserState, left_window
-from hstu_xd.serving.stored_states import StoredStates, Versions
+from hstu_xd.serving.stored_states import Found, StoredStates, Versions
 from hstu_xd.serving.stores import StateStore, StoreError
 
 # Events that are committed by one step; more are encoded together with the whole window.
@@ -66,10 +67,13 @@ class EncoderSession:
             events, so it must not include them yet.
         store: where states outlive the session and other sessions of the same checkpoint find
             them, see :mod:`hstu_xd.serving.stores`; users are strings then. Every ``append`` is
-            stored before it returns; memory holds what was read of late. Without a store the
-            states are in memory alone.
+            stored before it returns, where there are no ``versions``; memory holds what was read
+            of late. Without a store the states are in memory alone.
         versions: of the histories that states are made of; a state of another version, in memory or
-            in the store, is not used but rebuilt. None: a state of the same checkpoint is believed.
+            in the store, gets what it lacks of its history, or is rebuilt. None: a state of the
+            same checkpoint is believed.
+        store_every: where there are versions, a state is stored once it has so many events more
+            than what the store has of it.
         retrieval: how ``recommend`` searches, "exact" or "approximate", see
             :class:`hstu_xd.serving.retrieval.ItemIndex`; or such an index of the same model, which
             several sessions may share.
@@ -101,6 +105,7 @@ class EncoderSession:
         history: History | None = None,
         store: StateStore | None = None,
         versions: Versions | None = None,
+        store_every: int = 1,
         retrieval: str | ItemIndex = "exact",
         scorer: Scorer | None = None,
     ) -> None:
@@ -108,6 +113,8 @@ class EncoderSession:
         longest = model.window
         if window is not None and not 4 <= window <= longest:
             raise InputError(f"window is {window}; 4..{longest} events, the model's positions")
+        if store_every < 1:
+            raise InputError(f"store_every is {store_every}; at least 1 event")
         self.model = model.eval()
         self.window = window or longest
         self._dtype, self._history, self._versions = dtype, history, versions
@@ -119,7 +126,7 @@ class EncoderSession:
         self.index = retrieval
         self._stored = None
         if store is not None:
-            self._stored = StoredStates(store, model, self.window, dtype)
+            self._stored = StoredStates(store, model, self.window, dtype, store_every)
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -161,7 +168,7 @@ class EncoderSession:
                 for user, events in arriving.items():
                     self._extend(states[user], events)
                     if self._versions is not None:
-                        states[user].version = self._versions.following(str(user))
+                        states[user].version = _digest(self._versions.following(str(user)))
                 self._commit([state for state in states.values() if state.uncommitted >= _BLOCK])
                 self._keep(states)
                 arriving = {user: arriving[user] for user in self._save(states)}
@@ -305,48 +312,72 @@ class EncoderSession:
 
     def _load(self, users: Iterable[Hashable]) -> dict[Hashable, UserState]:
         """Return states of users, rebuilt or empty where there is none, as the most recent ones."""
-        states: dict[Hashable, UserState] = {}
-        versions = {
-            user: b"" if self._versions is None else self._versions.present(str(user))
-            for user in users
+        versions = {user: self._version(user) for user in users}
+        held = {user: self._cache.get(user) for user in versions}
+        # What is of the present version of its history is right, whatever a store has.
+        doubtful = {
+            user: state
+            for user, state in held.items()
+            if state is None
+            or state.version != versions[user]
+            or (self._stored is not None and not state.version)
         }
-        behind: dict[Hashable, UserState] = {}
+        found = self._stored.read(doubtful) if self._stored is not None and doubtful else Found()
+        states: dict[Hashable, UserState] = {}
         for user, version in versions.items():
-            state = self._cache.get(user)
-            if state is not None and state.version != version:
-                behind[user] = state
-                self._cache.drop(user)
-        refused: dict[Hashable, bytes] = {}
-        if self._stored is not None:
-            refused = self._stored.refresh(versions, self._cache)
-        for user, version in versions.items():
-            state = self._cache.get(user)
-            if state is None:
-                state = self._made(user, behind.get(user))
-                # What replaces a value that cannot be used.
-                state.revision, state.version = refused.get(user, b""), version
-                if self._history is not None:
-                    # States of unknown users are not kept: there may be any number of them.
-                    if state.length:
-                        self._keep({user: state})
-                elif user in refused:
-                    raise StoreError(
-                        f"user {user!r}: the stored state cannot be used, and the session has no "
-                        "history to rebuild it from; give it one, or forget the user"
-                    )
+            state = held[user]
+            if user in doubtful:
+                state = self._renewed(user, version, state, found)
+            assert state is not None
             states[user] = state
         return states
 
-    def _made(self, user: Hashable, behind: UserState | None) -> UserState:
+    def _version(self, user: Hashable) -> bytes:
+        return b"" if self._versions is None else _digest(self._versions.present(str(user)))
+
+    def _renewed(
+        self, user: Hashable, version: bytes, held: UserState | None, found: Found
+    ) -> UserState:
+        """Return a state of a user's history as it is now, and keep it in memory.
+
+        Args:
+            user: whose.
+            version: of the history.
+            held: the state in memory, if any; not known to be of this version.
+            found: what the store has.
+        """
+        present = found.revisions.get(user, b"")
+        if held is not None and not version and held.revision != present:
+            held = None  # The store alone knows what another session has added.
+        known = [state for state in (found.states.get(user), held) if state is not None]
+        self._cache.drop(user)
+        state = next((state for state in known if state.version == version), None)
+        if state is None:
+            if self._history is None and (known or user in found.refused):
+                raise StoreError(
+                    f"user {user!r}: the stored state cannot be used, and the session has no "
+                    "history to rebuild it from; give it one, or forget the user"
+                )
+            state = self._made(user, known)
+            state.version = version
+        state.revision = present
+        # States of unknown users are not kept: there may be any number of them.
+        if state.length:
+            self._keep({user: state})
+        return state
+
+    def _made(self, user: Hashable, behind: Sequence[UserState]) -> UserState:
         """Return the state of a user's history; one that is behind it gets what it lacks."""
         if self._history is None:
             return UserState.empty(self.model.settings, self._dtype)
         events = checked_events(self.model.catalog, *self._history(user))
-        if behind is not None and (lacked := behind.lacked(events, self.window)) is not None:
-            self._extend(behind, lacked)
-            if behind.uncommitted >= _BLOCK:
-                self._commit([behind])
-            return behind
+        for state in behind:
+            lacked = state.lacked(events, self.window)
+            if lacked is not None:
+                self._extend(state, lacked)
+                if state.uncommitted >= _BLOCK:
+                    self._commit([state])
+                return state
         state = UserState.empty(self.model.settings, self._dtype)
         self._extend(state, events)
         self._commit([state])
@@ -420,3 +451,8 @@ class EncoderSession:
                 yield
         finally:
             self._cache.shrink()
+
+
+def _digest(version: bytes) -> bytes:
+    """Return a version of a history as states carry it: 16 bytes."""
+    return blake2b(version, digest_size=16).digest()

@@ -44,7 +44,9 @@ class UserState:
         state_times: (D * M,) int64, time of the event that wrote each state.
         state_counts: (D,) int64, states that each domain has written so far.
         revision: which of the user's values in a store this was; empty where it was none.
-        version: of the history that it was made of; empty where histories have no versions.
+        unsaved: events that it has been given since.
+        version: digest of 16 bytes of the history's version that it was made of; empty where
+            histories have no versions.
     """
 
     events: Tensor
@@ -58,6 +60,7 @@ class UserState:
     state_times: Tensor
     state_counts: Tensor
     revision: bytes = b""
+    unsaved: int = 0
     version: bytes = b""
 
     @classmethod
@@ -126,6 +129,7 @@ class UserState:
         self.events = _with_room(self.events, end)
         self.events[:, self.length : end] = events
         self.length = end
+        self.unsaved += events.shape[1]
 
     def lacked(self, history: Tensor, window: int) -> Tensor | None:
         """Return what of a history came after the events that this state was made of.

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Hashable, Mapping
-from hashlib import blake2b
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving.codec import RefusedState, decode_state, encode_state, fingerprint, revision
-from hstu_xd.serving.state import StateCache, UserState
+from hstu_xd.serving.state import UserState
 from hstu_xd.serving.stores import StateStore, Write
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,21 @@ class Versions(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a store has of some users.
+
+    Attributes:
+        revisions: of each user's value; empty where there is none.
+        states: of those values that were read, by user, whatever version of a history they are of.
+        refused: users whose value cannot be used.
+    """
+
+    revisions: dict[Hashable, bytes] = field(default_factory=dict)
+    states: dict[Hashable, UserState] = field(default_factory=dict)
+    refused: set[Hashable] = field(default_factory=set)
+
+
 class StoredStates:
     """A store, as a session of one checkpoint reads and writes it.
 
@@ -40,6 +55,8 @@ class StoredStates:
         model: whose states; those of another are refused.
         window: of the session, likewise.
         dtype: of keys and values, likewise.
+        every: a state of a history that has versions is written once it has so many events more
+            than what the store has: the history knows them. Any other state is always written.
     """
 
     def __init__(
@@ -48,70 +65,69 @@ class StoredStates:
         model: CrossDomainHSTU,
         window: int,
         dtype: torch.dtype,
+        every: int,
     ) -> None:
         self._store, self._settings, self._dtype = store, model.settings, dtype
-        self._checkpoint = fingerprint(model, window, dtype)
+        self._checkpoint, self._every = fingerprint(model, window, dtype), every
         self._said: set[str] = set()
 
-    def refresh(
-        self, versions: Mapping[Hashable, bytes], residents: StateCache[UserState]
-    ) -> dict[Hashable, bytes]:
-        """Make what is in memory of some users what the store has of them.
+    def read(self, held: Mapping[Hashable, UserState | None]) -> Found:
+        """Read what the store has of users, but for values that their states in memory came from.
 
         Args:
-            versions: of the users' histories now; a stored state of another one cannot be used.
-            residents: what is in memory.
-
-        Returns:
-            Revisions of values that cannot be used, by user; these users are not in memory.
+            held: users, and their states in memory, if any.
 
         Raises:
             InputError: a user that is not a string.
             StoreError: the store failed.
         """
-        names = [_checked(user) for user in versions]
-        refused: dict[Hashable, bytes] = {}
-        stale: dict[str, bytes] = {}
-        for user, present in zip(names, self._store.revisions(names)):
-            state = residents.get(user)
-            if state is None or state.revision != present:
-                residents.drop(user)
-                stale[user] = present
-        fetched = [user for user, present in stale.items() if present]
-        for user, value in zip(fetched, self._store.get(fetched)):
+        names = [_checked(user) for user in held]
+        found = Found(dict(zip(names, self._store.revisions(names))))
+        changed = [
+            user
+            for user, state in zip(names, held.values())
+            if found.revisions[user] and (state is None or state.revision != found.revisions[user])
+        ]
+        for user, value in zip(changed, self._store.get(changed)):
             if value is None:
                 continue
             try:
-                made_of = self._joined(versions[user])
-                state = decode_state(value, made_of, self._settings, self._dtype)
+                state = decode_state(value, self._checkpoint, self._settings, self._dtype)
             except RefusedState as reason:
                 self._say(str(reason))
-                refused[user] = stale[user]
+                found.refused.add(user)
             else:
-                state.version = versions[user]
-                residents.keep(user, state)
-        return refused
+                found.revisions[user], found.states[user] = state.revision, state
+        return found
 
     def save(self, states: Mapping[Hashable, UserState]) -> list[Hashable]:
-        """Store states on top of those they were read from.
+        """Store states that it is time for, on top of those they were read from.
 
         Returns:
-            Users that another writer has written to in between; their states are not stored.
+            Users that another writer has written to in between, where only the store knows what;
+            their states are not stored. Where histories have versions a state that was not stored
+            is right all the same, and is stored some other time.
 
         Raises:
             StoreError: the store failed.
         """
         writes = [
-            Write(user, encode_state(state, self._joined(state.version)), state.revision)
+            Write(user, encode_state(state, self._checkpoint), state.revision)
             for user, state in zip(map(_checked, states), states.values())
+            if not state.version or state.unsaved >= self._every
         ]
-        lost: list[Hashable] = []
+        if not writes:
+            return []
+        overtaken: list[str] = []
         for write, stored in zip(writes, self._store.put(writes)):
             if stored:
-                states[write.user].revision = revision(write.value)
+                states[write.user].revision, states[write.user].unsaved = revision(write.value), 0
             else:
-                lost.append(write.user)
-        return lost
+                overtaken.append(write.user)
+        versioned = [user for user in overtaken if states[user].version]
+        for user, present in zip(versioned, self._store.revisions(versioned)):
+            states[user].revision = present
+        return [user for user in overtaken if not states[user].version]
 
     def delete(self, user: Hashable) -> bool:
         """Remove a user from the store; returns whether there was one."""
@@ -122,12 +138,6 @@ class StoredStates:
         if reason not in self._said:
             self._said.add(reason)
             _log.warning("a stored state %s; it and others like it are made anew", reason)
-
-    def _joined(self, version: bytes) -> bytes:
-        """Join the checkpoint's fingerprint and a history's version, if it has one, in one name."""
-        if not version:
-            return self._checkpoint
-        return blake2b(version, key=self._checkpoint, digest_size=len(self._checkpoint)).digest()
 
 
 def _checked(user: Hashable) -> str:

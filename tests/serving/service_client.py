@@ -178,11 +178,13 @@ def serving(
 ) -> Iterator[Client]:
     """A client of a service whose log is in a folder, or at a URL; started again it goes on.
 
-    With a run folder its model is that of the run, and others may take its place.
+    With a run folder its model is that of the run, and others may take its place. Every event
+    changes the stored state, unless ``states`` says otherwise: what a store does shows at once.
     """
     folder.mkdir(exist_ok=True)
     chosen = ServiceSettings(log or folder / "events.sqlite", **({"queue": PATIENT} | settings))
-    chosen = replace(chosen, states=StateSettings(threads=1, **(states or {})))
+    states = {"threads": 1, "store_every": 1} | (states or {})
+    chosen = replace(chosen, states=StateSettings(**states))
     if run is None:
         engine = RetrievalEngine("tiny", model, WINDOW, prepared, chosen.states)
     else:

@@ -109,6 +109,25 @@ def test_a_store_that_is_gone_refuses(tmp_path: Path, store: Unsteady) -> None:
         assert client.ask("GET", "/healthz").json()["store"] == "ok"
 
 
+def test_a_store_that_is_gone_refuses_only_who_needs_it(tmp_path: Path, store: Unsteady) -> None:
+    with serving(tmp_path, states={"store_every": 4}) as client:
+        client.append(*events(5))
+        store.gone = True
+        # The state in memory is right, and it is not time to store it.
+        for count in (5, 6, 7):
+            assert client.append(event(count)).status_code == 200
+            assert right(client, count + 1)
+        assert client.append(event(8)).status_code == 503
+        answer = client.ask("GET", "/healthz")
+        assert (answer.status_code, answer.json()["store"]) == (503, "gone")
+        store.gone = False
+        assert right(client, 8)
+        assert client.ask("GET", "/healthz").json()["store"] == "ok"
+        assert client.append(event(8)).status_code == 200
+    with serving(tmp_path) as client:
+        assert right(client, 9)
+
+
 def test_a_store_that_is_gone_is_asked_once_for_a_request_of_many_users(
     tmp_path: Path, store: Unsteady
 ) -> None:

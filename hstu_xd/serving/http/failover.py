@@ -51,7 +51,7 @@ class FailoverSession:
     ) -> None:
         self._make, self._rebuilds = make, settings.when_store_fails == "rebuild"
         self._store = open_store(settings.store, settings.ttl)
-        self._retry_at: float | None = None
+        self._without, self._retry_at = False, 0.0
         self._forgotten: set[str] = set()
         self.store_state = "memory" if self._store is None else "ok"
         try:
@@ -67,15 +67,15 @@ class FailoverSession:
         Raises:
             StoreError: the store failed, and requests are to be refused then.
         """
-        if self._retry_at is not None and time.monotonic() >= self._retry_at:
-            self._return()
+        if self._without and self._is_back():
+            self.session, self._without = self._make(self._store), False
         try:
             found = call(self.session)
         except StoreError as error:
             self._go_without(error)
             return call(self.session)
-        if self._retry_at is None and self._store is not None:
-            self.store_state = "ok"
+        # Without it requests are refused that need it; others are answered from memory.
+        if not self._without and (self.store_state != "gone" or self._is_back()):
             self._delete_forgotten()
         return found
 
@@ -87,7 +87,7 @@ class FailoverSession:
             session: one that is made already, over :attr:`store`.
         """
         self._make = make
-        self.session = session if self._retry_at is None else make(None)
+        self.session = make(None) if self._without else session
 
     @property
     def store(self) -> StateStore | None:
@@ -103,7 +103,7 @@ class FailoverSession:
         if self._store is not None:
             self._forgotten.add(user)
         self.session.forget(user)
-        if self._retry_at is None:
+        if not self._without:
             self._forgotten.discard(user)
 
     def probe(self) -> None:
@@ -128,11 +128,26 @@ class FailoverSession:
         if close is not None:
             close()
 
+    def _is_back(self) -> bool:
+        """Return whether a store that was gone takes writes again; it is tried now and then."""
+        assert self._store is not None
+        start = time.monotonic()
+        if start < self._retry_at:
+            return False
+        try:
+            _probe(self._store)
+        except StoreError:
+            now = time.monotonic()
+            self._retry_at = now + max(_RETRY, _RESPITE * (now - start))
+            return False
+        _log.warning("the state store is back")
+        self.store_state = "ok"
+        return True
+
     def _delete_forgotten(self) -> None:
         """Remove what the store kept of users who were forgotten while it was gone."""
-        assert self._store is not None
         with suppress(StoreError):
-            while self._forgotten:
+            while self._store is not None and self._forgotten:
                 user = next(iter(self._forgotten))
                 # Who has come back has a new state, which is made again from the events.
                 self._store.delete(user)
@@ -141,23 +156,11 @@ class FailoverSession:
 
     def _go_without(self, error: StoreError) -> None:
         """Take a session without store, unless requests are to be refused: then raise."""
-        self.store_state = "gone"
+        self.store_state, self._retry_at = "gone", time.monotonic() + _RETRY
         if not self._rebuilds:
             raise error
         _log.warning("%s; states are rebuilt in memory until it is back", error)
-        self.session, self._retry_at = self._make(None), time.monotonic() + _RETRY
-
-    def _return(self) -> None:
-        assert self._store is not None
-        start = time.monotonic()
-        try:
-            _probe(self._store)
-        except StoreError:
-            now = time.monotonic()
-            self._retry_at = now + max(_RETRY, _RESPITE * (now - start))
-            return
-        _log.warning("the state store is back")
-        self.session, self._retry_at = self._make(self._store), None
+        self.session, self._without = self._make(None), True
 
 
 def open_store(name: str, ttl: int | None = None) -> StateStore | None:

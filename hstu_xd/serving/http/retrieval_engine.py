@@ -61,7 +61,7 @@ class RetrievalEngine:
         exclude_seen: bool = True,
     ) -> None:
         self.name, self.model, self.window, self.prepared = name, model, window, prepared
-        self.exclude_seen, self._max_bytes = exclude_seen, states.max_bytes
+        self.exclude_seen, self._states = exclude_seen, states
         self.catalog: DomainCatalog = model.catalog
         self.items = Items(self.catalog)
         self.index = ItemIndex(model, states.retrieval, scorer)
@@ -97,10 +97,11 @@ class RetrievalEngine:
         encoder = EncoderSession(
             self.model,
             window=self.window,
-            max_bytes=self._max_bytes,
+            max_bytes=self._states.max_bytes,
             history=None if histories is None else histories.all_of,
             store=store,
             versions=histories,
+            store_every=self._states.store_every,
             retrieval=self.index,
         )
         return RetrievalSession(self, encoder)

@@ -95,7 +95,9 @@ class StateSettings:
 
     Attributes:
         store: "memory", "sqlite:FILE" or "redis://...".
-        ttl: seconds after its last event that Redis keeps a state; None: for good.
+        ttl: seconds after it was last written that Redis keeps a state; None: for good.
+        store_every: events of a user from one writing of its state to the next; the log has those
+            that a stored state lacks.
         when_store_fails: "refuse" requests, or "rebuild" states in memory until it is back.
         max_bytes: bound on the states in memory.
         threads: of PyTorch, for rebuilding long histories; None: :func:`default_threads`.
@@ -111,6 +113,7 @@ class StateSettings:
     max_bytes: int = 1 << 30
     threads: int | None = None
     retrieval: str = "exact"
+    store_every: int = 8
 
     def __post_init__(self) -> None:
         if self.ttl is not None and not self.store.startswith(("redis", "unix")):
