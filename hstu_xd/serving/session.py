@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from hstu_xd.serving.requests import (
 )
 from hstu_xd.serving.retrieval import ItemIndex
 from hstu_xd.serving.state import StateCache, UserState, left_window
-from hstu_xd.serving.stored_states import Found, StoredStates, Versions
+from hstu_xd.serving.stored_states import Found, StoredStates, Versions, short_version
 from hstu_xd.serving.stores import StateStore, StoreError
 
 # Events that are committed by one step; more are encoded together with the whole window.
@@ -168,7 +167,7 @@ class EncoderSession:
                 for user, events in arriving.items():
                     self._extend(states[user], events)
                     if self._versions is not None:
-                        states[user].version = _digest(self._versions.following(str(user)))
+                        states[user].version = short_version(self._versions.following(str(user)))
                 self._commit([state for state in states.values() if state.uncommitted >= _BLOCK])
                 self._keep(states)
                 arriving = {user: arriving[user] for user in self._save(states)}
@@ -333,7 +332,7 @@ class EncoderSession:
         return states
 
     def _version(self, user: Hashable) -> bytes:
-        return b"" if self._versions is None else _digest(self._versions.present(str(user)))
+        return b"" if self._versions is None else short_version(self._versions.present(str(user)))
 
     def _renewed(
         self, user: Hashable, version: bytes, held: UserState | None, found: Found
@@ -346,10 +345,7 @@ class EncoderSession:
             held: the state in memory, if any; not known to be of this version.
             found: what the store has.
         """
-        present = found.revisions.get(user, b"")
-        if held is not None and not version and held.revision != present:
-            held = None  # The store alone knows what another session has added.
-        known = [state for state in (found.states.get(user), held) if state is not None]
+        known = found.usable(user, held, versioned=bool(version))
         self._cache.drop(user)
         state = next((state for state in known if state.version == version), None)
         if state is None:
@@ -360,7 +356,7 @@ class EncoderSession:
                 )
             state = self._made(user, known)
             state.version = version
-        state.revision = present
+        state.revision = found.revisions.get(user, b"")
         # States of unknown users are not kept: there may be any number of them.
         if state.length:
             self._keep({user: state})
@@ -451,8 +447,3 @@ class EncoderSession:
                 yield
         finally:
             self._cache.shrink()
-
-
-def _digest(version: bytes) -> bytes:
-    """Return a version of a history as states carry it: 16 bytes."""
-    return blake2b(version, digest_size=16).digest()

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Protocol
 
 import torch
@@ -45,6 +46,19 @@ class Found:
     revisions: dict[Hashable, bytes] = field(default_factory=dict)
     states: dict[Hashable, UserState] = field(default_factory=dict)
     refused: set[Hashable] = field(default_factory=set)
+
+    def usable(self, user: Hashable, held: UserState | None, *, versioned: bool) -> list[UserState]:
+        """Return states of a user to go on from, the store's before the one in memory.
+
+        Args:
+            user: whose.
+            held: the state in memory, if any.
+            versioned: whether the histories have versions. Without them the store alone knows what
+                another session has added, and a state in memory of another revision is not used.
+        """
+        if held is not None and not versioned and held.revision != self.revisions.get(user, b""):
+            held = None
+        return [state for state in (self.states.get(user), held) if state is not None]
 
 
 class StoredStates:
@@ -138,6 +152,11 @@ class StoredStates:
         if reason not in self._said:
             self._said.add(reason)
             _log.warning("a stored state %s; it and others like it are made anew", reason)
+
+
+def short_version(version: bytes) -> bytes:
+    """Return a version of a history as states carry it: 16 bytes."""
+    return blake2b(version, digest_size=16).digest()
 
 
 def _checked(user: Hashable) -> str:
