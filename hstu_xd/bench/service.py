@@ -6,8 +6,9 @@ rate, whether or not earlier ones are answered. In the end the log must hold eve
 and no other one, and the answers must equal those of states that are built anew from the log.
 
 With a PostgreSQL server the same is done three times: with a file and with the server by one
-process, and with the server by several. The log may have events from the start, of other users;
-then a row also says how long it took until the service was ready, with them and without.
+process, and with the server by several; with a store of states, once more with that. The log may
+have events from the start, of other users; then a row also says how long it took until the service
+was ready, with them and without.
 """
 
 import json
@@ -29,6 +30,7 @@ import torch
 
 from hstu_xd.bench.cases import Case
 from hstu_xd.bench.http_load import Call, Load, Outcome
+from hstu_xd.bench.memory import peak_of_family, seconds_of_family
 from hstu_xd.bench.rows import Row, empty_row
 from hstu_xd.bench.service_inputs import (
     EARLIER,
@@ -59,6 +61,9 @@ _NOW = 2**44
 _AT_ONCE = 1000
 # How often what is not measured is sent again to a busy service, and seconds in between.
 _TRIES, _PAUSE = 20, 0.5
+# How often all users are asked for before anything is measured, at most; and how often without a
+# state that had to be made.
+_ROUNDS, _QUIET = 50, 3
 # Largest difference of a score, which is a cosine.
 _BUDGET = 1e-5
 
@@ -71,9 +76,10 @@ def measure(
     threads: int | None = None,
     workers: int = 1,
     events: str | None = None,
+    store: str = "memory",
     log_events: int = 0,
 ) -> Iterator[Row]:
-    """Put a service under load and yield its row; with PostgreSQL, rows of those to compare with.
+    """Put a service under load and yield its row; rows of those to compare with come before it.
 
     The times ``ms_*`` are those of accepted requests at twice the capacity, from the time that a
     request was due.
@@ -85,6 +91,7 @@ def measure(
         threads: threads of PyTorch in each process; None: as serve takes.
         workers: processes.
         events: URL of a PostgreSQL server that may make databases; None: the log is a file.
+        store: of states beyond memory, as serve takes it.
         log_events: events that the log has from the start.
 
     Raises:
@@ -101,6 +108,9 @@ def measure(
         setups.append(Setup("postgres", 1, events))
     if workers > 1:
         setups.append(Setup(f"{workers} workers", workers, events))
+    if store != "memory":
+        last = setups[-1]
+        setups.append(replace(last, name=f"{last.name}, states in {_kind(store)}", store=store))
     with TemporaryDirectory() as folder:
         place = Path(folder)
         with setups[-1].log(place):
@@ -135,10 +145,10 @@ def _measured(
     with torch_threads(taken):
         opening: Row = {}
         if log_events:
-            with _process(served, setup.workers, taken) as empty:
+            with _process(served, setup, taken) as empty:
                 opening = {"log_events": log_events, "ready_s_empty": empty.ready_s}
             fill_log(served.log, served.catalog, log_events)
-        with _process(served, setup.workers, taken) as running:
+        with _process(served, setup, taken) as running:
             process, port = running.process, running.port
             traffic = _Traffic(served, _users(port))
             found: dict[str, dict[str, float]] = {}
@@ -148,19 +158,22 @@ def _measured(
                 first = _answers(port, traffic, users)
                 found = first.found
                 opening |= {"ready_s": running.ready_s, "first_ms_median": first.ms_median}
-            # All states are built before anything is measured.
-            _answers(port, traffic, traffic.users)
+            _build_states(port, traffic)
+            before = seconds_of_family(process.pid)
             closed = Load(port).closed(
                 traffic.draw, seconds=max(1.0, _SHARE * seconds), connections=_CONNECTIONS
             )
+            taken_s = seconds_of_family(process.pid) - before
             answered = sum(x.status == 200 for x in closed)
             capacity = answered / max(1.0, _SHARE * seconds)
             opened = Load(port).open(traffic.draw, rate=_OVERLOAD * capacity, seconds=seconds)
             found |= _answers(port, traffic, traffic.users).found
-            peak = _peak_bytes(process)
+            peak = peak_of_family(process.pid)
         row = empty_row(setup.name, served.case(case), threads=taken, repeats=1)
         row |= {"what": "service", "peak_bytes": peak, "workers": setup.workers}
         row["events_in"] = "SQLite" if setup.events is None else "PostgreSQL"
+        row["states_in"] = _kind(setup.store)
+        row["cpu_ms_per_request"] = 1e3 * taken_s / max(1, answered)
         row |= opening | _figures(closed, opened, capacity, seconds)
         row |= served.check([*closed, *opened], found)
     wrong = row["other_errors"] + row["lost_events"] + row["foreign_events"]
@@ -333,11 +346,11 @@ class _Running:
 
 
 @contextmanager
-def _process(served: _Served, workers: int, threads: int) -> Iterator[_Running]:
+def _process(served: _Served, setup: Setup, threads: int) -> Iterator[_Running]:
     """Start the service, and drain it in the end."""
     command = [sys.executable, "-m", "hstu_xd", "serve", str(served.run), "--port", "0"]
     # Events come after those of any log, whatever its unit.
-    command += ["--max-clock-skew", str(_NOW), "--workers", str(workers)]
+    command += ["--max-clock-skew", str(_NOW), *setup.options]
     began = time.perf_counter()
     process = subprocess.Popen(
         [*command, "--events", served.log, "--threads", str(threads)],
@@ -363,6 +376,28 @@ def _users(port: int) -> list[str]:
     (outcome,) = _ask_all(port, [Call(f"/v1/users?limit={USERS}")])
     users = [name for name in json.loads(outcome.answer)["users"] if not name.startswith(EARLIER)]
     return users or [f"user-{n}" for n in range(USERS)]
+
+
+def _build_states(port: int, traffic: _Traffic) -> None:
+    """Ask for all users until no worker has a state left to make: that is not what is measured."""
+    domain, made, quiet = traffic.catalog.domain_names[0], -1.0, 0
+    for _ in range(_ROUNDS):
+        calls = iter([traffic.recommend(user, domain, _TOP) for user in traffic.users])
+        draw = partial(next, calls, None)
+        outcomes = Load(port).closed(draw, seconds=600, connections=_CONNECTIONS)
+        before, made = made, _metric(port, "hstu_xd_states_rebuilt_total")
+        # One worker may have answered all users of a round; who was refused has no state yet.
+        is_quiet = made == before and all(x.status == 200 for x in outcomes)
+        quiet = quiet + 1 if is_quiet else 0
+        if quiet == _QUIET:
+            return
+
+
+def _metric(port: int, name: str) -> float:
+    """Return a number of the service, of all workers."""
+    (outcome,) = _ask_all(port, [Call("/metrics")])
+    lines = outcome.answer.decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 @dataclass(frozen=True)
@@ -414,15 +449,6 @@ def _domain(user: str, catalog: DomainCatalog) -> int:
     return filled[sum(user.encode()) % len(filled)]
 
 
-def _peak_bytes(process: "subprocess.Popen[str]") -> int | None:
-    """Return the most memory of the process and of those that it has started."""
-    folder = Path(f"/proc/{process.pid}")
-    if not folder.exists():
-        return None
-    children = (folder / "task" / str(process.pid) / "children").read_text().split()
-    peak = 0
-    for pid in (process.pid, *children):
-        text = Path(f"/proc/{pid}/status").read_text()
-        (line,) = [x for x in text.splitlines() if x.startswith("VmHWM:")]
-        peak += int(line.split()[1]) * 1024
-    return peak
+def _kind(store: str) -> str:
+    """Return what a store may be called in a row: its URL may have a password."""
+    return store.partition(":")[0]

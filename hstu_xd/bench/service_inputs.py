@@ -19,6 +19,8 @@ USERS, ITEMS_PER_DOMAIN = 300, 2000
 EARLIER = "~earlier "
 # Events of each of them, and events that are written at once.
 _EACH, _AT_ONCE = 100, 5_000
+# Seconds that Redis keeps a state: nothing of a measurement is left there for long.
+_KEPT = 3600
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,27 @@ class Setup:
         name: of the row.
         workers: processes.
         events: URL of a PostgreSQL server; None: a file.
+        store: of states, as serve takes it.
     """
 
     name: str
     workers: int
     events: str | None
+    store: str = "memory"
+
+    @property
+    def options(self) -> list[str]:
+        """Return the options of serve, but for its log."""
+        options = ["--workers", str(self.workers), "--store", self.store]
+        if not self.store.startswith(("memory", "sqlite")):
+            options += ["--store-ttl", str(_KEPT)]
+        return options
 
     @contextmanager
     def log(self, folder: Path) -> Iterator[str]:
         """Give a log of its own, of which nothing is left in the end."""
         if self.events is None:
-            yield str(folder / "events.sqlite")
+            yield str(folder / f"events-{secrets.token_hex(4)}.sqlite")
             return
         import psycopg
 

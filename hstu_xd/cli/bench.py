@@ -33,6 +33,7 @@ from hstu_xd.cli.bench_options import (
     SearchedEvents,
     SeqLens,
     Skews,
+    StateStore,
     StoreBindings,
     StoreData,
     StoreRecipe,
@@ -302,6 +303,7 @@ def service(
         int, typer.Option(min=1, help="Processes; compared with one where there are more.")
     ] = 1,
     events: LogServer = None,
+    store: StateStore = "memory",
     log_events: LogEvents = 0,
     as_json: Json = False,
     out: Out = None,
@@ -326,6 +328,7 @@ def service(
             threads=threads,
             workers=workers,
             events=events,
+            store=store,
             log_events=log_events,
         ),
         as_json,

@@ -114,6 +114,13 @@ LogServer = Annotated[
         "compared with a file. [default: a file alone]"
     ),
 ]
+StateStore = Annotated[
+    str,
+    typer.Option(
+        help="Place of users' states, as serve takes it; compared with memory. One of its own is "
+        "best: Redis keeps them for an hour."
+    ),
+]
 LogEvents = Annotated[
     int, typer.Option(min=0, help="Events that the log has before the service starts.")
 ]

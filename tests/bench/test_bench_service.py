@@ -78,6 +78,23 @@ def test_a_log_may_be_long_from_the_start(capsys: pytest.CaptureFixture[str]) ->
     assert (row["lost_events"], row["foreign_events"]) == (0, 0)
 
 
+def test_states_in_a_store_are_compared_with_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "states.sqlite"
+    call("service", json=True, seconds=1.0, num_domains=3, store=f"sqlite:{place}", **TINY)
+    memory, stored = json.loads(capsys.readouterr().out)
+    assert [row["states_in"] for row in (memory, stored)] == ["memory", "sqlite"]
+    assert stored["provider"] == "service, states in sqlite"
+    assert place.exists()
+    for row in (memory, stored):
+        assert row["correct"] is True
+        assert row["cpu_ms_per_request"] > 0
+    assert stored["times_faster_than_service"] == pytest.approx(
+        stored["capacity_per_second"] / memory["capacity_per_second"]
+    )
+
+
 @pytest.mark.slow
 def test_workers_and_a_server_are_compared_with_one_and_a_file(
     capsys: pytest.CaptureFixture[str],

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from hstu_xd.serving.http import batching
 from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
 from hstu_xd.serving.http.jobs import Recommend, cost_of
+from hstu_xd.serving.http.middleware import _REFUSED_AFTER
 from hstu_xd.serving.http.retrieval_engine import RetrievalSession
 from hstu_xd.serving.http.settings import QueueSettings
 
@@ -129,6 +131,22 @@ def test_a_full_queue_refuses_at_once_and_the_accepted_finish(
                 assert "busy" in answer.json()["error"]
         known = client.ask("GET", "/v1/users").json()["users"]
         assert known == sorted(f"u{n}" for n in accepted)
+        assert client.append(event(0)).status_code == 200
+
+
+def test_who_asks_again_at_once_does_not_keep_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of refusals a second took the interpreter from the thread that answers."""
+    with serving(tmp_path, queue=replace(PATIENT, max_queue=1)) as client:
+        with monkeypatch.context() as full:
+            full.setattr(Batcher, "full", True)
+            start = time.perf_counter()
+            for _ in range(3):
+                assert client.append(event(0)).status_code == 503
+                # What asks nothing of that thread is told at once.
+                assert client.ask("GET", "/v1/domains").status_code == 200
+            assert time.perf_counter() - start >= 3 * _REFUSED_AFTER
         assert client.append(event(0)).status_code == 200
 
 
