@@ -1,5 +1,6 @@
 """The routes of the service, and their OpenAPI description, corrected where FastAPI is wrong."""
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,7 +30,13 @@ from hstu_xd.serving.http.jobs import (
     Remove,
     Score,
 )
-from hstu_xd.serving.http.middleware import PROBES, RETRY_AFTER, RequestGuard, page_files
+from hstu_xd.serving.http.middleware import (
+    PROBES,
+    REFUSED_AFTER,
+    RETRY_AFTER,
+    RequestGuard,
+    page_files,
+)
 from hstu_xd.serving.http.ranking_engine import RankingEngine
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
@@ -358,6 +365,8 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse({"error": "; ".join(map(_sentence, error.errors()[:3]))}, 400)
 
     async def unavailable(_: Request, error: Exception) -> Response:
+        if isinstance(error, Busy):
+            await asyncio.sleep(REFUSED_AFTER)
         return JSONResponse({"error": str(error)}, 503, headers=RETRY_AFTER)
 
     async def conflict(_: Request, error: Exception) -> Response:

@@ -29,6 +29,9 @@ MOST_HEAD = 1 << 16
 ARRIVES_WITHIN = 20.0
 # Seconds that a client may leave an answer unread, and seconds between two looks.
 READS_WITHIN, _LOOK = 20.0, 0.5
+# Seconds that a worker which has taken a connection leaves the next to others: for each that it
+# has, and at most. Clients that open one for every request come no faster than it lets them in.
+_PAUSE, _MOST_PAUSE = 0.00025, 0.002
 # Bytes that are parsed at once. The shortest request has 16 bytes, so that this bounds how many
 # requests of one connection wait.
 _SLICE = 1024
@@ -224,13 +227,23 @@ class _Door(asyncio.AbstractServer):
     An event loop by itself takes all that wait at once: of several processes one would have all
     connections that a client opens together, and the others none.
 
+    After each it stays away for a moment, the longer the more it has, and others who have fewer
+    come first.
+
     Args:
         sock: that listens.
         make: makes what handles a connection.
+        pause: seconds to stay away, asked after each.
     """
 
-    def __init__(self, sock: socket.socket, make: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        make: Callable[[], asyncio.Protocol],
+        pause: Callable[[], float],
+    ) -> None:
         self._loop, self._sock, self._make = asyncio.get_running_loop(), sock, make
+        self._pause = pause
         self._entering: set[asyncio.Task[Any]] = set()
         self._later: asyncio.TimerHandle | None = None
         sock.setblocking(False)
@@ -256,8 +269,7 @@ class _Door(asyncio.AbstractServer):
             return  # Another process was faster, or the client has gone.
         except OSError as error:
             _log.warning("no connection can be taken: %s; trying again in a second", error)
-            self._loop.remove_reader(self._sock)
-            self._later = self._loop.call_later(1.0, self._open)
+            self._stay_away(1.0)
             return
         connection.setblocking(False)
         # Head and body of an answer are two writes, of which the second does not wait.
@@ -267,6 +279,12 @@ class _Door(asyncio.AbstractServer):
         )
         self._entering.add(entering)
         entering.add_done_callback(self._entering.discard)
+        if pause := self._pause():
+            self._stay_away(pause)
+
+    def _stay_away(self, seconds: float) -> None:
+        self._loop.remove_reader(self._sock)
+        self._later = self._loop.call_later(seconds, self._open)
 
 
 class Server(uvicorn.Server):
@@ -276,9 +294,12 @@ class Server(uvicorn.Server):
         service: to serve.
         swaps: puts other models in place.
         announce: told when requests are taken.
+        shared: whether other processes listen on the same socket.
     """
 
-    def __init__(self, service: Service, swaps: Swaps, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, service: Service, swaps: Swaps, announce: Callable[[], None], *, shared: bool = False
+    ) -> None:
         config = uvicorn.Config(
             build_app(service, swaps),
             http=BoundedConnection,
@@ -293,7 +314,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=_CLOSING + _ENDING,
         )
         super().__init__(config)
-        self._service, self._announce = service, announce
+        self._service, self._announce, self._shared = service, announce, shared
         self._drain_until = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -303,8 +324,13 @@ class Server(uvicorn.Server):
         def connection() -> asyncio.Protocol:
             return BoundedConnection(self.config, self.server_state, self.lifespan.state)
 
-        self.servers = [_Door(sock, connection) for sock in sockets or ()]
+        self.servers = [_Door(sock, connection, self._pause) for sock in sockets or ()]
         self._announce()
+
+    def _pause(self) -> float:
+        """Return how long others who listen are to have the next connection to themselves."""
+        taken = len(self.server_state.connections)
+        return min(_MOST_PAUSE, (1 + taken) * _PAUSE) if self._shared else 0.0
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; uvicorn calls this ten times a second."""
@@ -361,13 +387,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    service: Service, sock: socket.socket, swaps: Swaps, announce: Callable[[], None]
+    service: Service,
+    sock: socket.socket,
+    swaps: Swaps,
+    announce: Callable[[], None],
+    *,
+    shared: bool = False,
 ) -> None:
     """Serve until a signal comes, then finish what was taken and close the log.
 
     SIGHUP reloads the run.
     """
-    server = Server(service, swaps, announce)
+    server = Server(service, swaps, announce, shared=shared)
     signal.signal(signal.SIGHUP, lambda which, frame: swaps.reload())
     # What is loaded by now stays. Each full collection would look through all of it, and hold up
     # every request meanwhile.

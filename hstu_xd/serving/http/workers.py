@@ -270,7 +270,7 @@ def _serve(work: Work, number: int, sock: socket.socket, line: Connection, ready
     if work.shadow is not None:
         _follow(service, work, work.shadow, ready)
     swaps = WorkerSwaps(service, work.run, line, allow_imports=imports, log=work.log)
-    server.serve(service, sock, swaps, ready.set)
+    server.serve(service, sock, swaps, ready.set, shared=True)
 
 
 def _follow(service: Service, work: Work, run: Path, ready: Event) -> None:
