@@ -20,10 +20,17 @@ _NEVER = 1 << 30
 
 @dataclass(frozen=True)
 class Call:
-    """A request: a path, and a body to be posted or None to get."""
+    """A request: a path, and a body to be posted or None to get.
+
+    Attributes:
+        path: with its query.
+        body: as above.
+        server: which of a load's servers is asked.
+    """
 
     path: str
     body: dict[str, Any] | None = None
+    server: int = 0
 
     def encode(self) -> bytes:
         """Return the bytes of the request in HTTP/1.1."""
@@ -55,15 +62,16 @@ class Outcome:
 
 
 class Load:
-    """Calls a service on this machine and returns the outcome of every call.
+    """Calls servers on this machine and returns the outcome of every call.
 
     Args:
-        port: port of the service.
+        ports: of the servers.
     """
 
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    def __init__(self, *ports: int) -> None:
+        self._ports = ports
+        self._idle: list[list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+        self._idle = [[] for _ in ports]
 
     def closed(
         self, draw: Callable[[], Call | None], *, seconds: float, connections: int
@@ -122,23 +130,25 @@ class Load:
             return asyncio.run(run())
 
     async def _ask(self, call: Call, due: float) -> Outcome:
+        idle, port = self._idle[call.server], self._ports[call.server]
         try:
-            if not self._idle:
-                self._idle.append(await asyncio.open_connection("127.0.0.1", self._port))
-            reader, writer = self._idle.pop()
+            if not idle:
+                idle.append(await asyncio.open_connection("127.0.0.1", port))
+            reader, writer = idle.pop()
             writer.write(call.encode())
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
             answer = await reader.readexactly(length)
         except (OSError, asyncio.IncompleteReadError) as error:
             return Outcome(call, 0, time.perf_counter() - due, repr(error).encode())
-        self._idle.append((reader, writer))
+        idle.append((reader, writer))
         return Outcome(call, int(head.split(b" ", 2)[1]), time.perf_counter() - due, answer)
 
     def _close(self) -> None:
-        for _, writer in self._idle:
-            writer.close()
-        self._idle.clear()
+        for idle in self._idle:
+            for _, writer in idle:
+                writer.close()
+            idle.clear()
 
 
 @contextmanager

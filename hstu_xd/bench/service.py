@@ -5,23 +5,20 @@ measured first, by a few connections that wait for their answers; then calls com
 rate, whether or not earlier ones are answered. In the end the log must hold every accepted event
 and no other one, and the answers must equal those of states that are built anew from the log.
 
-With a PostgreSQL server the same is done three times: with a file and with the server by one
-process, and with the server by several; with a store of states, once more with that. The log may
-have events from the start, of other users; then a row also says how long it took until the service
-was ready, with them and without.
+With a PostgreSQL server the same is done with a file and with the server by one process, and with
+the server by several, which share all users or have their own, as a proxy would send them; with a
+store of states, once more with that. The log may have events from the start, of other users; then a
+row also says how long it took until the service was ready, with them and without.
 """
 
-import json
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,17 +26,17 @@ import numpy as np
 import torch
 
 from hstu_xd.bench.cases import Case
-from hstu_xd.bench.http_load import Call, Load, Outcome
+from hstu_xd.bench.http_load import Outcome
 from hstu_xd.bench.memory import peak_of_family, seconds_of_family
 from hstu_xd.bench.rows import Row, empty_row
 from hstu_xd.bench.service_inputs import (
     EARLIER,
-    USERS,
     Setup,
     earlier_users,
     fill_log,
     synthetic_run,
 )
+from hstu_xd.bench.service_traffic import NOW, Traffic, domain_of
 from hstu_xd.bench.timing import torch_threads
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.cores import usable_cores
@@ -49,21 +46,13 @@ from hstu_xd.serving.events.event_log import EventLog
 from hstu_xd.serving.events.open_log import is_postgres
 from hstu_xd.serving.http.settings import default_threads
 
-# The load that waits for its answers: connections, and its share of the given seconds.
-_CONNECTIONS, _SHARE = 8, 0.2
+# Share of the given seconds that the load takes which waits for its answers.
+_SHARE = 0.2
 _OVERLOAD = 2.0
-_TOP = 10
 # Earlier users whose first answers are measured, by states that are made for them.
 _FIRST = 100
-# Later than all events of a log, whatever its unit; events of the same time keep their order.
-_NOW = 2**44
 # Names that a log is asked for at once.
 _AT_ONCE = 1000
-# How often what is not measured is sent again to a busy service, and seconds in between.
-_TRIES, _PAUSE = 20, 0.5
-# How often all users are asked for before anything is measured, at most; and how often without a
-# state that had to be made.
-_ROUNDS, _QUIET = 50, 3
 # Largest difference of a score, which is a cosine.
 _BUDGET = 1e-5
 
@@ -77,6 +66,7 @@ def measure(
     workers: int = 1,
     events: str | None = None,
     store: str = "memory",
+    connections: int = 8,
     log_events: int = 0,
 ) -> Iterator[Row]:
     """Put a service under load and yield its row; rows of those to compare with come before it.
@@ -92,6 +82,7 @@ def measure(
         workers: processes.
         events: URL of a PostgreSQL server that may make databases; None: the log is a file.
         store: of states beyond memory, as serve takes it.
+        connections: of the clients that wait for their answers.
         log_events: events that the log has from the start.
 
     Raises:
@@ -107,6 +98,7 @@ def measure(
     if events is not None:
         setups.append(Setup("postgres", 1, events))
     if workers > 1:
+        setups.append(Setup(f"{workers} workers, users apart", workers, events, apart=True))
         setups.append(Setup(f"{workers} workers", workers, events))
     if store != "memory":
         last = setups[-1]
@@ -120,8 +112,15 @@ def measure(
         for setup in setups:
             with setup.log(place) as log:
                 served = _Served.from_folder(made, log)
-                options = {"seconds": seconds, "threads": threads, "log_events": log_events}
-                row = _measured(served, case, setup, **options)
+                row = _measured(
+                    served,
+                    case,
+                    setup,
+                    seconds=seconds,
+                    threads=threads,
+                    connections=connections,
+                    log_events=log_events,
+                )
             row["run"] = None if run is None else str(run)
             for rival in rows:
                 key = f"times_faster_than_{rival['provider']}"
@@ -137,6 +136,7 @@ def _measured(
     *,
     seconds: float,
     threads: int | None,
+    connections: int,
     log_events: int,
 ) -> Row:
     taken = threads or max(1, usable_cores() // setup.workers)
@@ -145,35 +145,33 @@ def _measured(
     with torch_threads(taken):
         opening: Row = {}
         if log_events:
-            with _process(served, setup, taken) as empty:
+            with _services(served, setup, taken) as empty:
                 opening = {"log_events": log_events, "ready_s_empty": empty.ready_s}
             fill_log(served.log, served.catalog, log_events)
-        with _process(served, setup, taken) as running:
-            process, port = running.process, running.port
-            traffic = _Traffic(served, _users(port))
+        with _services(served, setup, taken) as running:
+            traffic = Traffic(served.catalog, running.ports)
             found: dict[str, dict[str, float]] = {}
             if log_events:
                 count = earlier_users(log_events)
                 users = [f"{EARLIER}{n * count // _FIRST}" for n in range(min(_FIRST, count))]
-                first = _answers(port, traffic, users)
+                first = traffic.answers(users)
                 found = first.found
                 opening |= {"ready_s": running.ready_s, "first_ms_median": first.ms_median}
-            _build_states(port, traffic)
-            before = seconds_of_family(process.pid)
-            closed = Load(port).closed(
-                traffic.draw, seconds=max(1.0, _SHARE * seconds), connections=_CONNECTIONS
-            )
-            taken_s = seconds_of_family(process.pid) - before
+            traffic.build_states()
+            before, measured = running.cpu_seconds(), max(1.0, _SHARE * seconds)
+            closed = traffic.load().closed(traffic.draw, seconds=measured, connections=connections)
+            cpu_s = running.cpu_seconds() - before
             answered = sum(x.status == 200 for x in closed)
-            capacity = answered / max(1.0, _SHARE * seconds)
-            opened = Load(port).open(traffic.draw, rate=_OVERLOAD * capacity, seconds=seconds)
-            found |= _answers(port, traffic, traffic.users).found
-            peak = peak_of_family(process.pid)
+            capacity = answered / measured
+            opened = traffic.load().open(traffic.draw, rate=_OVERLOAD * capacity, seconds=seconds)
+            found |= traffic.answers(traffic.users).found
+            peak = running.peak_bytes()
         row = empty_row(setup.name, served.case(case), threads=taken, repeats=1)
         row |= {"what": "service", "peak_bytes": peak, "workers": setup.workers}
+        row |= {"users_apart": setup.apart, "connections": connections}
         row["events_in"] = "SQLite" if setup.events is None else "PostgreSQL"
         row["states_in"] = _kind(setup.store)
-        row["cpu_ms_per_request"] = 1e3 * taken_s / max(1, answered)
+        row["cpu_ms_per_request"] = 1e3 * cpu_s / max(1, answered)
         row |= opening | _figures(closed, opened, capacity, seconds)
         row |= served.check([*closed, *opened], found)
     wrong = row["other_errors"] + row["lost_events"] + row["foreign_events"]
@@ -222,7 +220,7 @@ class _Served:
 
         Args:
             outcomes: outcomes of all calls.
-            found: by user the items and their scores, for the user's domain by :func:`_domain`.
+            found: by user the items and their scores, for the user's domain.
         """
         from hstu_xd.serving.events.open_log import open_log
         from hstu_xd.serving.http.histories import Histories
@@ -250,7 +248,7 @@ class _Served:
         worst = 0.0
         for user, scores in found.items():
             ids = torch.tensor([[items.id_of(token) for token in scores]])
-            wanted = fresh.score([user], ids, [_domain(user, self.catalog)])[0]
+            wanted = fresh.score([user], ids, [domain_of(user, self.catalog)])[0]
             worst = max(worst, float((wanted - torch.tensor([*scores.values()])).abs().max()))
             fresh.forget(user)
         log.close()
@@ -272,34 +270,6 @@ def _later_users(log: EventLog) -> list[str]:
         if some[-1].startswith(EARLIER):
             break
     return [user for user in found if not user.startswith(EARLIER)]
-
-
-class _Traffic:
-    """Draws calls: an event of a user, or recommendations for a user.
-
-    Args:
-        served: run whose items and domains are drawn from.
-        users: names of the users.
-    """
-
-    def __init__(self, served: _Served, users: list[str]) -> None:
-        self.users, self.catalog = users, served.catalog
-        self._random = random.Random(0)
-        self._items = [served.catalog.token(i) for i in served.catalog.domain_items.tolist()]
-
-    def draw(self) -> Call:
-        """Draw the next call."""
-        user = self._random.choice(self.users)
-        if self._random.random() < 0.5:
-            item = self._random.choice(self._items)
-            event = {"user": user, "item": item, "timestamp": _NOW}
-            return Call("/v1/events", {"events": [event]})
-        return self.recommend(user, self._random.choice(self.catalog.domain_names), _TOP)
-
-    def recommend(self, user: str, domain: str, k: int) -> Call:
-        """Ask for recommendations of a domain, items that the user has seen included."""
-        body = {"user": user, "domains": [domain], "k": k, "exclude_seen": False}
-        return Call("/v1/recommend", body)
 
 
 def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seconds: float) -> Row:
@@ -332,121 +302,58 @@ def _figures(closed: list[Outcome], opened: list[Outcome], capacity: float, seco
 
 @dataclass(frozen=True)
 class _Running:
-    """A service that takes requests.
+    """Services that take requests.
 
     Attributes:
-        process: of it.
-        port: that it listens on.
-        ready_s: seconds from the start of the process until it was ready.
+        processes: of them.
+        ports: that they listen on.
+        ready_s: seconds from the start of the processes until all were ready.
     """
 
-    process: "subprocess.Popen[str]"
-    port: int
+    processes: "list[subprocess.Popen[str]]"
+    ports: list[int]
     ready_s: float
+
+    def cpu_seconds(self) -> float:
+        """Return the time on a core that they have taken."""
+        return sum(seconds_of_family(process.pid) for process in self.processes)
+
+    def peak_bytes(self) -> int | None:
+        """Return the most memory of each, added; None where that is not known."""
+        peaks = [peak_of_family(process.pid) for process in self.processes]
+        return None if None in peaks else sum(peak or 0 for peak in peaks)
 
 
 @contextmanager
-def _process(served: _Served, setup: Setup, threads: int) -> Iterator[_Running]:
-    """Start the service, and drain it in the end."""
+def _services(served: _Served, setup: Setup, threads: int) -> Iterator[_Running]:
+    """Start the services of a setup, and drain them in the end."""
     command = [sys.executable, "-m", "hstu_xd", "serve", str(served.run), "--port", "0"]
     # Events come after those of any log, whatever its unit.
-    command += ["--max-clock-skew", str(_NOW), *setup.options]
+    command += ["--max-clock-skew", str(NOW), *setup.options]
+    command += ["--events", served.log, "--threads", str(threads)]
     began = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, "--events", served.log, "--threads", str(threads)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        if not said.startswith("serving "):
-            raise HstuXdError("the service did not start; it says why on stderr")
-        yield _Running(process, int(said.rpartition(":")[2]), time.perf_counter() - began)
-        process.send_signal(signal.SIGTERM)
-        if process.wait(60):
-            raise HstuXdError(f"the service ended with status {process.returncode} on SIGTERM")
-    finally:
-        process.kill()
-        process.wait()
+    with ExitStack() as stack:
+        ports, processes = [], []
+        for _ in range(setup.services):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            stack.callback(_end, process)
+            processes.append(process)
+        for process in processes:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            if not said.startswith("serving "):
+                raise HstuXdError("the service did not start; it says why on stderr")
+            ports.append(int(said.rpartition(":")[2]))
+        yield _Running(processes, ports, time.perf_counter() - began)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+            if process.wait(60):
+                raise HstuXdError(f"the service ended with status {process.returncode} on SIGTERM")
 
 
-def _users(port: int) -> list[str]:
-    """Return the users that the service knows, or names of new ones."""
-    (outcome,) = _ask_all(port, [Call(f"/v1/users?limit={USERS}")])
-    users = [name for name in json.loads(outcome.answer)["users"] if not name.startswith(EARLIER)]
-    return users or [f"user-{n}" for n in range(USERS)]
-
-
-def _build_states(port: int, traffic: _Traffic) -> None:
-    """Ask for all users until no worker has a state left to make: that is not what is measured."""
-    domain, made, quiet = traffic.catalog.domain_names[0], -1.0, 0
-    for _ in range(_ROUNDS):
-        calls = iter([traffic.recommend(user, domain, _TOP) for user in traffic.users])
-        draw = partial(next, calls, None)
-        outcomes = Load(port).closed(draw, seconds=600, connections=_CONNECTIONS)
-        before, made = made, _metric(port, "hstu_xd_states_rebuilt_total")
-        # One worker may have answered all users of a round; who was refused has no state yet.
-        is_quiet = made == before and all(x.status == 200 for x in outcomes)
-        quiet = quiet + 1 if is_quiet else 0
-        if quiet == _QUIET:
-            return
-
-
-def _metric(port: int, name: str) -> float:
-    """Return a number of the service, of all workers."""
-    (outcome,) = _ask_all(port, [Call("/metrics")])
-    lines = outcome.answer.decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """What was recommended to users, one after the other.
-
-    Attributes:
-        found: by user the items and their scores.
-        ms_median: of an answer.
-    """
-
-    found: dict[str, dict[str, float]]
-    ms_median: float
-
-
-def _answers(port: int, traffic: _Traffic, users: Sequence[str]) -> _Answers:
-    """Ask for recommendations of each user's domain."""
-    names = traffic.catalog.domain_names
-    calls = [traffic.recommend(user, names[_domain(user, traffic.catalog)], _TOP) for user in users]
-    found = {}
-    outcomes = _ask_all(port, calls)
-    for call, outcome in zip(calls, outcomes):
-        (rows,) = json.loads(outcome.answer)["recommendations"]
-        assert call.body is not None
-        found[call.body["user"]] = {row["item"]: row["score"] for row in rows["items"]}
-    return _Answers(found, float(np.median([1e3 * outcome.seconds for outcome in outcomes])))
-
-
-def _ask_all(port: int, calls: list[Call]) -> list[Outcome]:
-    """Send calls one after the other, again where the service is busy; each must succeed."""
-    return [_ask(Load(port), call) for call in calls]
-
-
-def _ask(load: Load, call: Call) -> Outcome:
-    for _ in range(_TRIES):
-        (outcome,) = load.closed(partial(next, iter([call]), None), seconds=600, connections=1)
-        if outcome.status == 200:
-            return outcome
-        if outcome.status != 503:
-            break
-        time.sleep(_PAUSE)
-    raise HstuXdError(f"{call.path}: {outcome.status} {outcome.answer!r}")
-
-
-def _domain(user: str, catalog: DomainCatalog) -> int:
-    """Choose a domain that has items, by the user's name."""
-    sizes = catalog.domain_offsets.diff()
-    filled = sizes.nonzero().flatten().tolist()
-    return filled[sum(user.encode()) % len(filled)]
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
 
 
 def _kind(store: str) -> str:

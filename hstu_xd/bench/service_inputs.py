@@ -32,17 +32,26 @@ class Setup:
         workers: processes.
         events: URL of a PostgreSQL server; None: a file.
         store: of states, as serve takes it.
+        apart: each process is a service of its own, which has its own users; else they share a
+            socket, and any of them gets any user.
     """
 
     name: str
     workers: int
     events: str | None
     store: str = "memory"
+    apart: bool = False
+
+    @property
+    def services(self) -> int:
+        """Return how many services there are."""
+        return self.workers if self.apart else 1
 
     @property
     def options(self) -> list[str]:
-        """Return the options of serve, but for its log."""
-        options = ["--workers", str(self.workers), "--store", self.store]
+        """Return the options of each service, but for its log."""
+        workers = self.workers // self.services
+        options = ["--workers", str(workers), "--store", self.store]
         if not self.store.startswith(("memory", "sqlite")):
             options += ["--store-ttl", str(_KEPT)]
         return options

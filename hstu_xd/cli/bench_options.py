@@ -121,6 +121,16 @@ StateStore = Annotated[
         "best: Redis keeps them for an hour."
     ),
 ]
+NumWorkers = Annotated[
+    int, typer.Option(min=1, help="Processes; compared with one where there are more.")
+]
+ServiceThreads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of PyTorch. [default: as many as serve takes]")
+]
+Connections = Annotated[
+    int,
+    typer.Option(min=1, help="Connections of the clients that wait for answers, all together."),
+]
 LogEvents = Annotated[
     int, typer.Option(min=0, help="Events that the log has before the service starts.")
 ]

@@ -11,7 +11,7 @@ from log_cases import postgres_server
 
 pytest.importorskip("fastapi", reason="no fastapi here: bench service is NOT covered")
 
-from hstu_xd.bench import service, service_inputs
+from hstu_xd.bench import service, service_inputs, service_traffic
 from hstu_xd.bench.http_load import Call, Load, Outcome
 from hstu_xd.errors import HstuXdError, InputError
 
@@ -20,7 +20,7 @@ TINY = {"heads": 2, "dqk": 4, "dv": 4, "width": 8, "layers": 1, "seq_len": 12, "
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (service, service_inputs):
+    for module in (service_traffic, service_inputs):
         monkeypatch.setattr(module, "USERS", 12)
     monkeypatch.setattr(service_inputs, "ITEMS_PER_DOMAIN", 20)
 
@@ -107,16 +107,19 @@ def test_workers_and_a_server_are_compared_with_one_and_a_file(
 
         with psycopg.connect(url) as connection:
             names = connection.execute("SELECT datname FROM pg_database").fetchall()
-    assert [row["provider"] for row in rows] == ["service", "postgres", "2 workers"]
-    assert [row["events_in"] for row in rows] == ["SQLite", "PostgreSQL", "PostgreSQL"]
-    assert [row["workers"] for row in rows] == [1, 1, 2]
+    apart = "2 workers, users apart"
+    assert [row["provider"] for row in rows] == ["service", "postgres", apart, "2 workers"]
+    assert [row["events_in"] for row in rows] == ["SQLite", *["PostgreSQL"] * 3]
+    assert [row["workers"] for row in rows] == [1, 1, 2, 2]
+    assert [row["users_apart"] for row in rows] == [False, False, True, False]
     for row in rows:
         assert row["correct"] is True
         assert row["lost_events"] == row["foreign_events"] == 0
-    assert rows[2]["peak_bytes"] > rows[1]["peak_bytes"]
-    assert rows[2]["times_faster_than_postgres"] == pytest.approx(
-        rows[2]["capacity_per_second"] / rows[1]["capacity_per_second"]
-    )
+    for row in rows[2:]:
+        assert row["peak_bytes"] > rows[1]["peak_bytes"]
+        assert row["times_faster_than_postgres"] == pytest.approx(
+            row["capacity_per_second"] / rows[1]["capacity_per_second"]
+        )
     assert not any("bench" in name for (name,) in names)
 
 

@@ -29,7 +29,7 @@ from hstu_xd.serving.http import batching
 from hstu_xd.serving.http.arrivals import Append
 from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
 from hstu_xd.serving.http.jobs import Recommend, cost_of
-from hstu_xd.serving.http.middleware import REFUSED_AFTER
+from hstu_xd.serving.http.middleware import HELD_FOR
 from hstu_xd.serving.http.retrieval_engine import RetrievalSession
 from hstu_xd.serving.http.settings import QueueSettings
 
@@ -146,7 +146,7 @@ def test_who_asks_again_at_once_does_not_keep_others_waiting(
                 assert client.append(event(0)).status_code == 503
                 # What asks nothing of that thread is told at once.
                 assert client.ask("GET", "/v1/domains").status_code == 200
-            assert time.perf_counter() - start >= 3 * REFUSED_AFTER
+            assert time.perf_counter() - start >= 3 * HELD_FOR
         assert client.append(event(0)).status_code == 200
 
 

@@ -30,13 +30,7 @@ from hstu_xd.serving.http.jobs import (
     Remove,
     Score,
 )
-from hstu_xd.serving.http.middleware import (
-    PROBES,
-    REFUSED_AFTER,
-    RETRY_AFTER,
-    RequestGuard,
-    page_files,
-)
+from hstu_xd.serving.http.middleware import HELD_FOR, PROBES, RETRY_AFTER, RequestGuard, page_files
 from hstu_xd.serving.http.ranking_engine import RankingEngine
 from hstu_xd.serving.http.schemas import User
 from hstu_xd.serving.http.service import Service
@@ -366,7 +360,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def unavailable(_: Request, error: Exception) -> Response:
         if isinstance(error, Busy):
-            await asyncio.sleep(REFUSED_AFTER)
+            await asyncio.sleep(HELD_FOR)
         return JSONResponse({"error": str(error)}, 503, headers=RETRY_AFTER)
 
     async def conflict(_: Request, error: Exception) -> Response:

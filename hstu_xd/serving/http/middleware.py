@@ -64,10 +64,10 @@ _WITH_BODY = (
 )
 # These ask nothing of the thread that answers, however much waits for it.
 _UNQUEUED = ("/v1/domains", "/v1/models", "/v1/models/shadow")
-# Seconds after which a request is told that the service is busy. Who asks again at once would be
+# Seconds that a request is held which is then told that the service is busy. Who asks again at once would be
 # refused thousands of times a second, and whoever is being answered would wait for that: both take
 # turns at one interpreter.
-REFUSED_AFTER = 0.1
+HELD_FOR = 0.1
 # How much of a body that is too large is read and thrown away, in bodies of the largest size that
 # is taken, and for how long: a client that is still writing could not read the answer otherwise.
 _LINGER, _LINGER_SECONDS = 16, 5.0
@@ -146,7 +146,7 @@ class RequestGuard:
             closing = RETRY_AFTER | {"Connection": "close"}
             await _refuse(send, 503, "the service is stopping; repeat the request later", closing)
         elif path.startswith("/v1/") and path not in _UNQUEUED and service.full:
-            await asyncio.sleep(REFUSED_AFTER)
+            await asyncio.sleep(HELD_FOR)
             await _refuse(send, 503, "the service is busy; repeat the request later", RETRY_AFTER)
         elif (body := await self._body(headers, receive, send)) is not None:
             problem = _unreadable(headers) if path in _WITH_BODY else None
