@@ -64,9 +64,9 @@ _WITH_BODY = (
 )
 # These ask nothing of the thread that answers, however much waits for it.
 _UNQUEUED = ("/v1/domains", "/v1/models", "/v1/models/shadow")
-# Seconds that a request is held which is then told that the service is busy. Who asks again at once would be
-# refused thousands of times a second, and whoever is being answered would wait for that: both take
-# turns at one interpreter.
+# Seconds that a request is held which is then told that the service is busy. Who asks again at once
+# would be refused thousands of times a second, and whoever is being answered would wait for that:
+# both take turns at one interpreter.
 HELD_FOR = 0.1
 # How much of a body that is too large is read and thrown away, in bodies of the largest size that
 # is taken, and for how long: a client that is still writing could not read the answer otherwise.
