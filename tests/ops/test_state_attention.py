@@ -21,12 +21,14 @@ from hstu_xd.ops import StateReads, available_state_impls, state_attention
 from hstu_xd.ops.grouping import DomainGrouping
 from hstu_xd.ops.state_attention import eager
 
+# Blocks of the most tokens that the loops in C take at a time.
+LARGE = Spec((90, 300), 200, 2)
 SPECS = [
     Spec((9, 0, 3, 1), 2),
     Spec((9, 0, 3, 1), 2, 4, biased=False),
     Spec((40, 1, 17), 5, 3, visited=3),
     Spec((15, 16, 17, 33), 64, 2, heads=1),
-    Spec((90, 300), 200, 2),  # blocks of the most tokens that the loops in C take at a time
+    LARGE,
     Spec((20,), 1, 8, dqk=1, dv=33),
     Spec((0, 0), 2, 4),  # users without history
     Spec((), 2),  # an empty batch
@@ -81,8 +83,12 @@ def test_the_gradients_of_the_reference_are_derivatives() -> None:
     assert torch.autograd.gradcheck(run, tuple(leaves.values()))
 
 
-@every_impl
-@every_spec
+@pytest.mark.parametrize(
+    ("spec", "impl"),
+    # Triton's interpreter takes a minute for the large one, and has no such blocks.
+    [(s, i) for s in SPECS for i in available_state_impls() if (s, i) != (LARGE, "triton")],
+    ids=str,
+)
 def test_float32_stays_within_budget(spec: Spec, impl: str) -> None:
     """Row by row 1e-5 forward and 2e-5 for every gradient, against the reference in float64."""
     case, device = draw(spec), DEVICE if impl == "triton" else "cpu"
