@@ -74,8 +74,11 @@ class Patch:
         for rebinding, original, replacement in planned:
             owner, attribute = rebinding.owner()
             setattr(owner, attribute, replacement)
-            _logger.info("%s: %s becomes %s", rebinding.path, _name(original), _name(replacement))
+            _logger.debug("%s: %s becomes %s", rebinding.path, _name(original), _name(replacement))
         self._applied += planned
+        if planned:
+            names = ", ".join(dict.fromkeys(rebinding.name for rebinding, _, _ in planned))
+            _logger.info("hstu-xd takes the place of %s; log DEBUG for more", names)
 
     def revert(self) -> None:
         """Put every original back, last first; does nothing the second time.
@@ -94,7 +97,7 @@ class Patch:
             rebinding, original, replacement = self._applied.pop()
             owner, attribute = rebinding.owner()
             setattr(owner, attribute, original)
-            _logger.info("%s: %s back to %s", rebinding.path, _name(replacement), _name(original))
+            _logger.debug("%s: %s back to %s", rebinding.path, _name(replacement), _name(original))
 
     def __enter__(self) -> "Patch":
         return self

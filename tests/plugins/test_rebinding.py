@@ -83,8 +83,14 @@ def test_somebody_elses_later_rebinding_is_not_trampled(theirs) -> None:
 
 
 def test_old_and_new_are_logged(theirs, caplog) -> None:
-    with caplog.at_level(logging.INFO), apply([GREET]):
+    with caplog.at_level(logging.DEBUG), apply([GREET]):
         assert "theirs.greet" in caplog.text
         assert "greet becomes" in caplog.text
         assert "shouting" in caplog.text
     assert "back to" in caplog.text
+
+
+def test_a_log_of_information_has_one_line_of_all_names(theirs, caplog) -> None:
+    with caplog.at_level(logging.INFO), apply([GREET]):
+        pass
+    assert caplog.messages == ["hstu-xd takes the place of greet; log DEBUG for more"]

@@ -58,7 +58,7 @@ def test_loss_goes_down_and_all_metrics_are_logged(workplace: Path, name: str) -
     for tag in ("ndcg@10", "hr@100", "mrr", "mrr/switch", "hr@10/stay", "hr@10/books"):
         assert len(scalars(workplace, f"eval_epoch/{tag}")) == 10, tag
     assert "eval @ epoch 9" in done.stdout
-    assert "get_sequential_encoder: generative_recommenders" in done.stdout
+    assert "takes the place of get_reco_dataset, get_sequential_encoder, " in done.stdout
 
 
 @pytest.mark.slow
