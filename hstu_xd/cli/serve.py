@@ -55,7 +55,7 @@ StoreEvery = Annotated[
 ]
 WhenStoreFails = Annotated[
     Literal["refuse", "rebuild"],
-    typer.Option(help="Answer 503, or rebuild states in memory until the store is back."),
+    typer.Option(help="Answer 503 who needs it, or rebuild states in memory until it is back."),
 ]
 MaxBytes = Annotated[
     int, typer.Option(min=1 << 20, help="Most bytes of states in a worker's memory.")

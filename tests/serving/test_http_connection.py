@@ -333,3 +333,20 @@ def test_connections_that_wait_are_taken_one_by_one(tmp_path: Path) -> None:
 
         asyncio.run(take_all())
         assert len(set(listening.taken)) == count
+
+
+def test_who_has_more_connections_leaves_the_next_to_others(tmp_path: Path) -> None:
+    with serving(tmp_path) as client:
+        swaps = LocalSwaps(client.service, tmp_path)
+
+        def pause(connections: int, *, shared: bool = True) -> float:
+            running = Server(client.service, swaps, lambda: None, shared=shared)
+            running.server_state.connections = set(range(connections))  # type: ignore[arg-type]
+            return running._pause()
+
+        pauses = [pause(number) for number in range(4)]
+        assert 0 < pauses[0] < pauses[1] < pauses[2] < pauses[3]
+        # Clients that open one for every request are still let in, faster than they are answered.
+        assert pause(10_000) <= 0.002
+        # Nobody else would take it.
+        assert pause(10_000, shared=False) == 0

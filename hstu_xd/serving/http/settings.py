@@ -98,7 +98,8 @@ class StateSettings:
         ttl: seconds after it was last written that Redis keeps a state; None: for good.
         store_every: events of a user from one writing of its state to the next; the log has those
             that a stored state lacks.
-        when_store_fails: "refuse" requests, or "rebuild" states in memory until it is back.
+        when_store_fails: "refuse" requests that need it, or "rebuild" states in memory until it is
+            back.
         max_bytes: bound on the states in memory.
         threads: of PyTorch, for rebuilding long histories; None: :func:`default_threads`.
         retrieval: "exact" or "approximate", see :class:`hstu_xd.serving.retrieval.ItemIndex`.
