@@ -1,11 +1,6 @@
-"""Peak memory of one pass: the growth of a process on a CPU, the allocator's own count on CUDA.
-
-And what a process and those that it has started take together.
-"""
+"""Peak memory of one pass: the growth of a process on a CPU, the allocator's own count on CUDA."""
 
 import json
-import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -52,36 +47,6 @@ def allocated(run: Callable[[], object]) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - baseline
-
-
-def seconds_of_family(pid: int) -> float:
-    """Return the time on a core of a process and of those that it has started; NaN: not known."""
-    ticks = 0
-    for folder in _family(pid):
-        # After the name, which may have spaces.
-        columns = (folder / "stat").read_text().rpartition(")")[2].split()
-        ticks += int(columns[11]) + int(columns[12])
-    return ticks / os.sysconf("SC_CLK_TCK") if ticks else math.nan
-
-
-def peak_of_family(pid: int) -> int | None:
-    """Return the peaks of a process and of those that it has started, added; None: not known."""
-    peaks = [
-        int(line.split()[1]) * 1024
-        for folder in _family(pid)
-        for line in (folder / "status").read_text().splitlines()
-        if line.startswith("VmHWM:")
-    ]
-    return sum(peaks) if peaks else None
-
-
-def _family(pid: int) -> list[Path]:
-    """Return the folders in /proc of a process and of those that it has started, if any."""
-    folder = Path(f"/proc/{pid}")
-    if not folder.exists():
-        return []
-    children = (folder / "task" / str(pid) / "children").read_text().split()
-    return [folder, *(Path("/proc") / child for child in children)]
 
 
 def _resident(*, reset: bool) -> int:

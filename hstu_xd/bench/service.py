@@ -11,6 +11,7 @@ store of states, once more with that. The log may have events from the start, of
 row also says how long it took until the service was ready, with them and without.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -27,7 +28,6 @@ import torch
 
 from hstu_xd.bench.cases import Case
 from hstu_xd.bench.http_load import Outcome
-from hstu_xd.bench.memory import peak_of_family, seconds_of_family
 from hstu_xd.bench.rows import Row, empty_row
 from hstu_xd.bench.service_inputs import (
     EARLIER,
@@ -44,6 +44,7 @@ from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.events.event_log import EventLog
 from hstu_xd.serving.events.open_log import is_postgres
+from hstu_xd.serving.http.failover import check_store
 from hstu_xd.serving.http.settings import default_threads
 
 # Share of the given seconds that the load takes which waits for its answers.
@@ -86,7 +87,9 @@ def measure(
         log_events: events that the log has from the start.
 
     Raises:
-        InputError: several workers without a log that they can share, or no such URL.
+        InputError: several workers without a log that they can share, no such URL, or no such kind
+            of store.
+        StoreError: the store cannot be used.
     """
     if workers > 1 and events is None:
         raise InputError(
@@ -102,11 +105,14 @@ def measure(
         setups.append(Setup(f"{workers} workers", workers, events))
     if store != "memory":
         last = setups[-1]
-        setups.append(replace(last, name=f"{last.name}, states in {_kind(store)}", store=store))
+        stored = replace(last, store=store)
+        setups.append(replace(stored, name=f"{last.name}, states in {stored.place_of_states}"))
     with TemporaryDirectory() as folder:
         place = Path(folder)
+        # Servers that cannot be used are known before anything is measured.
+        check_store(store)
         with setups[-1].log(place):
-            pass  # A server that cannot be used is known before anything is measured.
+            pass
         made = run or synthetic_run(place, case)
         rows: list[Row] = []
         for setup in setups:
@@ -157,10 +163,10 @@ def _measured(
                 first = traffic.answers(users)
                 found = first.found
                 opening |= {"ready_s": running.ready_s, "first_ms_median": first.ms_median}
-            traffic.build_states()
+            are_built = traffic.build_states()
             before, measured = running.cpu_seconds(), max(1.0, _SHARE * seconds)
             closed = traffic.load().closed(traffic.draw, seconds=measured, connections=connections)
-            cpu_s = running.cpu_seconds() - before
+            after = running.cpu_seconds()
             answered = sum(x.status == 200 for x in closed)
             capacity = answered / measured
             opened = traffic.load().open(traffic.draw, rate=_OVERLOAD * capacity, seconds=seconds)
@@ -170,8 +176,9 @@ def _measured(
         row |= {"what": "service", "peak_bytes": peak, "workers": setup.workers}
         row |= {"users_apart": setup.apart, "connections": connections}
         row["events_in"] = "SQLite" if setup.events is None else "PostgreSQL"
-        row["states_in"] = _kind(setup.store)
-        row["cpu_ms_per_request"] = 1e3 * cpu_s / max(1, answered)
+        row |= {"states_in": setup.place_of_states, "states_built": are_built}
+        if before is not None and after is not None and answered:
+            row["cpu_ms_per_request"] = 1e3 * (after - before) / answered
         row |= opening | _figures(closed, opened, capacity, seconds)
         row |= served.check([*closed, *opened], found)
     wrong = row["other_errors"] + row["lost_events"] + row["foreign_events"]
@@ -314,14 +321,31 @@ class _Running:
     ports: list[int]
     ready_s: float
 
-    def cpu_seconds(self) -> float:
-        """Return the time on a core that they have taken."""
-        return sum(seconds_of_family(process.pid) for process in self.processes)
+    def cpu_seconds(self) -> float | None:
+        """Return the time on a core that they have taken, workers too; None: not known."""
+        ticks = 0
+        for folder in self._folders():
+            # After the name, which may have spaces.
+            columns = (folder / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(columns[11]) + int(columns[12])
+        return ticks / os.sysconf("SC_CLK_TCK") if ticks else None
 
     def peak_bytes(self) -> int | None:
-        """Return the most memory of each, added; None where that is not known."""
-        peaks = [peak_of_family(process.pid) for process in self.processes]
-        return None if None in peaks else sum(peak or 0 for peak in peaks)
+        """Return the most memory of each process, workers too, added; None: not known."""
+        peaks = [
+            int(line.split()[1]) * 1024
+            for folder in self._folders()
+            for line in (folder / "status").read_text().splitlines()
+            if line.startswith("VmHWM:")
+        ]
+        return sum(peaks) if peaks else None
+
+    def _folders(self) -> list[Path]:
+        """Return the folders in /proc, if any, of the processes and of those they have started."""
+        owns = [Path(f"/proc/{process.pid}") for process in self.processes]
+        owns = [own for own in owns if own.exists()]
+        children = [(own / "task" / own.name / "children").read_text().split() for own in owns]
+        return owns + [Path("/proc") / pid for pids in children for pid in pids]
 
 
 @contextmanager
@@ -354,8 +378,3 @@ def _services(served: _Served, setup: Setup, threads: int) -> Iterator[_Running]
 def _end(process: "subprocess.Popen[str]") -> None:
     process.kill()
     process.wait()
-
-
-def _kind(store: str) -> str:
-    """Return what a store may be called in a row: its URL may have a password."""
-    return store.partition(":")[0]

@@ -43,6 +43,12 @@ class Setup:
     apart: bool = False
 
     @property
+    def place_of_states(self) -> str:
+        """Return what a row calls the store, whose name may have a password."""
+        kind = self.store.partition(":")[0]
+        return {"memory": "memory", "sqlite": "SQLite"}.get(kind, "Redis")
+
+    @property
     def services(self) -> int:
         """Return how many services there are."""
         return self.workers if self.apart else 1
@@ -52,7 +58,7 @@ class Setup:
         """Return the options of each service, but for its log."""
         workers = self.workers // self.services
         options = ["--workers", str(workers), "--store", self.store]
-        if not self.store.startswith(("memory", "sqlite")):
+        if self.place_of_states == "Redis":
             options += ["--store-ttl", str(_KEPT)]
         return options
 

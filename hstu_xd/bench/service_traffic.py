@@ -67,8 +67,12 @@ class Traffic:
             return Call("/v1/events", {"events": [event]}, self._server(user))
         return self._recommend(user, self._random.choice(self._catalog.domain_names))
 
-    def build_states(self) -> None:
-        """Ask for all users until no worker has a state left to make: nobody measures that."""
+    def build_states(self) -> bool:
+        """Ask for all users until no worker has a state left to make: nobody measures that.
+
+        Returns:
+            Whether it came to that; not where there is no room for all states.
+        """
         domain, made, quiet = self._catalog.domain_names[0], -1.0, 0
         for _ in range(_ROUNDS):
             draw = partial(next, iter([self._recommend(u, domain) for u in self.users]), None)
@@ -78,7 +82,8 @@ class Traffic:
             is_quiet = made == before and all(x.status == 200 for x in outcomes)
             quiet = quiet + 1 if is_quiet else 0
             if quiet == _QUIET:
-                return
+                return True
+        return False
 
     def answers(self, users: Sequence[str]) -> Answers:
         """Ask for recommendations of each user's domain, see :func:`domain_of`."""

@@ -51,7 +51,10 @@ StoreTtl = Annotated[
     int | None, typer.Option(min=1, help="Seconds that Redis keeps a state. [default: for good]")
 ]
 StoreEvery = Annotated[
-    int, typer.Option(min=1, help="Events of a user from one writing of its state to the next.")
+    int | None,
+    typer.Option(
+        min=1, help="Events of a user from one writing of its state to the next. [default: 8]"
+    ),
 ]
 WhenStoreFails = Annotated[
     Literal["refuse", "rebuild"],
@@ -133,7 +136,7 @@ def serve(
     verify: Verify = False,
     store: Store = "memory",
     store_ttl: StoreTtl = None,
-    store_every: StoreEvery = 8,
+    store_every: StoreEvery = None,
     when_store_fails: WhenStoreFails = "refuse",
     max_bytes: MaxBytes = 1 << 30,
     retrieval: Retrieval = "exact",
@@ -178,6 +181,11 @@ def serve(
     )
     from hstu_xd.serving.http.workers import Work
 
+    if store == "memory" and store_every is not None:
+        raise InputError(
+            f"--store-every {store_every} has no effect on states in memory; drop it, or give "
+            "--store"
+        )
     log = LogSettings(log_level, log_format)
     access_log.set_up(log, None if workers > 1 else 0)
     settings = ServiceSettings(
@@ -193,7 +201,8 @@ def serve(
         limits=Limits(max_body=max_body, max_k=max_k),
         writes=WriteSettings(repeats, unknown_items, max_clock_skew),
         states=StateSettings(
-            store, store_ttl, when_store_fails, max_bytes, threads, retrieval, store_every
+            *(store, store_ttl, when_store_fails, max_bytes, threads, retrieval),
+            store_every or StateSettings.store_every,
         ),
     )
     work = Work(run, settings, allow_imports, log, shadow)

@@ -123,7 +123,7 @@ class EncoderSession:
         if isinstance(retrieval, str):
             retrieval = ItemIndex(model, retrieval, scorer)
         self.index = retrieval
-        self._stored = None
+        self._stored, self._store_every = None, store_every
         if store is not None:
             self._stored = StoredStates(store, model, self.window, dtype, store_every)
 
@@ -337,14 +337,8 @@ class EncoderSession:
     def _renewed(
         self, user: Hashable, version: bytes, held: UserState | None, found: Found
     ) -> UserState:
-        """Return a state of a user's history as it is now, and keep it in memory.
-
-        Args:
-            user: whose.
-            version: of the history.
-            held: the state in memory, if any; not known to be of this version.
-            found: what the store has.
-        """
+        """Return a user's state as of now, from what memory and store have, and keep it."""
+        present = found.revisions.get(user, b"")
         known = found.usable(user, held, versioned=bool(version))
         self._cache.drop(user)
         state = next((state for state in known if state.version == version), None)
@@ -356,7 +350,10 @@ class EncoderSession:
                 )
             state = self._made(user, known)
             state.version = version
-        state.revision = found.revisions.get(user, b"")
+            if present and not state.revision:
+                # What is stored was of no use, as after an event was removed: it is not to stay.
+                state.unsaved = max(state.unsaved, self._store_every)
+        state.revision = present
         # States of unknown users are not kept: there may be any number of them.
         if state.length:
             self._keep({user: state})

@@ -14,6 +14,7 @@ pytest.importorskip("fastapi", reason="no fastapi here: bench service is NOT cov
 from hstu_xd.bench import service, service_inputs, service_traffic
 from hstu_xd.bench.http_load import Call, Load, Outcome
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.serving.stores import StoreError
 
 TINY = {"heads": 2, "dqk": 4, "dv": 4, "width": 8, "layers": 1, "seq_len": 12, "threads": 1}
 
@@ -84,12 +85,13 @@ def test_states_in_a_store_are_compared_with_memory(
     place = tmp_path / "states.sqlite"
     call("service", json=True, seconds=1.0, num_domains=3, store=f"sqlite:{place}", **TINY)
     memory, stored = json.loads(capsys.readouterr().out)
-    assert [row["states_in"] for row in (memory, stored)] == ["memory", "sqlite"]
-    assert stored["provider"] == "service, states in sqlite"
+    assert [row["states_in"] for row in (memory, stored)] == ["memory", "SQLite"]
+    assert stored["provider"] == "service, states in SQLite"
     assert place.exists()
     for row in (memory, stored):
         assert row["correct"] is True
         assert row["cpu_ms_per_request"] > 0
+        assert row["states_built"] is True
     assert stored["times_faster_than_service"] == pytest.approx(
         stored["capacity_per_second"] / memory["capacity_per_second"]
     )
@@ -126,6 +128,10 @@ def test_workers_and_a_server_are_compared_with_one_and_a_file(
 def test_what_workers_need_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--workers 2 share a log: give --events postgresql"):
         call("service", seconds=1.0, workers=2)
+    with pytest.raises(InputError, match="store 'nowhere': memory, sqlite:FILE or redis"):
+        call("service", seconds=1.0, store="nowhere")
+    with pytest.raises(StoreError, match="; is it up, and is there room"):
+        call("service", seconds=1.0, store=f"unix://{tmp_path}/none.sock")
     with pytest.raises(InputError, match="the URL of a PostgreSQL server is needed"):
         call("service", seconds=1.0, events=str(tmp_path / "file"))
     with pytest.raises(HstuXdError, match="--events needs a server that may make databases"):

@@ -91,8 +91,7 @@ def as_told(run: Path, requests: list[RankRequest]) -> list[dict[str, Any]]:
     return told
 
 
-# Of "recent" and "domain" the program is that of "hard".
-@pytest.mark.parametrize("kind", ["counts", "hard", "towers", "soft", "xd", "din", "tape"])
+@pytest.mark.parametrize("kind", [*MADE, "din", "tape"])
 def test_torch_alone_scores_as_the_run(folder: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
     run, out = folder / kind, tmp_path / "out"
     said = cli("export", run, "--out", out)

@@ -31,6 +31,7 @@ from hstu_xd.serving.http.batching import Batcher, Busy, Ticket
 from hstu_xd.serving.http.jobs import Recommend, cost_of
 from hstu_xd.serving.http.middleware import HELD_FOR
 from hstu_xd.serving.http.retrieval_engine import RetrievalSession
+from hstu_xd.serving.http.service import Service
 from hstu_xd.serving.http.settings import QueueSettings
 
 USERS = [f"u{number}" for number in range(6)]
@@ -115,7 +116,7 @@ def test_a_read_that_fails_by_itself_fails_alone(
         assert "out of luck" in caplog.text
 
 
-def test_a_full_queue_refuses_at_once_and_the_accepted_finish(
+def test_a_full_queue_refuses_and_the_accepted_finish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(tmp_path, queue=replace(PATIENT, max_queue=4)) as client:
@@ -134,13 +135,16 @@ def test_a_full_queue_refuses_at_once_and_the_accepted_finish(
         assert client.append(event(0)).status_code == 200
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at the door", "when it was read"])
 def test_who_asks_again_at_once_does_not_keep_others_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """Thousands of refusals a second took the interpreter from the thread that answers."""
     with serving(tmp_path, queue=replace(PATIENT, max_queue=1)) as client:
         with monkeypatch.context() as full:
             full.setattr(Batcher, "full", True)
+            if late:
+                full.setattr(Service, "full", False)
             start = time.perf_counter()
             for _ in range(3):
                 assert client.append(event(0)).status_code == 503

@@ -157,6 +157,7 @@ def test_what_the_command_refuses(
         ([str(tmp_path)], "not a run folder"),
         ([str(run), "--store", "disk"], "store 'disk'"),
         ([str(run), "--store-ttl", "60"], "only Redis lets states expire"),
+        ([str(run), "--store-every", "8"], "--store-every 8 has no effect on states in memory"),
         ([str(run), "--retrieval", "hnsw"], "hnsw"),
         ([str(run), "--token-file", str(empty)], "the token must be"),
         ([str(run), "--token-file", str(tmp_path / "none")], "give a file with the token"),

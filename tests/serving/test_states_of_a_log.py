@@ -19,13 +19,15 @@ class Log:
 
     def __init__(self) -> None:
         self.events: list[tuple[int, int]] = []
-        self.reads = 0
+        self.reads = self.version = self.upcoming = 0
 
     def present(self, user: str) -> bytes:
-        return str(len(self.events)).encode()
+        return str(self.version).encode()
 
     def following(self, user: str) -> bytes:
-        return str(len(self.events) + 1).encode()
+        """A version that no history has had, whoever asks."""
+        self.upcoming += 1
+        return str(self.upcoming).encode()
 
     def read(self, user: object) -> History:
         self.reads += 1
@@ -38,9 +40,19 @@ class Log:
 
     def take(self, session: EncoderSession) -> None:
         """Let a session have the next event, and log it."""
-        number = len(self.events)
-        append(session, "ann", number, number + 1)
-        self.events.append(event(number))
+        self.let(session)
+        self.events.append(event(len(self.events)))
+        self.version = self.upcoming
+
+    def let(self, session: EncoderSession) -> None:
+        """Let a session have the next event, which then is not logged."""
+        append(session, "ann", len(self.events), len(self.events) + 1)
+
+    def remove(self, events: slice) -> None:
+        """Remove events, as another process does."""
+        del self.events[events]
+        self.upcoming += 1
+        self.version = self.upcoming
 
 
 class Counting(MemoryStore):
@@ -57,6 +69,12 @@ class Counting(MemoryStore):
     def put(self, writes: Sequence[Write]) -> list[bool]:
         self.written += len(writes)
         return super().put(writes)
+
+
+def stored_items(store: MemoryStore) -> list[int]:
+    checkpoint = fingerprint(MODEL, MODEL.window, torch.float32)
+    state = decode_state(store._values["ann"], checkpoint, MODEL.settings, torch.float32)
+    return state.item_ids.tolist()
 
 
 def test_a_state_of_a_log_is_stored_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,16 +105,30 @@ def test_a_state_of_a_log_that_another_has_written_is_right_and_is_stored_later(
     log.take(one)
     close(other.query(["ann"], [0])[0], expected(history(1), 0))
     # Both have the state; the other one writes, and what the first one wants to replace is gone.
-    log.take(other)
-    log.events.pop()
+    log.let(other)
     log.take(one)
     assert store.written == 3
     for number in (2, 3, 4):
         close(one.query(["ann"], [1])[0], expected(history(number), 1))
         log.take(one)
-    checkpoint = fingerprint(MODEL, MODEL.window, torch.float32)
-    stored = decode_state(store._values["ann"], checkpoint, MODEL.settings, torch.float32)
-    assert stored.length == 5
+    assert len(stored_items(store)) == 5
+
+
+def test_a_stored_state_with_a_removed_event_is_replaced_at_once() -> None:
+    """Not with the fourth event from then on: what was removed must not stay anywhere."""
+    log, store = Log(), MemoryStore()
+    session = log.session(store, every=4)
+    for _ in range(4):
+        log.take(session)
+    assert stored_items(store) == [item for item, _ in log.events]
+    log.remove(slice(1, 4))
+    log.take(session)
+    assert stored_items(store) == [item for item, _ in log.events]
+    for _ in range(3):  # Then it goes on as before.
+        log.take(session)
+        assert len(stored_items(store)) == 2
+    log.take(session)
+    assert len(stored_items(store)) == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +140,7 @@ def test_sessions_of_one_log_take_turns(kind: str, tmp_path: Path) -> None:
             log.take(sessions[number % 2])
             for domain, session in enumerate(sessions):
                 close(session.query(["ann"], [domain])[0], expected(window(number + 1), domain))
-        del log.events[28:]
+        log.remove(slice(28, None))
         for session in sessions:
             close(session.query(["ann"], [0])[0], expected(window(28), 0))
 

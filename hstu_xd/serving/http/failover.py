@@ -209,6 +209,22 @@ def open_store(name: str, ttl: int | None = None) -> StateStore | None:
     )
 
 
+def check_store(name: str) -> None:
+    """Find out whether a store can be used, and leave nothing there.
+
+    Args:
+        name: as in :func:`open_store`.
+
+    Raises:
+        InputError: no such kind of store.
+        HstuXdError: redis-py is not installed.
+        StoreError: it cannot be written to.
+    """
+    store = open_store(name)
+    if store is not None:
+        _probe(store)
+
+
 def _probe(store: StateStore) -> None:
     """Write to a store, as reading alone says nothing of one that has no room.
 
