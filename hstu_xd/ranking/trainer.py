@@ -28,6 +28,7 @@ from hstu_xd.training.checkpoint import (
 from hstu_xd.training.epochs import EpochProgress, EpochTraining
 from hstu_xd.training.interruption import stop_requests
 from hstu_xd.training.metrics_log import MetricsLog
+from hstu_xd.training.optimization import AdamW
 
 # Steps after which a run that is killed goes on from there.
 _SAVE_EVERY = 500
@@ -69,7 +70,7 @@ class RankTrainer(EpochTraining[RankingProgress]):
         tables = self.model.tables()
         in_tables = set(map(id, tables))
         rest = [p for p in self.model.parameters() if id(p) not in in_tables]
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = AdamW(
             [
                 {"params": tables, "lr": rank.table_learning_rate, "weight_decay": 0.0},
                 {"params": rest, "lr": rank.learning_rate, "weight_decay": rank.weight_decay},

@@ -1,5 +1,6 @@
 """How weights follow their gradients: AdamW, the learning rate's schedule, averaged weights."""
 
+import inspect
 import math
 from typing import Any
 
@@ -15,9 +16,20 @@ _AVERAGED = "averaged."
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def optimizer_of(
-    model: CrossDomainHSTU, train: Any, *, sparse_table: bool = False
-) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without its import of torch's compiler, which takes seconds of every training.
+
+    torch imports it in order to keep it away from these methods, which nothing here compiles.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def optimizer_of(model: CrossDomainHSTU, train: Any, *, sparse_table: bool = False) -> AdamW:
     """Make the optimiser of a training.
 
     Args:
@@ -29,7 +41,7 @@ def optimizer_of(
     in_table = set(map(id, table))
     rest = [x for x in model.parameters() if id(x) not in in_table]
     decay = train.weight_decay
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         [
             {"params": table, "weight_decay": decay * train.embedding_decay_share},
             {"params": rest, "weight_decay": decay},

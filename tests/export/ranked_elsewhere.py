@@ -1,7 +1,8 @@
 """Ranks by an exported folder where only torch can be imported, with a search by its manifest.
 
-Given the folder, a file of requests and a file for the chances. The search is written after what
-the manifest says of it, and looks at every event of a history, the latest first.
+Given folders, each with a file of requests, asked.pt, beside it; the chances go to answers.pt
+there. The search is written after what the manifest says of it, and looks at every event of a
+history, the latest first.
 """
 
 import json
@@ -74,24 +75,20 @@ def inputs_for(manifest: dict[str, Any], paths: list[list[int]], request: Any) -
     }
 
 
-if __name__ == "__main__":
-    sys.meta_path[:] = [OnlyTorch(tuple(sys.meta_path))]
-    import torch
-
-    folder = Path(sys.argv[1])
+def answer(folder: Path) -> None:
+    """Rank the requests of a folder's neighbour one by one and all at once, which is the same."""
     manifest = json.loads((folder / "manifest.json").read_text())
     towers = "user_vectors" in manifest["outputs"]
     program = torch.export.load(folder / ("towers.pt2" if towers else "ranker.pt2")).module()
     paths = torch.load(folder / "levels.pt").tolist()
-    requests = torch.load(sys.argv[2])
+    requests = torch.load(folder.parent / "asked.pt")
     every = [inputs_for(manifest, paths, request) for request in requests]
     columns = {name: [torch.tensor(each[name]) for each in every] for name in manifest["inputs"]}
     alone = [
         program(**{name: column[row].unsqueeze(0) for name, column in columns.items()})[0]
         for row in range(len(requests))
     ]
-    # All at once, with padding behind what is shorter, is the same.
-    pad = torch.nn.utils.rnn.pad_sequence
+    pad = torch.nn.utils.rnn.pad_sequence  # behind what is shorter
     stacked = {
         name: pad(column, batch_first=True) if column[0].ndim else torch.stack(column)
         for name, column in columns.items()
@@ -105,6 +102,14 @@ if __name__ == "__main__":
             goal = manifest["goals"].index(request["goal"])
             logits = vectors[torch.tensor(request["candidates"])] @ alone[row][goal]
             answers[row] = (logits + manifest["biases"][goal]).double().sigmoid().tolist()
-    torch.save(answers, sys.argv[3])
+    torch.save(answers, folder.parent / "answers.pt")
+
+
+if __name__ == "__main__":
+    sys.meta_path[:] = [OnlyTorch(tuple(sys.meta_path))]
+    import torch
+
+    for name in sys.argv[1:]:
+        answer(Path(name))
     strangers = {name.partition(".")[0] for name in sys.modules} - ALLOWED
     print(*sorted(strangers & {"hstu_xd", "polars", "gin", "safetensors", "numpy", "pyarrow"}))

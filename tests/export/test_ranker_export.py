@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from ranking_runs import KINDS, asked_of, make_runs, rank_run
 from safetensors.torch import load_file
 
+from hstu_xd.cli import app
 from hstu_xd.export import export_ranker
 from hstu_xd.export.ranker import how_to_find, inputs_of
 from hstu_xd.ranking.run import ServedRanker, load_ranker, open_store
@@ -91,27 +92,58 @@ def as_told(run: Path, requests: list[RankRequest]) -> list[dict[str, Any]]:
     return told
 
 
-@pytest.mark.parametrize("kind", [*MADE, "din", "tape"])
-def test_torch_alone_scores_as_the_run(folder: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
-    run, out = folder / kind, tmp_path / "out"
-    said = cli("export", run, "--out", out)
-    assert said.code == 0, said.err
-    requests = requests_of(run)
-    torch.save(as_told(run, requests), tmp_path / "asked.pt")
-    here = Path(__file__).parent
+Answers = dict[str, list[list[float]]]
+
+
+def answers_elsewhere(folder: Path, kinds: Iterable[str]) -> Answers:
+    """What torch alone answers by the exported folders of runs, in one process for all."""
+    places = {}
+    for kind in kinds:
+        run, places[kind] = folder / kind, folder / "elsewhere" / kind
+        assert app.run(["export", str(run), "--out", str(places[kind] / "out")]) == 0
+        torch.save(as_told(run, requests_of(run)), places[kind] / "asked.pt")
     blind = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, here / "ranked_elsewhere.py", out]
     done = subprocess.run(
-        [*command, tmp_path / "asked.pt", tmp_path / "answers.pt"],
-        cwd=tmp_path,
+        [sys.executable, Path(__file__).parent / "ranked_elsewhere.py"]
+        + [str(place / "out") for place in places.values()],
+        cwd=folder,
         env=blind | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+    return {kind: torch.load(place / "answers.pt") for kind, place in places.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> Answers:
+    return answers_elsewhere(folder, (*MADE, "din", "tape"))
+
+
+@pytest.fixture(scope="module")
+def answers_of_forms(folder: Path) -> Answers:
+    for form, bindings in FORMS.items():
+        rank_run(folder / form, folder / "requests", bindings)
+    return answers_elsewhere(folder, FORMS)
+
+
+@pytest.mark.parametrize("kind", [*MADE, "din", "tape"])
+def test_torch_alone_scores_as_the_run(folder: Path, kind: str, answers: Answers, cli: Cli) -> None:
+    check_answers(folder / kind, answers[kind], cli)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_exported(
+    folder: Path, form: str, answers_of_forms: Answers, cli: Cli
+) -> None:
+    check_answers(folder / form, answers_of_forms[form], cli)
+
+
+def check_answers(run: Path, found: list[list[float]], cli: Cli) -> None:
+    requests = requests_of(run)
     wanted = RankingSession.open(run).rank(requests)
-    found = torch.load(tmp_path / "answers.pt")
     assert [len(row) for row in found] == [len(row) for row in wanted]
     np.testing.assert_allclose(np.concatenate(found), np.concatenate(wanted), rtol=0, atol=1e-5)
     assert np.std(np.concatenate(wanted)) > 1e-3
@@ -249,10 +281,3 @@ def test_tracing_leaves_the_model_and_the_process_alone(folder: Path) -> None:
     assert not any("stack_trace" in node.meta for node in program.graph.nodes)
     assert all(parameter.requires_grad for parameter in ranker.model.parameters())
     assert torch.backends.mha.get_fastpath_enabled()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_is_exported(form: str, folder: Path, tmp_path: Path, cli: Cli) -> None:
-    rank_run(folder / form, folder / "requests", FORMS[form])
-    test_torch_alone_scores_as_the_run(folder, form, tmp_path, cli)

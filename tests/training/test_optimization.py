@@ -1,6 +1,8 @@
-"""The item table's gradient, sparse from look-ups and dense for the optimiser."""
+"""The optimiser, and the item table's gradient, sparse from look-ups and dense for it."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from hstu_xd.model.featured_items import FeaturedItemEmbedding, FeatureTable
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.inputs import ItemEmbedding
-from hstu_xd.training.optimization import optimizer_of
+from hstu_xd.training.optimization import AdamW, optimizer_of
 from hstu_xd.training.settings import TrainSettings
 
 ITEMS, WIDTH = 300, 8
@@ -100,3 +102,42 @@ def test_a_step_holds_one_gradient_of_the_whole_table() -> None:
         assert weight.grad.layout == torch.strided
         held.add(weight.grad.data_ptr())
     assert len(held) == 1
+
+
+STEPS = """
+import sys, torch
+from hstu_xd.training.optimization import AdamW
+weight = torch.nn.Parameter(torch.ones(4))
+optimizer = AdamW([weight], fused=True)
+for _ in range(2):
+    optimizer.zero_grad()
+    weight.square().sum().backward()
+    optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+sys.exit("torch._dynamo" in sys.modules or bool((weight == 1).any()))
+"""
+
+
+def test_training_does_not_wait_for_the_compiler() -> None:
+    assert subprocess.run([sys.executable, "-c", STEPS], check=False).returncode == 0
+
+
+def test_steps_are_those_of_torch() -> None:
+    found = []
+    for kind in (torch.optim.AdamW, AdamW):
+        torch.manual_seed(0)
+        weight, late = (torch.nn.Parameter(torch.randn(5)) for _ in range(2))
+        called: list[object] = []
+        optimizer = kind([weight], lr=0.1, fused=True)
+        optimizer.add_param_group({"params": [late], "lr": 0.2})
+        optimizer.register_step_pre_hook(lambda *_, called=called: called.append(_))
+        for step in range(4):
+            optimizer.zero_grad(set_to_none=step != 2)
+            (weight.sin().sum() + late.cos().sum() * step).backward()
+            optimizer.step()
+            if step == 1:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert len(called) == 4
+        assert weight.requires_grad
+        found.append(torch.cat([weight.detach(), late.detach()]))
+    assert torch.equal(*found)
