@@ -25,7 +25,7 @@ class OtherDomains:
         count: domains that a position is asked for; drawn where more of them come again. 0: none
             is asked for.
         weight: what such a target counts beside a position's own.
-        within_events: an answer is at most the so-manieth event after the position; 0: any.
+        within_events: an answer is one of this many events after the position; 0: any.
         within_time: an answer comes at most this much later, in the log's unit; 0: at any time.
     """
 

@@ -75,8 +75,8 @@ class TrainSettings:
             next event of each is a target too, read out for it without a trace in the history. 0:
             none; where more domains come again in the training history, they are drawn.
         asked_weight: what such a target counts in the loss beside a position's own.
-        asked_within_events: such a target is at most the so-manieth event after the position, from
-            2 on: the first is its own target; 0: any.
+        asked_within_events: such a target is one of this many events after the position, at least
+            2, as the first is its own target; 0: any.
         asked_within_time: such a target comes at most this much later, in the log's unit of time;
             0: at any time.
         learning_rate: peak rate of AdamW.
