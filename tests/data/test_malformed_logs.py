@@ -376,9 +376,9 @@ def test_many_damaged_parquets(at: int, change: int) -> None:
 
 @pytest.mark.slow
 def test_no_bit_of_a_parquet_hides_rows(tmp_path: Path) -> None:
-    """Every bit is flipped in turn; of those that are read, none has lost a row."""
+    """Every third bit is flipped in turn; of those files that are read, none has lost a row."""
     content, file, read = a_parquet(), tmp_path / "log.parquet", 0
-    for bit in range(8 * len(content)):
+    for bit in range(0, 8 * len(content), 3):
         content[bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
         content[bit // 8] ^= 1 << bit % 8
@@ -388,4 +388,4 @@ def test_no_bit_of_a_parquet_hides_rows(tmp_path: Path) -> None:
             continue
         assert rows == 40, bit
         read += 1
-    assert read > len(content)  # nothing is noticed of most bits of the values
+    assert read > len(content) // 3  # nothing is noticed of most bits of the values

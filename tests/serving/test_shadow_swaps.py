@@ -287,7 +287,7 @@ def test_all_workers_take_a_shadow_and_let_it_go_under_load(tmp_path: Path, runs
 
             with asked_all_the_while(process, body, [list(wanted.values())]):
                 begin = {"run": "new", "mode": "shadow"}
-                for _ in range(3):
+                for _ in range(2):
                     assert shadows() == {None}
                     assert process.ask("POST", "/v1/models", begin)[0] == 200
                     assert shadows() == {"new"}
