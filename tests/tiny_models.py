@@ -51,6 +51,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "no_bias": {"domain_mask": True, "enable_relative_attention_bias": False},
     "no_activation": {"linear_activation": "none"},
     "everything": EVERYTHING,
+    "ddsr_in_the_first_layer": {"domain_mask": True, "ddsr": True, "ddsr_layers": (0,)},
+    "ddsr_in_the_last_layer": EVERYTHING | {"ddsr_layers": (1,)},
     "segments_alone": {"segment_by": "count", "segment_length": 3},
     "history_tokens": {"segment_by": "count", "segment_length": 4, "history_tokens": 2},
     "history_tokens_of_domains": {

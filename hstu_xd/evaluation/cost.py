@@ -46,9 +46,10 @@ def attention_cost(
         laid = model.rows(batch)
         rows += laid.num_readable
         pairs += float(np.mean([_pairs(laid, layer) for layer in range(s.num_blocks)]))
-    per_row = s.num_blocks * s.num_heads * (s.dqk + s.dv) * _FLOAT_BYTES
-    states = s.num_domains * s.states_per_domain * per_row if s.ddsr else 0
-    return AttentionCost(pairs / data.users.size, rows / data.users.size * per_row + states)
+    of_layer = s.num_heads * (s.dqk + s.dv) * _FLOAT_BYTES
+    states = s.num_domains * s.states_per_domain * len(s.state_layers)
+    kept = rows / data.users.size * s.num_blocks + states
+    return AttentionCost(pairs / data.users.size, kept * of_layer)
 
 
 def _pairs(rows: EncoderRows, layer: int) -> float:

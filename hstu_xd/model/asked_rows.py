@@ -93,7 +93,7 @@ class AskedRows:
         tokens = [self.entries, *(each.tokens for each in read if each is not None)]
         if len(tokens) <= len(read):
             return None  # one reads nearly all
-        if settings.ddsr:
+        if self.layer in settings.state_layers:
             tokens.append(states_of(self.state_reads))
         is_read = torch.zeros(self._length, dtype=torch.bool, device=self.entries.device)
         is_read[torch.cat(tokens)] = True

@@ -1,6 +1,7 @@
 """The encoder: a stack of HSTU layers, input embeddings in, one hidden state a row out."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -262,8 +263,10 @@ class CrossDomainEncoder(nn.Module):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
+        without_states = replace(settings, ddsr=False, ddsr_layers=())
         self._attention_layers = nn.ModuleList(
-            _build_layer(settings) for _ in range(settings.num_blocks)
+            _build_layer(settings if layer in settings.state_layers else without_states)
+            for layer in range(settings.num_blocks)
         )
         self._settings = settings
         # SASRec's layers begin with a norm, so the last one's output lacks its own.

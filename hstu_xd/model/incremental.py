@@ -26,8 +26,8 @@ class IncrementalModel:
             row, for rows whose domain stays.
         destinations: (D, K), a domain's factor in the embedding of a switch to it.
         requests: (D, K), the embedding of a target domain.
-        added: (layers, D, W), what a target domain adds to a layer's products: to DDSR's queries.
-        initial_memory: (layers, H, D, dqk + dv), DDSR's keys and values of the initial states.
+        added: (D, W) of each layer, what a target domain adds to its products: to DDSR's queries.
+        initial_memory: (layers with DDSR, H, D, dqk + dv), keys and values of the initial states.
         in_loops: read memories by the loops in C.
     """
 
@@ -37,7 +37,7 @@ class IncrementalModel:
     sources: Tensor
     destinations: Tensor
     requests: Tensor
-    added: Tensor
+    added: list[Tensor]
     initial_memory: Tensor
     in_loops: bool
 
@@ -61,10 +61,10 @@ class IncrementalModel:
             sources=torch.cat([sources, torch.zeros_like(sources[:1])]),
             destinations=destinations,
             requests=requests,
-            added=torch.stack([layer.added_by_target() for layer in layers]),
+            added=[layer.added_by_target() for layer in layers],
             initial_memory=torch.stack([weights.initial for weights in states])
             if states
-            else torch.zeros(s.num_blocks, 0),
+            else torch.zeros(0),
             in_loops=loops_suit(s),
         )
 
@@ -79,8 +79,8 @@ class IncrementalModel:
             events: (n,) int64, rows that write states.
 
         Returns:
-            (layers, H, dqk + dv, R) keys and values of the rows, and (layers, H, n, dqk + dv)
-            those of the states they write; None without DDSR.
+            (layers, H, dqk + dv, R) keys and values of the rows, and of the layers with DDSR
+            (layers, H, n, dqk + dv) those of the states they write; None without any.
         """
         pairs = list(zip(self.layers, caches, strict=True))
         memory = [layer.row_memory(cache, rows) for layer, cache in pairs]
@@ -107,7 +107,6 @@ class IncrementalModel:
             sizes = [len(rows.item_ids) for rows in users]
             x, targets = self._input(users)
             x, tokens = self._insert_tokens(x, users, sizes)
-            added = self.added.index_select(1, targets).unbind()
             given = self.tables, self.initial_memory, users
             if self.in_loops:
                 memory = NativeMemory(*given, threads=threads)
@@ -115,7 +114,7 @@ class IncrementalModel:
                 memory = EagerMemory(*given, tokens)
             for number, layer in enumerate(self.layers):
                 memory.layer = number
-                x = layer.step(x, added[number], memory)
+                x = layer.step(x, self.added[number].index_select(0, targets), memory)
             memory.commit()
             return [
                 rows[user.num_writers :]

@@ -27,8 +27,8 @@ class UserMemory(Protocol):
     Attributes:
         memory: (layers, H, dqk + dv, capacity), keys and values of rows, with room for new ones.
         num_rows: number of rows in memory.
-        state_memory: (layers, H, D * M, dqk + dv), DDSR's keys and values of each domain's latest
-            states, the ``i``-th of a domain in place ``i mod M``.
+        state_memory: (layers with DDSR, H, D * M, dqk + dv), keys and values of each domain's
+            latest states, the ``i``-th of a domain in place ``i mod M``.
         state_times: (D * M,) int64, time of the event that wrote each state.
         state_counts: (D,) int64, states that each domain has written so far.
     """
@@ -119,8 +119,8 @@ class NewRows:
         """Keep what the writers have left in memory, and free what nobody reads any more.
 
         Args:
-            states: (layers, H, m, dqk + dv), DDSR's keys and values of the states that events among
-                the writers write, whatever for history tokens; None without DDSR.
+            states: (layers with DDSR, H, m, dqk + dv), keys and values of the states that events
+                among the writers write, whatever for history tokens; None without DDSR.
         """
         if states is not None and self.tokens:
             events = [row for row in range(self.num_writers) if row not in self.tokens]
@@ -138,7 +138,7 @@ class BiasTables:
         settings: of the model.
         positions: (layers, 2 N - 1), the tables of the relative position bias; None without bias.
         times: (layers, buckets + 1), those of the time bias.
-        state_ages: (layers, H, buckets + 1), of DDSR's age bias; None without it.
+        state_ages: (layers with DDSR, H, buckets + 1), of its age bias; None without it.
         runs: (H,) or (layers * H,) int64, the :class:`hstu_xd.model.views.Run` that each head
             reads; once where all layers read alike.
         domain_scores: (D + 1, D), added to scores of events of a domain (column) by a head that
@@ -257,10 +257,10 @@ def _pairs(positions: Tensor, times: Tensor, rows: NewRows, ages: Tensor) -> Ten
 
 
 def _states(tables: BiasTables, rows: NewRows, ages: Tensor | None) -> Tensor:
-    """Return the bias of domain states: (layers, H, r, D * M + D + r)."""
+    """Return the bias of domain states: (layers with DDSR, H, r, D * M + D + r)."""
     s = tables.settings
     hidden = hidden_states(rows, s.num_domains, s.states_per_domain)
-    shape = s.num_blocks, s.num_heads, *hidden.shape
+    shape = len(s.state_layers), s.num_heads, *hidden.shape
     if tables.state_ages is None or ages is None:
         return torch.zeros(shape).masked_fill_(hidden, float("-inf"))
     in_memory, own = ages[:, rows.known :], ages[:, rows.user.num_rows : rows.known]

@@ -32,6 +32,7 @@ class EncoderSettings:
         target_view_heads: number of heads that read the target domain's run; 0: none does.
         tape: tell the input of a switch to another domain (transition-aware positional embedding).
         ddsr: let every event read the latest states of all domains (dynamic domain states).
+        ddsr_layers: layers, counted from 0, that have DDSR; none named: all of them.
         target_domain_embedding: add a plain embedding of the target domain to the input.
         full_attention_layers: layers, counted from 0, that keep full attention under domain_mask.
         state_from: what a token writes as its domain's state, the layer's "input" or the
@@ -91,6 +92,9 @@ class EncoderSettings:
     ddsr: bool = setting(
         False, per_domain=True, around_llm=True, tag="ddsr{states_per_domain}", label="DDSR"
     )
+    ddsr_layers: tuple[int, ...] = setting(
+        (), needs={"ddsr": True}, label="DDSR in layers {ddsr_layers}"
+    )
     target_domain_embedding: bool = setting(
         False,
         per_domain=True,
@@ -145,12 +149,12 @@ class EncoderSettings:
                 f"target_view_heads is {self.target_view_heads}; 0..num_heads={self.num_heads} "
                 "heads can read the target domain"
             )
-        outside = [i for i in self.full_attention_layers if not 0 <= i < self.num_blocks]
-        if outside:
-            raise InputError(
-                f"full_attention_layers names layer {outside[0]}; the last layer is "
-                f"{self.num_blocks - 1}"
-            )
+        for name in ("full_attention_layers", "ddsr_layers"):
+            outside = [i for i in getattr(self, name) if not 0 <= i < self.num_blocks]
+            if outside:
+                raise InputError(
+                    f"{name} names layer {outside[0]}; the last layer is {self.num_blocks - 1}"
+                )
         if self.combine == "after_gate" and self.concat_ua:
             raise InputError("combine='after_gate' needs concat_ua=False: the widths differ")
         if self.state_from == "output" and self.embedding_dim != self.num_heads * self.dv:
@@ -192,6 +196,13 @@ class EncoderSettings:
             )
         elif self.target_view_heads and not self.domain_mask:
             raise InputError("target_view_heads with segment_by needs domain_mask=True")
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """The layers that have DDSR, in order; none where it is off."""
+        if not self.ddsr:
+            return ()
+        return tuple(sorted({*self.ddsr_layers})) or tuple(range(self.num_blocks))
 
     @property
     def is_cross_domain(self) -> bool:

@@ -28,8 +28,8 @@ class _UserPart:
         rows: of the user.
         memory: (layers, H, dqk + dv, c + r) float32, keys and values of earlier rows and of the new
             ones, which a step writes.
-        states: (layers, H, D * M + D + r, dqk + dv) float32, DDSR's of states in memory, initial
-            ones and those of the new rows, which a step writes; None without it.
+        states: (layers with DDSR, H, D * M + D + r, dqk + dv) float32, DDSR's of states in memory,
+            initial ones and those of the new rows, which a step writes; None without it.
     """
 
     def __init__(self, settings: EncoderSettings, initial: Tensor, rows: NewRows) -> None:
@@ -39,7 +39,7 @@ class _UserPart:
         self.memory = user.memory[..., : user.num_rows + count].float()
         self.states: Tensor | None = None
         if s.ddsr:
-            room = self.memory.new_empty(s.num_blocks, s.num_heads, count, s.dqk + s.dv)
+            room = self.memory.new_empty(len(s.state_layers), s.num_heads, count, s.dqk + s.dv)
             self.states = torch.cat([user.state_memory.float(), initial, room], dim=2)
 
     def commit(self) -> None:
@@ -106,7 +106,13 @@ class _Memory(Generic[_Part]):
     """
 
     _users: Sequence[_Part]
+    _tables: BiasTables
     layer = 0
+
+    @property
+    def _state_layer(self) -> int:
+        """Which of the layers with DDSR the present one is."""
+        return self._tables.settings.state_layers.index(self.layer)
 
     def commit(self) -> None:
         """Leave what the writers of all users have left in their memories."""
@@ -119,7 +125,7 @@ class EagerMemory(_Memory[_EagerPart]):
 
     Args:
         tables: biases of all layers.
-        initial: (layers, H, D, dqk + dv), DDSR's keys and values of the initial states.
+        initial: (layers with DDSR, H, D, dqk + dv), keys and values of the initial states.
         users: rows of each user of the step.
         tokens: (T,) int64, rows that are history tokens, of all users together; None if none are.
     """
@@ -131,6 +137,7 @@ class EagerMemory(_Memory[_EagerPart]):
         users: Sequence[NewRows],
         tokens: Tensor | None = None,
     ) -> None:
+        self._tables = tables
         self._users = [_EagerPart(tables, initial, rows) for rows in users]
         self._sizes = [len(rows.item_ids) for rows in users]
         self._tokens = tokens
@@ -147,13 +154,13 @@ class EagerMemory(_Memory[_EagerPart]):
 
     def read_states(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
         """Ask the domain states; every event is its domain's newest state, history tokens none."""
-        answers = []
+        answers, layer = [], self._state_layer
         for user, query, new in self._of_each(queries, own):
             memory = user.state_memory
             assert memory is not None
-            memory.own[self.layer].copy_(new)
-            bias = user.biases.states[self.layer]
-            answers.append(attend(query, memory.keys[self.layer], memory.values[self.layer], bias))
+            memory.own[layer].copy_(new)
+            bias = user.biases.states[layer]
+            answers.append(attend(query, memory.keys[layer], memory.values[layer], bias))
         answer = _heads_together(answers)
         return answer if self._tokens is None else answer.index_fill_(0, self._tokens, 0)
 
@@ -176,7 +183,7 @@ class NativeMemory(_Memory[_UserPart]):
 
     Args:
         tables: biases of all layers.
-        initial: (layers, H, D, dqk + dv), DDSR's keys and values of the initial states.
+        initial: (layers with DDSR, H, D, dqk + dv), keys and values of the initial states.
         users: rows of each user of the step.
         threads: how many there are for the users.
     """
@@ -248,15 +255,15 @@ class NativeMemory(_Memory[_UserPart]):
             given.origin = tables.positions.shape[1] // 2
         runs = tables.runs.view(-1, self._settings.num_heads)
         given.runs = runs[self.layer if len(runs) > 1 else 0].data_ptr()
-        return self._read(READ_ROWS, queries, own)
+        return self._read(READ_ROWS, queries, own, self.layer)
 
     def read_states(self, queries: Tensor, own: Tensor, attend: Attend) -> Tensor:
         """Ask the domain states; every event is its domain's newest state."""
-        ages = self._tables.state_ages
-        self._arguments.ages = 0 if ages is None else ages[self.layer].data_ptr()
-        return self._read(READ_STATES, queries, own)
+        ages, layer = self._tables.state_ages, self._state_layer
+        self._arguments.ages = 0 if ages is None else ages[layer].data_ptr()
+        return self._read(READ_STATES, queries, own, layer)
 
-    def _read(self, function: str, queries: Tensor, own: Tensor) -> Tensor:
+    def _read(self, function: str, queries: Tensor, own: Tensor, layer: int) -> Tensor:
         s, given = self._settings, self._arguments
         # Heads lie side by side in both; rows lie apart.
         assert queries.stride()[::2] == (s.dqk, 1)
@@ -264,7 +271,7 @@ class NativeMemory(_Memory[_UserPart]):
         out = queries.new_empty(self._num_rows, s.num_heads * s.dv)
         given.q, given.q_stride = queries.data_ptr(), queries.stride(1)
         given.own, given.own_stride = own.data_ptr(), own.stride(2)
-        given.out, given.layer = out.data_ptr(), self.layer
+        given.out, given.layer = out.data_ptr(), layer
         LIBRARY.run(function, given)
         return out
 

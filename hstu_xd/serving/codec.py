@@ -30,6 +30,9 @@ REVISION = slice(8, 32)
 _CHECKSUM, _FINGERPRINT = slice(16, 32), slice(32, 48)
 _VERSION = slice(80, 96)
 
+# Settings that came after version 0.1.0, which stored states.
+_LATER = ("layer", "ddsr_layers")
+
 
 class RefusedState(Exception):
     """A value that must not be used; says why."""
@@ -42,6 +45,8 @@ def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> byte
     digest.update(f"({_FORMAT}, {_text(settings)}, {window}, {str(dtype)!r})".encode())
     if isinstance(settings.layer, Part):
         digest.update(settings.layer.encode())
+    if settings.ddsr_layers:
+        digest.update(repr(settings.state_layers).encode())
     digest.update(_bytes(model.catalog.item_domains))
     digest_weights(digest, model)
     return digest.digest()
@@ -59,7 +64,7 @@ def _text(settings: EncoderSettings) -> str:
 
     A setting that came later is not among them: it is digested where it is not at its default.
     """
-    names = [each.name for each in fields(settings) if each.name != "layer"]
+    names = [each.name for each in fields(settings) if each.name not in _LATER]
     names.remove("target_view_heads")
     names.insert(names.index("full_attention_layers"), "target_view_heads")
     values = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)

@@ -39,8 +39,8 @@ class UserState:
             capacity) where the model does not cut histories: they are the committed events.
         num_rows: number of rows in memory ``R``.
         committed: number of committed events, ``n - 1`` at most.
-        state_memory: (layers, H, D * M, dqk + dv), DDSR's keys and values of each domain's latest
-            states, the ``i``-th of a domain in place ``i mod M``; empty without DDSR.
+        state_memory: (layers with DDSR, H, D * M, dqk + dv), keys and values of each domain's
+            latest states, the ``i``-th of a domain in place ``i mod M``; empty without DDSR.
         state_times: (D * M,) int64, time of the event that wrote each state.
         state_counts: (D,) int64, states that each domain has written so far.
         revision: which of the user's values in a store this was; empty where it was none.
@@ -78,7 +78,9 @@ class UserState:
             rows=torch.zeros(2 if s.has_segments else 0, 0, dtype=torch.int64),
             num_rows=0,
             committed=0,
-            state_memory=torch.zeros(s.num_blocks, s.num_heads, num_states, width, dtype=dtype),
+            state_memory=torch.zeros(
+                len(s.state_layers), s.num_heads, num_states, width, dtype=dtype
+            ),
             state_times=torch.zeros(num_states, dtype=torch.int64),
             state_counts=torch.zeros(domains, dtype=torch.int64),
         )
@@ -165,8 +167,8 @@ class UserState:
         Args:
             events: number of events ``m``.
             rows: number of rows that have been added to memory for them, behind those it had.
-            states: (layers, H, m, dqk + dv), DDSR's keys and values of the states that they write;
-                None without DDSR.
+            states: (layers with DDSR, H, m, dqk + dv), keys and values of the states that they
+                write; None without DDSR.
         """
         self.num_rows += rows
         first, self.committed = self.committed, self.committed + events
@@ -220,10 +222,11 @@ def expected_bytes(
 ) -> int:
     """Compute the bytes of a state whose ``n`` events are committed but for the last.
 
-    ``24 n + R E + D * M * E + 8 D (M + 1) + 8 f`` with ``E = layers * H * (dqk + dv) * itemsize``:
-    three integers an event, keys and values of the ``R = n - 1`` committed ones, DDSR's states
-    (none without it), and here no items ``f`` that left the window. A model that cuts histories
-    into segments adds ``16 R``, two integers a row, and has fewer of them.
+    ``24 n + R L E + D * M * S E + 8 D (M + 1) + 8 f`` with ``E = H * (dqk + dv) * itemsize``:
+    three integers an event, keys and values of the ``R = n - 1`` committed ones in ``L`` layers,
+    states in the ``S`` layers with DDSR (none without it), and here no items ``f`` that left the
+    window. A model that cuts histories into segments adds ``16 R``, two integers a row, and has
+    fewer of them.
 
     Args:
         settings: of the model.
@@ -233,12 +236,13 @@ def expected_bytes(
             ``EncoderRows.num_readable`` of the window, in which the pending event counts.
     """
     s = settings
-    row = s.num_blocks * s.num_heads * (s.dqk + s.dv) * dtype.itemsize
+    of_layer = s.num_heads * (s.dqk + s.dv) * dtype.itemsize
     states = s.num_domains * s.states_per_domain if s.ddsr else 0
     counts = s.num_domains if s.ddsr else 0
     rows = max(1, events) - 1 if rows is None else rows
-    memory = rows * (row + (16 if s.has_segments else 0))
-    return 24 * events + memory + states * row + 8 * (states + counts)
+    memory = rows * (s.num_blocks * of_layer + (16 if s.has_segments else 0))
+    memory += states * len(s.state_layers) * of_layer
+    return 24 * events + memory + 8 * (states + counts)
 
 
 def _with_room(values: Tensor, length: int) -> Tensor:

@@ -47,6 +47,10 @@ from hstu_xd.model.settings import EncoderSettings
             "full_attention_layers names layer -1; the last layer is 1",
         ),
         (
+            {"ddsr": True, "ddsr_layers": (2,)},
+            "ddsr_layers names layer 2; the last layer is 1",
+        ),
+        (
             {"combine": "after_gate", "concat_ua": True},
             "combine='after_gate' needs concat_ua=False: the widths differ",
         ),

@@ -22,7 +22,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     each = DECLARED[name]
     if each.allowed:
         return st.sampled_from(each.allowed)
-    if name == "full_attention_layers":
+    if name in ("full_attention_layers", "ddsr_layers"):
         return st.sampled_from([(), (0,), (1,), (0, 1)])
     if name == "layer":
         return st.sampled_from(["hstu", Part("mine.Layer", object), Part("mine.Other", object)])
