@@ -45,8 +45,6 @@ def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> byte
     digest.update(f"({_FORMAT}, {_text(settings)}, {window}, {str(dtype)!r})".encode())
     if isinstance(settings.layer, Part):
         digest.update(settings.layer.encode())
-    if settings.ddsr_layers:
-        digest.update(repr(settings.state_layers).encode())
     digest.update(_bytes(model.catalog.item_domains))
     digest_weights(digest, model)
     return digest.digest()
@@ -62,7 +60,8 @@ def digest_weights(digest: blake2b, model: nn.Module) -> None:
 def _text(settings: EncoderSettings) -> str:
     """Write settings as version 0.1.0 did, by which the states that it stored are known.
 
-    A setting that came later is not among them: it is digested where it is not at its default.
+    Settings that came later are not among them: a layer of a user's own is digested by itself, and
+    which layers have DDSR stands in the names of the weights.
     """
     names = [each.name for each in fields(settings) if each.name not in _LATER]
     names.remove("target_view_heads")
