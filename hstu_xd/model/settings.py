@@ -32,9 +32,11 @@ class EncoderSettings:
         target_view_heads: number of heads that read the target domain's run; 0: none does.
         tape: tell the input of a switch to another domain (transition-aware positional embedding).
         ddsr: let every event read the latest states of all domains (dynamic domain states).
-        ddsr_layers: layers, counted from 0, that have DDSR; none named: all of them.
+        ddsr_layers: layers, counted from 0, that have DDSR, the last one -1; none named: all of
+            them.
         target_domain_embedding: add a plain embedding of the target domain to the input.
-        full_attention_layers: layers, counted from 0, that keep full attention under domain_mask.
+        full_attention_layers: layers, counted from 0, that keep full attention under domain_mask,
+            the last one -1.
         state_from: what a token writes as its domain's state, the layer's "input" or the
             attention's "output".
         combine: add DDSR's answer "before_gate" or "after_gate".
@@ -150,11 +152,15 @@ class EncoderSettings:
                 "heads can read the target domain"
             )
         for name in ("full_attention_layers", "ddsr_layers"):
-            outside = [i for i in getattr(self, name) if not 0 <= i < self.num_blocks]
+            layers: tuple[int, ...] = getattr(self, name)
+            outside = [i for i in layers if not -self.num_blocks <= i < self.num_blocks]
             if outside:
                 raise InputError(
-                    f"{name} names layer {outside[0]}; the last layer is {self.num_blocks - 1}"
+                    f"{name} names layer {outside[0]}; the layers are 0 to {self.num_blocks - 1}, "
+                    f"or -{self.num_blocks} to -1 from the end"
                 )
+            # One name for a layer, whatever side it was counted from.
+            object.__setattr__(self, name, tuple(i % self.num_blocks for i in layers))
         if self.combine == "after_gate" and self.concat_ua:
             raise InputError("combine='after_gate' needs concat_ua=False: the widths differ")
         if self.state_from == "output" and self.embedding_dim != self.num_heads * self.dv:

@@ -8,7 +8,7 @@ from hstu_xd.serving.codec import fingerprint
 from hstu_xd.serving.state import UserState, expected_bytes
 
 
-@pytest.mark.parametrize("layers", [(), (0,), (1,), (1, 0)])
+@pytest.mark.parametrize("layers", [(), (0,), (1,), (1, 0), (-1,), (-2, 1)])
 def test_only_the_named_layers_have_it(layers: tuple[int, ...]) -> None:
     model = tiny_model(**EVERYTHING, ddsr_layers=layers)
     named = [
@@ -16,7 +16,8 @@ def test_only_the_named_layers_have_it(layers: tuple[int, ...]) -> None:
         for number in range(2)
         if any(f"_attention_layers.{number}._ddsr" in name for name in model.state_dict())
     ]
-    assert named == sorted(layers or (0, 1)) == [*model.settings.state_layers]
+    expected = sorted(i % 2 for i in layers or (0, 1))
+    assert named == expected == [*model.settings.state_layers]
     state = UserState.empty(model.settings, torch.float32)
     assert len(state.state_memory) == len(named)
     assert state.num_bytes == expected_bytes(model.settings, 0, torch.float32)

@@ -40,15 +40,15 @@ from hstu_xd.model.settings import EncoderSettings
         ({"normalization": "relu"}, "normalization is 'relu'; one of silu, softmax"),
         (
             {"full_attention_layers": (0, 2)},
-            "full_attention_layers names layer 2; the last layer is 1",
+            "full_attention_layers names layer 2; the layers are 0 to 1, or -2 to -1 from the end",
         ),
         (
-            {"full_attention_layers": (-1,)},
-            "full_attention_layers names layer -1; the last layer is 1",
+            {"full_attention_layers": (-3,)},
+            "full_attention_layers names layer -3; the layers are 0 to 1, or -2 to -1 from the end",
         ),
         (
             {"ddsr": True, "ddsr_layers": (2,)},
-            "ddsr_layers names layer 2; the last layer is 1",
+            "ddsr_layers names layer 2; the layers are 0 to 1, or -2 to -1 from the end",
         ),
         (
             {"combine": "after_gate", "concat_ua": True},
@@ -69,6 +69,17 @@ def test_the_defaults_are_plain_hstu() -> None:
     settings = EncoderSettings(num_domains=2, norm_length=8)
     switches = ("domain_mask", "tape", "ddsr", "target_domain_embedding", "target_view_heads")
     assert not any(getattr(settings, name) for name in switches)
+
+
+def test_a_layer_counted_from_the_end_is_the_layer_itself() -> None:
+    names = ("full_attention_layers", "ddsr_layers")
+    sizes: dict[str, Any] = {"num_domains": 2, "norm_length": 4, "domain_mask": True, "ddsr": True}
+    for last, number in [((-1,), (2,)), ((-3, 1), (0, 1))]:
+        one, other = (
+            EncoderSettings(**sizes, num_blocks=3, **dict.fromkeys(names, layers))
+            for layers in (last, number)
+        )
+        assert one == other
 
 
 def test_every_field_is_documented() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hstu_xd.plugins.rec.export import write_interactions
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 STANDIN = HERE / "standin"
+# Processes leave none of theirs in a checkout.
+BYTECODE = tempfile.TemporaryDirectory(prefix="bytecode-")
 # Folder of a checkout of each codebase. Its requirements must be importable by this Python.
 CHECKOUTS = {"hllm": "HSTU_XD_HLLM", "persrec": "HSTU_XD_PERSREC"}
 NEEDED = ("lightning", "transformers", "pandas", "sklearn", "yaml", "tensorboardX")
@@ -95,7 +98,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment() -> dict[str, str]:
     distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in distributed}
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": BYTECODE.name}
     return kept | ours | {"HSTU_XD_ALLOW_UNVERIFIED": "1"}  # the stand-in is no verified version
 
 

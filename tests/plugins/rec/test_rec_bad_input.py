@@ -76,7 +76,7 @@ def test_one_number_of_places(launch: Any, code: Path, work: Path) -> None:
     [
         (
             {"user_pretrain_dir": "{work}/user_llm", "xd_full_attention_layers": '["7"]'},
-            "the keys of HLLM_XD: full_attention_layers names layer 7; the last layer is 1",
+            "the keys of HLLM_XD: full_attention_layers names layer 7; the layers are 0 to 1",
         ),
         ({"user_pretrain_dir": "{work}/store"}, "no config.json here; give the folder of a pretra"),
         ({"xd_warm_start": "none.pth"}, "xd_warm_start: none.pth: no such file"),
