@@ -195,6 +195,7 @@ def test_debug_str_tells_the_switches() -> None:
         {"query_target_domain": False},
         {"state_age_bias": False},
         {"state_from": "output"},
+        {"state_from": "memory"},
         {"full_attention_layers": (0,)},
         {"concat_ua": True},
         {"impl": "eager"},
