@@ -1,6 +1,7 @@
-/* Vectors of sixteen floats, and what the native operators compute alike.
+/* Vectors as long as the processor's, and what the native operators compute alike.
  *
- * The compiler's vector extensions (GCC, Clang) split them into what the processor has.
+ * They are the compiler's vector extensions (GCC, Clang). Longer ones would be split by it, but what
+ * it compares it would then take lane by lane, and what it stores by way of the stack.
  */
 
 #ifndef HSTU_XD_VECTORS_H
@@ -10,19 +11,29 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Lanes of a vector; rows that meet a vector of columns when it is read. */
-enum { LANES = 16, ROWS = 4 };
+/* Lanes of a vector. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 
-typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int64_t longs __attribute__((vector_size(128), aligned(8), may_alias));
+/* Rows that meet a vector of columns when it is read. */
+enum { ROWS = 4 };
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int64_t longs __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 
 static inline floats load(const float *from) { return *(const floats *)from; }
 static inline void store(float *to, floats x) { *(floats *)to = x; }
-static inline floats splat(float x) { return (floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-static inline ints splat_int(int32_t x) { return (ints){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+static inline floats splat(float x) { return x - (floats){0}; }
+static inline ints splat_int(int32_t x) { return x - (ints){0}; }
 static inline ints lanes_from(int32_t first) {
-    return (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + splat_int(first);
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return *(const ints *)numbers + splat_int(first);
 }
 
 /* Takes x where the mask has all bits set, and zero where it has none. */
@@ -45,31 +56,25 @@ static inline void clear(float *to, int64_t padded) {
     for (int64_t i = 0; i < padded; i += LANES) store(to + i, splat(0));
 }
 
-/* Halves of a vector, and their halves. */
-typedef float eight __attribute__((vector_size(32)));
 typedef float four __attribute__((vector_size(16)));
 typedef union {
     floats all;
-    eight halves[2];
-    four quarters[4];
+    four parts[LANES / 4];
 } Parts;
 
 static inline float sum(floats x) {
-    Parts parts = {.all = x};
-    parts.halves[0] += parts.halves[1];
-    const four last = parts.quarters[0] + parts.quarters[1];
-    return (last[0] + last[1]) + (last[2] + last[3]);
+    const Parts of = {.all = x};
+    four total = of.parts[0];
+    for (int i = 1; i < LANES / 4; i++) total += of.parts[i];
+    return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 static inline float larger(float x, float y) { return x > y ? x : y; }
 
 static inline float largest(floats x) {
-    Parts parts = {.all = x};
-    const eight a = parts.halves[0], b = parts.halves[1];
-    parts.halves[0] = (eight)(((__typeof__(a > b))a & (a > b)) | ((__typeof__(a > b))b & ~(a > b)));
-    const four last = parts.quarters[0], other = parts.quarters[1];
-    return larger(larger(larger(last[0], other[0]), larger(last[1], other[1])),
-                  larger(larger(last[2], other[2]), larger(last[3], other[3])));
+    float found = x[0];
+    for (int lane = 1; lane < LANES; lane++) found = larger(found, x[lane]);
+    return found;
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
