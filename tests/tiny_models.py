@@ -37,8 +37,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "ddsr": {"ddsr": True},
     "mask_ddsr": {"domain_mask": True, "ddsr": True},
     "ddsr_reads_output": {"domain_mask": True, "ddsr": True, "state_from": "output"},
-    "ddsr_reads_memory": {"domain_mask": True, "ddsr": True, "state_from": "memory"},
-    "everything_reads_memory": EVERYTHING | {"state_from": "memory", "ddsr_layers": (1,)},
     "ddsr_after_gate": {"domain_mask": True, "ddsr": True, "combine": "after_gate"},
     "ddsr_of_the_paper": {
         "domain_mask": True,

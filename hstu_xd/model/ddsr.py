@@ -1,7 +1,6 @@
 """DDSR: the last hidden state of every domain, queried by a small cross-domain attention."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +13,12 @@ from hstu_xd.ops.state_attention.eager import eager_state_attention
 from hstu_xd.ops.state_attention.state_reads import QuestionReads, StateReads
 
 
-# What rows write as states: (n, K) hidden states, or (n, H * dqk) keys and (n, H * dv) values.
-Written: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
-
-
 class DynamicDomainState(nn.Module):
     """Cross-domain attention over the states of all domains, ``O(D L)``.
 
     ``C_i = sum_s softmax_s(<Wq h_i, Wk S_i[s]> / sqrt(dqk) + age bias) Wv S_i[s]`` over the latest
     ``M`` hidden states of each domain, a learned initial state where a domain has not occurred
     yet. ``Wv`` starts at zero, so the layer starts as the HSTU layer it extends.
-
-    Where states are keys and values that the layer has already, there is no ``Wk`` and no ``Wv``:
-    the initial states are learned as keys and values, and what is read is multiplied by a learned
-    gate, one number a channel, which starts at zero.
 
     Args:
         embedding_dim: model width ``K``.
@@ -38,11 +29,10 @@ class DynamicDomainState(nn.Module):
         states_per_domain: latest states ``M`` kept per domain; the paper keeps one.
         query_target_domain: let the query know the domain of the next event.
         age_bias: add a learned bias on the log-bucketed time since the state was written.
-        projects_states: project states to keys and values; else they come as both.
         impl: "auto" or a name of :func:`hstu_xd.ops.available_state_impls`.
 
     Source: arXiv 2508.20945, dynamic domain state representation; several states, the query's
-    target domain, the age bias and keys and values in place of states are this project's.
+    target domain and the age bias are this project's.
     """
 
     def __init__(
@@ -56,22 +46,17 @@ class DynamicDomainState(nn.Module):
         states_per_domain: int = 1,
         query_target_domain: bool = True,
         age_bias: bool = True,
-        projects_states: bool = True,
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self._heads, self._dqk, self._num_domains = num_heads, dqk, num_domains
+        self._heads, self._dqk, self._dv = num_heads, dqk, dv
         self._states_per_domain, self.impl = states_per_domain, impl
         self._query = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
-        self._gate: nn.Parameter | None = None
-        if projects_states:
-            self._key = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
-            self._value = nn.Linear(embedding_dim, num_heads * dv, bias=False)
-            self._initial_state = _drawn(num_domains, embedding_dim)
-        else:
-            self._initial_key = _drawn(num_domains, num_heads * dqk)
-            self._initial_value = _drawn(num_domains, num_heads * dv)
-            self._gate = nn.Parameter(torch.zeros(num_heads * dv))
+        self._key = nn.Linear(embedding_dim, num_heads * dqk, bias=False)
+        self._value = nn.Linear(embedding_dim, num_heads * dv, bias=False)
+        self._initial_state = nn.Parameter(
+            torch.empty(num_domains, embedding_dim).normal_(std=0.02)
+        )
         self._target_emb = (
             nn.Embedding(num_domains, num_heads * dqk) if query_target_domain else None
         )
@@ -79,9 +64,8 @@ class DynamicDomainState(nn.Module):
             nn.Parameter(torch.zeros(NUM_TIME_BUCKETS + 1, num_heads)) if age_bias else None
         )
         nn.init.xavier_uniform_(self._query.weight)
-        if projects_states:
-            nn.init.xavier_uniform_(self._key.weight)
-            nn.init.zeros_(self._value.weight)
+        nn.init.xavier_uniform_(self._key.weight)
+        nn.init.zeros_(self._value.weight)
         if self._target_emb is not None:
             nn.init.normal_(self._target_emb.weight, std=0.02)
 
@@ -99,14 +83,13 @@ class DynamicDomainState(nn.Module):
             states_per_domain=settings.states_per_domain,
             query_target_domain=settings.query_target_domain,
             age_bias=settings.state_age_bias,
-            projects_states=settings.state_from != "memory",
             impl=impl,
         )
 
     def forward(
         self,
         hidden: Tensor,
-        states: Written,
+        states: Tensor,
         reads: StateReads,
         target_domains: Tensor,
         *,
@@ -117,7 +100,7 @@ class DynamicDomainState(nn.Module):
         Args:
             hidden: (Q + R, K) float, what the queries of Q tokens and R questions are made of; all
                 L tokens ask, unless ``reads`` names some.
-            states: of L + R rows, the state that each token writes for its domain, or those that
+            states: (L + R, K) float, the state that each token writes for its domain, or those that
                 ``reads`` has; a question's is read by itself alone.
             reads: which states each token reads.
             target_domains: (Q + R,) int64, domain of each token's next event, and of the questions.
@@ -127,37 +110,24 @@ class DynamicDomainState(nn.Module):
             (Q + R, H * dv) float.
         """
         assert reads.states_per_domain == self._states_per_domain
-        query, key, value = self._asked_and_read(hidden, states, target_domains)
+        written = torch.cat([states, self._initial_state.to(states.dtype)])
+        if hidden is states:
+            query, key, value = self._projected(written)
+            query = self._scaled(query[: hidden.shape[0]], target_domains)
+        else:
+            query, (key, value) = self.queries(hidden, target_domains), self.memory(written)
         q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query.to(key.dtype), key, value))
         if questions is None:
-            read = state_attention(q, k, v, reads, bias=self._age_w, impl=self.impl)
-            return self._gated(read.flatten(1))
+            return state_attention(q, k, v, reads, bias=self._age_w, impl=self.impl).flatten(1)
         # Tokens read the states of tokens and the initial ones.
-        num_tokens, last = reads.num_states, len(k) - self._num_domains
+        num_tokens, last = reads.num_states, len(states)
         own_k, own_v = (torch.cat([x[:num_tokens], x[last:]]) for x in (k, v))
         of_tokens, of_questions = q[: reads.num_queries], q[reads.num_queries :]
         tokens = state_attention(of_tokens, own_k, own_v, reads, bias=self._age_w, impl=self.impl)
         # Questions are rows behind all tokens.
         q = q if reads.asked is None else pad(of_questions, (0, 0, 0, 0, num_tokens, 0))
         asked = eager_state_attention(q, k, v, questions, bias=self._age_w)
-        return self._gated(torch.cat([tokens, asked]).flatten(1))
-
-    def _asked_and_read(
-        self, hidden: Tensor, states: Written, target_domains: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Make queries, and keys and values of the states and then of the initial ones."""
-        if isinstance(states, tuple):
-            initial = self.initial_memory()
-            key, value = (torch.cat([x, y.to(x.dtype)]) for x, y in zip(states, initial))
-            return self.queries(hidden, target_domains), key, value
-        written = torch.cat([states, self._initial_state.to(states.dtype)])
-        if hidden is states:
-            query, key, value = self._projected(written)
-            return self._scaled(query[: hidden.shape[0]], target_domains), key, value
-        return self.queries(hidden, target_domains), *self.memory(written)
-
-    def _gated(self, read: Tensor) -> Tensor:
-        return read if self._gate is None else read * self._gate
+        return torch.cat([tokens, asked]).flatten(1)
 
     def answers(
         self,
@@ -179,23 +149,21 @@ class DynamicDomainState(nn.Module):
         Returns:
             (R, H * dv) float.
         """
-        key, value = (torch.cat(parts) for parts in zip(written, own, self.initial_memory()))
+        initial = self.memory(self._initial_state)
+        key, value = (torch.cat(parts) for parts in zip(written, own, initial))
         query = pad(self.queries(hidden, target_domains), (0, 0, len(written[0]), 0))
         q, k, v = (x.unflatten(1, (self._heads, -1)) for x in (query, key, value))
-        return self._gated(eager_state_attention(q, k, v, questions, bias=self._age_w).flatten(1))
+        return eager_state_attention(q, k, v, questions, bias=self._age_w).flatten(1)
 
     def fused(self) -> "FusedStates":
         """Lay the weights out for rows that arrive one at a time; later changes are not seen."""
         scale = self._dqk**-0.5
-        memory = None
-        if self._gate is None:
-            memory = side_by_side(self._key.weight.T, self._value.weight.T, self._heads)
+        memory = side_by_side(self._key.weight.T, self._value.weight.T, self._heads)
         return FusedStates(
             num_heads=self._heads,
             query=self._query.weight.T * scale,
             memory=memory,
-            gate=self._gate,
-            initial=by_head(side_by_side(*self.initial_memory(), self._heads), self._heads),
+            initial=by_head(self._initial_state @ memory, self._heads),
             targets=None if self._target_emb is None else self._target_emb.weight * scale,
             ages=None if self._age_w is None else self._age_w.T,
         )
@@ -215,21 +183,11 @@ class DynamicDomainState(nn.Module):
         parts = [self._query.weight, self._key.weight, self._value.weight]
         return linear(states, torch.cat(parts)).split([x.shape[0] for x in parts], dim=-1)
 
-    def initial_memory(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the initial states: (D, H * dqk), (D, H * dv)."""
-        if self._gate is None:
-            return self.memory(self._initial_state)
-        return self._initial_key, self._initial_value
-
     def memory(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Make keys and values of states: (..., K) -> (..., H * dqk), (..., H * dv)."""
         parts = [self._key.weight, self._value.weight]
         key, value = linear(states, torch.cat(parts)).split([x.shape[0] for x in parts], dim=-1)
         return key, value
-
-
-def _drawn(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape).normal_(std=0.02))
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,9 +197,7 @@ class FusedStates:
     Attributes:
         num_heads: heads ``H``.
         query: (K, H * dqk), of scaled queries.
-        memory: (K, H * (dqk + dv)), of each head's key and value of a state, side by side; None
-            where they are those of the layer's attention.
-        gate: (H * dv), what an answer is multiplied by; None: nothing.
+        memory: (K, H * (dqk + dv)), of each head's key and value of a state, side by side.
         initial: (H, D, dqk + dv), keys and values of the initial states.
         targets: (D, H * dqk), what a target domain adds to scaled queries; None without.
         ages: (H, buckets + 1), the age bias; None without.
@@ -249,15 +205,14 @@ class FusedStates:
 
     num_heads: int
     query: Tensor
-    memory: Tensor | None
-    gate: Tensor | None
+    memory: Tensor
     initial: Tensor
     targets: Tensor | None
     ages: Tensor | None
 
-    def gated(self, answer: Tensor) -> Tensor:
-        """Multiply an answer by the gate: (R, H * dv) -> (R, H * dv)."""
-        return answer if self.gate is None else answer * self.gate
+    def memory_of(self, states: Tensor) -> Tensor:
+        """Make keys and values of states: (R, K) -> (H, R, dqk + dv)."""
+        return by_head(states @ self.memory, self.num_heads)
 
     @staticmethod
     def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.functional import layer_norm, silu
 from hstu_xd.batch import Questions
 from hstu_xd.errors import InputError
 from hstu_xd.model.asked_rows import AskedRows, check_asked, pays
-from hstu_xd.model.ddsr import DynamicDomainState, Written, side_by_side
+from hstu_xd.model.ddsr import DynamicDomainState, side_by_side
 from hstu_xd.model.fused_layer import EPS, FusedLayer, LayerCache
 from hstu_xd.model.inputs import dropout
 from hstu_xd.model.sasrec import SASRecLayer
@@ -108,11 +108,7 @@ class HSTULayer(nn.Module):
         states = self.state(normed, attended)
         if caches is not None:
             caches.append(LayerCache(k, v, states))
-        answer = None
-        if self._has_askers(asked):
-            take = rows.take_entries if asked is None else asked.take_states
-            written = take(states) if self._projects_states else (take(k), take(v))
-            answer = self._answer(normed, written, rows, asked)
+        answer = self._answer(normed, states, rows, asked)
         if asked is not None:
             x, u, attended = (asked.take(part) for part in (x, u, attended))
         return self.combine(x, u, attended, answer)
@@ -136,38 +132,26 @@ class HSTULayer(nn.Module):
 
         gates, queries = self._products(asked.take(normed), u, q)
         attended = self._attend(queries, memory, rows, asked.views)
-        answer = None
-        if self._has_askers(asked):
-            written: Written = asked.take_states(normed)
-            if not self._projects_states:
-                written = self._products(written, k, v)
-            answer = self._answer(normed, written, rows, asked)
+        answer = self._answer(normed, normed, rows, asked)
         return self.combine(asked.take(x), gates, attended, answer)
 
-    @property
-    def _projects_states(self) -> bool:
-        """Whether DDSR has weights for states, or takes what attention remembers."""
-        return self._settings.state_from != "memory"
-
-    def _has_askers(self, asked: AskedRows | None) -> bool:
-        return self._ddsr is not None and (asked is None or asked.entries.numel() > 0)
-
     def _answer(
-        self, normed: Tensor, written: Written, rows: EncoderRows, asked: AskedRows | None
-    ) -> Tensor:
-        """Let rows ask the domain states, those asked for or all."""
-        assert self._ddsr is not None
+        self, normed: Tensor, states: Tensor, rows: EncoderRows, asked: AskedRows | None
+    ) -> Tensor | None:
+        """Let rows ask the domain states, those asked for or all; None where nobody asks."""
+        if self._ddsr is None or (asked is not None and not asked.entries.numel()):
+            return None
         if asked is not None:
             return self._ddsr(
                 asked.take(normed),
-                written,
+                asked.take_states(states),
                 asked.state_reads,
                 asked.targets,
                 questions=asked.question_reads,
             )
         read = self._ddsr(
             rows.take_entries(normed),
-            written,
+            rows.take_entries(states),
             rows.state_reads,
             rows.entry_targets,
             questions=rows.question_reads,
@@ -182,7 +166,7 @@ class HSTULayer(nn.Module):
         columns = [u, q, side_by_side(k, v, heads), q[:, :0], q[:, :0]]
         if states is not None:
             columns[3] = states.query
-            if states.memory is not None and self._settings.state_from == "input":
+            if self._settings.state_from == "input":
                 columns[4] = states.memory
         bias = self._rel_attn_bias
         return FusedLayer(
@@ -199,10 +183,10 @@ class HSTULayer(nn.Module):
         normed = layer_norm(x, x.shape[-1:], eps=EPS)
         return normed, *self._activated(normed @ self._uvqk).split(self._widths, dim=-1)
 
-    def _products(self, normed: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def _products(self, normed: Tensor, *weights: Tensor) -> Sequence[Tensor]:
         """Project rows by some columns of the weights, in one product: (n, K) -> (n, W) each."""
         projected = self._activated(normed @ torch.cat(weights, dim=1))
-        return tuple(projected.split([part.shape[1] for part in weights], dim=1))
+        return projected.split([part.shape[1] for part in weights], dim=1)
 
     def _activated(self, projected: Tensor) -> Tensor:
         return silu(projected) if self._settings.linear_activation == "silu" else projected
@@ -212,8 +196,8 @@ class HSTULayer(nn.Module):
         return layer_norm(attended, attended.shape[-1:], eps=EPS)
 
     def state(self, normed: Tensor, attended: Tensor) -> Tensor:
-        """Return what a token writes as its domain's state, where it is hidden: (..., K)."""
-        return attended if self._settings.state_from == "output" else normed
+        """Return what a token writes as its domain's state: (..., K)."""
+        return normed if self._settings.state_from == "input" else attended
 
     def combine(self, x: Tensor, u: Tensor, attended: Tensor, answer: Tensor | None) -> Tensor:
         """Gate, project and add to the input.

@@ -93,14 +93,6 @@ class FusedLayer:
         heads = self.settings.num_heads
         return columns_by_head(side_by_side(cache.keys[rows], cache.values[rows], heads), heads)
 
-    def state_memory(self, cache: LayerCache, rows: Tensor) -> Tensor:
-        """Return keys and values of the states that some rows write: (H, n, dqk + dv)."""
-        assert self.states is not None
-        heads, weights = self.settings.num_heads, self.states.memory
-        if weights is None:
-            return by_head(side_by_side(cache.keys[rows], cache.values[rows], heads), heads)
-        return by_head(cache.states[rows] @ weights, heads)
-
     def step(self, x: Tensor, added: Tensor, memory: StepMemory) -> Tensor:
         """Run the layer over a few new rows, as it runs over all, see the top of the module.
 
@@ -124,15 +116,12 @@ class FusedLayer:
         attended = layer_norm(read, read.shape[1:], eps=EPS * s.norm_length**2)
         answer = None
         if self.states is not None:
-            written = kv if self.states.memory is None else of_input
-            if s.state_from == "output":
-                written = attended @ self.states.memory
-            read = memory.read_states(
+            written = of_input if s.state_from == "input" else attended @ self.states.memory
+            answer = memory.read_states(
                 by_head(query, s.num_heads),
                 columns_by_head(written, s.num_heads),
                 self.states.attend,
             )
-            answer = self.states.gated(read)
         return self.combine(x, u, attended, answer)
 
     @staticmethod

@@ -85,7 +85,7 @@ class IncrementalModel:
         pairs = list(zip(self.layers, caches, strict=True))
         memory = [layer.row_memory(cache, rows) for layer, cache in pairs]
         states = [
-            layer.state_memory(cache, events)
+            layer.states.memory_of(cache.states[events])
             for layer, cache in pairs
             if layer.states is not None
         ]

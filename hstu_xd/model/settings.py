@@ -37,9 +37,8 @@ class EncoderSettings:
         target_domain_embedding: add a plain embedding of the target domain to the input.
         full_attention_layers: layers, counted from 0, that keep full attention under domain_mask,
             the last one -1.
-        state_from: what a token writes as its domain's state, the layer's "input", the attention's
-            "output", or its "memory", the key and value that it has there: DDSR then has no weights
-            for states.
+        state_from: what a token writes as its domain's state, the layer's "input" or the
+            attention's "output".
         combine: add DDSR's answer "before_gate" or "after_gate".
         query_target_domain: DDSR's query knows the target domain.
         states_per_domain: latest states that DDSR keeps per domain; the paper keeps one.
@@ -109,7 +108,7 @@ class EncoderSettings:
     full_attention_layers: tuple[int, ...] = setting(
         (), needs={"domain_mask": True}, around_llm=True
     )
-    state_from: str = setting("input", allowed=("input", "output", "memory"), needs={"ddsr": True})
+    state_from: str = setting("input", allowed=("input", "output"), needs={"ddsr": True})
     combine: str = setting(
         "before_gate", allowed=("before_gate", "after_gate"), needs={"ddsr": True}
     )

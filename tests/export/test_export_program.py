@@ -75,7 +75,6 @@ TRACED: dict[str, dict[str, Any]] = {
         "query_target_domain": False,
         "state_age_bias": False,
         "combine": "after_gate",
-        "state_from": "memory",
         "target_view_heads": 4,
     },
 }

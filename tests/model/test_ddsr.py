@@ -18,7 +18,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {"query_target_domain": False, "age_bias": False},
     "three_states": {"states_per_domain": 3},
     "three_states_without_age": {"states_per_domain": 3, "age_bias": False},
-    "keys_and_values": {"states_per_domain": 2, "projects_states": False},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 every_size = pytest.mark.parametrize("num_domains", [1, 2, 30])
@@ -38,11 +37,7 @@ class Example:
         self.times = torch.cat([steps[:14].cumsum(0), steps[14:].cumsum(0)])
         self.next_times = self.times + steps.flip(0)
         self.hidden = torch.randn(20, WIDTH, generator=generator).double().requires_grad_()
-        projects = options.get("projects_states", True)
-        self.states = [
-            torch.randn(20, width, generator=generator).double().requires_grad_()
-            for width in ([WIDTH] if projects else [HEADS * DQK, HEADS * DV])
-        ]
+        self.states = torch.randn(20, WIDTH, generator=generator).double().requires_grad_()
         self.module = DynamicDomainState(WIDTH, num_domains, HEADS, DQK, DV, **options).double()
         with torch.no_grad():
             for parameter in self.module.parameters():
@@ -53,41 +48,28 @@ class Example:
         reads = reads_in_tiles(
             grouping, self.times, self.next_times, self.states_per_domain, height
         )
-        states = self.states[0] if len(self.states) == 1 else tuple(self.states)
-        return self.module(self.hidden, states, reads, self.targets)
+        return self.module(self.hidden, self.states, reads, self.targets)
 
     def gradients(self, height: int | None = None) -> dict[str, Tensor]:
         leaves = dict(self.module.named_parameters())
-        leaves |= {"hidden": self.hidden, **{f"states {i}": x for i, x in enumerate(self.states)}}
+        leaves |= {"hidden": self.hidden, "states": self.states}
         weights = torch.arange(20 * HEADS * DV).view(20, -1).double().cos()
         found = torch.autograd.grad((self.run(height) * weights).sum(), list(leaves.values()))
         return dict(zip(leaves, found))
 
-    def memory(self, states: list[Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
-        """Keys and values of states, or of the initial ones, which the named weights are."""
-        weight = self.module.state_dict()
-        given = states or [weight[name] for name in names if name in weight]
-        if len(given) == 2:
-            return given[0], given[1]
-        return given[0] @ weight["_key.weight"].T, given[0] @ weight["_value.weight"].T
-
-    def read(self, token: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
-        """Keys and values of the states that a token reads, and the log bucket of the age of each.
-
-        Bucket 128 is that of a state that was never written.
-        """
+    def read(self, token: int) -> tuple[list[Tensor], list[int]]:
+        """States that a token reads and the log bucket of the age of each; 128 is never written."""
         start = max(int(s) for s in self.offsets[:-1] if s <= token)
         states, ages = [], []
-        keys, values = self.memory(self.states, [])
-        initial = self.memory([], ["_initial_state", "_initial_key", "_initial_value"])
+        initial = self.module.state_dict()["_initial_state"]
         for domain in range(self.num_domains):
             visits = [j for j in range(token, start - 1, -1) if self.domains[j] == domain]
             for visit in visits[: self.states_per_domain]:
                 age = max(1, abs(int(self.next_times[token] - self.times[visit])))
-                states.append((keys[visit], values[visit]))
+                states.append(self.states[visit])
                 ages.append(int(torch.tensor(float(age)).log() / 0.301))
             if not visits:
-                states.append((initial[0][domain], initial[1][domain]))
+                states.append(initial[domain])
                 ages.append(128)
         return states, ages
 
@@ -103,13 +85,13 @@ class Example:
             for head in range(HEADS):
                 narrow = slice(head * DQK, (head + 1) * DQK)
                 wide = slice(head * DV, (head + 1) * DV)
-                scores = [query[narrow] @ key[narrow] for key, _ in states]
+                scores = [query[narrow] @ (weight["_key.weight"] @ s)[narrow] for s in states]
                 scores = torch.stack(scores) / DQK**0.5
                 if "_age_w" in weight:
                     scores = scores + weight["_age_w"][ages, head]
-                values = torch.stack([value[wide] for _, value in states])
+                values = torch.stack([(weight["_value.weight"] @ s)[wide] for s in states])
                 out[token, wide] = scores.softmax(0) @ values
-        return out * weight.get("_gate", 1)
+        return out
 
 
 @every_option
@@ -157,7 +139,7 @@ def test_users_share_no_states() -> None:
     example = Example(3)
     before = example.run()
     with torch.no_grad():
-        example.states[0][:14] += 1
+        example.states[:14] += 1
     after = example.run()
     assert torch.equal(after[14:], before[14:])
     assert not torch.equal(after[:14], before[:14])
@@ -169,7 +151,7 @@ def test_only_the_last_state_of_a_domain_is_read() -> None:
     domains = example.domains[:14].tolist()
     overwritten = [i for i in range(13) if domains[i] in domains[i + 1 :]]
     with torch.no_grad():
-        example.states[0][overwritten] += 1
+        example.states[overwritten] += 1
     assert torch.equal(example.run()[13], before[13])
 
 
@@ -177,7 +159,7 @@ def test_the_future_is_not_seen() -> None:
     example = Example(3)
     before = example.run()
     with torch.no_grad():
-        example.states[0][8:14] += 1
+        example.states[8:14] += 1
         example.hidden[8:14] += 1
     after = example.run()
     assert torch.equal(after[:8], before[:8])
@@ -190,8 +172,7 @@ def test_the_future_is_not_seen() -> None:
 def test_no_tokens(options: dict[str, Any], offsets: list[int]) -> None:
     example = Example(3, **options)
     example.domains = example.targets = example.times = example.next_times = example.domains[:0]
-    example.hidden = torch.zeros(0, WIDTH).double().requires_grad_()
-    example.states = [x[:0] for x in example.states]
+    example.hidden = example.states = torch.zeros(0, WIDTH).double().requires_grad_()
     example.offsets = torch.tensor(offsets)
     answer = example.run()
     assert answer.shape == (0, HEADS * DV)

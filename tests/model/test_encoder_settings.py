@@ -35,7 +35,7 @@ from hstu_xd.model.settings import EncoderSettings
         ({"linear_dropout_rate": 1.0}, "linear_dropout_rate is 1.0; 0 <= rate < 1"),
         ({"linear_dropout_rate": -0.1}, "linear_dropout_rate is -0.1; 0 <= rate < 1"),
         ({"linear_activation": "relu"}, "linear_activation is 'relu'; one of silu, none"),
-        ({"state_from": "middle"}, "state_from is 'middle'; one of input, output, memory"),
+        ({"state_from": "middle"}, "state_from is 'middle'; one of input, output"),
         ({"combine": "gate"}, "combine is 'gate'; one of before_gate, after_gate"),
         ({"normalization": "relu"}, "normalization is 'relu'; one of silu, softmax"),
         (

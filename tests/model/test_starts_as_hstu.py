@@ -12,7 +12,6 @@ ADDITIONS: dict[str, dict[str, Any]] = {
     "target_domain_embedding": {"target_domain_embedding": True},
     "ddsr": {"ddsr": True},
     "ddsr_reads_output": {"ddsr": True, "state_from": "output"},
-    "ddsr_reads_memory": {"ddsr": True, "state_from": "memory"},
     "ddsr_after_gate": {"ddsr": True, "combine": "after_gate"},
     "ddsr_three_states": {"ddsr": True, "states_per_domain": 3},
     "all": {"tape": True, "ddsr": True, "target_domain_embedding": True, "states_per_domain": 2},

@@ -98,7 +98,6 @@ def test_every_prefix_equals_the_full_encoder_however_the_events_arrive(
         {"target_view_heads": 4},
         {"segment_lookback": 2, "history_tokens": 0},
         {"state_from": "output"},
-        {"state_from": "memory"},
         {"combine": "after_gate"},
         {"states_per_domain": 1, "state_age_bias": False, "enable_relative_attention_bias": False},
         {"concat_ua": True, "linear_activation": "none"},

@@ -195,7 +195,6 @@ def test_debug_str_tells_the_switches() -> None:
         {"query_target_domain": False},
         {"state_age_bias": False},
         {"state_from": "output"},
-        {"state_from": "memory"},
         {"full_attention_layers": (0,)},
         {"concat_ua": True},
         {"impl": "eager"},
