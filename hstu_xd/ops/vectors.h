@@ -25,7 +25,6 @@ enum { ROWS = 4 };
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int64_t longs __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 
 static inline floats load(const float *from) { return *(const floats *)from; }
 static inline void store(float *to, floats x) { *(floats *)to = x; }
@@ -79,6 +78,48 @@ static inline float largest(floats x) {
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t round_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+#if LANES == 16
+#define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LAST_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif LANES == 8
+#define FIRST_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define LAST_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define FIRST_HALVES 0, 4, 1, 5
+#define LAST_HALVES 2, 6, 3, 7
+#endif
+
+/* Makes rows of a square columns: each round puts between one another what is half of them apart. */
+static inline void transpose(floats rows[LANES]) {
+    for (int round = 1; round < LANES; round *= 2) {
+        floats next[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = SHUFFLED(rows[i], rows[i + LANES / 2], FIRST_HALVES);
+            next[2 * i + 1] = SHUFFLED(rows[i], rows[i + LANES / 2], LAST_HALVES);
+        }
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
+}
+
+/* The first n floats of a vector, of LANES at most, and zeros; and the way back. */
+static inline floats load_some(const float *from, int64_t n) {
+    floats found = {0};
+    if (n >= LANES) return load(from);
+    memcpy(&found, from, n * sizeof(float));
+    return found;
+}
+static inline void store_some(float *to, floats x, int64_t n) {
+    if (n >= LANES)
+        store(to, x);
+    else
+        memcpy(to, &x, n * sizeof(float));
+}
 
 /* products[r][j] = <rows[r], columns[.][j]> of ROWS rows and n columns, up to full vectors.
  *
@@ -137,9 +178,11 @@ static inline floats exponential(floats x) {
  * exponent and the mantissa, read as one number, are a logarithm that is too small by less than a
  * bucket: so the bucket is the one guessed or the next.
  */
-static inline ints time_bucket(longs difference, const int32_t *edges, int32_t last) {
+static inline ints time_bucket(const int64_t difference[LANES], const int32_t *edges, int32_t last) {
     const int32_t one = 0x3F800000;
-    ints bits = (ints)__builtin_convertvector(difference, floats) & splat_int(0x7FFFFFFF);
+    floats magnitude;
+    for (int lane = 0; lane < LANES; lane++) magnitude[lane] = (float)difference[lane];
+    ints bits = (ints)magnitude & splat_int(0x7FFFFFFF);
     bits = at_least(bits, splat_int(one));
     const floats logarithm = __builtin_convertvector(bits - splat_int(one), floats);
     /* ln(2) / 0.301 buckets an exponent, of 2^23 bits, and a little less against rounding up. */

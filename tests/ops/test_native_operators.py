@@ -1,6 +1,8 @@
 """The loops in C: what they must hold beyond what every implementation does, and their net."""
 
 import logging
+import os
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,9 +27,12 @@ from hstu_xd.ops import (
 )
 from hstu_xd.ops import native_library as library
 from hstu_xd.ops.domain_attention import native as domain_native
+from hstu_xd.ops.native_library import NativeLibrary
+from hstu_xd.ops.new_rows import native as rows_native
 from hstu_xd.ops.state_attention import native as state_native
 
 SPEC = Spec((70, 0, 1, 17, 33, 2), num_domains=3)
+LIBRARIES = [module.LIBRARY for module in (domain_native, state_native, rows_native)]
 STATES = StateSpec((40, 1, 17, 0, 9), 5, 3, visited=3)
 
 
@@ -289,3 +294,38 @@ def test_a_compiler_without_openmp_gives_one_thread(
     errors_against_oracle(
         partial(domain_attention, impl="native"), draw(SPEC), torch.float32
     ).check()
+
+
+on_x86 = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="NOT covered: vectors of several lengths need an x86_64"
+)
+
+
+@on_x86
+@needs_compiler
+@pytest.mark.parametrize("machine", ["native", "x86-64", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("native", LIBRARIES, ids=lambda x: x.source.parent.name)
+def test_vectors_are_no_longer_than_the_processors(native: NativeLibrary, machine: str) -> None:
+    """GCC, which warns of longer ones, would compare them lane by lane, several times slower."""
+    found = library.compiler()
+    assert found is not None
+    if "clang" in library._run(found, "--version").stdout:
+        pytest.skip("NOT covered: clang does not tell of vectors that are too long")
+    library._run(
+        found, f"-march={machine}", "-Werror=psabi", "-S", "-o", os.devnull, str(native.source)
+    )
+
+
+@on_x86
+@needs_compiler
+def test_a_processor_of_short_vectors(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "cc"
+    path.write_text(f'#!/bin/sh\nexec {library.compiler()} "$@" -march=x86-64\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    run = partial(domain_attention, impl="native")
+    errors_against_oracle(run, draw(SPEC), torch.float32).check()
+    for found, expected in zip(ask("native"), ask("eager")):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

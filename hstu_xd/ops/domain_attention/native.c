@@ -1,8 +1,8 @@
 /* Domain attention with SiLU on a CPU, group by group and without padding of the batch.
  *
- * A group's keys and values are packed once, head by head, keys in columns: sixteen keys are one
- * vector. A few queries at a time walk over them. Heads share the bias, which is looked up once
- * for a block of queries. Nothing is kept for the backward pass but the inputs.
+ * A group's keys and values are packed once, head by head, keys in columns: as many keys as there
+ * are lanes are one vector. A few queries at a time walk over them. Heads share the bias, which is
+ * looked up once for a block of queries. Nothing is kept for the backward pass but the inputs.
  */
 
 #include "../vectors.h"
@@ -53,15 +53,27 @@ typedef struct {
 /* Lays rows of tokens into columns: (n tokens, width) -> (width, wide). */
 static void pack_columns(const float *from, int64_t stride, const int64_t *tokens, int64_t n, int64_t width,
                          int64_t wide, float *to) {
-    clear(to, width * wide);
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t c = 0; c < width; c++) to[c * wide + j] = from[tokens[j] * stride + c];
+    for (int64_t j = 0; j < wide; j += LANES)
+        for (int64_t c = 0; c < width; c += LANES) {
+            floats square[LANES];
+            for (int64_t i = 0; i < LANES; i++)
+                square[i] = j + i < n ? load_some(from + tokens[j + i] * stride + c, width - c) : splat(0);
+            transpose(square);
+            for (int64_t i = 0; i < smaller(LANES, width - c); i++) store(to + (c + i) * wide + j, square[i]);
+        }
 }
 
 static void unpack_columns(const float *from, int64_t wide, const int64_t *tokens, int64_t n, int64_t width,
                            float *to, int64_t stride) {
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t c = 0; c < width; c++) to[tokens[j] * stride + c] = from[c * wide + j];
+    for (int64_t j = 0; j < n; j += LANES)
+        for (int64_t c = 0; c < width; c += LANES) {
+            floats square[LANES];
+            for (int64_t i = 0; i < LANES; i++)
+                square[i] = c + i < width ? load(from + (c + i) * wide + j) : splat(0);
+            transpose(square);
+            for (int64_t i = 0; i < smaller(LANES, n - j); i++)
+                store_some(to + tokens[j + i] * stride + c, square[i], width - c);
+        }
 }
 
 /* Lays rows of tokens one behind the other, padded with zeros: (n, width) -> (height, padded). */
@@ -110,7 +122,7 @@ static void look_up(const Group *group, int64_t first, int64_t rows, int64_t see
         const int32_t shift = (int32_t)(a->max_length - 1 - a->query_positions[token]);
         const int64_t time = a->next_timestamps[token];
         for (int64_t j = 0; j < seen; j += LANES) {
-            longs difference;
+            int64_t difference[LANES];
             for (int lane = 0; lane < LANES; lane++) difference[lane] = time - group->key_times[j + lane];
             const ints bucket = time_bucket(difference, a->edges, (int32_t)a->last_bucket);
             *(ints *)(group->buckets + r * group->wide + j) = bucket;

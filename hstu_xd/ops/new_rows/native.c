@@ -1,7 +1,7 @@
 /* New rows of many users on what their earlier rows left: attention with SiLU, and domain states.
  *
- * A user's memory lies as a session keeps it, keys and values of rows in columns, so sixteen rows
- * are one vector. Rows put their own keys and values behind it, then a few of them at a time walk
+ * A user's memory lies as a session keeps it, keys and values of rows in columns, so as many rows as
+ * there are lanes are one vector. Rows put their own keys and values behind it, then a few of them at a time walk
  * over it. Biases and what a row sees are worked out on the way.
  */
 
@@ -97,9 +97,9 @@ static void describe_columns(const Walk *x) {
     }
 }
 
-/* Buckets of the time from sixteen writings to a moment. */
+/* Buckets of the time from a vector of writings to a moment. */
 static inline ints buckets_of(const Step *s, int64_t moment, const int64_t *written) {
-    longs difference;
+    int64_t difference[LANES];
     for (int lane = 0; lane < LANES; lane++) difference[lane] = moment - written[lane];
     return time_bucket(difference, s->edges, (int32_t)s->never_written);
 }

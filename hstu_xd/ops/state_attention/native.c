@@ -207,7 +207,7 @@ static void look_at_ages(Slots *x, int64_t token, int32_t place, int64_t slots, 
     for (int64_t j = 0; j < slots; j += LANES) {
         ints age = never, is_seen = here < *(const ints *)(x->until + j);
         if (j + LANES > x->initial) {
-            longs difference;
+            int64_t difference[LANES];
             for (int lane = 0; lane < LANES; lane++)
                 difference[lane] = s->next_timestamps[token] - x->written[j + lane];
             const ints is_initial = lanes_from((int32_t)j) < splat_int((int32_t)x->initial);
