@@ -18,6 +18,7 @@ from state_cases import draw as draw_states
 from torch import Tensor
 
 from hstu_xd.errors import HstuXdError, InputError
+from hstu_xd.model import step_memory
 from hstu_xd.ops import (
     available_impls,
     available_state_impls,
@@ -27,6 +28,7 @@ from hstu_xd.ops import (
 )
 from hstu_xd.ops import native_library as library
 from hstu_xd.ops.domain_attention import native as domain_native
+from hstu_xd.ops.first_use import KernelUse
 from hstu_xd.ops.native_library import NativeLibrary
 from hstu_xd.ops.new_rows import native as rows_native
 from hstu_xd.ops.state_attention import native as state_native
@@ -331,3 +333,5 @@ def test_vectors_of_other_lengths_give_the_same(
     errors_against_oracle(run, draw(SPEC), torch.float32).check()
     for found, expected in zip(ask("native"), ask("eager")):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    use = KernelUse("new_rows", torch.device("cpu"), torch.float32, 2, 5, 7, True, "native")
+    assert first_use._try(use, step_memory._trial) is None

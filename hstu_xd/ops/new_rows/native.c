@@ -1,8 +1,8 @@
 /* New rows of many users on what their earlier rows left: attention with SiLU, and domain states.
  *
  * A user's memory lies as a session keeps it, keys and values of rows in columns, so as many rows as
- * there are lanes are one vector. Rows put their own keys and values behind it, then a few of them at a time walk
- * over it. Biases and what a row sees are worked out on the way.
+ * there are lanes are one vector. Rows put their own keys and values behind it, then a few of them at
+ * a time walk over it. Biases and what a row sees are worked out on the way.
  */
 
 #include "../vectors.h"
