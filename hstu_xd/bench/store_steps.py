@@ -170,7 +170,7 @@ def _case(steps: StoreSteps, store: InteractionStore, users: int) -> Case:
     encoder, train = settings.encoder_settings(store.num_domains), settings.train
     return Case(
         "train-step",
-        train.max_sequence_length,
+        train.window.size(store.num_domains),
         store.num_domains,
         batch_size=users,
         heads=encoder.num_heads,

@@ -254,7 +254,6 @@ def _of_one(
     from hstu_xd.serving.bulk import HistoryReader
     from hstu_xd.serving.recommend_all import NO_KNOWN_ITEM
     from hstu_xd.training.run import load_trained
-    from hstu_xd.training.run_facts import read_run
 
     user_index = store.user_index(user)
     trained = load_trained(run, allow_imports=allow_imports)
@@ -269,7 +268,7 @@ def _of_one(
         history.timestamps.numpy(),
         domain_id,
         k,
-        window=read_run(run)["max_sequence_length"],
+        window=trained.window,
         protocol=trained.protocol.but(exclude_seen=exclude_seen),
         scorer=trained.scorer,
         at=at,

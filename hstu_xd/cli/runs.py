@@ -245,14 +245,13 @@ def evaluate(
     trained = load_trained(run, allow_imports=allow_imports, one_domain=True)
     protocol = trained.protocol.but(**protocol_changes(exclude_seen, candidates, ties, ks))
     store = open_data(run, data, verify=verify, as_trained=True)
-    length = facts["max_sequence_length"]
     written = writing_ranks(ranks, store, force=force) if ranks else nullcontext()
     with written as file:
         values = {
             split.value: evaluate_split(
                 trained.ranker,
                 protocol.sequences(
-                    store, split, length, domain=trained.domain, until=until_of(facts)
+                    store, split, trained.window, domain=trained.domain, until=until_of(facts)
                 ),
                 protocol=protocol,
                 scorer=trained.scorer,

@@ -10,7 +10,11 @@ from torch import Tensor
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.data.cuts import TimeCuts, events_before
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.window import Window, latest_of_each
 from hstu_xd.errors import InputError
+
+# Events that are looked through at once for the older ones that windows keep.
+_OLDER_AT_ONCE = 4_000_000
 
 
 class Split(str, Enum):
@@ -33,9 +37,9 @@ class SequenceData:
     target; training predicts every event before those from the second on. Users of fewer than three
     events train only. Cut in time: training predicts every event before ``valid_from`` from the
     user's second on, and the last event of a user in a later period is its target; users without
-    an event before the period are left out. A window is the latest ``max_length`` events before
-    the last target. Where validation, or validation and test, are trained on as well, training goes
-    on up to the last target of that split.
+    an event before the period are left out. A window ends before the last target. Where
+    validation, or validation and test, are trained on as well, training goes on up to the last
+    target of that split.
 
     Of one domain alone: the log is read as if it had no other events. Held-out targets are the same
     as of the whole log, those of other domains left out, and so are users without an event of the
@@ -44,7 +48,7 @@ class SequenceData:
     Args:
         store: the prepared interactions.
         split: which targets.
-        max_length: longest history that is read.
+        window: which events before the last target are read; a number: so many latest ones.
         cuts: where the log is cut in time; None: leave-one-out.
         domain: id of the only domain to read; None: all.
         until: the last split whose targets train.
@@ -57,12 +61,12 @@ class SequenceData:
         self,
         store: InteractionStore,
         split: Split,
-        max_length: int,
+        window: Window | int,
         cuts: TimeCuts | None = None,
         domain: int | None = None,
         until: Split = Split.TRAIN,
     ) -> None:
-        self.split, self.max_length = split, max_length
+        self.split, self.window = split, Window.of(window)
         self._item_ids, self._timestamps = store.item_ids, store.timestamps
         self._item_domains = store.catalog.item_domains.numpy(force=True)
         self._cuts, self._is_whole, self._until = cuts, domain is None, until
@@ -141,12 +145,43 @@ class SequenceData:
         earlier = self._first + _end(self.split, self.split, sizes) - 1
         users = self.users[earlier[self.users] < self._last[self.users]]
         self._begin[users] = np.maximum(self._first[users], earlier[users] - context)
+        self.__dict__.pop("_older", None)
         return users
 
     def lengths(self, users: np.ndarray) -> np.ndarray:
         """Tokens in each user's window: (B,) int64."""
-        last = self._last[users]
-        return last - np.maximum(self._begin[users], last - self.max_length)
+        older = self._older[1]
+        return self._last[users] - self._latest(users) + older[users + 1] - older[users]
+
+    def _latest(self, users: np.ndarray) -> np.ndarray:
+        """Event index where the latest events of each user's window begin: (B,) int64."""
+        return np.maximum(self._begin[users], self._last[users] - self.window.latest)
+
+    @cached_property
+    def _older(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the events that are read from before the latest ones, and (U + 1,) offsets.
+
+        Those of a user stand together in the order of time, users ascending.
+        """
+        number, older = len(self._first), self.window.older
+        sizes, found = np.zeros(number, np.int64), []
+        if older:
+            before = np.zeros(number, np.int64)
+            before[self.users] = self._latest(self.users) - self._first[self.users]
+            some = np.flatnonzero(before)
+            for users in _parts_of(some, before[some], _OLDER_AT_ONCE):
+                events, _ = self._events_before(users, self._first[users] + before[users])
+                owners = np.repeat(users, before[users])
+                domains = self._item_domains[self._item_ids[events]]
+                kept = latest_of_each(
+                    torch.from_numpy(domains), torch.from_numpy(owners), older
+                ).numpy()
+                found.append(events[kept])
+                sizes += np.bincount(owners[kept], minlength=number)
+        return (
+            np.concatenate([np.empty(0, np.int64), *found]),
+            np.concatenate([[0], np.cumsum(sizes)]),
+        )
 
     def batch(self, users: np.ndarray) -> tuple[JaggedBatch, Tensor]:
         """Histories and the item that follows each of their tokens.
@@ -157,21 +192,34 @@ class SequenceData:
         Returns:
             The batch and (L,) int64 target item ids.
         """
-        lengths = self.lengths(users)
-        first = self._last[users] - lengths
-        offsets = np.zeros(users.size + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        events = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
+        events, offsets = self._windows(users)
+        following = np.append(events[1:], 0)
+        following[offsets[1:] - 1] = self._last[users]
         items = self._item_ids[events].astype(np.int64)
-        targets = self._item_ids[events + 1].astype(np.int64)
+        targets = self._item_ids[following].astype(np.int64)
         batch = JaggedBatch(
             item_ids=torch.from_numpy(items),
             timestamps=torch.from_numpy(self._timestamps[events]),
-            next_timestamps=torch.from_numpy(self._timestamps[events + 1]),
+            next_timestamps=torch.from_numpy(self._timestamps[following]),
             target_domains=torch.from_numpy(self._item_domains[targets]),
             offsets=torch.from_numpy(offsets),
         )
         return batch, torch.from_numpy(targets)
+
+    def _windows(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of the events in users' windows, and offsets by user."""
+        lengths = self.lengths(users)
+        offsets = np.zeros(users.size + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        events = np.arange(offsets[-1])
+        latest = events + np.repeat(self._last[users] - offsets[1:], lengths)
+        older, begin = self._older
+        if not older.size:
+            return latest, offsets
+        place = events - np.repeat(offsets[:-1], lengths)
+        (is_older,) = np.nonzero(place < np.repeat(begin[users + 1] - begin[users], lengths))
+        latest[is_older] = older[(place + np.repeat(begin[users], lengths))[is_older]]
+        return latest, offsets
 
     def seen(self, users: np.ndarray) -> tuple[Tensor, Tensor]:
         """All events before each user's last target, beyond the window too.
@@ -203,6 +251,11 @@ class SequenceData:
         return np.arange(offsets[-1]) + np.repeat(
             self._first[users] - offsets[:-1], lengths
         ), offsets
+
+
+def _parts_of(users: np.ndarray, sizes: np.ndarray, most: int) -> list[np.ndarray]:
+    """Cut users into parts that own about so many events each, or one user."""
+    return np.split(users, np.flatnonzero(np.diff(np.cumsum(sizes) // most)) + 1)
 
 
 def _places(

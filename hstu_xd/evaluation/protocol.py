@@ -11,6 +11,7 @@ from typing import Any
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.cuts import TEST_SHARE, VALID_SHARE, TimeCuts, cut_in_time, described_time
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.window import Window
 from hstu_xd.declaration import check, setting, settings_of
 from hstu_xd.errors import InputError
 
@@ -92,7 +93,7 @@ class Protocol:
         self,
         store: InteractionStore,
         split: Split,
-        max_length: int,
+        window: Window | int,
         *,
         domain: str = "",
         until: Split = Split.TRAIN,
@@ -102,7 +103,7 @@ class Protocol:
         Args:
             store: the log.
             split: of it.
-            max_length: longest history that is read.
+            window: which events before a target are read; a number: so many latest ones.
             domain: name of the only one to read; "": all.
             until: the last split whose targets train.
 
@@ -110,7 +111,7 @@ class Protocol:
             InputError: an unknown domain, or no user with enough events.
         """
         only = store.catalog.domain_index(domain) if domain else None
-        return SequenceData(store, split, max_length, self.cuts(store), only, until)
+        return SequenceData(store, split, window, self.cuts(store), only, until)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import SequenceData
+from hstu_xd.data.window import Window
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.evaluation.baselines import Baseline
 from hstu_xd.evaluation.metrics import UNREACHABLE, Metrics, RankedTargets, grouped_metrics
@@ -361,7 +362,7 @@ def recommend_items(
     domain: int,
     k: int,
     *,
-    window: int,
+    window: Window | int,
     protocol: Protocol = DEFAULTS,
     scorer: Scorer | None = None,
     at: int | None = None,
@@ -370,12 +371,12 @@ def recommend_items(
 
     Args:
         model: a trained model.
-        item_ids: (S,) int, the whole history, oldest first; its latest window is read.
+        item_ids: (S,) int, the whole history, oldest first; its window is read.
         timestamps: (S,) int64.
         domain: domain id to recommend from.
         k: number of items; fewer come back where the domain has no more candidates.
-        window: events that are read, a run's ``max_sequence_length``: later positions, for which
-            the model has room, were never trained.
+        window: which events are read, a run's, a number: so many latest ones; later positions, for
+            which the model has room, were never trained.
         protocol: whether items of the history are candidates.
         scorer: of the objective that the model was trained for; None: dot products.
         at: time of the request, in the unit of the timestamps; None: that of the last event.
@@ -393,9 +394,10 @@ def recommend_items(
         )
     items = torch.from_numpy(np.array(item_ids, np.int64))
     times = torch.from_numpy(np.array(timestamps, np.int64))
+    read = Window.of(window).kept(model.catalog.domain_of(items), torch.tensor([0, len(items)]))
     vector = model.encode(
-        items[None, -window:],
-        times[None, -window:],
+        items[None, read],
+        times[None, read],
         torch.tensor([domain]),
         None if at is None else torch.tensor([at]),
     )

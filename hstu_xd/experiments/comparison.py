@@ -189,9 +189,8 @@ def _measure_retrieval(
     until = common_until(run.info for run in runs)
     for run in runs:
         announce(f"{run.variant} seed {run.seed}" + f" {run.domain}" * bool(run.domain))
-        length = run.info["max_sequence_length"]
-        held_out = protocol.sequences(store, split, length, domain=run.domain, until=until)
         trained = load_trained(run.path, allow_imports=allow_imports, one_domain=True)
+        held_out = protocol.sequences(store, split, trained.window, domain=run.domain, until=until)
         # Every model is measured by what any of them is measured by.
         metrics |= trained.metrics
         found = rank_targets(

@@ -198,11 +198,13 @@ def _manifest(model: CrossDomainHSTU, facts: Mapping[str, Any]) -> dict[str, Any
     return {
         **_origin(facts, FORMAT_VERSION),
         "window": facts["max_sequence_length"],
+        "older_per_domain": (facts.get("train") or {}).get("older_per_domain", 0),
         "exclude_seen": Protocol.from_run(facts).exclude_seen,
         "settings": settings,
         "inputs": {
             "item_ids": f"(B, N) int64, N up to {longest}, oldest first, padded with 0 at the end; "
-            "give the latest events, no more than the window, as in training",
+            "give the latest events, no more than the window, and before them as many of every "
+            "domain as older_per_domain says, as in training",
             "timestamps": "(B, N) int64, in the log's unit, never falling from event to event; in "
             "the first column of a row's padding the time of the request, not before the last "
             "event, or 0 for that of the last event; anything in later columns",

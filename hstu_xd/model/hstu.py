@@ -110,7 +110,7 @@ class CrossDomainHSTU(nn.Module):
         catalog: item -> domain table.
         settings: sizes and switches of the encoder.
         dropout_rate: dropout on the input features.
-        window: most events of a history, a run's ``max_sequence_length``: later positions, for
+        window: most events of a history, those of a run's window: later positions, for
             which the model has room, were never trained; default: ``settings.norm_length``.
         features: of the items, which their vectors are made of beside their rows; None: of none.
         row_dropout: share of the items' rows that are dropped in training beside features.

@@ -15,6 +15,7 @@ from torch import Tensor
 from hstu_xd.batch import JaggedBatch, Questions
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.window import Window
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.evaluation.baselines import Baseline
 from hstu_xd.evaluation.protocol import Protocol
@@ -54,10 +55,9 @@ class Histories:
         kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
         return Histories(self.item_ids[keep], self.timestamps[keep], kept[self.offsets])
 
-    def latest(self, window: int) -> "Histories":
-        """Return the latest events of every user, ``window`` at most."""
-        ends = torch.repeat_interleave(self.offsets[1:], self.offsets.diff())
-        return self.chosen(ends - torch.arange(ends.numel()) <= window)
+    def read_by(self, window: Window, catalog: DomainCatalog) -> "Histories":
+        """Return the events of every user that are in their window."""
+        return self.chosen(window.kept(catalog.domain_of(self.item_ids), self.offsets))
 
     def batches(self) -> Iterator["Histories"]:
         """Yield those of as many users as are encoded at once, one batch after the other."""
@@ -210,7 +210,7 @@ class BulkRecommender:
         trained: the run.
         domains: domain ids to recommend from.
         k: items of each domain; no more than the largest of them has.
-        window: events that are read, a run's ``max_sequence_length``.
+        window: which events are read, the run's.
         protocol: whether items of a history are candidates.
         at: time of every request, in the log's unit; None: that of each user's last event.
 
@@ -227,7 +227,7 @@ class BulkRecommender:
         domains: Sequence[int],
         k: int,
         *,
-        window: int,
+        window: Window,
         protocol: Protocol,
         at: int | None = None,
     ) -> None:
@@ -245,7 +245,7 @@ class BulkRecommender:
         """
         found = []
         for part in histories.batches():
-            windows = part.latest(self._window)
+            windows = part.read_by(self._window, self._model.catalog)
             vectors = user_vectors(self._model, windows, self._domains, at=self._at)
             found.append(self._items.best(vectors, part if self._protocol.exclude_seen else None))
         return BestItems.joined(found)

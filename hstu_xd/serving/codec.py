@@ -2,9 +2,9 @@
 
 Layout, little-endian: magic, format, item size (bytes 0..7); the revision, which is a counter and a
 checksum of everything else (8..31); the checkpoint's fingerprint (32..47); four sizes (48..79);
-format 3 alone, of a history that has versions: its version (80..95); then the arrays, without their
-spare places. So a value takes 80 or 96 bytes more than
-:func:`hstu_xd.serving.state.expected_bytes`.
+of a history that has versions (formats 3 and 5) its version (16 bytes); of a window that keeps
+older events (formats 4 and 5) their number (8 bytes); then the arrays, without their spare places.
+So a value takes 80 to 104 bytes more than :func:`hstu_xd.serving.state.expected_bytes`.
 """
 
 import struct
@@ -15,20 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hstu_xd.data.window import Window
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
 from hstu_xd.parts import Part
 from hstu_xd.serving.state import UserState
 
-# Without and with a version. Fingerprints are made with the number of the first.
-_MAGIC, _FORMAT, _VERSIONED = b"HXUS", 2, 3
+# The number of a format is that of the plain one, with which fingerprints are made, and one of each
+# of the others that it has.
+_MAGIC, _FORMAT, _VERSIONED, _OLDER = b"HXUS", 2, 1, 2
 _KIND, _COUNTER, _SIZES = struct.Struct("<4sHH"), struct.Struct("<Q"), struct.Struct("<4Q")
 _DIGEST = 16
 
 # Where a value says which one of a user's values it is.
 REVISION = slice(8, 32)
 _CHECKSUM, _FINGERPRINT = slice(16, 32), slice(32, 48)
-_VERSION = slice(80, 96)
+_HEAD, _VERSION_BYTES = 80, 16
 
 # Settings that came after version 0.1.0, which stored states.
 _LATER = ("layer", "ddsr_layers")
@@ -38,11 +40,13 @@ class RefusedState(Exception):
     """A value that must not be used; says why."""
 
 
-def fingerprint(model: CrossDomainHSTU, window: int, dtype: torch.dtype) -> bytes:
+def fingerprint(model: CrossDomainHSTU, window: Window, dtype: torch.dtype) -> bytes:
     """Compute what identifies states of one checkpoint, window and number type: 16 bytes."""
     digest = blake2b(digest_size=_DIGEST)
     settings = replace(model.settings, impl="auto")
-    digest.update(f"({_FORMAT}, {_text(settings)}, {window}, {str(dtype)!r})".encode())
+    # As version 0.1.0 wrote it, where the latest events alone are read.
+    read = window if window.older else window.latest
+    digest.update(f"({_FORMAT}, {_text(settings)}, {read}, {str(dtype)!r})".encode())
     if isinstance(settings.layer, Part):
         digest.update(settings.layer.encode())
     digest.update(_bytes(model.catalog.item_domains))
@@ -93,10 +97,11 @@ def encode_state(state: UserState, checkpoint: bytes) -> bytes:
         state.rows[:, : state.num_rows],
         state.state_memory,
     )
-    number_of_format = _VERSIONED if state.version else _FORMAT
+    number_of_format = _FORMAT + _VERSIONED * bool(state.version) + _OLDER * bool(state.older)
+    more = state.version + (_COUNTER.pack(state.older) if state.older else b"")
     head = _KIND.pack(_MAGIC, number_of_format, state.memory.element_size())
     counter = _COUNTER.pack((number + 1) % 2**64)
-    body = b"".join([checkpoint, _SIZES.pack(*sizes), state.version, *map(_bytes, arrays)])
+    body = b"".join([checkpoint, _SIZES.pack(*sizes), more, *map(_bytes, arrays)])
     return head + counter + _checksum(head + counter, body) + body
 
 
@@ -115,16 +120,20 @@ def decode_state(
         RefusedState: the value is damaged, or of another checkpoint.
     """
     head, body = value[: _CHECKSUM.start], value[_CHECKSUM.stop :]
-    if len(value) < _VERSION.start or value[_CHECKSUM] != _checksum(head, body):
+    if len(value) < _HEAD or value[_CHECKSUM] != _checksum(head, body):
         raise RefusedState("is damaged")
     magic, number_of_format, _ = _KIND.unpack_from(value)
-    formats = (_FORMAT, _VERSIONED)
-    if magic != _MAGIC or number_of_format not in formats or value[_FINGERPRINT] != checkpoint:
+    parts = number_of_format - _FORMAT
+    is_known = magic == _MAGIC and 0 <= parts <= _VERSIONED + _OLDER
+    if not is_known or value[_FINGERPRINT] != checkpoint:
         raise RefusedState("belongs to another checkpoint, window or number type")
-    version = value[_VERSION] if number_of_format == _VERSIONED else b""
+    end = _HEAD + _VERSION_BYTES * bool(parts & _VERSIONED)
+    version, older = value[_HEAD:end], 0
+    if parts & _OLDER:
+        (older,), end = _COUNTER.unpack_from(value, end), end + _COUNTER.size
     length, committed, num_rows, forgotten = _SIZES.unpack_from(value, _FINGERPRINT.stop)
     state = UserState.empty(settings, dtype)
-    rest = np.frombuffer(bytearray(value), np.uint8, offset=_VERSION.start + len(version))
+    rest = np.frombuffer(bytearray(value), np.uint8, offset=end)
 
     def take(like: Tensor, *shape: int) -> Tensor:
         nonlocal rest
@@ -146,6 +155,7 @@ def decode_state(
         state_memory=take(state.state_memory, *state.state_memory.shape),
         revision=revision(value),
         version=version,
+        older=older,
     )
 
 

@@ -23,7 +23,7 @@ from hstu_xd.serving.tower_search import TowersForAll
 from hstu_xd.training.checkpoint import MODEL_FILE
 from hstu_xd.training.distributed import World, world
 from hstu_xd.training.run import load_trained
-from hstu_xd.training.run_facts import CONFIG_FILE, open_data, read_run
+from hstu_xd.training.run_facts import CONFIG_FILE, open_data
 from hstu_xd.version import __version__
 
 # Why a user gets nothing.
@@ -92,7 +92,7 @@ def recommend_to_all(
     named, wanted = format_of(out, file_format), None if users is None else read_users(users)
     with world(on_cpu=True) as here:
         here.in_main(lambda: check_output_file(out, force=force))
-        facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
+        trained = load_trained(run, allow_imports=allow_imports)
         catalog = trained.ranker.catalog
         names = list(dict.fromkeys(domains)) if domains else list(catalog.domain_names)
         protocol = trained.protocol.but(exclude_seen=exclude_seen)
@@ -100,7 +100,7 @@ def recommend_to_all(
             trained,
             [catalog.domain_index(name) for name in names],
             k,
-            window=facts["max_sequence_length"],
+            window=trained.window,
             protocol=protocol,
             at=at,
         )

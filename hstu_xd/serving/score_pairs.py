@@ -16,13 +16,13 @@ from torch import Tensor
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.data.tables import find_id_column, id_column, read_table
+from hstu_xd.data.window import Window
 from hstu_xd.errors import HstuXdError, InputError
 from hstu_xd.files import check_output_file, partial_file
 from hstu_xd.serving.bulk import BATCH_USERS, BLOCK_SCORES, HistoryReader, user_vectors
 from hstu_xd.serving.bulk_files import format_of
 from hstu_xd.serving.recommend_all import find_users, list_unserved, refuse_earlier
 from hstu_xd.training.run import TrainedRun, load_trained
-from hstu_xd.training.run_facts import read_run
 
 OPTION = "--pairs"
 UNKNOWN_ITEM = "the model does not know the item"
@@ -82,7 +82,7 @@ def score_pairs(
     """
     named, asked = format_of(out, file_format), read_pairs(pairs)
     check_output_file(out, force=force)
-    facts, trained = read_run(run), load_trained(run, allow_imports=allow_imports)
+    trained = load_trained(run, allow_imports=allow_imports)
     catalog = trained.ranker.catalog
     reader = HistoryReader(store, catalog)
     served, unserved = find_users(reader, asked["user"].unique(maintain_order=True).to_list())
@@ -105,7 +105,7 @@ def score_pairs(
         reader,
         wanted["number"].to_numpy(),
         wanted["id"].to_numpy(),
-        window=facts["max_sequence_length"],
+        window=trained.window,
         at=at,
     )
     _write(wanted.select("user", "item", "domain", pl.Series("score", scores)), out, named)
@@ -185,7 +185,7 @@ def _score(
     users: np.ndarray,
     items: np.ndarray,
     *,
-    window: int,
+    window: Window,
     at: int | None,
 ) -> np.ndarray:
     """Score (P,) user indices with (P,) item ids, a batch of users after the other: (P,) float32.
@@ -202,7 +202,7 @@ def _score(
         ids = torch.from_numpy(items[rows])
         owners = torch.from_numpy(np.searchsorted(batch, users[rows]))
         domains, places = trained.ranker.catalog.domain_of(ids).unique(return_inverse=True)
-        windows = reader.read(batch).latest(window)
+        windows = reader.read(batch).read_by(window, reader.catalog)
         vectors = user_vectors(trained.ranker, windows, domains.tolist(), at=at)
         for place in range(len(domains)):
             asked = (places == place).nonzero().squeeze(1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
+from hstu_xd.data.window import Window
 from hstu_xd.errors import InputError
 from hstu_xd.model.fused_layer import LayerCache
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -52,13 +53,15 @@ class EncoderSession:
     A window of W events slides by quarters: of n events the oldest ``q * ceil((n - W) / q)`` have
     left, with ``q = max(1, W // 4)``, and whenever some leave the rest is encoded anew. So the
     window follows from the number of events alone, however they arrived, and once it has been full
-    it holds ``W - q + 1`` to ``W`` events. Answers equal the full encoder on exactly these events.
+    it holds ``W - q + 1`` to ``W`` events, and before them the latest of each domain of those that
+    have left, where the window asks for older ones. Answers equal the full encoder on exactly these
+    events.
 
     Args:
         model: a trained model, float32 on the CPU; put into evaluation mode. Its weights are read
             now: later changes are not seen.
-        window: longest history ``W`` that is read, in events; default: all the model has positions
-            for. For a trained run give its ``max_sequence_length``.
+        window: which events of a history are read, of which ``W`` latest ones; a number: those
+            alone; default: as many as the model has positions for. For a trained run give its own.
         dtype: of the kept keys and values; half precisions halve the memory and are not exact.
         max_bytes: bound on all states; the least recently used users are dropped beyond it.
         history: how to get back the events of a user without a state, from the first one on;
@@ -98,7 +101,7 @@ class EncoderSession:
         self,
         model: CrossDomainHSTU,
         *,
-        window: int | None = None,
+        window: Window | int | None = None,
         dtype: torch.dtype = torch.float32,
         max_bytes: int | None = None,
         history: History | None = None,
@@ -110,12 +113,13 @@ class EncoderSession:
     ) -> None:
         check_model(model)
         longest = model.window
-        if window is not None and not 4 <= window <= longest:
-            raise InputError(f"window is {window}; 4..{longest} events, the model's positions")
+        self.window = Window.of(longest if window is None else window)
+        most = longest - self.window.older * model.catalog.num_domains
+        if window is not None and not 4 <= self.window.latest <= most:
+            raise InputError(f"window is {window}; 4..{most} events, the model's positions")
         if store_every < 1:
             raise InputError(f"store_every is {store_every}; at least 1 event")
         self.model = model.eval()
-        self.window = window or longest
         self._dtype, self._history, self._versions = dtype, history, versions
         self._cache: StateCache[UserState] = StateCache(max_bytes)
         with torch.inference_mode():
@@ -395,9 +399,9 @@ class EncoderSession:
     def _extend(self, state: UserState, events: Tensor) -> None:
         """Take (3, m) more events; the oldest leave where the window has no room for them."""
         state.add(events)
-        leaving = left_window(state.length, self.window)
+        leaving = left_window(state.length - state.older, self.window.latest)
         if leaving:
-            state.drop_oldest(leaving)
+            state.slide(leaving, self.window.older)
 
     def _commit(self, states: Sequence[UserState]) -> None:
         """Commit all events but the last: few in one step, many by the full encoder."""

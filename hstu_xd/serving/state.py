@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from hstu_xd.data.window import Window, latest_of_each
 from hstu_xd.model.settings import EncoderSettings
 
 # Arrays that are full grow by this many places or a 32nd of their length, whichever is more.
@@ -32,7 +33,8 @@ class UserState:
     Attributes:
         events: (3, capacity) int64, item ids, timestamps and domains of the window's events.
         length: number of events ``n``.
-        forgotten: (f,) int64, items of events that left the window.
+        older: of those, events of before the latest ones, kept as their domain's latest there.
+        forgotten: (f,) int64, items of events that are kept no more.
         memory: (layers, H, dqk + dv, capacity), keys and values of rows, rows last: so they are
             read fastest.
         rows: (2, capacity) int64, what the rows in memory are, see :class:`SegmentedWindow`; (0,
@@ -62,6 +64,7 @@ class UserState:
     revision: bytes = b""
     unsaved: int = 0
     version: bytes = b""
+    older: int = 0
 
     @classmethod
     def empty(cls, settings: EncoderSettings, dtype: torch.dtype) -> "UserState":
@@ -133,25 +136,29 @@ class UserState:
         self.length = end
         self.unsaved += events.shape[1]
 
-    def lacked(self, history: Tensor, window: int) -> Tensor | None:
+    def lacked(self, history: Tensor, window: Window) -> Tensor | None:
         """Return what of a history came after the events that this state was made of.
 
         Args:
             history: (3, N) all events of the user, oldest first.
-            window: of the session ``W``.
+            window: of the session.
 
         Returns:
             (3, m) the newest events; None where the state is not that of the events before them,
             as after one of those was removed.
         """
-        quarter, held = max(1, window // 4), self.events[:, : self.length]
+        older, latest = self.events[:, : self.length].tensor_split([self.older], dim=1)
+        quarter, number = max(1, window.latest // 4), latest.shape[1]
         # How many have left follows from the number of events, so that few places need a look.
-        for start in reversed(range(0, history.shape[1] - self.length + 1, quarter)):
-            end = start + self.length
-            if start != left_window(end, window) or not torch.equal(history[:, start:end], held):
+        for start in reversed(range(0, history.shape[1] - number + 1, quarter)):
+            before, same, after = history.tensor_split([start, start + number], dim=1)
+            if start != left_window(start + number, window.latest) or not torch.equal(same, latest):
                 continue
-            if torch.equal(history[0, :start].unique(), self.forgotten):
-                return history[:, end:]
+            kept = latest_of_each(before[2], torch.zeros_like(before[2]), window.older)
+            if torch.equal(before[:, kept], older) and torch.equal(
+                before[0, ~kept].unique(), self.forgotten
+            ):
+                return after
         return None
 
     def reserve(self, rows: int, readers: int) -> None:
@@ -195,12 +202,20 @@ class UserState:
         self.memory, self.rows = self.memory.index_select(3, rows), self.rows.index_select(1, rows)
         self.num_rows = len(rows)
 
-    def drop_oldest(self, leaving: int) -> None:
-        """Forget the oldest events but for their items; no event is committed any more."""
-        gone = self.item_ids[:leaving]
-        self.forgotten = torch.cat([self.forgotten, gone]).unique()
-        self.events = self.events[:, leaving : self.length].clone()
-        self.length -= leaving
+    def slide(self, leaving: int, older: int) -> None:
+        """Forget the oldest events but for their items; no event is committed any more.
+
+        Args:
+            leaving: of the latest events.
+            older: events of each domain, of those that have left, that are kept all the same.
+        """
+        before = self.domains[: self.older + leaving]
+        kept = torch.ones(self.length, dtype=torch.bool)
+        kept[: before.numel()] = latest_of_each(before, torch.zeros_like(before), older)
+        self.forgotten = torch.cat([self.forgotten, self.item_ids[~kept]]).unique()
+        self.events = self.events[:, : self.length][:, kept]
+        self.older = int(kept[: before.numel()].sum())
+        self.length = int(kept.sum())
         self.restart(self.memory[..., :0].clone(), self.rows[:, :0].clone())
 
     def restart(self, memory: Tensor, rows: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from hstu_xd.data.window import Window
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving.codec import RefusedState, decode_state, encode_state, fingerprint, revision
@@ -77,7 +78,7 @@ class StoredStates:
         self,
         store: StateStore,
         model: CrossDomainHSTU,
-        window: int,
+        window: Window,
         dtype: torch.dtype,
         every: int,
     ) -> None:

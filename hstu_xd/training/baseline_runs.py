@@ -35,7 +35,7 @@ class BaselineTrainer:
         self.protocol = settings.protocol
         self._data = {
             split: self.protocol.sequences(
-                store, split, train.max_sequence_length, domain=train.domain, until=train.until
+                store, split, train.window, domain=train.domain, until=train.until
             )
             for split in Split
         }

@@ -38,6 +38,7 @@ _SIZES = (
     "xd_item.features",
     "xd_train.item_embedding_dim",
     "xd_train.max_sequence_length",
+    "xd_train.older_per_domain",
     "xd_train.gr_output_length",
 )
 _ITEM, _DOMAIN, _VALUE = "item", "domain", "value of a category"
@@ -124,7 +125,7 @@ class Predecessor:
         data = settings.protocol.sequences(
             store,
             Split.TRAIN,
-            settings.train.max_sequence_length,
+            settings.train.window,
             domain=settings.train.domain,
         )
         if settings.train.replay_share < 1 and not data.begin_at_news(self.until, 0).size:
@@ -320,7 +321,7 @@ def _neighbours(
         store: whose training events are read, and no held-out ones.
         settings: of the training.
     """
-    data = SequenceData(store, Split.TRAIN, settings.train.max_sequence_length)
+    data = SequenceData(store, Split.TRAIN, settings.train.window)
     items, _, users = data.events()
     same = users[1:] == users[:-1]
     before, after = items[:-1][same], items[1:][same]

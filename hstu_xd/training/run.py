@@ -13,6 +13,7 @@ import torch
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.window import Window
 from hstu_xd.declaration import labels
 from hstu_xd.errors import InputError, Interrupted
 from hstu_xd.evaluation.baselines import NO_BASELINE, Baseline
@@ -236,7 +237,7 @@ def new_model(
         catalog,
         settings.encoder_settings(catalog.num_domains),
         dropout_rate=train.dropout_rate,
-        window=train.max_sequence_length,
+        window=train.window.size(catalog.num_domains),
         features=features,
         row_dropout=settings.item.row_dropout,
     )
@@ -264,6 +265,7 @@ class TrainedRun:
         metrics: functions of ranks that it is measured by beside the usual ones.
         protocol: what it was evaluated by in training.
         domain: the only one that it was trained on; "": all.
+        window: which events of a history it reads.
     """
 
     ranker: CrossDomainHSTU | Baseline
@@ -271,6 +273,7 @@ class TrainedRun:
     metrics: Metrics
     protocol: Protocol
     domain: str
+    window: Window
 
     @property
     def model(self) -> CrossDomainHSTU:
@@ -338,14 +341,16 @@ def load_trained(
         metrics_of(settings.train),
         settings.protocol,
         domain,
+        settings.train.window,
     )
 
 
 def variant_name(settings: RunSettings) -> str:
     """Name a run after what its model is trained as: "HSTU", "HSTU + mask + TAPE", ...
 
-    Of the training, only up to which split it goes, where negatives are drawn and how many other
-    domains are asked for is told; :meth:`RunSettings.unlike` tells all.
+    Of the training, only up to which split it goes, where negatives are drawn, how many other
+    domains are asked for and what is read beside the latest events is told;
+    :meth:`RunSettings.unlike` tells all.
     """
     if settings.train.baseline != NO_BASELINE:
         return until_name(settings.train.baseline, settings.train.until)
@@ -356,6 +361,8 @@ def variant_name(settings: RunSettings) -> str:
     parts += labels(settings.encoder_settings(num_domains=1))
     if settings.item.features:
         parts.append(f"item features {', '.join(settings.item.features)}")
+    if settings.train.older_per_domain:
+        parts.append(f"{settings.train.older_per_domain} older events of each domain")
     if settings.train.domain:
         parts.append(f"{settings.train.domain} alone")
     asked = settings.train.asked_domains

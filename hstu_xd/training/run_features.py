@@ -53,7 +53,7 @@ def features_of(store: InteractionStore, settings: RunSettings) -> FeatureTable 
             )
     train = settings.train
     data = settings.protocol.sequences(
-        store, Split.TRAIN, train.max_sequence_length, domain=train.domain, until=train.until
+        store, Split.TRAIN, train.window, domain=train.domain, until=train.until
     )
     is_met = torch.zeros(store.num_items + 1, dtype=torch.bool)
     is_met[data.events()[0]] = True

@@ -10,6 +10,7 @@ import numpy as np
 
 from hstu_xd.data.batches import Split
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.window import Window
 from hstu_xd.declaration import check, inert, setting
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import BASELINES, NO_BASELINE
@@ -47,9 +48,11 @@ class TrainSettings:
     """What ``xd_train.*`` bindings set; names follow upstream's ``train_fn`` where it has them.
 
     Attributes:
-        max_sequence_length: longest history that is read, in events.
+        max_sequence_length: latest events of a history that are read.
+        older_per_domain: events of each domain that are read beside those, the latest ones before
+            them: of a rare domain some stay, however much of the others follows.
         gr_output_length: room for outputs in the padded length; as in upstream, attention is
-            divided by ``max_sequence_length + gr_output_length + 1``.
+            divided by the most events that are read, and ``gr_output_length + 1``.
         item_embedding_dim: model width.
         domain: name of the only domain that is read, trained on and ranked, as if the log had no
             other; "": all. Such a run is a control, beside one of each other domain: what training
@@ -107,6 +110,9 @@ class TrainSettings:
     """
 
     max_sequence_length: int = setting(100, at_least=1, also=("max_len", "window"))
+    older_per_domain: int = setting(
+        0, at_least=0, also=("hard_search", "domain_window", "max_len_per_domain", "quota")
+    )
     gr_output_length: int = setting(10, at_least=0)
     item_embedding_dim: int = setting(128, at_least=1, also=("width", "hidden_size", "d_model"))
     domain: str = setting("", also=("single_domain", "per_domain"))
@@ -177,9 +183,13 @@ class TrainSettings:
         return Split(self.train_until)
 
     @property
-    def norm_length(self) -> int:
-        """The constant ``N`` that upstream divides attention by."""
-        return self.max_sequence_length + self.gr_output_length + 1
+    def window(self) -> Window:
+        """Which events of a history are read."""
+        return Window(self.max_sequence_length, self.older_per_domain)
+
+    def norm_length(self, num_domains: int) -> int:
+        """Return the constant ``N`` that upstream divides attention by."""
+        return self.window.size(num_domains) + self.gr_output_length + 1
 
     def users_per_step(self, events: np.ndarray) -> int:
         """Return how many users a process takes in a step.
@@ -263,7 +273,7 @@ class RunSettings:
         """Build the encoder's settings for a catalogue of ``num_domains`` domains."""
         return EncoderSettings(
             num_domains=num_domains,
-            norm_length=self.train.norm_length,
+            norm_length=self.train.norm_length(num_domains),
             embedding_dim=self.train.item_embedding_dim,
             **self.encoder,
         )

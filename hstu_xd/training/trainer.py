@@ -101,10 +101,9 @@ class Trainer(EpochTraining[Progress]):
             raise HstuXdError("xd_train.main_module_bf16 needs CUDA; set it to False on CPU")
         self.model, self.settings, self.run, self.world = model, settings, run, world
         self.protocol, self._announce = protocol, announce
-        length = settings.max_sequence_length
         domain, trained = settings.domain, settings.until
         self._data = {
-            split: protocol.sequences(store, split, length, domain=domain, until=trained)
+            split: protocol.sequences(store, split, settings.window, domain=domain, until=trained)
             for split in Split
         }
         data = self._data[Split.TRAIN]

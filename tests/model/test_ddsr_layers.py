@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import EVERYTHING, tiny_model
 
+from hstu_xd.data.window import Window
 from hstu_xd.serving.codec import fingerprint
 from hstu_xd.serving.state import UserState, expected_bytes
 
@@ -25,4 +26,4 @@ def test_only_the_named_layers_have_it(layers: tuple[int, ...]) -> None:
 
 def test_states_of_other_layers_are_not_taken() -> None:
     models = [tiny_model(**EVERYTHING, ddsr_layers=layers) for layers in ((0,), (1,), (0, 1))]
-    assert len({fingerprint(model, 9, torch.float32) for model in models}) == 3
+    assert len({fingerprint(model, Window(9), torch.float32) for model in models}) == 3

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hstu_xd.batch import JaggedBatch
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.data.window import Window
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
@@ -103,7 +104,7 @@ def test_events_beyond_the_trained_window_are_refused() -> None:
         model.encode(ids, ids, torch.tensor([0]))
     with pytest.raises(InputError, match=r"window is 5; 4\.\.4 events"):
         EncoderSession(model, window=5)
-    assert EncoderSession(model).window == 4
+    assert EncoderSession(model).window == Window(4)
     padded = torch.nn.functional.pad(ids[:, 1:], (0, 30))
     vectors = model.encode(padded, padded, torch.tensor([0]))
     torch.testing.assert_close(vectors, tiny.encode(ids[:, 1:], ids[:, 1:], torch.tensor([0])))

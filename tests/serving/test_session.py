@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import ITEMS_PER_DOMAIN, NORM_LENGTH, NUM_DOMAINS, SWITCHES, tiny_model
 from torch import Tensor
 
+from hstu_xd.data.window import Window
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
@@ -374,7 +375,7 @@ def test_a_state_that_is_behind_takes_what_others_have_written(
 
 
 def test_a_state_of_other_events_lacks_nothing_that_can_be_added() -> None:
-    net, window = model("everything"), 8
+    net, window = model("everything"), Window(8)
     known = [(item, time) for _, item, time in log(9, 30, users=1)]
     for count in (1, 7, 8, 9, 10, 11, 20):
         session = EncoderSession(net, window=window)

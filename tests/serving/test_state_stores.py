@@ -19,6 +19,7 @@ from tiny_models import EVERYTHING, ITEMS_PER_DOMAIN, NORM_LENGTH, NUM_DOMAINS, 
 from torch import Tensor
 
 from hstu_xd.catalog import DomainCatalog
+from hstu_xd.data.window import Window
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.serving import EncoderSession
@@ -377,4 +378,4 @@ def test_states_that_version_0_1_0_stored_are_known_again(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
-    assert fingerprint(model, 8, torch.float32).hex() == known
+    assert fingerprint(model, Window(8), torch.float32).hex() == known

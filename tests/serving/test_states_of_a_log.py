@@ -8,6 +8,7 @@ import torch
 from store_cases import KINDS, open_store, place
 from test_state_stores import MODEL, History, append, close, event, expected, history, window
 
+from hstu_xd.data.window import Window
 from hstu_xd.errors import InputError
 from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.codec import decode_state, fingerprint
@@ -72,7 +73,7 @@ class Counting(MemoryStore):
 
 
 def stored_items(store: MemoryStore) -> list[int]:
-    checkpoint = fingerprint(MODEL, MODEL.window, torch.float32)
+    checkpoint = fingerprint(MODEL, Window(MODEL.window), torch.float32)
     state = decode_state(store._values["ann"], checkpoint, MODEL.settings, torch.float32)
     return state.item_ids.tolist()
 

@@ -10,6 +10,7 @@ from quick_runs import QUICK
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.cli import app
+from hstu_xd.data.window import Window
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.model.settings import EncoderSettings
@@ -309,11 +310,11 @@ def test_a_layer_of_another_kind_trains_and_is_not_served(
 
 def test_states_of_one_layer_are_not_those_of_another(desk: Path) -> None:
     model = CrossDomainHSTU(*tiny())
-    before = fingerprint(model, 8, torch.float32)
+    before = fingerprint(model, Window(8), torch.float32)
     model.settings = read(desk, "xd_encoder.layer = @Halved").encoder_settings(2)
-    one = fingerprint(model, 8, torch.float32)
+    one = fingerprint(model, Window(8), torch.float32)
     object.__setattr__(model.settings, "layer", Part("other.Halved", None))
-    assert len({before, one, fingerprint(model, 8, torch.float32)}) == 3
+    assert len({before, one, fingerprint(model, Window(8), torch.float32)}) == 3
 
 
 def tiny() -> tuple[DomainCatalog, EncoderSettings]:

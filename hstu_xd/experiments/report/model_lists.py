@@ -138,7 +138,7 @@ def _ask(
 ) -> tuple[RankedTargets, ListTally]:
     """Rank the test targets of a run's model and count its lists, a batch at a time."""
     trained = load_trained(run.path, allow_imports=allow_imports)
-    held_out = protocol.sequences(store, Split.TEST, run.info["max_sequence_length"])
+    held_out = protocol.sequences(store, Split.TEST, trained.window)
     tally = ListTally(store.catalog, protocol.ks)
     found = rank_targets(
         trained.ranker,

@@ -9,6 +9,7 @@ import torch
 
 from hstu_xd.catalog import DomainCatalog
 from hstu_xd.data.store import InteractionStore
+from hstu_xd.data.window import Window
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.protocol import RETRIEVAL
 from hstu_xd.model.hstu import CrossDomainHSTU
@@ -33,7 +34,7 @@ class RetrievalEngine:
     Args:
         name: of the run.
         model: trained, on the CPU.
-        window: longest history that is read, in events.
+        window: which events of a history are read.
         prepared: earlier histories, if any.
         states: where states are kept, and how items are searched.
         scorer: what ranks items; None: dot products.
@@ -53,7 +54,7 @@ class RetrievalEngine:
         self,
         name: str,
         model: CrossDomainHSTU,
-        window: int,
+        window: Window,
         prepared: InteractionStore | None,
         states: StateSettings,
         *,
@@ -85,7 +86,7 @@ class RetrievalEngine:
         return cls(
             run.resolve().name,
             trained.model,
-            trained.model.window,
+            trained.window,
             prepared,
             states,
             scorer=trained.scorer,
