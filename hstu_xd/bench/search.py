@@ -1,4 +1,8 @@
-"""``bench search``: hard search over an index mapped from disk, against scanning the history."""
+"""``bench search``: hard search over a mapped index against a scan, soft search against all scores.
+
+The index lies on disk, and a scan looks at the whole history; soft search goes through the history
+in chunks, where its rival holds all scores at once.
+"""
 
 import os
 import time
@@ -9,9 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hstu_xd.search import Found, HardIndex
+from hstu_xd.search.soft import Requests, SoftSearch
 
 LENGTHS = (10_000, 100_000, 1_000_000)
 LEVELS = 4
@@ -19,6 +26,8 @@ LEVELS = 4
 FAN_OUT = 20
 ITEMS = 50_000
 SPAN = 100_000_000
+# Of the embeddings of soft search.
+SOFT_WIDTH = 32
 APPENDS = 2_000
 CHECKED = 5
 # Events of each user of a long log, and how often it is opened.
@@ -47,11 +56,13 @@ def measure_search(
         Rows {provider, seq_len, us_per_candidate, ...}; of the index also the time in a turn's
         first request, for which the scan has just emptied the caches (``us_per_candidate_cold``),
         the speed of its building, its size, an append and the opening. ``correct`` says that both
-        found the same events and levels, and nothing else is timed.
+        found the same events and levels, and nothing else is timed. Of soft search, whose tables
+        are new, rows {provider, seq_len, width, ms_per_candidate, ...}.
     """
     for length in lengths:
         with TemporaryDirectory() as folder:
             yield from _measure(Path(folder) / "index", length, k, candidates, repeats)
+        yield from _measure_soft(length, k, candidates, repeats)
 
 
 def measure_opening(events: int, k: int) -> dict[str, Any]:
@@ -208,6 +219,50 @@ def _measure(
         "open_ms": open_seconds * 1e3,
     }
     yield {"provider": "scan", **row, "us_per_candidate": float(np.median(scan_times))}
+
+
+def _measure_soft(length: int, k: int, candidates: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Time requests to one user's history, whose candidates share the passes over its events."""
+    rng = np.random.default_rng(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SoftSearch([ITEMS], width=SOFT_WIDTH)
+
+    def drawn(number: int) -> Tensor:
+        return torch.from_numpy(rng.zipf(1.2, (number, 1)) % ITEMS)
+
+    gaps = torch.from_numpy(rng.integers(1, SPAN, length)).sort(descending=True).values
+    events = drawn(length)
+    ends = torch.tensor([0, length]), torch.tensor([0, candidates])
+    requests = [
+        Requests(events, gaps, ends[0], drawn(candidates), ends[1]) for _ in range(repeats + 1)
+    ]
+    row = {"seq_len": length, "k": k, "candidates": candidates, "width": SOFT_WIDTH}
+    chunks, whole = partial(model.search, k=k), partial(model.search, k=k, chunk=length)
+    best, dense = (_scores(model, requests[0], find(requests[0])) for find in (chunks, whole))
+    row["correct"] = torch.allclose(best, dense, rtol=0, atol=1e-5)
+    if not row["correct"]:
+        yield {"provider": "soft", **row}
+        return
+    turns = [[_seconds(partial(find, each)) for find in (chunks, whole)] for each in requests[1:]]
+    soft_times, dense_times = np.array(turns).T * 1e3 / candidates
+    yield {
+        "provider": "soft",
+        **row,
+        "ms_per_candidate": float(np.median(soft_times)),
+        "times_faster_than_soft-dense": float(np.median(dense_times / soft_times)),
+    }
+    yield {"provider": "soft-dense", **row, "ms_per_candidate": float(np.median(dense_times))}
+
+
+def _scores(model: SoftSearch, asked: Requests, found: Tensor) -> Tensor:
+    """Return the scores of what was found, in its order: events of equal scores may differ."""
+    there, rows = found >= 0, found.clamp(min=0)
+    with torch.no_grad():
+        keys = model.attend(asked.events[rows.flatten()], is_candidate=False)
+        query = model.attend(asked.candidates, is_candidate=True)
+        scores = (keys.view(*rows.shape, -1) @ query.unsqueeze(2)).squeeze(2)
+        return (scores + model.time_scores(asked.gaps[rows])).masked_fill(~there, 0)
 
 
 def _agree(searched: Search, scanned: Search, requests: Sequence[tuple[Ints, int]]) -> bool:

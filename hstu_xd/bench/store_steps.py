@@ -18,10 +18,12 @@ from torch import Tensor
 from hstu_xd.bench.cases import Case
 from hstu_xd.bench.memory import allocated, growth, growth_elsewhere
 from hstu_xd.bench.passes import FORWARD_BUDGET, row_error
+from hstu_xd.bench.request_steps import measure_on_requests
 from hstu_xd.bench.rows import Row, empty_row, time_columns
 from hstu_xd.bench.timing import Mark, Times, noting_failure, take_turns, torch_threads, unmarked
 from hstu_xd.bench.train_step import number_zeros
 from hstu_xd.data.batches import SequenceData, Split
+from hstu_xd.data.requests import is_requests
 from hstu_xd.data.store import InteractionStore
 from hstu_xd.errors import InputError
 from hstu_xd.evaluation.baselines import NO_BASELINE
@@ -102,7 +104,7 @@ def measure_on_store(
     """Yield the rows of :func:`measure` for variants of one recipe.
 
     Args:
-        data: folder of the store.
+        data: folder of the store, or of requests.
         variants: names of :data:`hstu_xd.experiments.variants.VARIANTS` and gin files, separated
             by commas.
         recipe: gin files and bindings that the variants share.
@@ -113,6 +115,12 @@ def measure_on_store(
     """
     shared_files, shared_bindings = recipe
     for some in sizes:
+        if is_requests(data):
+            if device != "cpu":
+                raise InputError(f"--device {device}: rankers are trained on the CPU")
+            shared = shared_files, [*shared_bindings, *some]
+            yield from measure_on_requests(data, variants, shared, threads=threads, repeats=repeats)
+            continue
         steps = {}
         for name in parse_variants(variants):
             files, bindings = recipe_of(name, shared_files, [*shared_bindings, *some])

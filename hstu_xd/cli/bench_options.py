@@ -137,7 +137,9 @@ LogEvents = Annotated[
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")]
 StoreData = Annotated[
     Path | None,
-    typer.Option("--data", help="Prepared store to take batches of. [default: drawn batches]"),
+    typer.Option(
+        "--data", help="Prepared store (train-step: or requests) of the batches. [default: drawn]"
+    ),
 ]
 Variants = Annotated[
     str, typer.Option(help="With --data: variants as of hstu-xd ablate, separated by commas.")

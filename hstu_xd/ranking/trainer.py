@@ -113,25 +113,49 @@ class RankTrainer(EpochTraining[RankingProgress]):
             check_group_is_there("xd_rank.select_metric", name, found, "validation candidates")
 
     def _train_epoch(self) -> None:
-        rank, progress, requests = self._rank, self.progress, self.task.requests
+        progress = self.progress
         self.model.train()
-        order = np.random.default_rng([rank.random_seed, progress.epoch])
-        chosen = order.permutation(requests.of_split(Split.TRAIN))
-        for first in range(progress.requests_in_epoch, len(chosen), rank.batch_requests):
+        for chosen in self.batches(progress.epoch, done=progress.requests_in_epoch):
             if self._request.signal:
                 self._stop(self._request.signal)
-            self._step(chosen[first : first + rank.batch_requests])
+            self._step(chosen)
             if progress.step % _SAVE_EVERY == 0:
                 self._save()
 
-    def _step(self, chosen: NDArray[np.int64]) -> None:
+    def batches(self, epoch: int, *, done: int = 0) -> list[NDArray[np.int64]]:
+        """Return the numbers of the requests of each batch of an epoch, in the epoch's own order.
+
+        Args:
+            epoch: counted from 0.
+            done: requests at the beginning of that order, which are left out.
+        """
+        order = np.random.default_rng([self._rank.random_seed, epoch])
+        chosen = order.permutation(self.task.requests.of_split(Split.TRAIN))
+        size = self._rank.batch_requests
+        return [chosen[i : i + size] for i in range(done, len(chosen), size)]
+
+    def step(self, chosen: NDArray[np.int64], mark: Callable[[str], object]) -> None:
+        """Take one optimiser step on a batch.
+
+        Args:
+            chosen: numbers of training requests.
+            mark: called with the name of each phase that is over, but for the last one.
+        """
+        self._step(chosen, mark)
+
+    def _step(
+        self, chosen: NDArray[np.int64], mark: Callable[[str], object] = lambda phase: None
+    ) -> None:
         began, progress = time.perf_counter(), self.progress
         batch = self.task.data.batch(chosen)
+        mark("batch")
         # What is dropped follows from the step, as the order does from the epoch.
         torch.manual_seed((self._rank.random_seed + progress.step) % 2**64)
         loss, candidates = self.model.loss(batch), int(batch.mask.sum())
+        mark("forward")
         self._optimizer.zero_grad(set_to_none=True)
         (loss / candidates).backward()
+        mark("backward")
         self._optimizer.step()
         progress.loss_sum += loss.item()
         progress.loss_candidates += candidates
