@@ -58,19 +58,24 @@ class Positions(nn.Module):
             buckets: (N, K) int64 of :func:`gap_buckets`.
             goals: (N,) int64; -1: unknown.
         """
-        places = torch.arange(1, vectors.shape[1] + 1, device=vectors.device)
-        rows = {"rank": places.expand(vectors.shape[0], -1), "gap": buckets}
-        return self._add(vectors, rows, goals)
+        # All groups have the same places: no row is looked up for them.
+        places = slice(1, vectors.shape[1] + 1)
+        return self._add(vectors, {"rank": places, "gap": buckets}, goals)
 
     def of_targets(self, vectors: Tensor, goals: Tensor) -> Tensor:
         """Add the candidates' own place to them: (N, C, d), (N,) -> (N, C, d)."""
-        own = torch.zeros(vectors.shape[:2], dtype=torch.long, device=vectors.device)
-        return self._add(vectors, {"rank": own, "gap": own}, goals)
+        return self._add(vectors, dict.fromkeys(("rank", "gap"), slice(0, 1)), goals)
 
-    def _add(self, vectors: Tensor, rows: dict[str, Tensor], goals: Tensor) -> Tensor:
+    def _add(self, vectors: Tensor, rows: dict[str, slice | Tensor], goals: Tensor) -> Tensor:
         for name, table in self.tables.items():
-            vectors = vectors + nn.functional.embedding(rows[name], table)
+            vectors = vectors + _rows_of(table, rows[name])
             if name in self.deltas:
-                of_goal = self.deltas[name][goals.clamp(min=0)[:, None], rows[name]]
+                own, deltas = rows[name], self.deltas[name]
+                goal = goals.clamp(min=0)
+                of_goal = deltas[goal, own] if isinstance(own, slice) else deltas[goal[:, None], own]
                 vectors = vectors + of_goal * (goals >= 0)[:, None, None]
         return vectors
+
+
+def _rows_of(table: Tensor, rows: slice | Tensor) -> Tensor:
+    return table[rows] if isinstance(rows, slice) else nn.functional.embedding(rows, table)
