@@ -70,9 +70,8 @@ class Positions(nn.Module):
         for name, table in self.tables.items():
             vectors = vectors + _rows_of(table, rows[name])
             if name in self.deltas:
-                own, deltas = rows[name], self.deltas[name]
-                goal = goals.clamp(min=0)
-                of_goal = deltas[goal, own] if isinstance(own, slice) else deltas[goal[:, None], own]
+                own, goal = rows[name], goals.clamp(min=0)
+                of_goal = self.deltas[name][goal if isinstance(own, slice) else goal[:, None], own]
                 vectors = vectors + of_goal * (goals >= 0)[:, None, None]
         return vectors
 

@@ -113,15 +113,23 @@ class SoftView(nn.Module):
             there = (batch.histories.items > 0).view(batch.candidates.shape[0], -1)
             read = self.search(asked, self.search.search_padded(asked, there, self._k))
             return read.view(*batch.candidates.shape, -1)
-        read = self.search(asked, self.search.search(asked, self._k))
+        return self._laid_out(self.search(asked, self.search.search(asked, self._k)), batch)
+
+    def learn(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
+        """Return the view, and logits of the auxiliary layers, which read all events.
+
+        Returns:
+            (R, C, out_features) and (Q, G).
+        """
+        assert self.over_all is not None
+        of_found, of_all = self.search.learn(self._asked(batch), self._k)
+        return self._laid_out(of_found, batch), self.over_all(of_all)
+
+    def _laid_out(self, read: Tensor, batch: RequestBatch) -> Tensor:
+        """Lay (Q, out_features) of candidates out in a row a request, zeros behind."""
         view = read.new_zeros(*batch.mask.shape, self.out_features)
         view[batch.mask] = read
         return view
-
-    def auxiliary(self, batch: RequestBatch) -> Tensor:
-        """Return logits of the auxiliary layers, which read all events: (Q, G)."""
-        assert self.over_all is not None
-        return self.over_all(self.search.over_all(self._asked(batch)))
 
     def _asked(self, batch: RequestBatch) -> Requests:
         assert batch.histories is not None
@@ -244,11 +252,14 @@ class Ranker(RankingModel):
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Return the logits of the requests' candidates for their goals: (R, C)."""
+        return self._logits(batch, None if self.soft is None else self.soft(batch))
+
+    def _logits(self, batch: RequestBatch, soft: Tensor | None) -> Tensor:
         candidates = self.items(batch.candidates)
         encoded = self._encoded(batch)
         views = [self._interest_in(candidates, batch, encoded)]
-        if self.soft is not None:
-            views.append(self.soft(batch))
+        if soft is not None:
+            views.append(soft)
         if encoded is not None:
             views += [encoded.read, encoded.read * candidates]
         of_goal = self.goals(batch.goals)[:, None].expand(-1, candidates.shape[1], -1)
@@ -299,13 +310,12 @@ class Ranker(RankingModel):
 
         The auxiliary loss of soft search, where there is one, counts as much as that of the ranker.
         """
-        loss = super().loss(batch)
-        if self.soft is not None and self.soft.over_all is not None:
-            goals = batch.goals.repeat_interleave(batch.mask.sum(1))
-            loss = loss + cross_entropy(
-                self.soft.auxiliary(batch).gather(1, goals[:, None])[:, 0], batch
-            )
-        return loss
+        if self.soft is None or self.soft.over_all is None:
+            return super().loss(batch)
+        view, others = self.soft.learn(batch)
+        goals = batch.goals.repeat_interleave(batch.mask.sum(1))
+        auxiliary = cross_entropy(others.gather(1, goals[:, None])[:, 0], batch)
+        return cross_entropy(self._logits(batch, view)[batch.mask], batch) + auxiliary
 
     def tables(self) -> list[nn.Parameter]:
         """Return the parameters that are looked up rather than multiplied.

@@ -204,23 +204,40 @@ class SoftSearch(nn.Module):
         scores = (keys @ query.unsqueeze(2)).squeeze(2) + bias
         weights = _softmax(scores, there)
         values = self.represent(flat, is_candidate=False).view(*found.shape, -1)
-        return self._features(requests.candidates, (weights.unsqueeze(1) @ values).squeeze(1))
+        candidates = self.represent(requests.candidates, is_candidate=True)
+        return _features(candidates, (weights.unsqueeze(1) @ values).squeeze(1))
 
-    def over_all(self, requests: Requests) -> Tensor:
-        """Return the features of :meth:`forward` over all events, for the auxiliary loss."""
+    def learn(self, requests: Requests, k: int) -> tuple[Tensor, Tensor]:
+        """Read the K events of the highest score, and all of them, in one pass over the events.
+
+        Args:
+            requests: what is asked.
+            k: how many events to find.
+
+        Returns:
+            The features of :meth:`forward` of what :meth:`search` finds, and those over all events,
+            for the auxiliary loss: (Q, 3 F r) each.
+
+        Raises:
+            InputError: ``k`` below 1.
+        """
+        check_count(k)
         query = self.attend(requests.candidates, is_candidate=True)
         keys = self.attend(requests.events, is_candidate=False)
         values = self.represent(requests.events, is_candidate=False)
         bias = self.time_scores(requests.gaps)
-        read = [
-            _softmax(query[asked] @ keys[events].T + bias[events]) @ values[events]
-            for events, asked in requests.slices()
-        ]
-        return self._features(requests.candidates, torch.cat(read))
-
-    def _features(self, candidates: Tensor, read: Tensor) -> Tensor:
-        candidate = self.represent(candidates, is_candidate=True)
-        return torch.cat([candidate, read, read * candidate], 1)
+        events, asked = requests.offsets.diff().tolist(), requests.candidate_offsets.diff().tolist()
+        # Each slice of its own would have a gradient of the size of the whole.
+        parts = query.split(asked), keys.split(events), bias.split(events), values.split(events)
+        of_found, of_all = [], []
+        for q, key, b, value in zip(*parts, strict=True):
+            scores = q @ key.T + b
+            best = scores.detach().topk(min(k, scores.shape[1]), dim=1).indices
+            weights = torch.zeros_like(scores).scatter(1, best, _softmax(scores.gather(1, best)))
+            of_found.append(weights @ value)
+            of_all.append(_softmax(scores) @ value)
+        candidates = self.represent(requests.candidates, is_candidate=True)
+        return _features(candidates, torch.cat(of_found)), _features(candidates, torch.cat(of_all))
 
     def _embedded(self, tables: nn.ModuleList, ids: Tensor, is_candidate: bool) -> Tensor:
         side = 0 if is_candidate else self.sides - 1
@@ -229,6 +246,10 @@ class SoftSearch(nn.Module):
             for copies, column in zip(tables, ids.unbind(1))
         )
         return torch.cat(list(fields), 1)
+
+
+def _features(candidates: Tensor, read: Tensor) -> Tensor:
+    return torch.cat([candidates, read, read * candidates], 1)
 
 
 def _tables(sizes: Sequence[int], width: int, sides: int, std: float) -> nn.ModuleList:

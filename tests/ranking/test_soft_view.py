@@ -107,7 +107,8 @@ def test_loss_is_that_of_the_ranker_and_of_all_events(made: Any) -> None:
     own = torch.nn.functional.binary_cross_entropy_with_logits(
         model(batch)[mask], labels, reduction="sum"
     )
-    logits = model.soft.auxiliary(batch)
+    view, logits = model.soft.learn(batch)
+    torch.testing.assert_close(view, model.soft(batch))
     chosen = logits[torch.arange(len(logits)), goals.repeat_interleave(mask.sum(1))]
     beside = torch.nn.functional.binary_cross_entropy_with_logits(chosen, labels, reduction="sum")
     torch.testing.assert_close(model.loss(batch), own + beside)

@@ -92,14 +92,34 @@ def test_everything_found_reads_what_the_auxiliary_features_read() -> None:
     requests = draw([12, 0, 5], [2, 2, 3])
     model = SoftSearch(SIZES, width=4).double()
     found = model.search(requests, 12)
-    torch.testing.assert_close(model(requests, found), model.over_all(requests))
+    of_found, of_all = model.learn(requests, 12)
+    torch.testing.assert_close(model(requests, found), of_all)
+    torch.testing.assert_close(of_found, of_all)
+
+
+@pytest.mark.parametrize("tables", TABLES)
+def test_what_is_learned_from_is_what_is_found_later(tables: str) -> None:
+    """One pass over the events in training gives the numbers of a search and a reading after it."""
+    requests, gradients = draw([9, 0, 40, 3], [3, 2, 4, 0]), []
+    model = SoftSearch(SIZES, width=8, tables=tables).double()
+    read = model(requests, model.search(requests, 5))
+    of_found, of_all = model.learn(requests, 5)
+    torch.testing.assert_close(of_found, read, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(of_found, of_all)
+    noise = torch.randn(read.shape, dtype=read.dtype)
+    for features in (read, of_found):
+        model.zero_grad()
+        (features * noise).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_tables_learn_from_their_own_side_only() -> None:
     requests = draw([12, 5], [2, 3])
     model = SoftSearch(SIZES, width=4, attention_width=2)
-    for features in (model(requests, model.search(requests, 4)), model.over_all(requests)):
+    for way in range(3):
         model.zero_grad()
+        features = (model(requests, model.search(requests, 4)), *model.learn(requests, 4))[way]
         features.square().sum().backward()
         for tables in (model.attention, model.representation):
             assert all(x.grad is not None and x.grad.any() for x in tables.parameters())
