@@ -8,10 +8,13 @@ differ by ``tables`` alone.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hstu_xd.errors import InputError, did_you_mean
 from hstu_xd.search.found import check_count
@@ -19,6 +22,8 @@ from hstu_xd.search.found import check_count
 TABLES = ("decoupled", "shared", "projection", "four")
 # Scores of a request that are held at once: candidates x events.
 SCORES_AT_ONCE = 1 << 18
+# Events of a batch whose embeddings training keeps for the backward pass.
+LEARNED_AT_ONCE = 1 << 18
 _TIME_BUCKETS = 64
 
 
@@ -39,6 +44,24 @@ class Requests:
     offsets: Tensor
     candidates: Tensor
     candidate_offsets: Tensor
+
+    def parts(self, most: int) -> "list[Requests]":
+        """Cut them into parts that have about so many events each, or one request."""
+        ends = self.offsets[1:].tolist()
+        cuts = [i for i in range(1, len(ends)) if ends[i] // most > ends[i - 1] // most]
+        bounds = [0, *cuts, len(ends)]
+        return [self._part(first, last) for first, last in pairwise(bounds)]
+
+    def _part(self, first: int, last: int) -> "Requests":
+        ends, asked = (x[first : last + 1] for x in (self.offsets, self.candidate_offsets))
+        events, candidates = (slice(*x[[0, -1]].tolist()) for x in (ends, asked))
+        return Requests(
+            self.events[events],
+            self.gaps[events],
+            ends - ends[0],
+            self.candidates[candidates],
+            asked - asked[0],
+        )
 
     def slices(self) -> list[tuple[slice, slice]]:
         """Return the slice of events and that of candidates of every request."""
@@ -222,6 +245,15 @@ class SoftSearch(nn.Module):
             InputError: ``k`` below 1.
         """
         check_count(k)
+        parts = requests.parts(LEARNED_AT_ONCE)
+        if len(parts) == 1:
+            return self._learn(requests, k)
+        # Of so many events nothing is kept for the backward pass, which computes it again.
+        again = partial(checkpoint, self._learn, use_reentrant=False, preserve_rng_state=False)
+        of_found, of_all = zip(*(again(part, k) for part in parts), strict=True)
+        return torch.cat(of_found), torch.cat(of_all)
+
+    def _learn(self, requests: Requests, k: int) -> tuple[Tensor, Tensor]:
         query = self.attend(requests.candidates, is_candidate=True)
         keys = self.attend(requests.events, is_candidate=False)
         values = self.represent(requests.events, is_candidate=False)

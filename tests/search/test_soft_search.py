@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hstu_xd.errors import InputError
+from hstu_xd.search import soft
 from hstu_xd.search.soft import TABLES, Requests, SoftSearch
 
 SIZES = (50, 6)
@@ -97,10 +98,15 @@ def test_everything_found_reads_what_the_auxiliary_features_read() -> None:
     torch.testing.assert_close(of_found, of_all)
 
 
+@pytest.mark.parametrize("at_once", [1, 12, 1000])
 @pytest.mark.parametrize("tables", TABLES)
-def test_what_is_learned_from_is_what_is_found_later(tables: str) -> None:
+def test_what_is_learned_from_is_what_is_found_later(
+    tables: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One pass over the events in training gives the numbers of a search and a reading after it."""
+    monkeypatch.setattr(soft, "LEARNED_AT_ONCE", at_once)
     requests, gradients = draw([9, 0, 40, 3], [3, 2, 4, 0]), []
+    assert len(requests.parts(at_once)) == {1: 3, 12: 2, 1000: 1}[at_once]
     model = SoftSearch(SIZES, width=8, tables=tables).double()
     read = model(requests, model.search(requests, 5))
     of_found, of_all = model.learn(requests, 5)
