@@ -20,6 +20,8 @@ from hstu_xd.errors import InputError
 from hstu_xd.evaluation.ranks import rank_targets, recommend_items
 from hstu_xd.serving import EncoderSession
 from hstu_xd.serving.codec import decode_state, encode_state, fingerprint
+from hstu_xd.serving.http.retrieval_engine import RetrievalEngine
+from hstu_xd.serving.http.settings import StateSettings
 from hstu_xd.serving.stores import MemoryStore
 from hstu_xd.training.run import load_trained
 
@@ -102,6 +104,21 @@ def test_the_manifest_of_an_export_says_what_to_give(
     call("export", trained, "--out", tmp_path / "exported")
     manifest = json.loads((tmp_path / "exported" / "manifest.json").read_text())
     assert (manifest["window"], manifest["older_per_domain"]) == (5, 2)
+
+
+def test_a_service_reads_the_same_events(store: InteractionStore, trained: Path) -> None:
+    engine = RetrievalEngine.from_run(trained, store, StateSettings(), allow_imports=False)
+    best = load_trained(trained)
+    user = int(np.argmax(np.diff(store.offsets)))
+    items, times = store.history(user)
+    session = engine.session(None, None).encoder
+    session.append(["ann"] * len(items), items.tolist(), times.tolist())
+    known = EncoderSession(best.model, window=best.window)
+    known.append(["ann"] * len(items), items.tolist(), times.tolist())
+    assert torch.equal(session.query(["ann"], [1]), known.query(["ann"], [1]))
+    state = session._cache.get("ann")
+    assert state is not None
+    assert state.older > 0
 
 
 def test_a_continued_run_keeps_to_the_window(
