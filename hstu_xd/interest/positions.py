@@ -67,14 +67,18 @@ class Positions(nn.Module):
         return self._add(vectors, dict.fromkeys(("rank", "gap"), slice(0, 1)), goals)
 
     def _add(self, vectors: Tensor, rows: dict[str, slice | Tensor], goals: Tensor) -> Tensor:
-        for name, table in self.tables.items():
-            vectors = vectors + _rows_of(table, rows[name])
+        looked_up = False
+        for name in ("gap", "rank"):
+            if name not in self.tables:
+                continue
+            table, own, goal = self.tables[name], rows[name], goals.clamp(min=0)
+            if isinstance(own, Tensor):
+                # What was looked up is nobody else's and takes the sum: the vectors are long.
+                vectors, looked_up = nn.functional.embedding(own, table).add_(vectors), True
+                goal = goal[:, None]
+            else:
+                vectors = vectors.add_(table[own]) if looked_up else vectors + table[own]
             if name in self.deltas:
-                own, goal = rows[name], goals.clamp(min=0)
-                of_goal = self.deltas[name][goal if isinstance(own, slice) else goal[:, None], own]
+                of_goal = self.deltas[name][goal, own]
                 vectors = vectors + of_goal * (goals >= 0)[:, None, None]
         return vectors
-
-
-def _rows_of(table: Tensor, rows: slice | Tensor) -> Tensor:
-    return table[rows] if isinstance(rows, slice) else nn.functional.embedding(rows, table)

@@ -58,6 +58,8 @@ class ItemVectors(nn.Module):
             nn.init.normal_(table.weight, std=std)
         self.tables = nn.ModuleList(tables)
         self.register_buffer("rows", torch.from_numpy(rows), persistent=False)
+        starts = np.cumsum([0, *(len(table.weight) for table in tables)])[:-1]
+        self.register_buffer("rows_of_all", torch.from_numpy(rows + starts), persistent=False)
         self.width = sum(widths)
 
     @property
@@ -67,9 +69,13 @@ class ItemVectors(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         """Return vectors of item ids, of any shape: (..., width)."""
-        rows = self.rows[items].unbind(-1)
-        vectors = [table(row) for table, row in zip(self.tables, rows, strict=True)]
-        return torch.cat(vectors, -1)
+        if len(set(self.widths)) > 1:
+            rows = self.rows[items].unbind(-1)
+            vectors = [table(row) for table, row in zip(self.tables, rows, strict=True)]
+            return torch.cat(vectors, -1)
+        # One look into all tables, which are small beside what is looked up.
+        whole = torch.cat(list(self.tables.parameters()))
+        return nn.functional.embedding(self.rows_of_all[items], whole).flatten(-2)
 
 
 class SoftView(nn.Module):
