@@ -184,13 +184,20 @@ def continuation_of(
         users: numbers of users that it trains on, to be told.
 
     Raises:
-        InputError: no checkpoint there, an item that has changed its domain, or a layer of one's
-            own whose parameters follow from the items or domains in a way that is not understood.
+        InputError: no checkpoint there, an item that has changed its domain, another number of
+            domains where each has positions, or a layer of one's own whose parameters follow from
+            the items or domains in a way that is not understood.
     """
     run = earlier.run
     old, new = DomainCatalog.load(run), store.catalog
     item_rows = new.ids_in(old)
     item_rows[1:][item_rows[1:] == 0] = -1  # row 0 is padding, in both
+    if (older := settings.train.older_per_domain) and old.num_domains != new.num_domains:
+        raise InputError(
+            f"{store.path} has {new.num_domains} domains, {run} was trained with "
+            f"{old.num_domains}: with xd_train.older_per_domain = {older!r} a model has positions "
+            "for the events of each; train without --continue-from"
+        )
     names = {name: number for number, name in enumerate(old.domain_names)}
     domain_rows = torch.tensor([names.get(name, -1) for name in new.domain_names])
     kinds, rows = _kinds(build), {_ITEM: item_rows, _DOMAIN: domain_rows}

@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +210,14 @@ def _take_over(
 ) -> Continuation:
     """Let a trainer begin with what an earlier run has learnt."""
     assert isinstance(trainer, Trainer)
+    # What follows from the number of domains is then what has a row for each of them.
+    alike = replace(settings, train=replace(settings.train, older_per_domain=0))
     found = continuation_of(
         earlier,
         store,
         trainer.model,
         settings,
-        lambda catalog: new_model(catalog, settings),
+        lambda catalog: new_model(catalog, alike),
         trainer.users_per_epoch,
     )
     trainer.begin_with(found.weights, found.optimizer, earlier.run)

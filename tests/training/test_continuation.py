@@ -123,6 +123,30 @@ def test_the_same_store_continues_with_the_same_numbers(
     )
 
 
+@pytest.mark.parametrize("older", [1, 2])
+def test_a_run_that_reads_older_events_of_each_domain_is_continued(
+    older: int, tmp_path: Path, beginnings: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tables of positions grow with the number of domains, and are no tables of domains."""
+    window = ("xd_train.max_sequence_length = 3", f"xd_train.older_per_domain = {older}")
+    store = prepare(write_log(tmp_path / "old.csv", 8))
+    assert train(store, tmp_path / "first", bindings=(*QUICK, *ALL, *window)) == 0
+    old, _ = load_checkpoint(tmp_path / "first" / "best.safetensors")
+    more = prepare(write_log(tmp_path / "new.csv", 8, more=later({"books99": "books"})))
+    onward = ("--continue-from", str(tmp_path / "first"))
+    assert train(more, tmp_path / "run", *onward) == 0
+    weights = beginnings[1][0]
+    positions = "_input_features_preproc._pos_emb.weight"
+    assert len(weights[positions]) == 3 + 2 * older + 10 + 1
+    assert all(torch.equal(weights[name], old[name]) for name in old if name != ITEMS)
+    albums = write_log(tmp_path / "albums.csv", 8, more=later({"albums1": "albums"}))
+    capsys.readouterr()
+    assert train(prepare(albums), tmp_path / "other", *onward) == 2
+    assert "has 3 domains" in (said := capsys.readouterr().err)
+    assert f"xd_train.older_per_domain = {older}" in said
+    assert not (tmp_path / "other").exists()
+
+
 def test_rows_go_with_their_items_and_domains(
     first: Path, tmp_path: Path, beginnings: list
 ) -> None:
