@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hstu_xd.bench.rows import environment
 from hstu_xd.search import Found, HardIndex
 from hstu_xd.search.soft import Requests, SoftSearch
 
@@ -89,6 +90,7 @@ def measure_opening(events: int, k: int) -> dict[str, Any]:
     nodes, at = _Paths(rng.integers(0, ITEMS, len(whose)))[:], np.full(len(whose), SPAN)
     wanted = built.search(whose, nodes, at, k).events
     row = {"provider": "opening", "log_events": len(items), "users": users, "k": k}
+    row |= environment("cpu")
     sizes = {"bytes_per_event": built.nbytes / len(items)}
     openings, searches, correct = [], [], True
     with TemporaryDirectory() as folder:
@@ -191,6 +193,7 @@ def _measure(
     ]
     correct = _agree(searched, scanned, requests[:CHECKED])
     row = {"seq_len": length, "k": k, "candidates": candidates, "correct": correct}
+    row |= environment("cpu")
     if not correct:
         yield {"provider": "index", **row}
         return
@@ -238,6 +241,7 @@ def _measure_soft(length: int, k: int, candidates: int, repeats: int) -> Iterato
         Requests(events, gaps, ends[0], drawn(candidates), ends[1]) for _ in range(repeats + 1)
     ]
     row = {"seq_len": length, "k": k, "candidates": candidates, "width": SOFT_WIDTH}
+    row |= environment("cpu")
     chunks, whole = partial(model.search, k=k), partial(model.search, k=k, chunk=length)
     best, dense = (_scores(model, requests[0], find(requests[0])) for find in (chunks, whole))
     row["correct"] = torch.allclose(best, dense, rtol=0, atol=1e-5)
