@@ -20,8 +20,8 @@ from torch import Tensor
 from hstu_xd.bench.memory import growth, growth_elsewhere
 from hstu_xd.bench.passes import FORWARD_BUDGET, row_error
 from hstu_xd.bench.rows import Row, environment, time_columns
-from hstu_xd.bench.timing import Mark, Times, noting_failure, take_turns, torch_threads, unmarked
-from hstu_xd.bench.train_step import number_zeros
+from hstu_xd.bench.timing import Times, noting_failure, take_turns, torch_threads, unmarked
+from hstu_xd.bench.train_step import TrainerSteps, number_zeros
 from hstu_xd.data.batches import Split
 from hstu_xd.data.requests import RequestSet, read_manifest
 from hstu_xd.data.store import InteractionStore
@@ -69,20 +69,6 @@ class RequestSteps:
         trainer = RankTrainer(RankingTask(store, requests, self.settings, trained), Path())
         trainer.model.train()
         return trainer
-
-
-class _Steps:
-    """Takes a trainer's steps, one a call: of an epoch but the last batch, which is short."""
-
-    def __init__(self, trainer: RankTrainer) -> None:
-        self._trainer = trainer
-        self._batches = trainer.batches(0)
-        self._batches = self._batches[:-1] or self._batches
-
-    def run(self, mark: Mark) -> dict[str, Tensor]:
-        number = self._trainer.progress.step
-        self._trainer.step(self._batches[number % len(self._batches)], mark)
-        return {}
 
 
 def measure_on_requests(
@@ -134,7 +120,7 @@ def _measure(variants: Mapping[str, RequestSteps], repeats: int) -> Iterator[Row
                 trainers[name] = steps.trainer(store, requests)
                 errors[name] = _error(trainers[name])
                 if errors[name] <= 1:
-                    runs[name] = _Steps(trainers[name]).run
+                    runs[name] = TrainerSteps(trainers[name]).run
         times = take_turns(runs, failed, device="cpu", repeats=repeats)
     for name, steps in variants.items():
         row = _sizes(name, steps, store, requests) | {"repeats": repeats}
@@ -247,7 +233,7 @@ def peak_bytes(name: str, steps: RequestSteps) -> int:
 
 def _added(steps: RequestSteps) -> int:
     def work() -> None:
-        run = _Steps(steps.trainer(*steps.open())).run
+        run = TrainerSteps(steps.trainer(*steps.open())).run
         for _ in range(_STEPS_OF_MEMORY):
             run(unmarked)
 

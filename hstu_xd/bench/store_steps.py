@@ -20,8 +20,8 @@ from hstu_xd.bench.memory import allocated, growth, growth_elsewhere
 from hstu_xd.bench.passes import FORWARD_BUDGET, row_error
 from hstu_xd.bench.request_steps import measure_on_requests
 from hstu_xd.bench.rows import Row, empty_row, time_columns
-from hstu_xd.bench.timing import Mark, Times, noting_failure, take_turns, torch_threads, unmarked
-from hstu_xd.bench.train_step import number_zeros
+from hstu_xd.bench.timing import Times, noting_failure, take_turns, torch_threads, unmarked
+from hstu_xd.bench.train_step import TrainerSteps, number_zeros
 from hstu_xd.data.batches import SequenceData, Split
 from hstu_xd.data.requests import is_requests
 from hstu_xd.data.store import InteractionStore
@@ -75,20 +75,6 @@ class StoreSteps:
         trainer = Trainer(model.to(here.device), store, settings.train, Path(), here)
         model.train()
         return trainer
-
-
-class _Steps:
-    """Takes a trainer's steps, one a call: of each epoch but the last batch, which is short."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._batches = trainer.batches(0)
-        self._batches = self._batches[:-1] or self._batches
-
-    def run(self, mark: Mark) -> dict[str, Tensor]:
-        number = self._trainer.progress.step
-        self._trainer.step(self._batches[number % len(self._batches)], mark)
-        return {}
 
 
 def measure_on_store(
@@ -155,7 +141,7 @@ def measure(variants: Mapping[str, StoreSteps], *, repeats: int) -> list[Row]:
                 users[name] = trainer.users_per_step
                 errors[name] = _error(steps, store)
                 if errors[name] <= 1:
-                    runs[name] = _Steps(trainer).run
+                    runs[name] = TrainerSteps(trainer).run
         times = take_turns(runs, failed, device=first.device, repeats=repeats)
     rows = []
     for name, steps in variants.items():
@@ -244,7 +230,7 @@ def peak_bytes(name: str, steps: StoreSteps) -> int:
 def _added(steps: StoreSteps) -> int:
     trainer = steps.trainer(InteractionStore.open(Path(steps.data)))
     trainer.step(trainer.batches(0)[0][:2])  # makes the optimiser's states
-    run = _Steps(trainer).run
+    run = TrainerSteps(trainer).run
     count = growth if steps.device == "cpu" else allocated
     with torch_threads(steps.threads):
         return count(lambda: [run(unmarked) for _ in range(_STEPS_OF_MEMORY)])

@@ -9,10 +9,11 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hstu_xd.batch import JaggedBatch
@@ -25,6 +26,7 @@ from hstu_xd.catalog import DomainCatalog
 from hstu_xd.errors import InputError
 from hstu_xd.model.hstu import CrossDomainHSTU
 from hstu_xd.objectives.retrieval import Retrieval
+from hstu_xd.training.epochs import EpochProgress
 
 _ALL = {"domain_mask": True, "tape": True, "ddsr": True}
 # Provider -> switches; under "all" half of the heads also take the target view.
@@ -128,6 +130,38 @@ class _Step:
         mark("backward")
         self._optimizer.step()
         return {"loss": loss.detach()}
+
+
+class Trainer(Protocol):
+    """A trainer whose steps are measured."""
+
+    @property
+    def progress(self) -> EpochProgress:
+        """Where it stands."""
+        ...
+
+    def batches(self, epoch: int, /) -> list[NDArray]:
+        """Return what each batch of an epoch is made of."""
+        ...
+
+    def step(self, batch: NDArray, mark: Mark, /) -> object:
+        """Take a step on a batch, and tell of its phases."""
+        ...
+
+
+class TrainerSteps:
+    """Takes a trainer's steps, one a call: of an epoch but the last batch, which is short."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._batches = trainer.batches(0)
+        self._batches = self._batches[:-1] or self._batches
+
+    def run(self, mark: Mark) -> dict[str, Tensor]:
+        """Take the next step."""
+        number = self._trainer.progress.step
+        self._trainer.step(self._batches[number % len(self._batches)], mark)
+        return {}
 
 
 def _model(name: str, case: Case, **others: Any) -> CrossDomainHSTU:
