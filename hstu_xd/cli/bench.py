@@ -383,7 +383,7 @@ def search(
     as_json: Json = False,
     out: Out = None,
 ) -> None:
-    """Time hard and soft search in a long history against a scan of it."""
+    """Time hard and soft search in a long history against a scan."""
     from hstu_xd.bench.search import LENGTHS, measure_opening, measure_search
 
     def rows() -> Iterable[dict[str, Any]]:

@@ -210,7 +210,7 @@ class BulkRecommender:
         trained: the run.
         domains: domain ids to recommend from.
         k: items of each domain; no more than the largest of them has.
-        window: which events are read, the run's.
+        window: which events are read, the run's; a number: so many latest ones.
         protocol: whether items of a history are candidates.
         at: time of every request, in the log's unit; None: that of each user's last event.
 
@@ -227,12 +227,12 @@ class BulkRecommender:
         domains: Sequence[int],
         k: int,
         *,
-        window: Window,
+        window: Window | int,
         protocol: Protocol,
         at: int | None = None,
     ) -> None:
         self._model, self._domains = trained.ranker, list(domains)
-        self._window, self._protocol, self._at = window, protocol, at
+        self._window, self._protocol, self._at = Window.of(window), protocol, at
         self._items = DomainItems(trained.ranker.catalog, self._domains, k, trained.scorer)
         self.k = self._items.k
 

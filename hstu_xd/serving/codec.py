@@ -40,12 +40,12 @@ class RefusedState(Exception):
     """A value that must not be used; says why."""
 
 
-def fingerprint(model: CrossDomainHSTU, window: Window, dtype: torch.dtype) -> bytes:
+def fingerprint(model: CrossDomainHSTU, window: Window | int, dtype: torch.dtype) -> bytes:
     """Compute what identifies states of one checkpoint, window and number type: 16 bytes."""
     digest = blake2b(digest_size=_DIGEST)
     settings = replace(model.settings, impl="auto")
     # As version 0.1.0 wrote it, where the latest events alone are read.
-    read = window if window.older else window.latest
+    read = window if Window.of(window).older else Window.of(window).latest
     digest.update(f"({_FORMAT}, {_text(settings)}, {read}, {str(dtype)!r})".encode())
     if isinstance(settings.layer, Part):
         digest.update(settings.layer.encode())

@@ -78,7 +78,7 @@ class StoredStates:
         self,
         store: StateStore,
         model: CrossDomainHSTU,
-        window: Window,
+        window: Window | int,
         dtype: torch.dtype,
         every: int,
     ) -> None:

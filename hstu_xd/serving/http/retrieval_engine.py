@@ -34,14 +34,15 @@ class RetrievalEngine:
     Args:
         name: of the run.
         model: trained, on the CPU.
-        window: which events of a history are read.
+        window: which events of a history are read; a number: so many latest ones.
         prepared: earlier histories, if any.
         states: where states are kept, and how items are searched.
         scorer: what ranks items; None: dot products.
         exclude_seen: whether items of a user's history are left out, unless a request says.
 
     Attributes:
-        model, window, name, prepared, exclude_seen: as given.
+        model, name, prepared, exclude_seen: as given.
+        window: which events of a history are read.
         version: beginning with the fingerprint of its states.
         catalog: of the model.
         index: the items; all sessions share it: of millions of items it takes long to build.
@@ -54,14 +55,15 @@ class RetrievalEngine:
         self,
         name: str,
         model: CrossDomainHSTU,
-        window: Window,
+        window: Window | int,
         prepared: InteractionStore | None,
         states: StateSettings,
         *,
         scorer: Scorer | None = None,
         exclude_seen: bool = True,
     ) -> None:
-        self.name, self.model, self.window, self.prepared = name, model, window, prepared
+        self.name, self.model, self.prepared = name, model, prepared
+        self.window = Window.of(window)
         self.exclude_seen, self._states = exclude_seen, states
         self.catalog: DomainCatalog = model.catalog
         self.items = Items(self.catalog)
