@@ -120,6 +120,18 @@ def test_what_is_learned_from_is_what_is_found_later(
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("at_once", [1, 12])
+def test_parts_are_requests_of_their_own(at_once: int) -> None:
+    requests = draw([9, 0, 40, 3], [3, 2, 4, 0])
+    model, first, found = SoftSearch(SIZES, width=4), 0, []
+    for part in requests.parts(at_once):
+        assert part.offsets[0] == part.candidate_offsets[0] == 0
+        own = model.search(part, 5)
+        found.append(torch.where(own >= 0, own + first, -1))
+        first += len(part.events)
+    assert torch.equal(torch.cat(found), model.search(requests, 5))
+
+
 def test_tables_learn_from_their_own_side_only() -> None:
     requests = draw([12, 5], [2, 3])
     model = SoftSearch(SIZES, width=4, attention_width=2)
