@@ -35,6 +35,7 @@ class ItemVectors(nn.Module):
     """
 
     rows: Tensor
+    starts: Tensor
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class ItemVectors(nn.Module):
         self.tables = nn.ModuleList(tables)
         self.register_buffer("rows", torch.from_numpy(rows), persistent=False)
         starts = np.cumsum([0, *(len(table.weight) for table in tables)])[:-1]
-        self.register_buffer("rows_of_all", torch.from_numpy(rows + starts), persistent=False)
+        self.register_buffer("starts", torch.from_numpy(starts), persistent=False)
         self.width = sum(widths)
 
     @property
@@ -69,13 +70,13 @@ class ItemVectors(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         """Return vectors of item ids, of any shape: (..., width)."""
-        if len(set(self.widths)) > 1:
-            rows = self.rows[items].unbind(-1)
-            vectors = [table(row) for table, row in zip(self.tables, rows, strict=True)]
-            return torch.cat(vectors, -1)
-        # One look into all tables, which are small beside what is looked up.
-        whole = torch.cat(list(self.tables.parameters()))
-        return nn.functional.embedding(self.rows_of_all[items], whole).flatten(-2)
+        rows = self.rows[items]
+        if self.training and len(set(self.widths)) == 1:
+            # One look into all tables: a step goes through all of them anyway, an answer must not.
+            whole = torch.cat(list(self.tables.parameters()))
+            return nn.functional.embedding(rows + self.starts, whole).flatten(-2)
+        each = zip(self.tables, rows.unbind(-1), strict=True)
+        return torch.cat([table(row) for table, row in each], -1)
 
 
 class SoftView(nn.Module):

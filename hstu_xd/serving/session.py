@@ -60,8 +60,8 @@ class EncoderSession:
     Args:
         model: a trained model, float32 on the CPU; put into evaluation mode. Its weights are read
             now: later changes are not seen.
-        window: which events of a history are read, of which ``W`` latest ones; a number: those
-            alone; default: as many as the model has positions for. For a trained run give its own.
+        window: which events are read, ``W`` latest ones among them, ``load_trained(run).window`` of
+            a run; a number: those alone; default: as many as the model has positions for.
         dtype: of the kept keys and values; half precisions halve the memory and are not exact.
         max_bytes: bound on all states; the least recently used users are dropped beyond it.
         history: how to get back the events of a user without a state, from the first one on;

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.functional import silu
 from hstu_xd.errors import InputError
 from hstu_xd.interest import DIN, TIN, HSTUPooling, InterestSettings, MeanPool, SideInformationTIN
 from hstu_xd.interest.positions import gap_buckets
+from hstu_xd.ranking.model import ItemVectors
 
 N, C, K, D, GOALS = 3, 4, 6, 5, 2
 
@@ -195,6 +197,20 @@ def test_dense_orders_are_powers_of_the_candidate() -> None:
     for order in range(4):
         part = slice(2 * order * D, (2 * order + 1) * D)
         torch.testing.assert_close(three[..., part], 3**order * one[..., part])
+
+
+def test_items_have_the_same_vectors_and_gradients_in_training() -> None:
+    """There all levels are one look-up, elsewhere one each."""
+    paths = np.array([[-1, -1, -1], [0, 2, 0], [1, -1, 1], [2, 0, 0], [3, 1, -1]])
+    known = np.array([False, True, False, True, True])
+    vectors = ItemVectors(paths, known, item_width=4, level_width=4, std=1.0)
+    items, noise, found = torch.tensor([[1, 4, 0], [2, 3, 1]]), torch.randn(2, 3, 12), []
+    for training in (True, False):
+        vectors.train(training).zero_grad()
+        read = vectors(items)
+        (read * noise).sum().backward()
+        found.append([read, *(p.grad for p in vectors.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_goal_wise_places_start_as_shared_ones() -> None:
